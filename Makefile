@@ -1,0 +1,25 @@
+# The two commands: `make train` and `make test`. Each sets .venv up when it is missing.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+ARGS ?=
+
+.PHONY: train test install clean
+
+train: install  ## train NVLM-H on the embedded pages; ARGS="arch=xattn seed=2" for others
+	$(RUN) launch/train.py resume=auto $(ARGS)
+
+test: install
+	$(VENV)/bin/ruff check nvlm launch tests benchmarks
+	$(RUN) -m pytest $(ARGS)
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, 3.12 is tested")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -e '.[test,demo]' -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,16 @@
+"""Train: `python launch/train.py [arch=hybrid] [llm=tiny] ...`; `-m` sweeps over comma lists.
+
+Starts its own workers, or uses torchrun's or srun's. `--help` lists the configuration groups.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+STARTED = time.time()
+
+from nvlm.launch import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main(STARTED))

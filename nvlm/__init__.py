@@ -1,0 +1,1 @@
+"""NVLM-D, NVLM-X and NVLM-H on Megatron-Core."""

@@ -1,0 +1,1 @@
+"""The three fusion architectures; base.py holds what they share."""

@@ -1,0 +1,13 @@
+"""NVLM-D."""
+
+from __future__ import annotations
+
+from nvlm.arch.base import Architecture
+from nvlm.arch.decoder.fusion import StreamFusion
+from nvlm.arch.decoder.layout import layout
+from nvlm.config import ArchConfig
+
+
+def architecture(arch: ArchConfig) -> Architecture:
+    """NVLM-D as values."""
+    return Architecture("decoder", layout, projector="mlp", fusion=StreamFusion(), cross_attention=None)

@@ -1,0 +1,1 @@
+"""NVLM-H: thumbnail in the text stream, tiles by gated cross-attention (NVLM section 4.4)."""

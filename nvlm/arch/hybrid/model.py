@@ -1,0 +1,17 @@
+"""NVLM-H."""
+
+from __future__ import annotations
+
+from megatron.core.transformer import ModuleSpec
+
+from nvlm.arch.base import Architecture
+from nvlm.arch.hybrid.fusion import HybridFusion
+from nvlm.arch.hybrid.layout import layout
+from nvlm.arch.xattn.attention import GatedCrossAttention
+from nvlm.config import ArchConfig
+
+
+def architecture(arch: ArchConfig) -> Architecture:
+    """NVLM-H as values."""
+    cross = ModuleSpec(module=GatedCrossAttention)
+    return Architecture("hybrid", layout, "mlp", HybridFusion(arch.bind_tags), cross_attention=cross)

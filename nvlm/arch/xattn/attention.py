@@ -1,0 +1,62 @@
+"""Gated cross-attention with grouped queries, tensor parallel (NVLM section 4.3; gate after Flamingo).
+
+Megatron's CrossAttention refuses grouped queries and has no gate. The layer adds tanh(gate) * attention to its
+residual; the gate begins at zero, so a fresh model computes exactly what its text model computes.
+
+Shapes: S text tokens, X keys, B rows, H model width, N query heads, G key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from nvlm.llm.attention import CoreAttention
+
+
+class GatedCrossAttention(MegatronModule):
+    """tanh(gate) * Wo attention(Wq x, Wk keys, Wv keys): no bias, no rotary, heads as the language model's."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, pg_collection, **_) -> None:
+        super().__init__(config=config)
+        self.heads = config.num_attention_heads // pg_collection.tp.size()
+        self.groups = config.num_query_groups // pg_collection.tp.size()
+        self.head_dim = config.kv_channels
+        width = config.num_attention_heads * config.kv_channels
+        column = dict(
+            init_method=config.init_method, bias=False, gather_output=False, tp_group=pg_collection.tp
+        )
+        self.linear_q = ColumnParallelLinear(config.hidden_size, width, config=config, **column)
+        # Keys are whole on every rank, never split along the sequence.
+        whole = dataclasses.replace(config, sequence_parallel=False) if config.sequence_parallel else config
+        kv_width = 2 * config.num_query_groups * config.kv_channels
+        self.linear_kv = ColumnParallelLinear(config.hidden_size, kv_width, config=whole, **column)
+        self.core_attention = CoreAttention(config)
+        self.linear_proj = RowParallelLinear(
+            width,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=pg_collection.tp,
+        )
+        self.gate = nn.Parameter(torch.zeros(1, dtype=config.params_dtype))
+        self.gate.sequence_parallel = config.sequence_parallel
+
+    def forward(
+        self, hidden_SBH: Tensor, attention_mask: Tensor, key_value_states: Tensor, **_
+    ) -> tuple[Tensor, None]:
+        """[S, B, H] to be added to the residual. `attention_mask` [B, 1, S, X] is True where a query must not look;
+        `key_value_states` is [X, B, H]."""
+        query = self.linear_q(hidden_SBH)[0].unflatten(-1, (self.heads, self.head_dim))
+        key_value = self.linear_kv(key_value_states)[0].unflatten(-1, (self.groups, 2, self.head_dim))
+        key_XBGD, value_XBGD = key_value.unbind(dim=-2)
+        out, _ = self.linear_proj(self.core_attention(query, key_XBGD, value_XBGD, attention_mask))
+        return torch.tanh(self.gate) * out, None

@@ -1,0 +1,17 @@
+"""NVLM-X's layout: tags alone in the text stream, all tiles cross-attended (NVLM section 4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nvlm.batch import Layout, Piece
+from nvlm.tiling.grid import TilePlan
+
+
+def layout(plan: TilePlan, tags: Sequence[tuple[int, ...]]) -> Layout:
+    """Tags 1..n and the thumbnail's in the stream, each seeing its own tile; tiles and thumbnail as keys."""
+    tiles = range(plan.num_tiles)
+    return Layout(
+        stream=tuple(Piece(t, tags[t], own_tile=True) for t in tiles),
+        cross=tuple(Piece(t) for t in tiles),
+    )

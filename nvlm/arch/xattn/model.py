@@ -1,0 +1,17 @@
+"""NVLM-X."""
+
+from __future__ import annotations
+
+from megatron.core.transformer import ModuleSpec
+
+from nvlm.arch.base import Architecture
+from nvlm.arch.xattn.attention import GatedCrossAttention
+from nvlm.arch.xattn.fusion import CrossFusion
+from nvlm.arch.xattn.layout import layout
+from nvlm.config import ArchConfig
+
+
+def architecture(arch: ArchConfig) -> Architecture:
+    """NVLM-X as values."""
+    cross = ModuleSpec(module=GatedCrossAttention)
+    return Architecture("xattn", layout, projector="affine", fusion=CrossFusion(), cross_attention=cross)

@@ -1,0 +1,132 @@
+"""The contracts between data and model: Record, Layout, Sample, Batch.
+
+Shapes: B packed rows, S text-stream length, X keys per row in cross-attention, T tiles, K tokens per tile,
+C feature width after pixel shuffle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvlm.tiling.grid import TilePlan
+
+IGNORE = -100  # label: no loss here
+IMAGE = -1  # token id: one tile token stands here
+PAD = -1  # sample, image and tile numbers of padding; image number of text before any image
+ALL_TILES = -1  # tile number of a query that sees every tile of the images before it
+
+
+class BadRecord(ValueError):
+    """A record that cannot be trained on; the message is the reason written to skipped.jsonl."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One conversation as it came: messages of {role, content}, and its images, not yet decoded."""
+
+    id: str
+    messages: list[dict[str, Any]]
+    images: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run inside an image's block: the text of a tile's tag (`ids`), or the tile's own K tokens (`ids` None).
+
+    `own_tile`: a query of this run sees its own tile alone.
+    """
+
+    tile: int
+    ids: tuple[int, ...] | None = None
+    own_tile: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where one image's tiles and tags go: into the text stream, into the cross-attended keys."""
+
+    stream: tuple[Piece, ...]
+    cross: tuple[Piece, ...]
+
+
+LayoutRule = Callable[[TilePlan, Sequence[tuple[int, ...]]], Layout]
+"""(plan, tag ids of each tile, thumbnail last) -> Layout; one per architecture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One encoded conversation, before packing. All tensors but `pixels` are int64."""
+
+    id: str
+    tokens: Tensor  # [S], IMAGE at placeholders
+    labels: Tensor  # [S], the target of the logits at each position, IGNORE without loss
+    image: Tensor  # [S], number of the last image begun, PAD before the first
+    tile: Tensor  # [S], the one tile that the token sees, or ALL_TILES
+    stream_tiles: Tensor  # tiles that fill the placeholders, in order
+    cross_tokens: Tensor  # [X], tag ids, IMAGE where a tile token stands
+    cross_image: Tensor  # [X]
+    cross_tile: Tensor  # [X]
+    cross_tiles: Tensor  # tiles that fill the keys, in order
+    cross_tags: tuple[tuple[int, ...], ...]  # tag ids of each tile in cross_tiles
+    pixels: Tensor  # uint8 [T, 3, px, px]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Packed rows. Rows hold whole samples; `sample` tells them apart."""
+
+    ids: tuple[tuple[str, ...], ...]  # sample ids by row
+    tokens: Tensor  # [B, S]
+    labels: Tensor  # [B, S]
+    positions: Tensor  # [B, S], from 0 in each sample
+    sample: Tensor  # [B, S], number of the sample within its row, PAD at padding
+    image: Tensor  # [B, S], number of the last image begun within the sample
+    tile: Tensor  # [B, S]
+    stream_tiles: Tensor  # tile numbers for the placeholders, row by row
+    cross_tokens: Tensor  # [B, X]
+    cross_sample: Tensor  # [B, X]
+    cross_image: Tensor  # [B, X]
+    cross_tile: Tensor  # [B, X]
+    cross_tiles: Tensor  # tile numbers for the IMAGE keys, row by row
+    cross_tags: Tensor  # [tiles in cross_tiles, longest tag], tag ids, PAD behind
+    pixels: Tensor  # uint8 [T, 3, px, px]
+    features: Tensor | None = None  # [T, K, C], from the frozen encoder
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items() if torch.is_tensor(v)})
+
+    def with_features(self, features_TKC: Tensor) -> Batch:
+        """The same batch with encoded tiles."""
+        return replace(self, features=features_TKC)
+
+    @property
+    def num_tokens(self) -> int:
+        """Real (not padding) positions of the text stream."""
+        return int((self.sample != PAD).sum())
+
+    @property
+    def num_trained(self) -> int:
+        """Positions that carry loss."""
+        return int((self.labels != IGNORE).sum())
+
+
+def check_placeholders(batch: Batch, tile_tokens: int) -> None:
+    """Raise ValueError with sample ids and both counts where placeholders and tile tokens do not match."""
+    for place, tokens, tiles in (
+        ("text stream", batch.tokens, batch.stream_tiles),
+        ("cross-attended keys", batch.cross_tokens, batch.cross_tiles),
+    ):
+        placeholders, features = int((tokens == IMAGE).sum()), tiles.numel() * tile_tokens
+        if placeholders != features:
+            names = ", ".join(name for row in batch.ids for name in row)
+            raise ValueError(
+                f"{place} of samples [{names}]: got {placeholders} image placeholders, expected {features} "
+                f"({tiles.numel()} tiles of {tile_tokens} tokens). Fix: the tile plan and the encoded text disagree"
+            )

@@ -1,0 +1,401 @@
+"""The configuration as frozen values, and every rule that spans several fields.
+
+The dataclasses mirror conf/; `from_mapping` builds them from Hydra's composed dictionary. Imports no torch, so
+that a mistake is answered in seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from nvlm.tiling.budget import tokens_per_tile
+from nvlm.tiling.grid import TilePlan
+from nvlm.tiling.tags import TAG_STYLES
+
+GROUPS = ("vision", "projector", "xattn", "llm")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message says what, got, expected, and what to change."""
+
+
+def problem(what: str, got: object, expected: str, fix: str) -> ConfigError:
+    """The one form of every configuration message."""
+    return ConfigError(f"{what}: got {got}, expected {expected}. Fix: {fix}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchConfig:
+    """Where projected tiles go. `cross_every`: gated cross-attention in layers k, 2k, ... (0: none)."""
+
+    name: str
+    cross_every: int
+    bind_tags: bool  # hybrid: add each tile's tag embedding to its keys and values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LLMConfig:
+    """A Qwen2- or Llama-shaped language model (RMSNorm, RoPE, grouped queries, SwiGLU)."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    rope_theta: float
+    norm_eps: float
+    qkv_bias: bool
+    tied: bool
+    max_positions: int
+    init_std: float
+    embedding_std: float
+    cross_every: int
+    tokenizer: str | None  # a folder or file with tokenizer.json; "tiny" ships with the package
+    tag_tokens: int  # tokens of one 1-D tile tag, used where the tokenizer is not at hand
+    thumbnail_tag: str
+    seq_length: dict[str, int]  # text stream by architecture
+    cross_length: dict[str, int]  # cross-attended tokens by architecture
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionConfig:
+    """An InternViT. Sizes in px; `weights`: a safetensors file, "tiny" ships with the package."""
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    ffn: int
+    patch: int
+    tile_size: int
+    downsample: int
+    norm_eps: float
+    weights: str | None
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens of one tile after pixel shuffle (256 at full size)."""
+        return tokens_per_tile(self.tile_size, self.patch, self.downsample)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TilingConfig:
+    """Dynamic high resolution: at most `max_tiles` regular tiles, tagged in style `tag`."""
+
+    max_tiles: int
+    tag: str
+    resize: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Where records come from and how long a packed row may be (tokens)."""
+
+    source: str
+    path: str | None
+    heldout_path: str | None
+    records: int
+    heldout_records: int
+    questions: int
+    seq_length: int
+    cross_length: int
+    system: str | None
+    workers: int
+    max_skipped: float
+    max_pixels: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageConfig:
+    """Which module groups learn."""
+
+    name: str
+    train_projector: bool
+    train_xattn: bool
+    train_llm: bool
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Names of the module groups that learn; the encoder never does."""
+        flags = {"projector": self.train_projector, "xattn": self.train_xattn, "llm": self.train_llm}
+        return tuple(group for group, learns in flags.items() if learns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """Sizes of the parallel dimensions of one model replica; data parallelism takes the rest."""
+
+    tensor: int
+    pipeline: int
+    virtual: int
+    context: int
+    sequence: bool
+    data: int  # replicas that launch/train.py starts by itself
+    distributed_optimizer: bool
+    timeout_minutes: float
+
+    @property
+    def replica(self) -> int:
+        """Processes of one model replica."""
+        return self.tensor * self.pipeline * self.context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up (in steps) and cosine decay (NVLM Tables 10 and 11)."""
+
+    lr: float
+    min_lr: float
+    warmup: int
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Length of the run in steps, samples per step, packed rows per micro-batch."""
+
+    steps: int
+    global_batch: int
+    micro_batch: int
+    recompute: str
+    log_every: int
+    save_every: int
+    keep: int
+    threads: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateConfig:
+    """Exact match on held-out questions after training; 0 questions: none."""
+
+    questions: int
+    batch: int
+    max_new_tokens: int
+    gallery: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """One run."""
+
+    name: str
+    seed: int
+    resume: str
+    dry_run: bool
+    precision: str
+    arch: ArchConfig
+    llm: LLMConfig
+    vision: VisionConfig
+    tiling: TilingConfig
+    data: DataConfig
+    stage: StageConfig
+    parallel: ParallelConfig
+    optim: OptimConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+
+
+def from_mapping(cls: type, values: dict, path: str = ""):
+    """Build the dataclass `cls` from plain `values`; unknown, missing and mistyped keys raise ConfigError."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        near = get_close_matches(unknown[0], hints, n=3, cutoff=0.5) or sorted(hints)
+        raise problem(f"{path}{unknown[0]}", "a key that does not exist", f"one of {', '.join(near)}", "rename it")
+    missing = sorted(set(hints) - set(values))
+    if missing:
+        raise problem(f"{path}{missing[0]}", "nothing", f"a value of type {hints[missing[0]]}", "set it")
+    return cls(**{key: _coerce(hints[key], values[key], f"{path}{key}") for key in hints})
+
+
+def _coerce(kind, value, path: str):
+    if dataclasses.is_dataclass(kind):
+        return from_mapping(kind, value, f"{path}.")
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in options:
+        return None
+    plain = next(o for o in options if o is not type(None))
+    if plain is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if plain is float and isinstance(value, str):  # YAML reads 1e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if typing.get_origin(plain) is dict and isinstance(value, dict):
+        return dict(value)
+    if not isinstance(plain, type) or not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
+        name = getattr(plain, "__name__", str(plain))
+        raise problem(path, repr(value), f"a value of type {name}", f"write {path}=<{name}>")
+    return value
+
+
+def _one_of(what: str, got: str, known: tuple[str, ...]) -> None:
+    if got not in known:
+        near = get_close_matches(got, known, n=1)
+        raise problem(what, repr(got), f"one of {', '.join(known)}", f"{what}={near[0] if near else known[0]}")
+
+
+def _positive(config: Config) -> None:
+    counts = {
+        "parallel.tensor": config.parallel.tensor,
+        "parallel.pipeline": config.parallel.pipeline,
+        "parallel.virtual": config.parallel.virtual,
+        "parallel.context": config.parallel.context,
+        "parallel.data": config.parallel.data,
+        "train.steps": config.train.steps,
+        "train.global_batch": config.train.global_batch,
+        "train.micro_batch": config.train.micro_batch,
+        "train.log_every": config.train.log_every,
+        "train.save_every": config.train.save_every,
+        "train.keep": config.train.keep,
+        "tiling.max_tiles": config.tiling.max_tiles,
+        "data.records": config.data.records,
+    }
+    for what, got in counts.items():
+        if got < 1:
+            raise problem(what, got, "at least 1", f"{what}=1")
+
+
+def _names(config: Config) -> None:
+    _one_of("arch.name", config.arch.name, ("decoder", "xattn", "hybrid"))
+    _one_of("tiling.tag", config.tiling.tag, TAG_STYLES)
+    _one_of("tiling.resize", config.tiling.resize, ("fast", "exact"))
+    _one_of("data.source", config.data.source, ("pages", "jsonl"))
+    _one_of("precision", config.precision, ("fp32", "bf16"))
+    _one_of("resume", config.resume, ("never", "auto"))
+    _one_of("train.recompute", config.train.recompute, ("none", "full"))
+    if config.data.source == "jsonl" and not config.data.path:
+        raise problem("data.path", "nothing", "a .jsonl file", "data.path=records.jsonl")
+
+
+def _shapes(config: Config) -> None:
+    llm, vision, tensor = config.llm, config.vision, config.parallel.tensor
+    if llm.heads % llm.kv_heads:
+        raise problem("llm.heads", llm.heads, f"a multiple of llm.kv_heads={llm.kv_heads}", "change one of them")
+    if vision.hidden % vision.heads:
+        raise problem("vision.hidden", vision.hidden, f"a multiple of vision.heads={vision.heads}", "change one")
+    try:
+        assert vision.tile_tokens > 0
+    except ValueError as error:
+        raise ConfigError(f"vision: {error}") from None
+    for what, size in {"llm.heads": llm.heads, "llm.ffn": llm.ffn, "llm.vocab": llm.vocab}.items():
+        if size % tensor:
+            fits = [n for n in (1, 2, 4, 8, 16, 32) if size % n == 0 and llm.heads % n == 0]
+            raise problem("parallel.tensor", tensor, f"a divisor of {what}={size}", f"parallel.tensor={max(fits)}")
+    if llm.kv_heads % tensor:
+        fits = max(n for n in range(1, llm.kv_heads + 1) if llm.kv_heads % n == 0 and llm.heads % n == 0)
+        expected = f"a divisor of llm.kv_heads={llm.kv_heads}"
+        raise problem("parallel.tensor", tensor, expected, f"parallel.tensor={fits}")
+    if config.arch.name == "decoder":
+        if config.arch.cross_every:
+            raise problem("arch.cross_every", config.arch.cross_every, "0 for arch=decoder", "arch.cross_every=0")
+    elif not 1 <= config.arch.cross_every <= llm.layers:
+        fix = f"arch.cross_every={llm.cross_every}"
+        raise problem("arch.cross_every", config.arch.cross_every, f"1 to llm.layers={llm.layers}", fix)
+
+
+def _layout(config: Config) -> None:
+    p = config.parallel
+    for what, got in (("context", p.context), ("pipeline", p.pipeline), ("virtual", p.virtual)):
+        if got != 1 and not config.dry_run:
+            raise problem(f"parallel.{what}", got, "1 (other sizes are not trained yet)", f"parallel.{what}=1")
+    if p.sequence and p.tensor == 1:
+        raise problem("parallel.sequence", True, "parallel.tensor above 1", "parallel.sequence=false")
+    stages = p.pipeline * p.virtual
+    if config.llm.layers % stages:
+        raise problem("parallel.pipeline x virtual", stages, f"a divisor of llm.layers={config.llm.layers}", "change it")
+
+
+def _lengths(config: Config) -> None:
+    needed = max_stream_tokens(config)
+    text = 16  # the shortest question and answer with their ChatML marks
+    if config.data.seq_length < needed + text:
+        raise problem(
+            "data.seq_length",
+            config.data.seq_length,
+            f"at least {needed + text} tokens: {needed} for one image of {config.tiling.max_tiles} tiles with its "
+            f"tags in the text stream of arch={config.arch.name}, {text} for text",
+            f"data.seq_length={needed + text}, or fewer tiling.max_tiles",
+        )
+    if config.data.cross_length < max_cross_tokens(config):
+        raise problem(
+            "data.cross_length",
+            config.data.cross_length,
+            f"at least {max_cross_tokens(config)} cross-attended tokens for one image of "
+            f"{config.tiling.max_tiles} tiles",
+            f"data.cross_length={max_cross_tokens(config)}, or fewer tiling.max_tiles",
+        )
+    if config.optim.warmup >= config.train.steps:
+        raise problem("optim.warmup", config.optim.warmup, f"fewer than train.steps={config.train.steps}", "lower it")
+
+
+def _stage(config: Config) -> None:
+    groups = set(config.stage.trainable)
+    if config.arch.name == "decoder":
+        groups -= {"xattn"}
+    if not groups:
+        raise problem("stage", "nothing to train", "at least one module group that learns", "stage.train_projector=true")
+
+
+def validate(config: Config) -> Config:
+    """Check every cross-field rule; return `config` or raise ConfigError with one message."""
+    for rule in (_positive, _names, _shapes, _layout, _lengths, _stage):
+        rule(config)
+    return config
+
+
+def check_world(config: Config, world: int) -> int:
+    """The data-parallel size of `world` processes under `config`; raises ConfigError where it does not divide."""
+    replica = config.parallel.replica
+    if world % replica:
+        expected = f"a multiple of {replica} (tensor x pipeline x context)"
+        raise problem("number of processes", world, expected, f"start {max(1, world // replica) * replica}")
+    data = world // replica
+    if config.train.global_batch % data:
+        expected = f"a multiple of the {data} data-parallel replicas"
+        fix = f"train.global_batch={max(1, config.train.global_batch // data) * data}"
+        raise problem("train.global_batch", config.train.global_batch, expected, fix)
+    return data
+
+
+def largest_plan(tiling: TilingConfig, vision: VisionConfig) -> TilePlan:
+    """The tile plan with the most tiles."""
+    return TilePlan(tiling.max_tiles, 1, vision.tile_size)
+
+
+def max_stream_tokens(config: Config) -> int:
+    """Most tokens that one image takes in the text stream, its `<Image>` marks not counted."""
+    plan = largest_plan(config.tiling, config.vision)
+    tag = config.llm.tag_tokens if config.tiling.tag != "none" else 0
+    tiles = {"decoder": plan.num_tiles, "xattn": 0, "hybrid": 1}[config.arch.name]
+    tags = {"decoder": plan.num_tiles, "xattn": plan.num_tiles, "hybrid": 1}[config.arch.name]
+    return tiles * config.vision.tile_tokens + tags * tag
+
+
+def max_cross_tokens(config: Config) -> int:
+    """Most keys that one image adds to cross-attention."""
+    plan = largest_plan(config.tiling, config.vision)
+    tag = config.llm.tag_tokens if config.tiling.tag != "none" else 0
+    if config.arch.name == "decoder":
+        return 0
+    if config.arch.name == "xattn":
+        return plan.num_tiles * config.vision.tile_tokens
+    return plan.num_regular * (config.vision.tile_tokens + tag)
+
+
+def cross_layers(config: Config) -> tuple[int, ...]:
+    """1-based numbers of the layers that carry gated cross-attention (NVLM section 4.5: every k-th)."""
+    every = config.arch.cross_every
+    return tuple(range(every, config.llm.layers + 1, every)) if every else ()

@@ -1,0 +1,63 @@
+"""Parameters and memory by arithmetic, without building anything or importing torch."""
+
+from __future__ import annotations
+
+from nvlm.config import Config, LLMConfig, VisionConfig, cross_layers
+
+GPU_BYTES = 80 * 10**9
+
+
+def llm_parameters(llm: LLMConfig) -> int:
+    """Embedding, layers, final norm and output layer of the language model."""
+    q, kv = llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim
+    attention = llm.hidden * (q + 2 * kv) + q * llm.hidden + (q + 2 * kv if llm.qkv_bias else 0)
+    layer = attention + 3 * llm.hidden * llm.ffn + 2 * llm.hidden
+    return llm.vocab * llm.hidden * (1 if llm.tied else 2) + llm.layers * layer + llm.hidden
+
+
+def vision_parameters(vision: VisionConfig) -> int:
+    """InternViT with its embeddings."""
+    d, patches = vision.hidden, (vision.tile_size // vision.patch) ** 2
+    layer = 3 * d * d + 2 * d + d * d + d + 2 * d * vision.ffn + vision.ffn + d + 4 * d
+    return vision.layers * layer + 3 * vision.patch**2 * d + d + d + (patches + 1) * d
+
+
+def projector_parameters(config: Config) -> int:
+    """LayerNorm and one (X) or two (D, H) linears."""
+    width = config.vision.hidden * config.vision.downsample**2
+    if config.arch.name == "xattn":
+        return 2 * width + width * config.llm.hidden
+    return 2 * width + width * config.llm.ffn + config.llm.ffn * config.llm.hidden
+
+
+def cross_parameters(config: Config) -> int:
+    """All gated cross-attention layers: query norm, q, k, v, o, gate."""
+    llm = config.llm
+    q, kv = llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim
+    return len(cross_layers(config)) * (llm.hidden + llm.hidden * (2 * q + 2 * kv) + 1)
+
+
+def parameters(config: Config) -> dict[str, int]:
+    """Parameters by module group."""
+    return {
+        "vision": vision_parameters(config.vision),
+        "projector": projector_parameters(config),
+        "xattn": cross_parameters(config),
+        "llm": llm_parameters(config.llm),
+    }
+
+
+def gpus_needed(config: Config) -> int:
+    """Fewest GPUs of 80 GB, in whole replicas, that hold bf16 weights, fp32 gradients and sharded AdamW state.
+
+    The encoder stands whole on each GPU in bf16; a tenth of the memory is left for activations.
+    """
+    counts = parameters(config)
+    learning = sum(counts[group] for group in config.stage.trainable)
+    frozen = sum(counts[group] for group in ("projector", "xattn", "llm")) - learning
+    shards = config.parallel.tensor * config.parallel.pipeline
+    for replicas in range(1, 1025):
+        each = 2 * counts["vision"] + (2 * frozen + (6 + 12 / replicas) * learning) / shards
+        if each <= 0.9 * GPU_BYTES:
+            return replicas * config.parallel.replica
+    raise ValueError(f"parallel: {shards} shards cannot hold {learning:,} learning parameters at 80 GB. Fix: more shards")

@@ -1,0 +1,164 @@
+"""Record -> Sample: tile plans, tags as text, placeholder runs of exactly K per tile, labels, visibility numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nvlm.batch import ALL_TILES, IGNORE, IMAGE, PAD, BadRecord, Layout, LayoutRule, Piece, Record, Sample
+from nvlm.config import Config
+from nvlm.data import chat
+from nvlm.data.chat import Run
+from nvlm.data.sources import decode_image
+from nvlm.data.tokenizer import ChatTokenizer, load_tokenizer
+from nvlm.tiling import fit_max_tiles, tile_image, tile_tags
+from nvlm.tiling.grid import TilePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """Everything that turns a record into a sample. A value: loader workers receive a copy."""
+
+    layout: LayoutRule
+    tokenizer_path: str
+    tile_size: int  # px
+    tile_tokens: int
+    max_tiles: int
+    tag: str
+    thumbnail_tag: str
+    resize: str
+    seq_length: int
+    cross_length: int
+    system: str | None
+    max_pixels: int
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        """Loaded once a process."""
+        return load_tokenizer(self.tokenizer_path)
+
+    def tags(self, plan: TilePlan) -> list[tuple[int, ...]]:
+        """Token ids of the tag of each tile, thumbnail last; empty without tags."""
+        names = tile_tags(plan, self.tag, self.max_tiles, self.thumbnail_tag)
+        return [self.tokenizer.encode(name) for name in names]
+
+    def lay_out(self, plan: TilePlan) -> Layout:
+        """The architecture's layout of one image."""
+        return self.layout(plan, self.tags(plan))
+
+
+def build_encoder(config: Config, layout: LayoutRule, resize: str | None = None) -> Encoder:
+    """The encoder that `config` asks for, with `resize` in place of the configured one if given."""
+    return Encoder(
+        layout=layout,
+        tokenizer_path=config.llm.tokenizer or "",
+        tile_size=config.vision.tile_size,
+        tile_tokens=config.vision.tile_tokens,
+        max_tiles=config.tiling.max_tiles,
+        tag=config.tiling.tag,
+        thumbnail_tag=config.llm.thumbnail_tag,
+        resize=resize or config.tiling.resize,
+        seq_length=config.data.seq_length,
+        cross_length=config.data.cross_length,
+        system=config.data.system,
+        max_pixels=config.data.max_pixels,
+    )
+
+
+def encode(record: Record, encoder: Encoder, generate: bool = False) -> Sample:
+    """Encode a whole conversation for training, or its prompt with `generate`. Raises BadRecord."""
+    turns = chat.place_images(chat.texts(record.messages), len(record.images))
+    if generate:
+        runs = chat.prompt(turns, encoder.tokenizer, encoder.system)
+    else:
+        runs = chat.chatml(turns, encoder.tokenizer, encoder.system)
+        if not any(run.trained and run.ids for run in runs):
+            raise BadRecord("no assistant turn to learn from")
+    used = sum(run.image is not None for run in runs)
+    images = [decode_image(image, encoder.max_pixels) for image in record.images[:used]]
+    room = encoder.seq_length - sum(len(run.ids) for run in runs)
+    plans = _plan([image.size for image in images], room, encoder)
+    layouts = [encoder.lay_out(plan) for plan in plans]
+    tiled = [tile_image(i, max(p.num_regular, 1), encoder.resize, encoder.tile_size) for i, p in zip(images, plans)]
+    for result, plan in zip(tiled, plans):
+        assert result.plan == plan, "tile_image and plan_tiles disagree"
+    size = encoder.tile_size
+    pixels = torch.cat([t.pixels for t in tiled]) if tiled else torch.zeros(0, 3, size, size, dtype=torch.uint8)
+    first_tile = [sum(p.num_tiles for p in plans[:i]) for i in range(len(plans))]
+    return _assemble(record.id, runs, layouts, first_tile, pixels, encoder.tile_tokens)
+
+
+def _plan(sizes: Sequence[tuple[int, int]], room: int, encoder: Encoder) -> list[TilePlan]:
+    """Tile plans that fit the text stream, and then the cross-attended budget."""
+
+    def cost(pieces: Sequence[Piece]) -> int:
+        return sum(encoder.tile_tokens if piece.ids is None else len(piece.ids) for piece in pieces)
+
+    budgets = (
+        ("text stream", room, lambda plan: cost(encoder.lay_out(plan).stream)),
+        ("cross-attention", encoder.cross_length, lambda plan: cost(encoder.lay_out(plan).cross)),
+    )
+    if room < 0:
+        raise BadRecord(f"the text takes {encoder.seq_length - room} tokens, data.seq_length is {encoder.seq_length}")
+    max_tiles, plans = encoder.max_tiles, []
+    for name, tokens, tokens_of in budgets if sizes else ():
+        try:
+            plans = fit_max_tiles(sizes, tokens, tokens_of, max_tiles, encoder.tile_size)
+        except ValueError as error:
+            raise BadRecord(f"images do not fit the {name}: {error}") from None
+        max_tiles = max(1, *(plan.num_regular for plan in plans))
+    return list(plans)
+
+
+def _assemble(name: str, runs: Sequence[Run], layouts, first_tile, pixels, tile_tokens: int) -> Sample:
+    tokens: list[int] = []
+    trained: list[bool] = []
+    image_of: list[int] = []
+    tile_of: list[int] = []
+    stream_tiles: list[int] = []
+
+    def add(ids: Sequence[int], learns: bool, image: int, tile: int) -> None:
+        tokens.extend(ids)
+        trained.extend([learns] * len(ids))
+        image_of.extend([image] * len(ids))
+        tile_of.extend([tile] * len(ids))
+
+    latest = PAD
+    for run in runs:
+        if run.image is None:
+            add(run.ids, run.trained, latest, ALL_TILES)
+            continue
+        latest = run.image
+        for piece in layouts[run.image].stream:
+            if piece.ids is None:
+                stream_tiles.append(first_tile[run.image] + piece.tile)
+            ids = [IMAGE] * tile_tokens if piece.ids is None else piece.ids
+            add(ids, False, latest, piece.tile if piece.own_tile else ALL_TILES)
+
+    cross = [(image, piece) for image, lay in enumerate(layouts) for piece in lay.cross]
+    lengths = [tile_tokens if piece.ids is None else len(piece.ids) for _, piece in cross]
+    tags = {(image, piece.tile): piece.ids for image, piece in cross if piece.ids is not None}
+    cross_tokens = [i for _, piece in cross for i in (piece.ids if piece.ids is not None else [IMAGE] * tile_tokens)]
+    tiles = [(image, piece.tile) for image, piece in cross if piece.ids is None]
+    # The logits at t predict the token at t + 1, so a label stands one place before its token.
+    labels = [tokens[t] if trained[t] else IGNORE for t in range(1, len(tokens))] + [IGNORE]
+
+    def long(values) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.long)
+
+    return Sample(
+        id=name,
+        tokens=long(tokens),
+        labels=long(labels),
+        image=long(image_of),
+        tile=long(tile_of),
+        stream_tiles=long(stream_tiles),
+        cross_tokens=long(cross_tokens),
+        cross_image=long(i for (i, _), n in zip(cross, lengths) for _ in range(n)),
+        cross_tile=long(p.tile for (_, p), n in zip(cross, lengths) for _ in range(n)),
+        cross_tiles=long(first_tile[i] + t for i, t in tiles),
+        cross_tags=tuple(tags.get(key, ()) for key in tiles),
+        pixels=pixels,
+    )

@@ -1,0 +1,144 @@
+"""The built-in task: pages of handwritten digits (scikit-learn's 8x8 scans), with questions about them.
+
+A page is made for a grid of (cols, rows) tiles from 1:6 to 6:1, and one digit stands somewhere in every tile.
+On the thumbnail of such a page the digits are too small or too squeezed to read, so tiling decides the score.
+Training and held-out pages draw from disjoint pools of scans. Lengths are in pixels unless a name says cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TILE = 112  # the tile side for which pages are laid out, px
+CELLS = 4  # cells per tile side: one visual token covers one cell of 28 px
+GRIDS = tuple((c, r) for c in range(1, 7) for r in range(1, 7) if c * r <= 6)  # (cols, rows), 14 of them
+KINDS = ("tile", "row", "page", "count")
+VERSION = 1  # part of the datasets cache key: raise it when pages or questions change
+
+_SPLITS = {"train": 0, "heldout": 1}
+
+
+@cache
+def digit_pool(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scans [n, 8, 8] float32 in 0..1 (1 is ink) and their labels [n]; every fifth scan is held out."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    held_out = np.arange(len(digits.target)) % 5 == 0
+    chosen = held_out if _SPLITS[split] else ~held_out
+    return (digits.images[chosen] / 16).astype(np.float32), digits.target[chosen]
+
+
+@cache
+def _grain() -> np.ndarray:
+    """One sheet of paper grain [1024, 1024] float32, in grey levels; pages take windows of it."""
+    return np.random.default_rng(0).normal(0, 3, (1024, 1024)).astype(np.float32)
+
+
+def draw_digit(ink: np.ndarray, scan: np.ndarray, centre: tuple[float, float], size: tuple[float, float],
+               rng: np.random.Generator) -> None:
+    """Draw one scan onto ink [height, width] (0..1), smoothly enlarged, a little turned and slanted.
+
+    centre and size are (x, y) and (width, height) in px of the page.
+    """
+    left, top = (int(np.floor(c - s)) for c, s in zip(centre, size, strict=True))
+    width, height = (int(np.ceil(2 * s)) for s in size)
+    angle, slant = rng.normal(0, 0.07), rng.normal(0, 0.07)
+    per_px = 8 / size[0], 8 / size[1]
+    a, b = np.cos(angle) * per_px[0], (np.sin(angle) + slant) * per_px[0]
+    d, e = -np.sin(angle) * per_px[1], np.cos(angle) * per_px[1]
+    x, y = centre[0] - left, centre[1] - top
+    padded = Image.fromarray(np.pad(scan, 2))
+    middle = padded.width / 2
+    glyph = np.asarray(padded.transform(
+        (width, height), Image.Transform.AFFINE, (a, b, middle - a * x - b * y, d, e, middle - d * x - e * y),
+        Image.Resampling.BICUBIC))
+    x0, y0 = max(left, 0), max(top, 0)
+    window = ink[y0:max(top + height, 0), x0:max(left + width, 0)]
+    part = glyph[y0 - top:y0 - top + window.shape[0], x0 - left:x0 - left + window.shape[1]]
+    np.maximum(window, part, out=window)
+
+
+def on_paper(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
+    """Ink [height, width] (0..1) as an RGB image: dark ink of some colour on light, grainy paper."""
+    height, width = ink.shape
+    paper = rng.uniform(225, 250) - rng.uniform(0, 14, 3) * (0, 0.4, 1)
+    pen = rng.uniform(10, 70) + rng.uniform(0, 40, 3) * (0, 0.4, 1)
+    top, left = rng.integers(0, 1024 - height + 1), rng.integers(0, 1024 - width + 1)
+    light = _grain()[top:top + height, left:left + width, None]
+    amount = np.clip(ink * rng.uniform(1.0, 1.3), 0, 1)[..., None]
+    pixels = paper.astype(np.float32) + amount * (pen - paper).astype(np.float32) + light
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def draw_page(split: str, grid: tuple[int, int], rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
+    """A page for grid = (cols, rows) tiles and its digits [rows, cols].
+
+    The page's size is random: it is resized to (cols * TILE, rows * TILE) when it is tiled, and its aspect is
+    near enough to cols / rows for the tiling rule to choose that grid.
+    """
+    cols, rows = grid
+    scans, labels = digit_pool(split)
+    zoom = rng.uniform(0.8, 1.25) * np.exp(rng.uniform(-0.02, 0.02, 2))  # page px per tile px, (x, y)
+    if cols == rows:
+        zoom[:] = zoom[0]  # 1:1 and 2:2 tie for a square alone, and there the area decides
+    width, height = round(cols * TILE * zoom[0]), round(rows * TILE * zoom[1])
+    ink = np.zeros((height, width), np.float32)
+    # Few different digits on some pages, so that counting has more answers than 0 and 1.
+    palette = rng.permutation(10)[: rng.integers(2, 11)]
+    digits = rng.choice(palette, (rows, cols))
+    cell = TILE / CELLS
+    for row in range(rows):
+        line = rng.integers(CELLS)  # the digits of a row stand on one line
+        for col in range(cols):
+            at = np.array([col, row]) * TILE + (np.array([rng.integers(CELLS), line]) + 0.5) * cell
+            at = (at + rng.uniform(-2.5, 2.5, 2)) * zoom
+            size = rng.uniform(0.8, 1.0) * np.array([rng.uniform(0.85, 1), 1]) * cell * zoom
+            scan = scans[rng.choice(np.flatnonzero(labels == digits[row, col]))]
+            draw_digit(ink, scan, tuple(at), tuple(size), rng)
+    return on_paper(ink, rng), digits
+
+
+def ask(kind: str, digits: np.ndarray, rng: np.random.Generator) -> tuple[str, str]:
+    """One question of that kind about a page with these digits [rows, cols], and its answer."""
+    rows, cols = digits.shape
+    if kind == "tile":  # tiles are numbered from 1, row by row, as their tags are
+        tile = rng.integers(digits.size)
+        return f"What stands in <tile_{tile + 1}>?", str(digits.flat[tile])
+    if kind == "row":
+        row = rng.integers(rows)
+        return f"Read row {row + 1}.", "".join(map(str, digits[row]))
+    if kind == "page":
+        return "Read the page.", "".join(map(str, digits.flat))
+    present = rng.random() < 0.75
+    digit = rng.choice(np.unique(digits) if present else np.setdiff1d(np.arange(10), digits))
+    return f"How many times is there a {digit}?", str(np.count_nonzero(digits == digit))
+
+
+def make_page(split: str, seed: int, index: int, questions: int) -> dict[str, Any]:
+    """Record number index with a page (PIL image) and that many distinct questions, in random order."""
+    rng = np.random.default_rng([_SPLITS[split], seed, index])
+    page, digits = draw_page(split, GRIDS[rng.integers(len(GRIDS))], rng)
+    # A one-tile page has no numbered tag, so nothing is asked about its tile 1.
+    weights = np.array([0.4 * (digits.size > 1), 0.2, 0.2, 0.2])
+    turns: dict[str, tuple[str, str]] = {}  # question -> answer, kind
+    while len(turns) < questions:
+        kind = str(rng.choice(KINDS, p=weights / weights.sum()))
+        question, answer = ask(kind, digits, rng)
+        turns.setdefault(question, (answer, kind))
+    messages = [
+        {"role": role, "content": content}
+        for question, (answer, _) in turns.items()
+        for role, content in (("user", question), ("assistant", answer))
+    ]
+    messages[0]["content"] = "<image>\n" + messages[0]["content"]
+    return {"id": f"{split}-{seed}-{index}", "messages": messages, "images": [page],
+            "kinds": [kind for _, kind in turns.values()]}

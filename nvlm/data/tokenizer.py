@@ -1,0 +1,51 @@
+"""A Hugging Face `tokenizer.json`, read by the tokenizers library, with the ids that ChatML needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from nvlm.config import problem
+
+TINY = Path(__file__).parent / "tiny_tokenizer" / "tokenizer.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTokenizer:
+    """Text to ids and back. Text never yields a special token: `<|im_end|>` in a user's words stays words."""
+
+    tokenizer: Tokenizer
+    im_start: int
+    im_end: int
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of plain text, no special tokens added."""
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids) if text else ()
+
+    def decode(self, ids) -> str:
+        """Text of `ids`, special tokens left out."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    @property
+    def vocab(self) -> int:
+        """Number of ids, added tokens included."""
+        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(where: str) -> ChatTokenizer:
+    """Read `where`: a folder with tokenizer.json, such a file, or "tiny" for the one in this package."""
+    path = TINY if where == "tiny" else Path(where)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise problem("llm.tokenizer", repr(where), "a folder with tokenizer.json", "llm.tokenizer=DIR")
+    tokenizer = Tokenizer.from_file(str(path))
+    marks = {name: tokenizer.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>")}
+    for name, number in marks.items():
+        if number is None:
+            raise problem(f"llm.tokenizer={where}", f"no token {name}", "a ChatML tokenizer", "use a chat model's")
+    tokenizer.encode_special_tokens = True
+    return ChatTokenizer(tokenizer, marks["<|im_start|>"], marks["<|im_end|>"])

@@ -1,0 +1,107 @@
+"""The one place that knows CPU from CUDA.
+
+Megatron-Core is written for CUDA: it asks torch.cuda for the current device, allocates on "cuda", and tells
+optimizer parameters apart by the type name "torch.cuda.FloatTensor". Where there is no GPU, `prepare()` lets the
+CPU answer those questions, so that the very same Megatron classes run on gloo. With a GPU it changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CUDA_TYPES = {torch.float32: "FloatTensor", torch.bfloat16: "BFloat16Tensor", torch.float16: "HalfTensor"}
+
+
+def has_cuda() -> bool:
+    """True when a CUDA device is usable."""
+    return torch.cuda.is_available()
+
+
+def backend() -> str:
+    """The torch.distributed backend of this machine."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def device() -> torch.device:
+    """The device that this process computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def prepare(local_rank: int = 0, threads: int | None = None) -> torch.device:
+    """Make this process ready for Megatron-Core and return its device. Idempotent.
+
+    `threads`: intra-op CPU threads, None for torch's default (all cores).
+    """
+    if has_cuda():
+        torch.cuda.set_device(local_rank)
+        return device()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if not _CpuAnswersForCuda.active:
+        _install()
+    return device()
+
+
+class _CpuAnswersForCuda(TorchFunctionMode):
+    """Turns "cuda" into "cpu" in torch calls, and reports CPU tensors by the type names Megatron compares with."""
+
+    active = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            name = _CUDA_TYPES.get(args[0].dtype)
+            return f"torch.cuda.{name}" if name else func(*args)
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if kwargs:
+            if kwargs.get("device") == "cuda":
+                kwargs["device"] = "cpu"
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
+        return func(*args, **kwargs)
+
+
+class _Nothing:
+    """Stands in for CUDA streams and events: accepts every call, orders nothing, since CPU work is synchronous."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        pass
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+def _install() -> None:
+    # Imported only now: has_cuda() must be answerable without Megatron's five seconds of imports.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron's jitted fusions would compile for minutes on CPU.
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    cuda, cpu = torch.cuda, torch.device("cpu")
+
+    def nothing(*args, **kwargs):
+        return None
+
+    # A device, not an int: it is right in `device=torch.cuda.current_device()` and in `.to(...)` alike.
+    cuda.current_device = lambda: cpu
+    cuda.get_rng_state = lambda *args: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
+    cuda.manual_seed = cuda.manual_seed_all = torch.default_generator.manual_seed  # torch.manual_seed calls these
+    for name in ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats"):
+        setattr(cuda, name, nothing)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        setattr(cuda, name, lambda *args: 0)
+    cuda.current_stream = cuda.default_stream = cuda.Stream = cuda.Event = _Nothing
+    cuda.stream = lambda *args: contextlib.nullcontext()
+    torch.nn.Module.cuda = lambda module, *args: module
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # Megatron warns when the CPU generator moves inside a "GPU" generator's context: here they are one and the same.
+    logging.getLogger(megatron_random.__name__).addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
+    _CpuAnswersForCuda().__enter__()
+    _CpuAnswersForCuda.active = True

@@ -1,0 +1,86 @@
+"""Builds any configuration on the meta device and prints what it is made of: no memory, no data, no weights."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from nvlm import parallel, registry
+from nvlm.config import Config, cross_layers
+from nvlm.tiling.grid import TilePlan
+
+
+def dry_run(config: Config) -> None:
+    """Print parameters by module group, tokens per image, layers with cross-attention, and the layout."""
+    console = Console(width=100)
+    console.print(f"[bold]{config.name}[/]  {config.arch.name}, {config.llm.name}, {config.vision.name}")
+    console.print(_parameters(config))
+    console.print(_tokens(config))
+    layers = cross_layers(config)
+    console.print(f"gated cross-attention: {f'{len(layers)} layers: ' + ', '.join(map(str, layers)) if layers else 'none'}")
+    p = config.parallel
+    console.print(
+        f"layout: tensor {p.tensor} x pipeline {p.pipeline} x context {p.context} = {p.replica} processes a replica; "
+        f"text stream {config.data.seq_length} tokens, cross-attended {config.data.cross_length}"
+    )
+
+
+def _parameters(config: Config) -> Table:
+    from nvlm.arch.base import VisionLanguageModel
+    from nvlm.train.optim import count_groups, freeze
+    from nvlm.vision.encoder import InternViT
+    from nvlm.vision.path import solo_groups
+
+    one = dataclasses.replace(
+        config.parallel, tensor=1, pipeline=1, virtual=1, context=1, sequence=False, distributed_optimizer=False
+    )
+    whole = dataclasses.replace(config, parallel=one)
+    with parallel.distributed(one, config.seed), torch.device("meta"):
+        model = VisionLanguageModel(whole, registry.build_architecture(whole))
+        encoder = InternViT(whole, solo_groups()).requires_grad_(False)
+        freeze(model, config.stage)
+        counts = count_groups(model, encoder)
+    table = Table(title=f"parameters, stage {config.stage.name}", title_justify="left")
+    table.add_column("module group")
+    table.add_column("parameters", justify="right")
+    table.add_column("in training")
+    for count in counts:
+        learns = "-" if not count.parameters else "trainable" if count.learns else "frozen"
+        table.add_row(count.name, f"{count.parameters:,}", learns)
+    table.add_section()
+    learning = sum(count.parameters for count in counts if count.learns)
+    table.add_row("total", f"{sum(count.parameters for count in counts):,}", f"{learning:,} trainable")
+    return table
+
+
+def _tokens(config: Config) -> Table:
+    tag_style, per_tile = config.tiling.tag, config.vision.tile_tokens
+    rule = registry.layout_rule(config.arch.name)
+    table = Table(title=f"tokens per image, {per_tile} a tile, tags: {tag_style}", title_justify="left")
+    for heading in ("tiles", "text stream", "cross-attended", "encoder"):
+        table.add_column(heading, justify="right")
+    for tiles in range(1, config.tiling.max_tiles + 1):
+        plan = TilePlan(tiles, 1, config.vision.tile_size)
+        layout = rule(plan, _tags(config, plan))
+        stream, cross = (
+            sum(per_tile if piece.ids is None else len(piece.ids) for piece in pieces)
+            for pieces in (layout.stream, layout.cross)
+        )
+        name = "1" if tiles == 1 else f"{tiles} + thumbnail"
+        table.add_row(name, f"{stream:,}", f"{cross:,}", f"{plan.num_tiles} x {(plan.tile_size // config.vision.patch) ** 2}")
+    if tag_style not in ("none", "1d") and config.llm.tokenizer is None:
+        table.caption = f"tags counted as 1-D ones ({config.llm.tag_tokens} tokens): llm.tokenizer=DIR counts them exactly"
+    return table
+
+
+def _tags(config: Config, plan: TilePlan) -> list[tuple[int, ...]]:
+    """Token ids of the tags, or stand-ins of the preset's length where no tokenizer is at hand."""
+    if config.llm.tokenizer is not None:
+        from nvlm.data.encode import build_encoder
+
+        return build_encoder(config, registry.layout_rule(config.arch.name)).tags(plan)
+    length = config.llm.tag_tokens if config.tiling.tag != "none" else 0
+    return [(0,) * length] * plan.num_tiles

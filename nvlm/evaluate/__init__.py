@@ -1,0 +1,1 @@
+"""Greedy answers on held-out records, exact match, the report page."""

@@ -1,0 +1,110 @@
+"""The language model's Megatron configuration and layer specs."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.utils import init_method_normal
+
+from nvlm import device
+from nvlm.config import Config, cross_layers
+from nvlm.llm.attention import CoreAttention
+from nvlm.llm.norm import RMSNorm
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def base_config(config: Config, **shape) -> TransformerConfig:
+    """What every Megatron module of the project shares; `shape` says the rest."""
+    dtype = DTYPES[config.precision]
+    return TransformerConfig(
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=not device.has_cuda(),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        **shape,
+    )
+
+
+def llm_config(config: Config) -> TransformerConfig:
+    """The TransformerConfig of the language model under `config`'s layout."""
+    llm, p = config.llm, config.parallel
+    return base_config(
+        config,
+        num_layers=llm.layers,
+        hidden_size=llm.hidden,
+        num_attention_heads=llm.heads,
+        num_query_groups=llm.kv_heads,
+        kv_channels=llm.head_dim,
+        ffn_hidden_size=llm.ffn,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=llm.norm_eps,
+        add_bias_linear=False,
+        add_qkv_bias=llm.qkv_bias,
+        init_method_std=llm.init_std,
+        embedding_init_method=init_method_normal(llm.embedding_std),
+        tensor_model_parallel_size=p.tensor,
+        pipeline_model_parallel_size=p.pipeline,
+        virtual_pipeline_model_parallel_size=p.virtual if p.virtual > 1 else None,
+        context_parallel_size=p.context,
+        sequence_parallel=p.sequence,
+        # Rows have any length; Megatron ties that switch to a dispatcher name although there are no experts here.
+        variable_seq_lengths=p.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",
+        calculate_per_token_loss=True,
+        recompute_granularity="full" if config.train.recompute == "full" else None,
+        recompute_method="uniform" if config.train.recompute == "full" else None,
+        recompute_num_layers=1 if config.train.recompute == "full" else None,
+        hetereogenous_dist_checkpoint=True,  # layers with and without cross-attention
+    )
+
+
+def layer_spec(cross_attention: ModuleSpec | None = None) -> ModuleSpec:
+    """One decoder layer; `cross_attention` stands between self-attention and the MLP, behind its own norm."""
+    cross = {}
+    if cross_attention is not None:
+        cross = dict(
+            pre_cross_attn_layernorm=RMSNorm, cross_attention=cross_attention, cross_attn_bda=get_bias_dropout_add
+        )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.arbitrary},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp_bda=get_bias_dropout_add,
+            **cross,
+        ),
+    )
+
+
+def block_submodules(config: Config, layers: range, cross_attention: ModuleSpec | None) -> TransformerBlockSubmodules:
+    """Specs of the layers `layers` (0-based) that this pipeline stage holds, and the final norm."""
+    carriers = cross_layers(config)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(cross_attention if number + 1 in carriers else None) for number in layers],
+        layer_norm=RMSNorm,
+    )

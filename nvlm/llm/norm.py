@@ -1,0 +1,42 @@
+"""Norms for layer specs. Megatron's own torch norm refuses sequence parallelism; these mark their weights for it."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch import nn
+
+
+def _mark(module: nn.Module, config: TransformerConfig) -> None:
+    # Under sequence parallelism each rank sees a part of the sequence: Megatron sums the gradients of marked weights.
+    for parameter in module.parameters():
+        parameter.sequence_parallel = config.sequence_parallel
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm over the last dimension (Megatron's layer-norm builder signature)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_) -> None:
+        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+        _mark(self, config)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last dimension (Megatron's layer-norm builder signature)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_) -> None:
+        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+        _mark(self, config)
+
+
+class FullWidthRMSNorm(nn.Module):
+    """RMSNorm over all heads together, not head by head (InternViT's QK-norm). Input and output [..., N, D]."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(config.num_attention_heads * hidden_size, dtype=config.params_dtype))
+
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        flat = x_ND.flatten(-2)
+        return nn.functional.rms_norm(flat, (flat.shape[-1],), self.weight, self.eps).view_as(x_ND)

@@ -1,0 +1,91 @@
+"""Process groups and seeds: from the launcher's environment to Megatron's groups and back to nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from nvlm import device
+from nvlm.config import ParallelConfig
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def distributed(parallel: ParallelConfig, seed: int, threads: int | None = None):
+    """Process groups for `parallel` over the launcher's RANK and WORLD_SIZE (one process without them).
+
+    Yields the device. Everything is torn down on exit, also when the body raises.
+    """
+    here = device.prepare(int(os.environ.get("LOCAL_RANK", 0)), threads)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(free_port())
+    dist.init_process_group(
+        device.backend(),
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        timeout=timedelta(minutes=parallel.timeout_minutes),
+    )
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+            context_parallel_size=parallel.context,
+            create_gloo_process_groups=False,
+        )
+        torch.manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        yield here
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def data_rank() -> tuple[int, int]:
+    """This process's data-parallel rank and the data-parallel size."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
+def is_first_rank() -> bool:
+    """True on the one process that writes files and prints."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def is_replica_writer() -> bool:
+    """True on one process of each data-parallel replica: the one that tells what its loader saw."""
+    return (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
+        and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    )
+
+
+def sum_over_data(values: torch.Tensor) -> torch.Tensor:
+    """Sum of `values` over the data-parallel replicas."""
+    dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+    return values
+
+
+def world_size() -> int:
+    """Processes of the whole run."""
+    return dist.get_world_size()
+
+
+def gather_over_data(rows: list) -> list:
+    """The rows of all data-parallel replicas, on each of them."""
+    parts: list[list] = [[] for _ in range(parallel_state.get_data_parallel_world_size())]
+    dist.all_gather_object(parts, rows, group=parallel_state.get_data_parallel_group())
+    return [row for part in parts for row in part]

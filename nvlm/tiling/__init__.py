@@ -1,0 +1,41 @@
+"""Dynamic high resolution tiling: which grid an image gets, its tags, its pixels and its token counts.
+
+grid, tags and budget are plain Python, so a config can be checked without loading torch; the names that
+need torch live in pixels and are loaded on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nvlm.tiling.budget import tokens_per_tile
+from nvlm.tiling.grid import TilePlan, choose_grid, fit_max_tiles, plan_tiles, ratios
+from nvlm.tiling.tags import TAG_STYLES, tile_tags
+
+if TYPE_CHECKING:
+    from nvlm.tiling.pixels import TiledImage, normalize, tile_image
+
+__all__ = [
+    "TAG_STYLES",
+    "TilePlan",
+    "TiledImage",
+    "choose_grid",
+    "fit_max_tiles",
+    "normalize",
+    "plan_tiles",
+    "ratios",
+    "tile_image",
+    "tile_tags",
+    "tokens_per_tile",
+]
+
+_NEEDS_TORCH = ("TiledImage", "normalize", "tile_image")
+
+
+def __getattr__(name: str) -> Any:
+    """Load a torch-backed name from pixels when it is first asked for (PEP 562)."""
+    if name not in _NEEDS_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nvlm.tiling import pixels
+
+    return getattr(pixels, name)

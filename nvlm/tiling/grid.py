@@ -1,0 +1,114 @@
+"""Which tile grid an image gets, from its size alone: integers in, integers out, no pixels and no torch.
+
+A grid is (cols, rows). The tiles of an image are its regular tiles row-major, then a thumbnail of the
+whole image; an image with a 1x1 grid has the thumbnail alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+# Where several images overflow a sample, the limit on tiles per image steps down these values.
+_LADDER = (12, 8, 6, 4, 2, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class TilePlan:
+    """The grid of one image: cols x rows tiles, each tile_size x tile_size px."""
+
+    cols: int
+    rows: int
+    tile_size: int = 448
+
+    @property
+    def num_regular(self) -> int:
+        """Tiles cut out of the image, without the thumbnail: 0 for a 1x1 grid."""
+        return 0 if self.cols == self.rows == 1 else self.cols * self.rows
+
+    @property
+    def num_tiles(self) -> int:
+        """All tiles, the thumbnail included; the thumbnail is the last."""
+        return self.num_regular + 1
+
+    @property
+    def width(self) -> int:
+        """Width in px of the resized image."""
+        return self.cols * self.tile_size
+
+    @property
+    def height(self) -> int:
+        """Height in px of the resized image."""
+        return self.rows * self.tile_size
+
+    def boxes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Crop boxes (left, top, right, bottom) of the regular tiles, px of the resized image, row-major."""
+        size = self.tile_size
+        corners = (((k % self.cols) * size, (k // self.cols) * size) for k in range(self.num_regular))
+        return tuple((x, y, x + size, y + size) for x, y in corners)
+
+
+@cache
+def ratios(max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """Every grid (cols, rows) of at most max_tiles tiles, fewest tiles first (NVLM section 4.1)."""
+    _require_positive(max_tiles=max_tiles)
+    grids = ((i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles // i + 1))
+    # Only the order by tile count matters to choose_grid: up to 64 tiles, no two grids with the same count
+    # are neighbours in aspect, so they never tie for the best. The order by cols makes this one definite.
+    return tuple(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0])))
+
+
+def choose_grid(width: int, height: int, max_tiles: int = 6, tile_size: int = 448) -> tuple[int, int]:
+    """Grid (cols, rows) nearest in aspect to a width x height px image (NVLM section 4.1).
+
+    On an exact tie the grid with more tiles wins if the image has more than half its pixels.
+    Raises ValueError unless every argument is positive.
+    """
+    _require_positive(width=width, height=height, max_tiles=max_tiles, tile_size=tile_size)
+    aspect = width / height
+    best, best_gap = (1, 1), float("inf")
+    # Ties are ties of floats, as in the published code: exact fractions would choose other grids.
+    for cols, rows in ratios(max_tiles):
+        gap = abs(aspect - cols / rows)
+        tie_won = gap == best_gap and width * height > 0.5 * tile_size * tile_size * cols * rows
+        if gap < best_gap or tie_won:
+            best, best_gap = (cols, rows), gap
+    return best
+
+
+def plan_tiles(width: int, height: int, max_tiles: int = 6, tile_size: int = 448) -> TilePlan:
+    """Tile plan of a width x height px image; ValueError unless every argument is positive."""
+    return TilePlan(*choose_grid(width, height, max_tiles, tile_size), tile_size)
+
+
+def fit_max_tiles(
+    sizes: Sequence[tuple[int, int]],
+    room: int,
+    tokens_of: Callable[[TilePlan], int],
+    max_tiles: int = 6,
+    tile_size: int = 448,
+) -> tuple[TilePlan, ...]:
+    """Plans for the images of one sample whose token counts sum to at most room.
+
+    sizes are (width, height) in px, tokens_of gives the tokens of one plan. The same limit on tiles holds
+    for every image of the sample: max_tiles first, then the values of 12, 8, 6, 4, 2, 1 below it, until the
+    images fit. Raises ValueError with both counts when they don't fit even with one tile each.
+    """
+    _require_positive(max_tiles=max_tiles)
+    needed = 0
+    for limit in (max_tiles, *(step for step in _LADDER if step < max_tiles)):
+        plans = tuple(plan_tiles(width, height, limit, tile_size) for width, height in sizes)
+        needed = sum(tokens_of(plan) for plan in plans)
+        if needed <= room:
+            return plans
+    raise ValueError(
+        f"image tokens, got {len(sizes)} images that need {needed} tokens with one tile each, "
+        f"expected at most {room} available, fix: raise the sequence length, or drop images or text"
+    )
+
+
+def _require_positive(**values: int) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name}, got {value}, expected a positive number, fix: raise {name}")

@@ -1,0 +1,146 @@
+"""An image as uint8 tiles, and the normalisation that the encoder applies to them.
+
+Loaders emit uint8, a quarter of the float32 bytes; `normalize` runs where the encoder runs.
+Shape legend: T tiles, thumbnail last; 3 channels RGB; tile_size px per side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from nvlm.tiling.grid import TilePlan, plan_tiles
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Since 13 Pillow resizes vertically first where the height shrinks by more than twice what the width does
+# (Pillow pull request 9549), as in the thumbnail of a portrait photograph.
+_PILLOW_ORDERS_PASSES = int(PIL.__version__.split(".")[0]) >= 13
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TiledImage:
+    """One image cut into tiles: pixels is uint8 [T, 3, tile_size, tile_size] with T = plan.num_tiles."""
+
+    plan: TilePlan
+    pixels: torch.Tensor
+
+
+def tile_image(
+    image: Image.Image, max_tiles: int = 6, resize: str = "exact", tile_size: int = 448
+) -> TiledImage:
+    """Resize an image to its grid, cut it into tiles and append the thumbnail (NVLM section 4.1).
+
+    resize "exact" is the bicubic filter of the Pillow that is installed, byte for byte what the published
+    preprocessing computes with it. "fast" is torch's antialiased bicubic on uint8: several times quicker, and
+    one or two levels away in under 1% of the values. Pillow 13 changed its results where an image shrinks far
+    more in height than in width, so machines agree on the pixels only if all are before or all after it.
+
+    Any Pillow mode is converted to RGB first. Alpha is dropped, not blended, as the published code does.
+    Greyscale of 16 or 32 bits is scaled so that white is 255 or 65535 (for floats also 1), the first of them
+    that holds the brightest value, else that value itself; negative, infinite and NaN values are black. An
+    EXIF orientation is not applied, as in the published code, so that a plan made from the size in the file's
+    header is the plan of the pixels.
+
+    Raises ValueError for an unknown resize, non-positive max_tiles or tile_size, and an image without pixels.
+    """
+    if resize not in _RESIZERS:
+        raise ValueError(f"resize, got {resize!r}, expected one of {', '.join(_RESIZERS)}, fix: use one")
+    plan = plan_tiles(*image.size, max_tiles, tile_size)
+    grid_size, thumbnail_size = (plan.width, plan.height), (tile_size, tile_size)
+    sizes = [grid_size, thumbnail_size] if plan.num_regular else [thumbnail_size]
+    *grid, thumbnail = _RESIZERS[resize](to_rgb(image), sizes)
+
+    pixels = torch.empty((plan.num_tiles, 3, tile_size, tile_size), dtype=torch.uint8)
+    pixels[-1] = thumbnail
+    if grid:
+        cells = grid[0].unflatten(1, (plan.rows, tile_size)).unflatten(3, (plan.cols, tile_size))
+        pixels[:-1].unflatten(0, (plan.rows, plan.cols)).copy_(cells.permute(1, 3, 0, 2, 4))
+    return TiledImage(plan, pixels)
+
+
+def normalize(pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """uint8 [..., 3, h, w] to ImageNet-normalised dtype, bit-equal in float32 to torchvision's transforms.
+
+    Computed in float32 and rounded to dtype once. Raises ValueError for other shapes or dtypes.
+    """
+    if pixels.dtype != torch.uint8 or pixels.ndim < 3 or pixels.shape[-3] != 3:
+        raise ValueError(
+            f"pixels to normalise, got {pixels.dtype} {tuple(pixels.shape)}, expected uint8 [..., 3, h, w], "
+            "fix: pass the pixels of a TiledImage"
+        )
+    # On CUDA torch divides by a Python number through its reciprocal, one bit off; by a tensor it divides.
+    white = torch.full((), 255.0, device=pixels.device)
+    mean, std = (
+        torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    # In place: the tiles of a whole window are a gigabyte in float32, and one copy is enough.
+    return pixels.to(torch.float32).div_(white).sub_(mean).div_(std).to(dtype)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as 8-bit RGB, by the rules that tile_image states."""
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _wide_to_8bit(image).convert("RGB")
+    if "transparency" in image.info:
+        # Pillow translates the transparent colour as well, and fails on values that odd files hold.
+        image = image.copy()
+        del image.info["transparency"]
+    if image.mode == "La":
+        image = image.convert("LA")  # premultiplied grey has no direct way to RGB
+    return image.convert("RGB")
+
+
+def _wide_to_8bit(image: Image.Image) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image).astype(np.float32), nan=0, posinf=0, neginf=0)
+    brightest = float(values.max())
+    levels = (1, 255, 65535) if image.mode == "F" else (255, 65535)
+    white = next((level for level in levels if brightest <= level), brightest)
+    if white == 255:
+        # Already on the 8-bit scale: drop fractions, as Pillow's own conversion does.
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    return Image.fromarray((values.clip(0, white) / white * 255 + 0.5).astype(np.uint8))
+
+
+def _resize_exact(rgb: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """Each (width, height) px as uint8 [3, height, width], by Pillow."""
+    return [_to_tensor(rgb.resize(size, Image.Resampling.BICUBIC)) for size in sizes]
+
+
+def _resize_fast(rgb: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """Each (width, height) px as uint8 [3, height, width], by torch."""
+    source = _to_tensor(rgb)
+    return [_bicubic(_order_passes(source, *size), *size) for size in sizes]
+
+
+def _order_passes(source: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """Do the vertical pass where Pillow does that first; torch always begins with the horizontal one."""
+    # Values are rounded and clipped to bytes between the passes, so the order shows: up to 16 levels in a
+    # quarter of the values on photographs.
+    old_height, old_width = source.shape[1:]
+    shrinks_in_height = old_height - height > max(0, 2 * (old_width - width))
+    if _PILLOW_ORDERS_PASSES and shrinks_in_height:
+        return _bicubic(source, old_width, height)
+    return source
+
+
+def _bicubic(source: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    return transforms.resize(source, [height, width], InterpolationMode.BICUBIC, antialias=True)
+
+
+def _to_tensor(rgb: Image.Image) -> torch.Tensor:
+    """uint8 [3, h, w] over Pillow's interleaved memory, the layout for which torch's resize is vectorised."""
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+
+
+_RESIZERS = {"exact": _resize_exact, "fast": _resize_fast}

@@ -1,0 +1,68 @@
+"""The text that stands before each tile and tells the language model where it lies (NVLM section 4.2).
+
+Tags are ordinary text for the language model's own tokenizer; nothing here knows a tokenizer.
+"""
+
+from __future__ import annotations
+
+from nvlm.tiling.grid import TilePlan
+
+TAG_STYLES = ("none", "1d", "2d_grid", "2d_bbox")
+
+# Bounding boxes elsewhere in the training data are integers below 1000, so tile boxes use the same scale.
+_BOX_MAX = 999
+
+
+def tile_tags(
+    plan: TilePlan, style: str, max_tiles: int = 6, thumbnail: str = "<tile_global_thumbnail>"
+) -> tuple[str, ...]:
+    """One tag per tile of plan, thumbnail last; a 1x1 plan has the thumbnail's tag alone.
+
+    none: empty strings.
+    1d: <tile_1>, <tile_2>, ... padded with zeros to the digits of max_tiles, so that with usual tokenizers
+        all tags of a run have the same length.
+    2d_grid: <tile_x0_y0>, ... with x the column and y the row.
+    2d_bbox: <box> (x0, y0), (x1, y1) </box>, left-top and right-bottom corner of the tile in the whole image,
+        where 0 is its left or top edge and 999 its right or bottom edge: edge e of n is 999 * e / n to the
+        nearest integer, halves up. Neighbours share an edge. The thumbnail is the box of the whole image, and
+        `thumbnail` is not used. These tags differ in token length.
+
+    Raises ValueError for an unknown style, and for 1d when plan has more tiles than max_tiles.
+    """
+    if style not in TAG_STYLES:
+        raise ValueError(
+            f"tile tag style, got {style!r}, expected one of {', '.join(TAG_STYLES)}, fix: use one of them"
+        )
+    if style == "none":
+        return ("",) * plan.num_tiles
+    if style == "1d":
+        return (*_numbered(plan, max_tiles), thumbnail)
+    if style == "2d_grid":
+        return (*(f"<tile_x{col}_y{row}>" for col, row in _cells(plan)), thumbnail)
+    whole_image = _box(plan, 0, 0, plan.cols, plan.rows)
+    return (*(_box(plan, col, row, 1, 1) for col, row in _cells(plan)), whole_image)
+
+
+def _numbered(plan: TilePlan, max_tiles: int) -> tuple[str, ...]:
+    if plan.num_regular > max_tiles:
+        raise ValueError(
+            f"tiles to tag, got {plan.num_regular}, expected at most max_tiles = {max_tiles}, "
+            "fix: hand in the max_tiles that made the plan"
+        )
+    digits = len(str(max_tiles))
+    return tuple(f"<tile_{k:0{digits}d}>" for k in range(1, plan.num_regular + 1))
+
+
+def _cells(plan: TilePlan) -> tuple[tuple[int, int], ...]:
+    return tuple((k % plan.cols, k // plan.cols) for k in range(plan.num_regular))
+
+
+def _box(plan: TilePlan, col: int, row: int, cols: int, rows: int) -> str:
+    """Box of the cells that start at (col, row) and span cols x rows."""
+    left, right = _edge(col, plan.cols), _edge(col + cols, plan.cols)
+    top, bottom = _edge(row, plan.rows), _edge(row + rows, plan.rows)
+    return f"<box> ({left}, {top}), ({right}, {bottom}) </box>"
+
+
+def _edge(index: int, count: int) -> int:
+    return (2 * _BOX_MAX * index + count) // (2 * count)  # nearest integer, halves up, without floats

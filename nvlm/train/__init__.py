@@ -1,0 +1,1 @@
+"""Optimizer, loop, checkpoints, metrics."""

@@ -1,0 +1,87 @@
+"""The training loop, from a validated configuration to a trained run folder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from nvlm import parallel, registry
+from nvlm.arch.base import VisionLanguageModel
+from nvlm.config import Config, check_world, problem
+from nvlm.data.encode import build_encoder
+from nvlm.data.loader import Steps, load_steps
+from nvlm.data.sources import build_records
+from nvlm.data.tokenizer import load_tokenizer
+from nvlm.evaluate.heldout import evaluate
+from nvlm.train import checkpoint
+from nvlm.train.metrics import Metrics, append_skipped, print_groups
+from nvlm.train.optim import build_optimizer, count_groups, freeze, wrap
+from nvlm.train.step import Trainer, train_step
+from nvlm.vision.path import build_vision
+
+
+def run(config: Config, run_dir: Path, started: float) -> None:
+    """Train, then evaluate. `started`: time.time() at launch, for the closing line."""
+    with parallel.distributed(config.parallel, config.seed, config.train.threads) as device:
+        check_world(config, parallel.world_size())
+        steps = build_steps(config)
+        trainer = build_trainer(config, device)
+        first = resume(trainer, config, run_dir)
+        if parallel.is_first_rank():
+            print_groups(count_groups(trainer.model.module, trainer.vision.encoder), config.stage.name, config.optim.lr)
+        train(trainer, config, steps, first, run_dir)
+        if config.evaluate.questions:
+            result = evaluate(trainer.model.module, trainer.vision, config, run_dir, device)
+            if parallel.is_first_rank():
+                print(f"heldout exact_match={result.exact_match:.2f} seconds={time.time() - started:.0f}", flush=True)
+
+
+def train(trainer: Trainer, config: Config, steps: Steps, first: int, run_dir: Path) -> None:
+    """The loop."""
+    with Metrics(config, run_dir, first, active=parallel.is_first_rank()) as metrics:
+        for step, data in enumerate(load_steps(steps, first, config.data.workers), start=first + 1):
+            if parallel.is_replica_writer():
+                append_skipped(run_dir, data.skipped)
+            metrics.record(train_step(trainer, data))
+            if step % config.train.save_every == 0 or step == config.train.steps:
+                checkpoint.save(trainer, step, run_dir, config.train.keep)
+
+
+def resume(trainer: Trainer, config: Config, run_dir: Path) -> int:
+    """Steps already done: 0, or what the newest checkpoint holds with resume=auto."""
+    folder = checkpoint.latest(run_dir)
+    if folder is None:
+        return 0
+    if config.resume == "never":
+        fix = "resume=auto goes on with it, name=OTHER starts another, deleting the folder starts anew"
+        raise problem(f"run folder {run_dir}", f"a run up to {folder.name}", "none with resume=never", fix)
+    return checkpoint.load(trainer, folder)
+
+
+def build_steps(config: Config) -> Steps:
+    """The training data of this process."""
+    vocab = load_tokenizer(config.llm.tokenizer or "").vocab
+    if vocab > config.llm.vocab:
+        raise problem("llm.vocab", config.llm.vocab, f"at least the tokenizer's {vocab}", f"llm.vocab={vocab}")
+    rank, size = parallel.data_rank()
+    return Steps(
+        records=build_records(config.data, config.seed),
+        encoder=build_encoder(config, registry.layout_rule(config.arch.name)),
+        seed=config.seed,
+        steps=config.train.steps,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        data_rank=rank,
+        data_size=size,
+        multiple=8 * config.parallel.tensor,
+    )
+
+
+def build_trainer(config: Config, device) -> Trainer:
+    """Model, encoder and optimizer on `device`."""
+    vision = build_vision(config, device)
+    model = VisionLanguageModel(config, registry.build_architecture(config)).to(device)
+    freeze(model, config.stage)
+    wrapped = wrap(model, config)
+    optimizer, schedule = build_optimizer(wrapped, config)
+    return Trainer(wrapped, vision, optimizer, schedule, device)

@@ -1,0 +1,106 @@
+"""What a run tells: progress bar, metrics.jsonl, TensorBoard, skipped.jsonl. Written by the first process alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from nvlm.config import Config, ConfigError
+from nvlm.train.optim import GroupCount
+from nvlm.train.step import StepResult
+
+_MIN_RECORDS = 1000  # the share of bad records is judged against at least this many
+
+
+class Metrics:
+    """Context manager around a training loop. With `active` False it only counts."""
+
+    def __init__(self, config: Config, run_dir: Path, first_step: int, active: bool) -> None:
+        self.config, self.active, self.first = config, active, first_step
+        self.run_dir, self.step = run_dir, first_step
+        self.records = self.skipped = 0
+        self.clock = time.perf_counter()
+
+    def __enter__(self) -> Metrics:
+        if self.active:
+            self.console = Console()
+            self.file = open(self.run_dir / "metrics.jsonl", "a", buffering=1)
+            self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.first)
+            self.bar = Progress(
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+                refresh_per_second=2,
+            )
+            self.task = self.bar.add_task("first step", total=self.config.train.steps, completed=self.first)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.active:
+            self.bar.stop()
+            self.board.close()
+            self.file.close()
+
+    def record(self, result: StepResult) -> None:
+        """Log one step. Raises ConfigError when too many records were bad."""
+        self.step += 1
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        self.records += result.records
+        self.skipped += result.skipped
+        if self.active:
+            self._write(result, seconds)
+        limit = self.config.data.max_skipped
+        if self.skipped > limit * max(self.records, _MIN_RECORDS):
+            raise ConfigError(
+                f"bad records: got {self.skipped} of {self.records}, expected a share of at most {limit}. "
+                f"Fix: {self.run_dir / 'skipped.jsonl'} names each with its reason; data.max_skipped raises the limit"
+            )
+
+    def _write(self, result: StepResult, seconds: float) -> None:
+        rates = {
+            "tokens_per_second": result.tokens / seconds,
+            "tiles_per_second": result.tiles / seconds,
+            "padding": 1 - result.tokens / result.positions,
+            "seconds": seconds,
+        }
+        row = {"step": self.step, **asdict(result), **rates}
+        self.file.write(json.dumps(row) + "\n")
+        for name in ("loss", "grad_norm", "lr", *rates):
+            self.board.add_scalar(name, row[name], self.step)
+        text = (
+            f"loss {result.loss:6.3f}  {rates['tokens_per_second']:7,.0f} tokens/s  "
+            f"{rates['tiles_per_second']:5,.0f} tiles/s  padding {rates['padding']:4.0%}"
+        )
+        self.bar.update(self.task, completed=self.step, description=text)
+        if not self.console.is_terminal and self.step % self.config.train.log_every == 0:
+            self.console.print(f"step {self.step}/{self.config.train.steps}  {text}", highlight=False)
+
+
+def append_skipped(run_dir: Path, skipped) -> None:
+    """Add (name, reason) pairs to skipped.jsonl; replicas may write at once, each line in one piece."""
+    if skipped:
+        with open(run_dir / "skipped.jsonl", "a") as file:
+            file.write("".join(json.dumps({"record": name, "reason": reason}) + "\n" for name, reason in skipped))
+
+
+def print_groups(counts: list[GroupCount], stage: str, lr: float) -> None:
+    """The table of what learns."""
+    table = Table(title=f"stage {stage}", title_justify="left")
+    for heading, justify in (("module group", "left"), ("parameters", "right"), ("learns", "left"), ("peak lr", "right")):
+        table.add_column(heading, justify=justify)
+    for count in counts:
+        if count.parameters:
+            learns = "yes" if count.learns else "frozen"
+            table.add_row(count.name, f"{count.parameters:,}", learns, f"{lr:g}" if count.learns else "")
+    Console().print(table)

@@ -1,0 +1,92 @@
+"""What learns and how fast: freezing by module group, Megatron's DDP, optimizer and schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from nvlm.arch.base import VisionLanguageModel, parameter_group
+from nvlm.config import GROUPS, Config, StageConfig
+from nvlm.llm.build import DTYPES
+
+
+@dataclass(frozen=True, slots=True)
+class GroupCount:
+    """Parameters of one module group that this process holds."""
+
+    name: str
+    parameters: int
+    learns: bool
+
+
+def freeze(model: VisionLanguageModel, stage: StageConfig) -> None:
+    """Let only the groups of `stage` learn. Call it before the DDP wrap, which keeps buffers for what learns."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_group(name) in stage.trainable)
+
+
+def count_groups(model: VisionLanguageModel, encoder: torch.nn.Module) -> list[GroupCount]:
+    """Parameters by module group, and whether they learn."""
+    parts = [("vision", p) for p in encoder.parameters()]
+    parts += [(parameter_group(name), p) for name, p in model.named_parameters()]
+    counts = []
+    for group in GROUPS:
+        members = [p for name, p in parts if name == group]
+        counts.append(GroupCount(group, sum(p.numel() for p in members), any(p.requires_grad for p in members)))
+    return counts
+
+
+def wrap(model: VisionLanguageModel, config: Config) -> DistributedDataParallel:
+    """The model behind Megatron's gradient buffers, its gradients normalised by the global number of tokens."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        check_for_nan_in_grad=False,  # the optimizer looks at the norm
+    )
+    wrapped = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=model)
+    wrapped.broadcast_params()
+    return wrapped
+
+
+def build_optimizer(
+    model: DistributedDataParallel, config: Config
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW over what learns, with linear warm-up and cosine decay (in steps)."""
+    optim, dtype = config.optim, DTYPES[config.precision]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=optim.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.beta1,
+            adam_beta2=optim.beta2,
+            adam_eps=optim.eps,
+            clip_grad=optim.clip,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+        ),
+        [model],
+        use_gloo_process_groups=False,
+    )
+    schedule = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=optim.warmup,
+        lr_decay_steps=config.train.steps,
+        lr_decay_style="cosine",
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=config.train.steps,
+        wd_incr_style="constant",
+    )
+    model.config.grad_scale_func = optimizer.scale_loss
+    model.config.finalize_model_grads_func = finalize_model_grads
+    return optimizer, schedule

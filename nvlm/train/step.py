@@ -1,0 +1,95 @@
+"""One optimizer step: micro-batches forward and backward, gradients, update."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from nvlm import parallel
+from nvlm.batch import Batch
+from nvlm.data.loader import StepData
+from nvlm.vision.path import VisionPath
+
+
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """What a step works on."""
+
+    model: DistributedDataParallel
+    vision: VisionPath
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Sums over all replicas of one step."""
+
+    loss: float  # mean over trained tokens
+    trained_tokens: int
+    tokens: int  # real positions of the text stream
+    positions: int  # positions computed, padding included
+    tiles: int
+    records: int
+    skipped: int
+    grad_norm: float
+    lr: float
+    updated: bool
+
+
+def _forward(batches, model, trainer: Trainer):
+    batch: Batch = trainer.vision.encode(next(batches).to(trainer.device))
+    return model(batch), functools.partial(_sum_loss, batch)
+
+
+def _sum_loss(batch: Batch, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    # A sum and a count: Megatron divides by the count of all replicas and micro-batches once, at the end.
+    total, count = loss_BS.sum(), torch.tensor(batch.num_trained, device=loss_BS.device)
+    return total, count, {"loss": total.detach()}
+
+
+def train_step(trainer: Trainer, data: StepData) -> StepResult:
+    """Run `data` through the model and update it."""
+    trainer.model.zero_grad_buffer()
+    trainer.optimizer.zero_grad()  # fp32 parameters alias the buffers, yet both calls are needed
+    losses = get_forward_backward_func()(
+        forward_step_func=functools.partial(_forward, trainer=trainer),
+        data_iterator=iter(data.micro_batches),
+        model=[trainer.model],
+        num_microbatches=len(data.micro_batches),
+        seq_length=data.micro_batches[0].tokens.shape[1],
+        micro_batch_size=data.micro_batches[0].tokens.shape[0],
+        forward_only=False,
+    )
+    updated, grad_norm, _ = trainer.optimizer.step()
+    lr = max(group["lr"] for group in trainer.optimizer.param_groups)
+    trainer.schedule.step(increment=1)
+    sums = parallel.sum_over_data(
+        torch.tensor(
+            [
+                sum(float(loss["loss"]) for loss in losses),
+                sum(batch.num_trained for batch in data.micro_batches),
+                sum(batch.num_tokens for batch in data.micro_batches),
+                sum(batch.sample.numel() for batch in data.micro_batches),
+                sum(len(batch.pixels) for batch in data.micro_batches),
+                data.records,
+                len(data.skipped),
+            ],
+            dtype=torch.float64,
+            device=trainer.device,
+        )
+    ).tolist()
+    loss, trained, *counts = sums
+    return StepResult(
+        loss / max(trained, 1), int(trained), *map(int, counts), grad_norm=float(grad_norm or 0), lr=lr, updated=updated
+    )
+
+

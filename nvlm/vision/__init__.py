@@ -1,0 +1,1 @@
+"""The frozen vision path: InternViT, pixel shuffle."""

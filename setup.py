@@ -1,0 +1,35 @@
+"""Install: `pip install -e '.[test,demo]' -c constraints.txt`, which is what the Makefile does."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="nvlm-trainer",
+    version="0.1.0",
+    description="Trainer for NVLM-D, NVLM-X and NVLM-H on Megatron-Core",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["nvlm", "nvlm.*"]),
+    package_data={"nvlm.data": ["tiny_tokenizer/*.json"], "nvlm.vision": ["*.safetensors"]},
+    install_requires=[
+        "torch>=2.11,<2.16",
+        "torchvision",
+        "megatron-core>=0.16.1",
+        "psutil",  # Megatron's checkpoints hang without it
+        "datasets",
+        "hydra-core>=1.3",
+        "matplotlib",
+        "omegaconf>=2.3",
+        "pillow",
+        "rich",
+        "safetensors",
+        "tensorboard",
+        "tokenizers",
+    ],
+    extras_require={
+        "demo": ["scikit-learn"],
+        "gpu": ["transformer-engine[pytorch]", "flash-attn"],
+        "slurm": ["hydra-submitit-launcher"],
+        "wandb": ["wandb"],
+        "test": ["hypothesis", "pytest", "pytest-timeout", "ruff", "transformers"],
+    },
+)
