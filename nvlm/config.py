@@ -7,6 +7,7 @@ that a mistake is answered in seconds.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -276,7 +277,7 @@ def _names(config: Config) -> None:
     _one_of("precision", config.precision, ("fp32", "bf16"))
     _one_of("resume", config.resume, ("never", "auto"))
     _one_of("train.recompute", config.train.recompute, ("none", "full"))
-    if config.data.source == "jsonl" and not config.data.path:
+    if config.data.source == "jsonl" and not config.data.path and not config.dry_run:
         raise problem("data.path", "nothing", "a .jsonl file", "data.path=records.jsonl")
 
 
@@ -290,14 +291,11 @@ def _shapes(config: Config) -> None:
         assert vision.tile_tokens > 0
     except ValueError as error:
         raise ConfigError(f"vision: {error}") from None
-    for what, size in {"llm.heads": llm.heads, "llm.ffn": llm.ffn, "llm.vocab": llm.vocab}.items():
+    split = {"llm.heads": llm.heads, "llm.kv_heads": llm.kv_heads, "llm.ffn": llm.ffn, "llm.vocab": llm.vocab}
+    largest = math.gcd(*split.values())
+    for what, size in split.items():
         if size % tensor:
-            fits = [n for n in (1, 2, 4, 8, 16, 32) if size % n == 0 and llm.heads % n == 0]
-            raise problem("parallel.tensor", tensor, f"a divisor of {what}={size}", f"parallel.tensor={max(fits)}")
-    if llm.kv_heads % tensor:
-        fits = max(n for n in range(1, llm.kv_heads + 1) if llm.kv_heads % n == 0 and llm.heads % n == 0)
-        expected = f"a divisor of llm.kv_heads={llm.kv_heads}"
-        raise problem("parallel.tensor", tensor, expected, f"parallel.tensor={fits}")
+            raise problem("parallel.tensor", tensor, f"a divisor of {what}={size}", f"parallel.tensor={largest}")
     if config.arch.name == "decoder":
         if config.arch.cross_every:
             raise problem("arch.cross_every", config.arch.cross_every, "0 for arch=decoder", "arch.cross_every=0")

@@ -7,6 +7,7 @@ Training and held-out pages draw from disjoint pools of scans. Lengths are in pi
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -142,3 +143,33 @@ def make_page(split: str, seed: int, index: int, questions: int) -> dict[str, An
     messages[0]["content"] = "<image>\n" + messages[0]["content"]
     return {"id": f"{split}-{seed}-{index}", "messages": messages, "images": [page],
             "kinds": [kind for _, kind in turns.values()]}
+
+
+def _records(split: str, indices: list[int], seed: int, questions: int, version: int) -> Iterator[dict[str, Any]]:
+    """The records with these indices, their pages as JPEG bytes; version only enters the cache key."""
+    for index in indices:
+        record = make_page(split, seed, index, questions)
+        for page in record["images"]:
+            data = io.BytesIO()
+            page.save(data, "JPEG", quality=90)
+            record["images"] = [{"bytes": data.getvalue(), "path": None}]
+        yield record
+
+
+def build_pages(split: str, count: int, seed: int = 0, questions_per_page: int = 4) -> Dataset:
+    """Pages 0..count-1 of a split ("train" or "heldout") with columns id, messages, images and kinds.
+
+    kinds names the kind of each question, in the order of the turns. Record i depends on (split, seed, i) and
+    questions_per_page alone. Built once (about 2.5 ms and 10 kB a page), then read from the datasets cache.
+    """
+    from datasets import Dataset, Features, Image, Sequence, Value
+
+    features = Features({
+        "id": Value("string"),
+        "messages": [{"role": Value("string"), "content": Value("string")}],
+        "images": Sequence(Image()),
+        "kinds": Sequence(Value("string")),
+    })
+    arguments = {"split": split, "indices": list(range(count)), "seed": seed, "questions": questions_per_page,
+                 "version": VERSION}
+    return Dataset.from_generator(_records, features=features, gen_kwargs=arguments)
