@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.enums import ModelType
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -86,6 +87,7 @@ class VisionLanguageModel(MegatronModule):
     def __init__(self, config: Config, architecture: Architecture, pre_process: bool = True, post_process: bool = True):
         megatron = llm_config(config)
         super().__init__(config=megatron)
+        self.model_type = ModelType.encoder_or_decoder  # the pipeline schedules ask for it
         self.architecture = architecture
         self.llm, self.tile_tokens = config.llm, config.vision.tile_tokens
         self.pre_process, self.post_process = pre_process, post_process

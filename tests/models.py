@@ -1,0 +1,263 @@
+"""Our models with the reference's weights, and the same records for both of them.
+
+What a record means to the reference is spelled out here once more, from its words, pictures and tags: nothing
+of nvlm.data or of the layouts is used but the tokenizer, so a mistake in them shows as a difference.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import Tensor
+
+from nvlm.arch.base import VisionLanguageModel
+from nvlm.batch import Batch, Record, Sample
+from nvlm.config import Config, cross_layers, from_mapping, validate
+from nvlm.data.encode import build_encoder, encode
+from nvlm.data.pack import collate
+from nvlm.data.tokenizer import load_tokenizer
+from nvlm.registry import build_architecture
+from nvlm.vision.encoder import InternViT
+from nvlm.vision.path import VisionPath, solo_groups
+from nvlm.weights import internvit, llm
+from tests.parity.reference import NO_LOSS, RefDims, ReferenceNVLM, RefSample, Segment
+
+CONF = Path(__file__).parent.parent / "conf"
+TILE = 8  # px
+STD = 0.3
+# Sizes in which no two that could be mixed up are equal; five layers, so that the last one has no cross-attention.
+SMALL = """
+vision.hidden=12 vision.layers=2 vision.heads=3 vision.ffn=20 vision.patch=2 vision.tile_size=8
+llm.layers=5 llm.hidden=20 llm.heads=4 llm.kv_heads=2 llm.head_dim=6 llm.ffn=28 llm.vocab=344 llm.cross_every=2
+llm.rope_theta=5000 llm.norm_eps=1e-5 tiling.resize=exact data.system=null
+""".split()
+
+
+@cache
+def small_config(*overrides: str) -> Config:
+    """conf/ at toy size, with `overrides` in Hydra's notation."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        values = OmegaConf.to_container(compose("config", overrides=[*SMALL, *overrides]), resolve=True)
+    values.pop("experiment", None)
+    return validate(from_mapping(Config, values))
+
+
+def dims_of(config: Config) -> RefDims:
+    """The reference's sizes."""
+    vision, language = config.vision, config.llm
+    return RefDims(
+        vit_hidden=vision.hidden,
+        vit_layers=vision.layers,
+        vit_heads=vision.heads,
+        vit_ffn=vision.ffn,
+        patch=vision.patch,
+        image=vision.tile_size,
+        layers=language.layers,
+        hidden=language.hidden,
+        heads=language.heads,
+        kv_heads=language.kv_heads,
+        head_dim=language.head_dim,
+        ffn=language.ffn,
+        vocab=language.vocab,
+        rope_theta=language.rope_theta,
+        eps=language.norm_eps,
+        qkv_bias=language.qkv_bias,
+        tied=language.tied,
+        arch=config.arch.name,
+        every=config.arch.cross_every,
+        bind_tags=config.arch.bind_tags,
+    )
+
+
+def projector_names(arch: str) -> dict[str, str]:
+    """Reference name -> ours."""
+    linears = {"mlp1.1.weight": "encoder.weight"}
+    if arch != "xattn":
+        linears = {"mlp1.1.weight": "encoder.linear_fc1.weight", "mlp1.3.weight": "encoder.linear_fc2.weight"}
+    norms = {f"mlp1.0.{kind}": f"projector.norm.{kind}" for kind in ("weight", "bias")}
+    return norms | {theirs: f"projector.layers.{ours}" for theirs, ours in linears.items()}
+
+
+def below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors below `prefix`, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def to_ours(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The reference's tensors (encoder apart) under our names."""
+    ours = llm.from_huggingface(below("language_model.", state), config.llm, cross_layers(config))
+    return ours | {name: state[theirs] for theirs, name in projector_names(config.arch.name).items()}
+
+
+def to_reference(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """Our tensors, or their gradients, under the reference's names."""
+    named = llm.to_huggingface(state, config.llm, cross_layers(config))
+    theirs = {f"language_model.{name}": t for name, t in named.items()}
+    return theirs | {theirs: state[name] for theirs, name in projector_names(config.arch.name).items()}
+
+
+def load(module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy `tensors` into the parameters of `module`: all of them and no others, shapes equal."""
+    parameters = dict(module.named_parameters())
+    assert parameters.keys() == tensors.keys(), parameters.keys() ^ tensors.keys()
+    for name, parameter in parameters.items():
+        assert parameter.shape == tensors[name].shape, name
+        parameter.data.copy_(tensors[name])
+
+
+@dataclass(frozen=True, slots=True)
+class Twins:
+    """One set of weights twice: ours in fp32, the reference in fp64, so that the gap is our rounding alone."""
+
+    config: Config
+    model: VisionLanguageModel
+    vision: VisionPath
+    reference: ReferenceNVLM
+
+
+def build_twins(config: Config, gates: float | None = None, seed: int = 1) -> Twins:
+    """Random weights of standard deviation STD (gates open unless given)."""
+    reference = ReferenceNVLM(dims_of(config)).init(seed, STD, gates)
+    state = dict(reference.named_parameters())
+    model = VisionLanguageModel(config, build_architecture(config))
+    load(model, to_ours(state, config))
+    encoder = InternViT(config, solo_groups())
+    vision = config.vision
+    load(encoder, internvit.from_huggingface(below("vision_model.", state), vision.layers, vision.heads))
+    return Twins(config, model, VisionPath(encoder, vision.downsample), reference.double())
+
+
+def loss_and_gradients(twins: Twins, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Our loss of each token [B, S], and the gradients of its sum under the reference's names."""
+    twins.model.zero_grad(set_to_none=True)
+    loss_BS = twins.model(batch)
+    loss_BS.sum().backward()
+    gradients = {name: parameter.grad for name, parameter in twins.model.named_parameters()}
+    return loss_BS.detach(), to_reference(gradients, twins.config)
+
+
+# --- records ---
+
+
+@dataclass(frozen=True)
+class Story:
+    """A conversation of (role, words) with `<image>` where a picture of (columns, rows) tiles stands.
+
+    `form`: how the record says so; "parts" as content parts, "unmarked" without any mark.
+    """
+
+    name: str
+    turns: tuple[tuple[str, str], ...]
+    grids: tuple[tuple[int, int], ...] = ()
+    form: str = "marks"
+
+    @property
+    def pictures(self) -> list[np.ndarray]:
+        """uint8 [height, width, 3] noise of exactly the grid's size, so that no resize blurs what a tile is."""
+        generator = np.random.default_rng([ord(c) for c in self.name])
+        return [generator.integers(256, size=(r * TILE, c * TILE, 3), dtype=np.uint8) for c, r in self.grids]
+
+
+def record_of(story: Story) -> Record:
+    """What a data source would hand over."""
+    messages = []
+    for role, words in story.turns:
+        content = words.replace("<image>\n", "") if story.form == "unmarked" else words
+        if story.form == "parts" and "<image>" in words:
+            pieces = [[{"type": "text", "text": text}] for text in words.split("<image>")]
+            content = list(itertools.chain(pieces[0], *([{"type": "image"}, *piece] for piece in pieces[1:])))
+        messages.append({"role": role, "content": content})
+    return Record(story.name, messages, [Image.fromarray(pixels) for pixels in story.pictures])
+
+
+def sample_of(story: Story, config: Config) -> Sample:
+    """The story by our pipeline."""
+    return encode(record_of(story), build_encoder(config, build_architecture(config).layout))
+
+
+def batch_of(rows: Sequence[Sequence[Story]], twins: Twins) -> Batch:
+    """The stories, packed as given, by our pipeline and our encoder."""
+    samples = [[sample_of(story, twins.config) for story in row] for row in rows]
+    return twins.vision.encode(collate(samples, twins.config.vision.tile_size))
+
+
+def tag_names(columns: int, rows: int, style: str) -> list[str]:
+    """Tags of regular tiles in reading order, then the thumbnail's."""
+    cells = [(c, r) for r in range(rows) for c in range(columns)] if columns * rows > 1 else []
+    if style == "none":
+        return [""] * (len(cells) + 1)
+    if style == "2d_bbox":
+
+        def box(left: float, top: float, right: float, bottom: float) -> str:
+            x0, x1 = (int(999 * edge / columns + 0.5) for edge in (left, right))
+            y0, y1 = (int(999 * edge / rows + 0.5) for edge in (top, bottom))
+            return f"<box> ({x0}, {y0}), ({x1}, {y1}) </box>"
+
+        return [*(box(c, r, c + 1, r + 1) for c, r in cells), box(0, 0, columns, rows)]
+    names = [f"<tile_x{c}_y{r}>" if style == "2d_grid" else f"<tile_{i}>" for i, (c, r) in enumerate(cells, 1)]
+    return [*names, "<tile_global_thumbnail>"]
+
+
+def cut(picture: np.ndarray) -> list[Tensor]:
+    """uint8 [3, px, px] of each regular tile in reading order, then of the thumbnail."""
+    thumbnail = np.array(Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.BICUBIC))
+    height, width = picture.shape[:2]
+    corners = [(y, x) for y in range(0, height, TILE) for x in range(0, width, TILE)]
+    tiles = [picture[y : y + TILE, x : x + TILE] for y, x in corners] if len(corners) > 1 else []
+    return [torch.from_numpy(pixels.copy()).permute(2, 0, 1) for pixels in [*tiles, thumbnail]]
+
+
+def reference_sample(story: Story, config: Config) -> RefSample:
+    """The story as the reference wants it."""
+    tokenizer, arch = load_tokenizer("tiny"), config.arch.name
+    im_start, im_end = (tokenizer.tokenizer.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>"))
+    out = RefSample(stream=[])
+    targets: list[int] = []  # what predicting each token of the stream is worth
+    numbers = itertools.count()
+
+    def say(ids: Sequence[int], learns: bool = False) -> None:
+        out.stream.append(Segment("text", tuple(ids)))
+        targets.extend(ids if learns else [NO_LOSS] * len(ids))
+
+    def show() -> None:
+        image = next(numbers)
+        names = tag_names(*story.grids[image], config.tiling.tag)
+        out.tiles.update({(image, t): pixels for t, pixels in enumerate(cut(story.pictures[image]))})
+        last = len(names) - 1
+        tags = [Segment("tag", tokenizer.encode(name), image, t) for t, name in enumerate(names)]
+        tiles = [Segment("tile", (), image, t) for t in range(len(names))]
+        tagged = [list(pair) for pair in zip(tags, tiles)]
+        if arch == "decoder":
+            block = sum(tagged, [])
+        elif arch == "xattn":
+            block = tags
+            out.cross.extend(tiles)
+        else:
+            block = tagged[last]
+            out.cross.extend(sum(tagged[:last], []))
+        out.stream.extend(block)
+        positions = sum(config.vision.tile_tokens if s.kind == "tile" else len(s.ids) for s in block)
+        targets.extend([NO_LOSS] * positions)
+
+    for role, words in story.turns:
+        learns = role == "assistant"
+        say([im_start, *tokenizer.encode(role + "\n")])
+        for i, fragment in enumerate(words.split("<image>")):
+            if i:
+                say(tokenizer.encode("<Image>"))
+                show()
+                say(tokenizer.encode("</Image>"))
+            say(tokenizer.encode(fragment), learns)
+        say([im_end], learns)
+        say(tokenizer.encode("\n"))
+    out.labels = targets[1:] + [NO_LOSS]
+    return out
