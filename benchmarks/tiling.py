@@ -141,8 +141,8 @@ def main() -> None:
     check(images)
     sys.stdout.write(table(measure(images, rounds)) + "\n")
     sys.stdout.write(
-        f"One thread, medians of {rounds} interleaved rounds, at most {MAX_TILES} tiles of {TILE} px. The uint8 "
-        "rows leave\nnormalisation to the encoder's device; the + normalize rows do it here, as the peers do.\n"
+        f"One thread, medians of {rounds} interleaved rounds, at most {MAX_TILES} tiles of {TILE} px.\n"
+        "uint8 rows leave normalisation to the encoder's device; + normalize rows do it here, as peers do.\n"
     )
 
 

@@ -119,13 +119,19 @@ class Batch:
 
 def check_placeholders(batch: Batch, tile_tokens: int) -> None:
     """Raise ValueError with sample ids and both counts where placeholders and tile tokens do not match."""
+    names = ", ".join(name for row in batch.ids for name in row)
+    if batch.features is not None and batch.features.shape[1] != tile_tokens:
+        # Filling would take the surplus for the next tile's tokens without a word.
+        raise ValueError(
+            f"features of samples [{names}]: got {batch.features.shape[1]} tokens a tile, expected {tile_tokens}. "
+            "Fix: the encoder and vision.tile_size, patch and downsample disagree"
+        )
     for place, tokens, tiles in (
         ("text stream", batch.tokens, batch.stream_tiles),
         ("cross-attended keys", batch.cross_tokens, batch.cross_tiles),
     ):
         placeholders, features = int((tokens == IMAGE).sum()), tiles.numel() * tile_tokens
         if placeholders != features:
-            names = ", ".join(name for row in batch.ids for name in row)
             raise ValueError(
                 f"{place} of samples [{names}]: got {placeholders} image placeholders, expected {features} "
                 f"({tiles.numel()} tiles of {tile_tokens} tokens). Fix: the tile plan and the encoded text disagree"

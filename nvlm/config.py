@@ -287,10 +287,10 @@ def _shapes(config: Config) -> None:
         raise problem("llm.heads", llm.heads, f"a multiple of llm.kv_heads={llm.kv_heads}", "change one of them")
     if vision.hidden % vision.heads:
         raise problem("vision.hidden", vision.hidden, f"a multiple of vision.heads={vision.heads}", "change one")
-    try:
-        assert vision.tile_tokens > 0
-    except ValueError as error:
-        raise ConfigError(f"vision: {error}") from None
+    cell = vision.patch * vision.downsample
+    if vision.tile_size % cell:
+        fix = f"vision.tile_size={max(1, vision.tile_size // cell) * cell}"
+        raise problem("vision.tile_size", vision.tile_size, f"a multiple of patch x downsample = {cell}", fix)
     split = {"llm.heads": llm.heads, "llm.kv_heads": llm.kv_heads, "llm.ffn": llm.ffn, "llm.vocab": llm.vocab}
     largest = math.gcd(*split.values())
     for what, size in split.items():

@@ -33,12 +33,13 @@ from tests.parity.reference import NO_LOSS, RefDims, ReferenceNVLM, RefSample, S
 
 CONF = Path(__file__).parent.parent / "conf"
 TILE = 8  # px
-STD = 0.3
-# Sizes in which no two that could be mixed up are equal; five layers, so that the last one has no cross-attention.
+STD = 0.15  # large enough that no part of the model is lost in rounding, small enough that fp32 is not
+# Sizes in which no two that could be mixed up are equal; five layers, so that the last one has no cross-attention;
+# an eps that shows.
 SMALL = """
 vision.hidden=12 vision.layers=2 vision.heads=3 vision.ffn=20 vision.patch=2 vision.tile_size=8
 llm.layers=5 llm.hidden=20 llm.heads=4 llm.kv_heads=2 llm.head_dim=6 llm.ffn=28 llm.vocab=344 llm.cross_every=2
-llm.rope_theta=5000 llm.norm_eps=1e-5 tiling.resize=exact data.system=null
+llm.rope_theta=5000 llm.norm_eps=1e-3 tiling.resize=exact data.system=null
 """.split()
 
 

@@ -139,7 +139,11 @@ def build_records(data: DataConfig, seed: int, heldout: bool = False) -> Records
     if data.source == "jsonl":
         path = data.heldout_path if heldout else data.path
         return JsonlRecords(path) if path else None
+    import datasets
+
     from nvlm.data.pages import build_pages
+
+    datasets.disable_progress_bars()
 
     split, count, questions = ("heldout", data.heldout_records, 1) if heldout else ("train", data.records, data.questions)
     return DatasetRecords(build_pages(split, count, seed, questions_per_page=questions))

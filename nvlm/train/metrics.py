@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -31,7 +32,7 @@ class Metrics:
     def __enter__(self) -> Metrics:
         if self.active:
             self.console = Console()
-            self.file = open(self.run_dir / "metrics.jsonl", "a", buffering=1)
+            self.file = _continue(self.run_dir / "metrics.jsonl", self.first)
             self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.first)
             self.bar = Progress(
                 MofNCompleteColumn(),
@@ -85,6 +86,14 @@ class Metrics:
         self.bar.update(self.task, completed=self.step, description=text)
         if not self.console.is_terminal and self.step % self.config.train.log_every == 0:
             self.console.print(f"step {self.step}/{self.config.train.steps}  {text}", highlight=False)
+
+
+def _continue(path: Path, step: int) -> TextIO:
+    """`path` opened behind the line of `step`: what a killed run did beyond its last checkpoint is done again."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    return open(path, "a", buffering=1)
 
 
 def append_skipped(run_dir: Path, skipped) -> None:

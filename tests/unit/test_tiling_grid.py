@@ -162,6 +162,8 @@ def test_fit_keeps_the_limit_when_there_is_room():
     sizes = [(640, 480), (100, 100)]
     plans = fit_max_tiles(sizes, 8 * 256, lambda plan: plan.num_tiles * 256)
     assert plans == (TilePlan(3, 2), TilePlan(1, 1))
+    # 100x100 px is more than half of 2x2 tiles of 56 px.
+    assert fit_max_tiles([(100, 100)], 5, lambda plan: plan.num_tiles, 4, 56) == (TilePlan(2, 2, 56),)
 
 
 def test_fit_steps_the_limit_down_for_every_image():

@@ -1,0 +1,17 @@
+"""Shared helpers: configurations composed from conf/ as the command line does."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+import pytest
+
+from nvlm.launch import _compose, to_config
+
+
+@pytest.fixture(scope="session")
+def configured():
+    """A function from overrides to a validated Config."""
+    return lambda *overrides: to_config(_compose(overrides))

@@ -1,0 +1,157 @@
+"""Real processes: train, kill, resume, sweep, dry run, and what a wrong command gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "data.records=48", "data.workers=0", "train.global_batch=4", "llm.layers=2", "llm.cross_every=1", "train.threads=1",
+    "optim.warmup=2", "evaluate.questions=0", "train.steps=6", "train.save_every=3",
+]  # fmt: skip
+
+
+def command(*overrides):
+    flags = [word for word in overrides if word.startswith("-")]  # Hydra wants its flags before all overrides
+    words = [word for word in overrides if not word.startswith("-")]
+    return [sys.executable, str(ROOT / "launch" / "train.py"), *flags, *SMALL, *words]
+
+
+def train(where: Path, *overrides, check=True):
+    environment = os.environ | {"COLUMNS": "200"}
+    done = subprocess.run(command(*overrides), cwd=where, env=environment, capture_output=True, text=True, timeout=240)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def rows(run: Path):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path):
+    return [row["loss"] for row in rows(run)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    where = tmp_path_factory.mktemp("unbroken")
+    train(where, "name=whole")
+    return where / "runs" / "whole"
+
+
+def test_a_run_leaves_its_whole_story(unbroken):
+    assert [row["step"] for row in rows(unbroken)] == [1, 2, 3, 4, 5, 6]
+    assert losses(unbroken)[-1] < losses(unbroken)[0]
+    names = {path.name for path in unbroken.iterdir()}
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"} <= names
+    environment = json.loads((unbroken / "environment.json").read_text())
+    assert environment["packages"]["megatron-core"]
+    assert (unbroken / "checkpoints" / "latest").read_text() == "step_00000006\n"
+    assert list((unbroken / "tensorboard").iterdir())
+
+
+def test_killed_and_resumed_equals_unbroken_exactly(unbroken, tmp_path):
+    run = tmp_path / "runs" / "killed"
+    process = subprocess.Popen(
+        command("name=killed"), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoints" / "latest").is_file() or len(rows(run)) < 4:
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000003\n"
+    done = train(tmp_path, "name=killed", check=False)
+    assert done.returncode == 2
+    assert "resume=auto" in done.stderr
+    train(tmp_path, "name=killed", "resume=auto")
+    assert losses(run) == losses(unbroken)
+
+
+def test_a_half_written_checkpoint_is_not_taken_for_one(unbroken, tmp_path):
+    """What a kill inside a save leaves: a folder with another name, and the older mark."""
+    import shutil
+
+    run = tmp_path / "runs" / "whole"
+    shutil.copytree(unbroken, run)
+    checkpoints = run / "checkpoints"
+    (checkpoints / "step_00000006").rename(checkpoints / ".step_00000006.partial")
+    (checkpoints / ".step_00000006.partial" / "metadata.json").unlink()
+    (checkpoints / "latest").write_text("step_00000003\n")
+    train(tmp_path, "name=whole", "resume=auto")
+    assert losses(run) == losses(unbroken)
+    assert (checkpoints / "latest").read_text() == "step_00000006\n"
+    assert not list(checkpoints.glob(".*partial"))
+
+
+@pytest.mark.parametrize("layout", ["parallel.data=2", "parallel.tensor=2"])
+def test_two_processes_give_the_losses_of_one(unbroken, tmp_path, layout):
+    train(tmp_path, "name=two", layout)
+    assert losses(tmp_path / "runs" / "two") == pytest.approx(losses(unbroken), rel=1e-4)
+
+
+def test_a_sweep_over_architectures_and_tags(tmp_path):
+    train(tmp_path, "-m", "arch=decoder,xattn", "tiling.tag=none,2d_bbox", "train.steps=3", "hydra.sweep.dir=runs/sweep")
+    found = sorted(path.parent.name for path in (tmp_path / "runs" / "sweep").glob("*/metrics.jsonl"))
+    assert len(found) == 4, found
+    assert all("arch=" in name and "tiling.tag=" in name for name in found)
+
+
+def test_pretraining_moves_the_new_modules_alone(tmp_path):
+    done = train(tmp_path, "name=p", "stage=pretrain", "arch=xattn", "precision=bf16")
+    table = {line.split()[1]: line for line in done.stdout.splitlines() if line.startswith("│")}
+    assert "frozen" in table["llm"]
+    assert "frozen" in table["vision"]
+    assert "yes" in table["projector"]
+    assert "yes" in table["xattn"]
+
+
+def test_too_many_bad_records_stop_the_run_and_are_named(tmp_path):
+    good = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
+    bad = good | {"images": ["gone.png"]}
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [good, bad, bad, bad]))
+    done = train(tmp_path, "name=bad", "data=jsonl", "data.path=r.jsonl", "data.max_skipped=0.005", check=False)
+    assert done.returncode == 2
+    assert "bad records" in done.stderr
+    skipped = [json.loads(line) for line in (tmp_path / "runs" / "bad" / "skipped.jsonl").read_text().splitlines()]
+    assert {row["record"] for row in skipped} == {"r.jsonl:2", "r.jsonl:3", "r.jsonl:4"}
+    assert all("no such image" in row["reason"] for row in skipped)
+
+
+def test_the_real_model_without_gpus_names_what_it_needs(tmp_path):
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "train.py"), "arch=hybrid", "llm=qwen2-72b"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "GPUs" in done.stderr
+    assert "dry_run=true" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_prints_exact_counts_in_little_time_and_memory(tmp_path):
+    script = (
+        "import resource, subprocess, sys\n"
+        f"out = subprocess.run([sys.executable, {str(ROOT / 'launch' / 'train.py')!r}, 'arch=decoder', 'llm=qwen2-72b',"
+        " 'dry_run=true'], capture_output=True, text=True)\n"
+        "print(out.stdout, out.stderr, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    began = time.monotonic()
+    text = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert time.monotonic() - began < 60
+    assert int(text.split()[-1]) < 4 * 2**20  # KiB
+    for number in ("72,706,203,648", "5,536,496,000", "78,863,416,704", "1,827"):
+        assert number in text, text

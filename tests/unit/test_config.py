@@ -1,0 +1,118 @@
+"""Composition and cross-field rules: presets, recipes, and one plain message for each mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from nvlm.config import ConfigError, check_world, cross_layers, max_cross_tokens, max_stream_tokens
+from nvlm.launch import check_overrides
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["optim.lrr=1"], ("optim.lrr", "optim.lr")),
+        (["arch=hybird"], ("arch", "'hybird'", "decoder, hybrid, xattn", "arch=hybrid")),
+        (["llm=qwen2-70b"], ("llm", "'qwen2-70b'", "qwen2-72b")),
+        (["parallel.tensor=3"], ("parallel.tensor", "3", "llm.heads=4", "parallel.tensor=2")),
+        (["llm=qwen2-7b", "dry_run=true", "parallel.tensor=8"], ("llm.heads=28", "parallel.tensor=4")),
+        (["arch=decoder", "data.seq_length=100"], ("data.seq_length", "100", "arch=decoder", "data.seq_length=")),
+        (["data.cross_length=10"], ("data.cross_length", "10", "data.cross_length=")),
+        (["tiling.tag=3d"], ("tiling.tag", "'3d'", "none, 1d, 2d_grid, 2d_bbox")),
+        (["train.steps=many"], ("train.steps", "'many'", "int")),
+        (["tiling.max_tiles=0"], ("tiling.max_tiles", "0", "at least 1")),
+        (["precision=fp8"], ("precision", "'fp8'", "fp32, bf16")),
+        (["data=jsonl"], ("data.path", "nothing", "data.path=")),
+        (["parallel.context=2"], ("parallel.context", "2")),
+        (["vision.patch=13"], ("vision.tile_size", "112", "26", "vision.tile_size=104")),
+        (["stage.train_projector=false", "stage.train_xattn=false", "stage.train_llm=false"], ("stage", "nothing")),
+        (["optim.warmup=100000"], ("optim.warmup", "100000")),
+        (["not an override"], ("command line",)),
+        (["arch=hybrid,decodr"], ("arch", "'decodr'", "decoder")),
+    ],
+)
+def test_a_mistake_says_what_got_expected_and_fix(arguments, says):
+    with pytest.raises(ConfigError) as caught:
+        check_overrides(arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "Fix: " in message
+    for words in says:
+        assert words in message, message
+
+
+def test_right_overrides_pass():
+    check_overrides(["-m", "arch=decoder,xattn,hybrid", "tiling.tag=none,1d,2d_grid,2d_bbox"])
+
+
+def test_configuration_is_checked_without_torch():
+    code = "import sys; from nvlm.launch import check_overrides; check_overrides(['arch=xattn']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_big_llm_chooses_the_big_encoder_unless_told_otherwise(configured):
+    assert configured("llm=qwen2-72b", "dry_run=true").vision.name == "internvit-6b"
+    assert configured("llm=yi-34b", "vision=tiny", "dry_run=true").vision.name == "tiny"
+    assert configured().vision.name == "tiny"
+
+
+def test_ten_cross_attention_layers_at_both_sizes(configured):
+    assert cross_layers(configured("llm=qwen2-72b", "dry_run=true")) == tuple(range(8, 81, 8))
+    assert cross_layers(configured("llm=yi-34b", "arch=xattn", "dry_run=true")) == tuple(range(6, 61, 6))
+    assert cross_layers(configured("llm=yi-34b", "arch=decoder", "dry_run=true")) == ()
+
+
+@pytest.mark.parametrize(("arch", "stream", "cross"), [("decoder", 1827, 0), ("xattn", 35, 1792), ("hybrid", 261, 1566)])
+def test_most_tokens_of_an_image_at_full_size(configured, arch, stream, cross):
+    config = configured("llm=qwen2-72b", f"arch={arch}", "dry_run=true")
+    assert (max_stream_tokens(config), max_cross_tokens(config)) == (stream, cross)
+
+
+# NVLM Tables 10 and 11: lr, min lr, warm-up, beta2, weight decay, clip, batch, text tokens, tiles, steps, pipeline.
+TABLES = {
+    ("d", "pretrain", ""): (1e-4, 2.5e-5, 500, 0.95, 0.1, 10, 2048, 512, 1, 20_000, 1),
+    ("x", "pretrain", ""): (1e-4, 1e-5, 1000, 0.95, 0.05, 1, 2048, 512, 1, 20_000, 1),
+    ("h", "pretrain", ""): (1e-4, 1e-5, 1000, 0.98, 0.05, 1, 2048, 512, 6, 20_000, 1),
+    ("d", "sft", ""): (2e-6, 2.5e-7, 1000, 0.98, 0.1, 10, 128, 3200, 6, 40_000, 4),
+    ("x", "sft", "34b"): (1e-5, 1e-6, 500, 0.98, 0.05, 1, 512, 1024, 6, 20_000, 1),
+    ("x", "sft", "72b"): (1e-5, 1e-7, 500, 0.98, 0.05, 1, 256, 1024, 6, 20_000, 1),
+    ("h", "sft", ""): (1e-5, 1e-7, 1000, 0.98, 0.05, 1, 256, 1280, 6, 40_000, 1),
+}
+LEARNS = {
+    ("d", "pretrain"): {"projector"},
+    ("x", "pretrain"): {"projector", "xattn"},
+    ("h", "pretrain"): {"projector", "xattn"},
+    ("d", "sft"): {"projector", "llm"},
+    ("x", "sft"): {"projector", "xattn", "llm"},
+    ("h", "sft"): {"projector", "xattn", "llm"},
+}
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+@pytest.mark.parametrize("size", ["34b", "72b"])
+@pytest.mark.parametrize("letter", ["d", "x", "h"])
+def test_recipes_are_the_papers(configured, letter, size, stage):
+    config = configured(f"+experiment=nvlm_{letter}_{size}_{stage}", "dry_run=true")
+    expected = TABLES.get((letter, stage, size)) or TABLES[letter, stage, ""]
+    o, t, p = config.optim, config.train, config.parallel
+    got = (
+        o.lr, o.min_lr, o.warmup, o.beta2, o.weight_decay, o.clip,
+        t.global_batch, config.data.seq_length, config.tiling.max_tiles, t.steps, p.pipeline,
+    )  # fmt: skip
+    assert got == pytest.approx(expected, rel=0)
+    assert (o.beta1, p.tensor, config.llm.name) == (0.9, 8, {"34b": "yi-34b", "72b": "qwen2-72b"}[size])
+    assert config.tiling.tag == ("none" if expected[8] == 1 else "1d")
+    groups = set(config.stage.trainable) - ({"xattn"} if letter == "d" else set())
+    assert groups == LEARNS[letter, stage]
+
+
+def test_processes_must_fill_whole_replicas_and_share_the_batch(configured):
+    config = configured("llm=qwen2-72b", "dry_run=true")
+    assert check_world(config, 64) == 8
+    with pytest.raises(ConfigError, match="multiple of 8"):
+        check_world(config, 12)
+    with pytest.raises(ConfigError, match="global_batch"):
+        check_world(configured("train.global_batch=3", "dry_run=true"), 2)

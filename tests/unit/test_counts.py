@@ -1,0 +1,61 @@
+"""Parameter counts: built on the meta device, by arithmetic, and as published (NVLM section 4.5, model cards)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from nvlm import parallel, registry
+from nvlm.counts import gpus_needed, parameters
+
+PUBLISHED = {  # llm, projector of D and H, projector of X without its norm
+    "34b": (34_388_917_248, 408_970_240),
+    "72b": (72_706_203_648, 620_717_056),
+}
+
+
+@pytest.fixture(scope="module")
+def groups(configured):
+    with parallel.distributed(configured().parallel, seed=0):
+        yield
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+@pytest.mark.parametrize("size", ["34b", "72b"])
+@pytest.mark.parametrize("letter", ["d", "x", "h"])
+def test_all_recipes_build_with_exact_counts(configured, groups, letter, size, stage):
+    from nvlm.arch.base import VisionLanguageModel
+    from nvlm.train.optim import count_groups, freeze
+    from nvlm.vision.encoder import InternViT
+    from nvlm.vision.path import solo_groups
+
+    config = configured(f"+experiment=nvlm_{letter}_{size}_{stage}", "dry_run=true")
+    whole = dataclasses.replace(config, parallel=configured().parallel)
+    with torch.device("meta"):
+        model = VisionLanguageModel(whole, registry.build_architecture(whole))
+        encoder = InternViT(whole, solo_groups()).requires_grad_(False)
+    freeze(model, whole.stage)
+    counts = {count.name: count for count in count_groups(model, encoder)}
+    assert {name: count.parameters for name, count in counts.items()} == parameters(config)
+    llm, projector = PUBLISHED[size]
+    assert counts["vision"].parameters == 5_536_496_000
+    assert counts["llm"].parameters == llm
+    if letter != "x":
+        assert counts["projector"].parameters == projector
+    if letter == "d":
+        total = sum(count.parameters for count in counts.values())
+        assert total == {"34b": 40_334_383_488, "72b": 78_863_416_704}[size]
+    learning = {name for name, count in counts.items() if count.learns}
+    assert learning == set(config.stage.trainable) - ({"xattn"} if letter == "d" else set())
+    assert all(not parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_gpus_needed_fall_with_more_shards(configured):
+    def needed(*overrides):
+        return gpus_needed(configured("llm=qwen2-72b", "dry_run=true", *overrides))
+
+    assert needed() % 8 == 0
+    assert needed("parallel.pipeline=4") < needed()
+    assert needed("stage=pretrain") < needed()
