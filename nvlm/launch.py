@@ -41,10 +41,20 @@ def main(started: float) -> int:
     """The command line; returns the exit status."""
     os.environ.setdefault("NVLM_STARTED", repr(started))
     try:
-        check_overrides(sys.argv[1:])
+        configs = check_overrides(sys.argv[1:])
+        for config in configs:
+            if not config.dry_run:
+                _check_devices(config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if configs and all(config.dry_run for config in configs):
+        _quiet()
+        from nvlm.dryrun import dry_run
+
+        for config in configs:
+            dry_run(config)
+        return 0
     _hydra_main()
     return 0
 
@@ -65,11 +75,14 @@ def to_config(composed: DictConfig) -> Config:
     return validate(from_mapping(Config, values))
 
 
-def check_overrides(arguments: list[str]) -> None:
-    """Compose and validate every run that `arguments` ask for, before the first one starts. Raises ConfigError."""
+def check_overrides(arguments: list[str]) -> list[Config]:
+    """Compose and validate every run that `arguments` ask for, before the first one starts.
+
+    Raises ConfigError. Empty where `arguments` hold a flag that Hydra answers itself, such as --help.
+    """
     words = [a for a in arguments if not a.startswith("-")]
     if len(words) < len([a for a in arguments if a not in ("-m", "--multirun")]):
-        return  # one of Hydra's own flags, such as --help: Hydra answers it
+        return []
     try:
         overrides = OverridesParser.create().parse_overrides(words)
     except HydraException as error:
@@ -78,11 +91,13 @@ def check_overrides(arguments: list[str]) -> None:
         [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line]
         for o in overrides
     ]
+    configs = []
     for combination in itertools.product(*choices):
         try:
-            to_config(_compose(combination))
+            configs.append(to_config(_compose(combination)))
         except (HydraException, OmegaConfBaseException) as error:
             raise _explain(error) from None
+    return configs
 
 
 def _compose(overrides=()) -> DictConfig:
@@ -129,14 +144,7 @@ def _keys(values: dict, path: str = "") -> list[str]:
 
 
 def start(config: Config, run_dir: Path, started: float) -> None:
-    """Dry-run, or train: in this process under torchrun or srun, else in workers of our own."""
-    if config.dry_run:
-        _quiet()
-        from nvlm.dryrun import dry_run
-
-        dry_run(config)
-        return
-    _check_devices(config)
+    """Train: in this process under torchrun or srun, else in workers of our own."""
     if _launched():
         _prepare_folder(config, run_dir, writes=os.environ["RANK"] == "0")
         work(config, run_dir, started)
