@@ -123,8 +123,8 @@ def check_placeholders(batch: Batch, tile_tokens: int) -> None:
     if batch.features is not None and batch.features.shape[1] != tile_tokens:
         # Filling would take the surplus for the next tile's tokens without a word.
         raise ValueError(
-            f"features of samples [{names}]: got {batch.features.shape[1]} tokens a tile, expected {tile_tokens}. "
-            "Fix: the encoder and vision.tile_size, patch and downsample disagree"
+            f"features of samples [{names}]: got {batch.features.shape[1]} tokens a tile, "
+            f"expected {tile_tokens}. Fix: the encoder and vision.tile_size, patch and downsample disagree"
         )
     for place, tokens, tiles in (
         ("text stream", batch.tokens, batch.stream_tiles),

@@ -34,12 +34,12 @@ from tests.parity.reference import NO_LOSS, RefDims, ReferenceNVLM, RefSample, S
 CONF = Path(__file__).parent.parent / "conf"
 TILE = 8  # px
 STD = 0.15  # large enough that no part of the model is lost in rounding, small enough that fp32 is not
-# Sizes in which no two that could be mixed up are equal; five layers, so that the last one has no cross-attention;
-# an eps that shows.
+# Sizes in which no two that could be mixed up are equal; five layers, so that the last one has no
+# cross-attention; an eps that shows.
 SMALL = """
 vision.hidden=12 vision.layers=2 vision.heads=3 vision.ffn=20 vision.patch=2 vision.tile_size=8
-llm.layers=5 llm.hidden=20 llm.heads=4 llm.kv_heads=2 llm.head_dim=6 llm.ffn=28 llm.vocab=344 llm.cross_every=2
-llm.rope_theta=5000 llm.norm_eps=1e-3 tiling.resize=exact data.system=null
+llm.layers=5 llm.hidden=20 llm.heads=4 llm.kv_heads=2 llm.head_dim=6 llm.ffn=28 llm.vocab=344
+llm.cross_every=2 llm.rope_theta=5000 llm.norm_eps=1e-3 tiling.resize=exact data.system=null
 """.split()
 
 
@@ -117,7 +117,7 @@ def load(module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Twins:
-    """One set of weights twice: ours in fp32, the reference in fp64, so that the gap is our rounding alone."""
+    """One set of weights twice: ours in fp32, the reference in fp64, so the gap is our rounding alone."""
 
     config: Config
     model: VisionLanguageModel
@@ -163,7 +163,7 @@ class Story:
 
     @property
     def pictures(self) -> list[np.ndarray]:
-        """uint8 [height, width, 3] noise of exactly the grid's size, so that no resize blurs what a tile is."""
+        """uint8 [height, width, 3] noise of exactly the grid's size, so that no resize blurs a tile."""
         generator = np.random.default_rng([ord(c) for c in self.name])
         return [generator.integers(256, size=(r * TILE, c * TILE, 3), dtype=np.uint8) for c, r in self.grids]
 
@@ -204,7 +204,9 @@ def tag_names(columns: int, rows: int, style: str) -> list[str]:
             return f"<box> ({x0}, {y0}), ({x1}, {y1}) </box>"
 
         return [*(box(c, r, c + 1, r + 1) for c, r in cells), box(0, 0, columns, rows)]
-    names = [f"<tile_x{c}_y{r}>" if style == "2d_grid" else f"<tile_{i}>" for i, (c, r) in enumerate(cells, 1)]
+    names = [
+        f"<tile_x{c}_y{r}>" if style == "2d_grid" else f"<tile_{i}>" for i, (c, r) in enumerate(cells, 1)
+    ]
     return [*names, "<tile_global_thumbnail>"]
 
 

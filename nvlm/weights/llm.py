@@ -1,4 +1,4 @@
-"""A Qwen2- or Llama-shaped language model's tensors under their Hugging Face names, for our Megatron modules."""
+"""A Qwen2- or Llama-shaped model's tensors under their Hugging Face names, for our Megatron modules."""
 
 from __future__ import annotations
 
@@ -45,11 +45,13 @@ def _table(llm: LLMConfig, cross: Sequence[int]) -> dict[str, tuple[str, ...]]:
     return table
 
 
-def from_huggingface(tensors: Mapping[str, Tensor], llm: LLMConfig, cross: Sequence[int] = ()) -> dict[str, Tensor]:
+def from_huggingface(
+    tensors: Mapping[str, Tensor], llm: LLMConfig, cross: Sequence[int] = ()
+) -> dict[str, Tensor]:
     """Our state dict from HF names (`model.*`, `lm_head.*`). Missing or surplus names raise ValueError.
 
-    HF holds queries, keys and values apart; Megatron wants them key-value group by group: [the group's queries,
-    its key, its value]. With tied embeddings a `lm_head.weight` that is there all the same is left out.
+    HF holds queries, keys and values apart; Megatron wants them key-value group by group: [the group's
+    queries, its key, its value]. With tied embeddings a `lm_head.weight` that is there all the same is left out.
     """
     table = _table(llm, cross)
     expected = {hf for names in table.values() for hf in names}
@@ -61,7 +63,9 @@ def from_huggingface(tensors: Mapping[str, Tensor], llm: LLMConfig, cross: Seque
     return {ours: _join(ours, [tensors[hf] for hf in names], llm) for ours, names in table.items()}
 
 
-def to_huggingface(state: Mapping[str, Tensor], llm: LLMConfig, cross: Sequence[int] = ()) -> dict[str, Tensor]:
+def to_huggingface(
+    state: Mapping[str, Tensor], llm: LLMConfig, cross: Sequence[int] = ()
+) -> dict[str, Tensor]:
     """The inverse of `from_huggingface`; it maps gradients as well as weights."""
     out = {}
     for ours, names in _table(llm, cross).items():
@@ -72,7 +76,7 @@ def to_huggingface(state: Mapping[str, Tensor], llm: LLMConfig, cross: Sequence[
 def _join(ours: str, parts: list[Tensor], llm: LLMConfig) -> Tensor:
     if ".linear_fc1." in ours or len(parts) == 1:
         return torch.cat(parts)
-    # [rows] -> [groups, rows of one group]: queries have heads / kv_heads rows of heads a group, keys and values one.
+    # [rows] -> [groups, rows of one group]: heads / kv_heads heads of queries, one of keys, one of values.
     grouped = [part.unflatten(0, (llm.kv_heads, -1)) for part in parts]
     return torch.cat(grouped, dim=1).flatten(0, 1)
 

@@ -1,8 +1,9 @@
-"""The three architectures in Megatron-Core modules against the plain reference, and what must hold of them alone.
+"""The three architectures against the plain reference, and what must hold of them alone.
 
-Ours computes in fp32, the reference in fp64 from the same weights. A tensor may differ by a share of its largest
-value (worst seen: losses 2e-7, gradients 3e-6); where the reference says zero, ours must be exactly zero. Gates
-and the biases of keys have gradients that are sums of terms that nearly cancel, so rounding weighs more (2e-5).
+Ours computes in fp32, the reference in fp64 from the same weights. A tensor may differ by a share of its
+largest value (worst seen: losses 2e-7, gradients 3e-6); where the reference says zero, ours must be exactly
+zero. Gates and the biases of keys have gradients that are sums of terms that nearly cancel, so rounding weighs
+more (worst seen 1e-5).
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ TWO = Story(
     ((3, 1), (1, 2)),
 )
 SIDE_BY_SIDE = Story(
-    "side-by-side", (("user", "<image><image>"), ("assistant", "both, <image>, and more")), ((1, 1), (2, 1), (1, 1))
+    "side-by-side",
+    (("user", "<image><image>"), ("assistant", "both, <image>, and more")),
+    ((1, 1), (2, 1), (1, 1)),
 )
 TEXT = Story("text", (("user", "2 + 2?"), ("assistant", "4, of course"), ("user", "5?"), ("assistant", "no")))
 
@@ -135,7 +138,7 @@ def reference_result(overrides: tuple[str, ...], tag: str, story: Story) -> tupl
 
 
 def gap(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference in units of the largest expected value; infinite where a zero is expected and missed."""
+    """Largest difference in units of the largest expected value; huge where a zero is expected and missed."""
     assert actual.shape == expected.shape, f"{tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if not expected.numel():
         return 0.0
@@ -156,7 +159,11 @@ def assert_gradients_near(actual: dict[str, Tensor], expected: dict[str, Tensor]
     if gates:  # single numbers: one of them may be next to zero, all together are not
         gaps["gates"] = gap(torch.cat([actual[n] for n in gates]), torch.cat([expected[n] for n in gates]))
     wide = ("gates", ".k_proj.bias")
-    wrong = {n: f"{off:.1e}" for n, off in gaps.items() if not off <= (CANCELLING if n.endswith(wide) else GRADIENT)}
+    wrong = {
+        n: f"{off:.1e}"
+        for n, off in gaps.items()
+        if not off <= (CANCELLING if n.endswith(wide) else GRADIENT)
+    }
     assert not wrong, f"{len(wrong)} of {len(gaps)} gradients differ: {wrong}"
 
 
@@ -195,7 +202,9 @@ def test_pixel_shuffle_order():
     numbers = torch.arange(16.0).view(1, 16, 1)
     blocks = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
     assert pixel_shuffle(numbers)[0].tolist() == blocks
-    assert pixel_shuffle(torch.cat([numbers, numbers + 16]))[1].tolist() == [[n + 16 for n in b] for b in blocks]
+    assert pixel_shuffle(torch.cat([numbers, numbers + 16]))[1].tolist() == [
+        [n + 16 for n in b] for b in blocks
+    ]
 
 
 @pytest.mark.parametrize("rows", INPUTS)
@@ -227,7 +236,9 @@ def test_next_tokens_are_the_references_likeliest(arch):
 @pytest.mark.parametrize("overrides", [*MODELS.values(), *VARIANTS.values()], ids=[*MODELS, *VARIANTS])
 def test_weights_survive_the_round_trip(overrides):
     twins = twins_of(*overrides)
-    state = {name: p for name, p in twins.reference.named_parameters() if not name.startswith("vision_model.")}
+    state = {
+        name: p for name, p in twins.reference.named_parameters() if not name.startswith("vision_model.")
+    }
     there_and_back = to_reference(to_ours(state, twins.config), twins.config)
     assert there_and_back.keys() == state.keys()
     assert all(torch.equal(there_and_back[name], p) for name, p in state.items())
@@ -238,7 +249,9 @@ def test_missing_and_surplus_weights_are_named():
     state = below("language_model.", dict(twins.reference.named_parameters()))
     cross = cross_layers(twins.config)
     with pytest.raises(ValueError, match=r"missing \['lm_head.weight'\] of 1"):
-        llm_weights.from_huggingface({n: t for n, t in state.items() if "lm_head" not in n}, twins.config.llm, cross)
+        llm_weights.from_huggingface(
+            {n: t for n, t in state.items() if "lm_head" not in n}, twins.config.llm, cross
+        )
     with pytest.raises(ValueError, match=r"surplus .*layers.1.cross_attn.* of 12"):
         llm_weights.from_huggingface(state, twins.config.llm)
     tied = replace(twins.config.llm, tied=True)
@@ -280,7 +293,9 @@ def test_fresh_gates_are_closed_and_learn():
     gate = next(m for m in twins.model.modules() if isinstance(m, GatedCrossAttention)).gate
     fresh = GatedCrossAttention(twins.model.config, 1, twins.model.decoder.pg_collection)
     assert fresh.gate.tolist() == [0.0] and fresh.gate.shape == gate.shape
-    _, gradients = loss_and_gradients(build_twins(small_config("arch=xattn"), gates=0.0), batch_of([[ONE]], twins))
+    _, gradients = loss_and_gradients(
+        build_twins(small_config("arch=xattn"), gates=0.0), batch_of([[ONE]], twins)
+    )
     for name, gradient in gradients.items():
         if ".cross_attn." in name:
             assert bool(gradient.abs().max() > 0) == name.endswith(".gate"), name
@@ -309,7 +324,7 @@ def repaint(batch: Batch, sample: RefSample, keys: set[tuple[int, int]], twins: 
 
 
 def first_cross_output(twins: Twins, batch: Batch) -> Tensor:
-    """[S, H] of row 0: what the first gated cross-attention adds. There no query has looked at a picture yet."""
+    """[S, H] of row 0: what the first gated cross-attention adds. No query has looked at a picture before."""
     module = next(m for m in twins.model.modules() if isinstance(m, GatedCrossAttention))
     outputs = []
     hook = module.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
@@ -399,7 +414,9 @@ def test_h_has_the_thumbnail_in_the_stream_and_each_tile_in_the_keys(tiles, tag)
 
 
 @pytest.mark.parametrize("tiles", GRIDS)
-@pytest.mark.parametrize(("arch", "stream_tiles", "cross_tiles"), [("decoder", True, False), ("xattn", False, True)])
+@pytest.mark.parametrize(
+    ("arch", "stream_tiles", "cross_tiles"), [("decoder", True, False), ("xattn", False, True)]
+)
 def test_counts_of_d_and_x(arch, stream_tiles, cross_tiles, tiles):
     story = Story("count", (("user", "<image>"), ("assistant", "c")), (GRIDS[tiles],))
     sample = sample_of(story, small_config(f"arch={arch}"))
@@ -437,7 +454,7 @@ WORDS = (
 
 
 def random_story(seed: int) -> Story:
-    """One to three exchanges, perhaps behind a system turn, with up to three pictures anywhere, also in answers."""
+    """One to three exchanges, perhaps behind a system turn, with pictures anywhere, also in answers."""
     rng = random.Random(seed)
     turns = [("system", "".join(rng.choices(WORDS, k=2)))] if rng.random() < 0.3 else []
     grids = []
@@ -528,7 +545,9 @@ def test_features_of_another_size_are_refused(arch, tokens):
     twins = twins_with((f"arch={arch}",))
     batch = batch_of([[ONE]], twins)
     count, _, channels = batch.features.shape
-    with pytest.raises(ValueError, match=rf"features of samples \[one\]: got {tokens} tokens a tile, expected {K}"):
+    with pytest.raises(
+        ValueError, match=rf"features of samples \[one\]: got {tokens} tokens a tile, expected {K}"
+    ):
         twins.model(batch.with_features(torch.randn(count, tokens, channels)))
 
 
@@ -572,7 +591,9 @@ def test_what_learns_in_pretraining_gets_the_references_gradients(model, recompu
     learning = [name for name in parts[0] if name.startswith("mlp1.") or ".cross_attn." in name]
     assert len(learning) == len(zeros) - len(frozen) + len(cross_layers(twins.config))  # k and v lie in one
     gradients = to_reference(mine, twins.config)
-    assert_gradients_near({n: gradients[n] for n in learning}, {n: sum(p[n] for p in parts) for n in learning})
+    assert_gradients_near(
+        {n: gradients[n] for n in learning}, {n: sum(p[n] for p in parts) for n in learning}
+    )
 
 
 @pytest.mark.parametrize("rows", ["packed rows", "text alone"])
@@ -587,17 +608,13 @@ def test_recomputing_changes_nothing(arch, stage, rows):
         twins.model.decoder.layers[-1].register_forward_pre_hook(lambda *args, count=count: count.append(1))
         loss = twins.model(batch_of(INPUTS[rows], twins))
         loss.sum().backward()
-        gradients = {n: p.grad for n, p in twins.model.named_parameters() if parameter_group(n) in stage_groups(twins)}
-        assert all(gradient is not None for gradient in gradients.values())
+        gradients = {n: p.grad for n, p in twins.model.named_parameters() if p.requires_grad}
+        assert gradients and all(gradient is not None for gradient in gradients.values())
         results.append({"loss": loss.detach(), **gradients})
         calls.append(len(count))
     assert calls == [1, 2]
     for name, expected in results[0].items():
         assert_near(results[1][name], expected, name, GRADIENT)
-
-
-def stage_groups(twins: Twins) -> tuple[str, ...]:
-    return twins.config.stage.trainable
 
 
 def test_generation_prompts_end_where_the_assistant_begins():

@@ -1,0 +1,95 @@
+"""Who attends to whom, written out: `x` sees, `.` does not. Rows are queries, columns are keys."""
+
+from __future__ import annotations
+
+import torch
+
+from nvlm.batch import ALL_TILES, PAD
+from nvlm.llm.attention import CoreAttention, causal_mask, visible
+
+
+def matrix(*rows: str) -> torch.Tensor:
+    return torch.tensor([[sign == "x" for sign in row.replace(" ", "")] for row in rows])
+
+
+def numbers(*tokens: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
+    """(sample, image, tile) of each token as three tensors."""
+    return tuple(torch.tensor(column) for column in zip(*tokens))
+
+
+def test_tags_of_x_see_their_tile_and_text_sees_the_images_begun():
+    stream = [
+        (0, PAD, ALL_TILES),  # text before any image
+        (0, 0, 0),  # image 0: the tags of two tiles and of the thumbnail
+        (0, 0, 1),
+        (0, 0, 2),
+        (0, 0, ALL_TILES),  # text between
+        (0, 1, 0),  # image 1: the tag of its one tile
+        (0, 1, ALL_TILES),
+    ]
+    keys = [(0, 0, 0), (0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 0)]  # tile 0 has two tokens here
+    expected = matrix(
+        ".. . . .",
+        "xx . . .",
+        ".. x . .",
+        ".. . x .",
+        "xx x x .",
+        ".. . . x",
+        "xx x x x",
+    )
+    assert torch.equal(visible(*numbers(*stream), *numbers(*keys)), expected)
+
+
+def test_the_same_tile_number_of_an_earlier_image_is_not_the_own_tile():
+    stream = [(0, 2, 1), (0, 1, 1), (0, 0, 1)]
+    keys = [(0, 0, 1), (0, 1, 1), (0, 2, 1), (0, 2, 0)]
+    assert torch.equal(visible(*numbers(*stream), *numbers(*keys)), matrix("..x.", ".x..", "x..."))
+
+
+def test_samples_of_a_row_do_not_see_each_others_tiles():
+    stream = [(0, 0, ALL_TILES), (1, PAD, ALL_TILES), (1, 0, ALL_TILES), (1, 0, 0), (2, 5, ALL_TILES)]
+    keys = [(0, 0, 0), (1, 0, 0), (1, 0, 1), (3, 0, 0)]
+    expected = matrix("x...", "....", ".xx.", ".x..", "....")
+    assert torch.equal(visible(*numbers(*stream), *numbers(*keys)), expected)
+
+
+def test_padding_sees_nothing_and_is_not_seen():
+    """Padding of the stream and of the keys carry the same numbers: they must not find each other."""
+    stream = [(0, 0, ALL_TILES), (PAD, PAD, ALL_TILES)]
+    keys = [(0, 0, 0), (PAD, PAD, PAD)]
+    assert torch.equal(visible(*numbers(*stream), *numbers(*keys)), matrix("x.", ".."))
+
+
+def test_rows_of_a_batch_are_told_apart():
+    none = (PAD, PAD, ALL_TILES)
+    first, second = [(0, 0, ALL_TILES), none], [(0, PAD, ALL_TILES), (0, 0, 1)]
+    stream = [torch.stack(parts) for parts in zip(numbers(*first), numbers(*second))]
+    keys = [torch.stack(parts) for parts in zip(numbers((0, 0, 0), (0, 0, 1)), numbers((0, 0, 1), (0, 0, 0)))]
+    assert torch.equal(visible(*stream, *keys), torch.stack([matrix("xx", ".."), matrix("..", "x.")]))
+
+
+def test_a_row_without_keys():
+    empty = torch.zeros(2, 0, dtype=torch.long)
+    assert visible(*[torch.zeros(2, 3, dtype=torch.long)] * 3, empty, empty, empty).shape == (2, 3, 0)
+
+
+def test_causal_mask_of_packed_rows():
+    unseen = causal_mask(torch.tensor([[0, 0, 0, 1, 1, PAD], [0, 1, 2, 2, 2, 2]]))
+    expected = [
+        matrix("x.....", "xx....", "xxx...", "...x..", "...xx.", "......"),
+        matrix("x.....", ".x....", "..x...", "..xx..", "..xxx.", "..xxxx"),
+    ]
+    assert unseen.shape == (2, 1, 6, 6)
+    assert torch.equal(~unseen[:, 0], torch.stack(expected))
+
+
+def test_a_query_that_sees_nothing_gets_zeros_and_finite_gradients():
+    config = type("Config", (), {"context_parallel_size": 1})()
+    query, key, value = (torch.randn(3, 1, heads, 4, requires_grad=True) for heads in (2, 1, 1))
+    unseen = ~matrix("x..", "...", "xxx")[None, None]
+    out = CoreAttention(config)(query, key, value, unseen)
+    assert out.shape == (3, 1, 8) and (out[1] == 0).all()
+    assert torch.allclose(out[0, 0], value[0, 0, 0].repeat(2))
+    out.sum().backward()
+    assert all(tensor.grad.isfinite().all() for tensor in (query, key, value))
+    assert query.grad[1].abs().max() == 0 and value.grad[1].abs().max() > 0
