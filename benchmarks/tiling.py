@@ -47,9 +47,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     image = coarse.resize((width, height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
     for y in range(10, height, 40):
-        draw.text(
-            (width // 8, y), f"Line {y}: the quick brown fox jumps over the lazy dog. " * 4, fill=(20, 20, 20)
-        )
+        draw.text((width // 8, y), f"Line {y}: the quick brown fox jumps over the lazy dog. " * 4, fill=(20, 20, 20))
     grain = rng.normal(0, 4, (height, width, 3))
     return Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8))
 
@@ -123,17 +121,13 @@ def table(seconds: dict[str, list[float]]) -> str:
     for name, times in seconds.items():
         rates = [1 / t for t in times] + [len(times) / total[name]]
         ratios = [total["published (float32)"] / total[name], total["Hugging Face (float32)"] / total[name]]
-        lines.append(
-            f"{name:28}" + "".join(f"{r:11.1f}" for r in rates) + "".join(f"{r:10.2f}x" for r in ratios)
-        )
+        lines.append(f"{name:28}" + "".join(f"{r:11.1f}" for r in rates) + "".join(f"{r:10.2f}x" for r in ratios))
     return "\n".join(lines)
 
 
 def main() -> None:
     """Check, measure, print one table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)

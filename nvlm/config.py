@@ -35,6 +35,7 @@ class ArchConfig:
 
     name: str
     cross_every: int
+    cross_std: float  # of the new layers' weights at the start
     bind_tags: bool  # hybrid: add each tile's tag embedding to its keys and values
 
 
@@ -57,6 +58,7 @@ class LLMConfig:
     max_positions: int
     init_std: float
     embedding_std: float
+    cross_std: float
     cross_every: int
     tokenizer: str | None  # a folder or file with tokenizer.json; "tiny" ships with the package
     tag_tokens: int  # tokens of one 1-D tile tag, used where the tokenizer is not at hand
@@ -105,8 +107,9 @@ class DataConfig:
     records: int
     heldout_records: int
     questions: int
-    seq_length: int
-    cross_length: int
+    seq_length: int  # tokens: the longest sample
+    cross_length: int  # cross-attended tokens of a row
+    row_length: int  # tokens: rows are filled up to here; a longer sample has a row of its own
     system: str | None
     workers: int
     max_skipped: float
@@ -313,7 +316,9 @@ def _layout(config: Config) -> None:
         raise problem("parallel.sequence", True, "parallel.tensor above 1", "parallel.sequence=false")
     stages = p.pipeline * p.virtual
     if config.llm.layers % stages:
-        raise problem("parallel.pipeline x virtual", stages, f"a divisor of llm.layers={config.llm.layers}", "change it")
+        raise problem(
+            "parallel.pipeline x virtual", stages, f"a divisor of llm.layers={config.llm.layers}", "change it"
+        )
 
 
 def _lengths(config: Config) -> None:
@@ -344,7 +349,9 @@ def _stage(config: Config) -> None:
     if config.arch.name == "decoder":
         groups -= {"xattn"}
     if not groups:
-        raise problem("stage", "nothing to train", "at least one module group that learns", "stage.train_projector=true")
+        raise problem(
+            "stage", "nothing to train", "at least one module group that learns", "stage.train_projector=true"
+        )
 
 
 def validate(config: Config) -> Config:

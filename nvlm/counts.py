@@ -31,10 +31,11 @@ def projector_parameters(config: Config) -> int:
 
 
 def cross_parameters(config: Config) -> int:
-    """All gated cross-attention layers: query norm, q, k, v, o, gate."""
+    """All gated cross-attention layers (query norm, q, k, v, o, gate) and the norms of tiles (X, H) and tags (H)."""
     llm = config.llm
     q, kv = llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim
-    return len(cross_layers(config)) * (llm.hidden + llm.hidden * (2 * q + 2 * kv) + 1)
+    layers = len(cross_layers(config)) * (llm.hidden + llm.hidden * (2 * q + 2 * kv) + 1)
+    return layers + {"decoder": 0, "xattn": 1, "hybrid": 2}[config.arch.name] * llm.hidden
 
 
 def parameters(config: Config) -> dict[str, int]:
@@ -60,4 +61,6 @@ def gpus_needed(config: Config) -> int:
         each = 2 * counts["vision"] + (2 * frozen + (6 + 12 / replicas) * learning) / shards
         if each <= 0.9 * GPU_BYTES:
             return replicas * config.parallel.replica
-    raise ValueError(f"parallel: {shards} shards cannot hold {learning:,} learning parameters at 80 GB. Fix: more shards")
+    raise ValueError(
+        f"parallel: {shards} shards cannot hold {learning:,} learning parameters at 80 GB. Fix: more shards"
+    )

@@ -20,7 +20,9 @@ def dry_run(config: Config) -> None:
     console.print(_parameters(config))
     console.print(_tokens(config))
     layers = cross_layers(config)
-    console.print(f"gated cross-attention: {f'{len(layers)} layers: ' + ', '.join(map(str, layers)) if layers else 'none'}")
+    console.print(
+        f"gated cross-attention: {f'{len(layers)} layers: ' + ', '.join(map(str, layers)) if layers else 'none'}"
+    )
     p = config.parallel
     console.print(
         f"layout: tensor {p.tensor} x pipeline {p.pipeline} x context {p.context} = {p.replica} processes a replica; "
@@ -35,7 +37,13 @@ def _parameters(config: Config) -> Table:
     from nvlm.vision.path import solo_groups
 
     one = dataclasses.replace(
-        config.parallel, tensor=1, pipeline=1, virtual=1, context=1, sequence=False, distributed_optimizer=False
+        config.parallel,
+        tensor=1,
+        pipeline=1,
+        virtual=1,
+        context=1,
+        sequence=False,
+        distributed_optimizer=False,
     )
     whole = dataclasses.replace(config, parallel=one)
     with parallel.distributed(one, config.seed), torch.device("meta"):
@@ -70,9 +78,16 @@ def _tokens(config: Config) -> Table:
             for pieces in (layout.stream, layout.cross)
         )
         name = "1" if tiles == 1 else f"{tiles} + thumbnail"
-        table.add_row(name, f"{stream:,}", f"{cross:,}", f"{plan.num_tiles} x {(plan.tile_size // config.vision.patch) ** 2}")
+        table.add_row(
+            name,
+            f"{stream:,}",
+            f"{cross:,}",
+            f"{plan.num_tiles} x {(plan.tile_size // config.vision.patch) ** 2}",
+        )
     if tag_style not in ("none", "1d") and config.llm.tokenizer is None:
-        table.caption = f"tags counted as 1-D ones ({config.llm.tag_tokens} tokens): llm.tokenizer=DIR counts them exactly"
+        table.caption = (
+            f"tags counted as 1-D ones ({config.llm.tag_tokens} tokens): llm.tokenizer=DIR counts them exactly"
+        )
     return table
 
 

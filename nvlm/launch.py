@@ -32,8 +32,17 @@ from nvlm.config import Config, ConfigError, from_mapping, problem, validate
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PACKAGES = (
-    "torch", "torchvision", "megatron-core", "transformer-engine", "flash-attn", "apex", "hydra-core", "datasets",
-    "tokenizers", "pillow", "numpy",
+    "torch",
+    "torchvision",
+    "megatron-core",
+    "transformer-engine",
+    "flash-attn",
+    "apex",
+    "hydra-core",
+    "datasets",
+    "tokenizers",
+    "pillow",
+    "numpy",
 )
 
 
@@ -75,6 +84,11 @@ def to_config(composed: DictConfig) -> Config:
     return validate(from_mapping(Config, values))
 
 
+def compose_config(*overrides: str) -> Config:
+    """The configuration of conf/ under `overrides`, validated."""
+    return to_config(_compose(overrides))
+
+
 def check_overrides(arguments: list[str]) -> list[Config]:
     """Compose and validate every run that `arguments` ask for, before the first one starts.
 
@@ -88,13 +102,15 @@ def check_overrides(arguments: list[str]) -> list[Config]:
     except HydraException as error:
         raise ConfigError(f"command line: {_first_line(error)}. Fix: write key=value") from None
     choices = [
-        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line]
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [o.input_line]
         for o in overrides
     ]
     configs = []
     for combination in itertools.product(*choices):
         try:
-            configs.append(to_config(_compose(combination)))
+            configs.append(compose_config(*combination))
         except (HydraException, OmegaConfBaseException) as error:
             raise _explain(error) from None
     return configs
@@ -155,7 +171,10 @@ def start(config: Config, run_dir: Path, started: float) -> None:
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "nvlm.launch", str(run_dir / "config.yaml"), repr(started)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(CONF.parent), os.environ.get("PYTHONPATH"))))}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(CONF.parent), os.environ.get("PYTHONPATH")))),
+    }
     if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
     status = subprocess.run(command, env=environment).returncode
@@ -189,7 +208,9 @@ def _launched() -> bool:
         if "MASTER_ADDR" not in os.environ:
             hosts = subprocess.run(
                 ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
-                capture_output=True, text=True, check=True,
+                capture_output=True,
+                text=True,
+                check=True,
             ).stdout.split()
             os.environ["MASTER_ADDR"] = hosts[0]
         # Every task derives the same port from the job's number.
@@ -253,7 +274,12 @@ def _environment() -> dict:
     git = ["git", "-C", str(CONF.parent)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = bool(subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip())
-    return {"python": sys.version.split()[0], "packages": versions, "git_commit": commit, "git_changed": changed}
+    return {
+        "python": sys.version.split()[0],
+        "packages": versions,
+        "git_commit": commit,
+        "git_changed": changed,
+    }
 
 
 def _worker() -> int:

@@ -8,10 +8,10 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import pytest
 
-from nvlm.launch import _compose, to_config
+from nvlm.launch import compose_config
 
 
 @pytest.fixture(scope="session")
 def configured():
     """A function from overrides to a validated Config."""
-    return lambda *overrides: to_config(_compose(overrides))
+    return compose_config

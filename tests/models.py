@@ -85,7 +85,9 @@ def projector_names(arch: str) -> dict[str, str]:
     if arch != "xattn":
         linears = {"mlp1.1.weight": "encoder.linear_fc1.weight", "mlp1.3.weight": "encoder.linear_fc2.weight"}
     norms = {f"mlp1.0.{kind}": f"projector.norm.{kind}" for kind in ("weight", "bias")}
-    return norms | {theirs: f"projector.layers.{ours}" for theirs, ours in linears.items()}
+    kinds = {"decoder": (), "xattn": ("tile_norm",), "hybrid": ("tile_norm", "tag_norm")}[arch]
+    keys = {f"cross_keys.{kind}.weight": f"fusion.{kind}.weight" for kind in kinds}
+    return norms | keys | {theirs: f"projector.layers.{ours}" for theirs, ours in linears.items()}
 
 
 def below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -204,9 +206,7 @@ def tag_names(columns: int, rows: int, style: str) -> list[str]:
             return f"<box> ({x0}, {y0}), ({x1}, {y1}) </box>"
 
         return [*(box(c, r, c + 1, r + 1) for c, r in cells), box(0, 0, columns, rows)]
-    names = [
-        f"<tile_x{c}_y{r}>" if style == "2d_grid" else f"<tile_{i}>" for i, (c, r) in enumerate(cells, 1)
-    ]
+    names = [f"<tile_x{c}_y{r}>" if style == "2d_grid" else f"<tile_{i}>" for i, (c, r) in enumerate(cells, 1)]
     return [*names, "<tile_global_thumbnail>"]
 
 

@@ -10,17 +10,18 @@ Shapes: B rows, S text-stream tokens, X keys, T tiles, K tokens per tile, C feat
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -35,7 +36,7 @@ from nvlm.llm.norm import LayerNorm
 
 
 class Fusion(Protocol):
-    """Where projected tiles go."""
+    """Where projected tiles go; a module, for its norms learn."""
 
     def stream(self, words_BSH: Tensor, batch: Batch, tiles_TKH: Tensor) -> Tensor:
         """The text stream's input [B, S, H]."""
@@ -53,7 +54,7 @@ class Architecture:
     name: str
     layout: LayoutRule
     projector: str  # "mlp" (two layers) or "affine" (one)
-    fusion: Fusion
+    fusion: Callable[[TransformerConfig], Fusion]
     cross_attention: ModuleSpec | None
 
 
@@ -88,14 +89,18 @@ class VisionLanguageModel(MegatronModule):
         megatron = llm_config(config)
         super().__init__(config=megatron)
         self.model_type = ModelType.encoder_or_decoder  # the pipeline schedules ask for it
-        self.architecture = architecture
         self.llm, self.tile_tokens = config.llm, config.vision.tile_tokens
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = config.llm.tied
         self.projector = Projector(config, architecture.projector)
+        self.fusion = architecture.fusion(megatron)
         if pre_process or config.llm.tied:
             self.embedding = LanguageModelEmbedding(
-                megatron, config.llm.vocab, config.llm.max_positions, "rope", scatter_to_sequence_parallel=False
+                megatron,
+                config.llm.vocab,
+                config.llm.max_positions,
+                "rope",
+                scatter_to_sequence_parallel=False,
             )
         first = get_transformer_layer_offset(megatron)
         stage = range(first, first + config.llm.layers // parallel_state.get_pipeline_model_parallel_world_size())
@@ -132,10 +137,10 @@ class VisionLanguageModel(MegatronModule):
         stream_SBH = None
         if self.pre_process:
             words_BSH = self.embed(batch.tokens)
-            stream_SBH = self.architecture.fusion.stream(words_BSH, batch, tiles_TKH).transpose(0, 1).contiguous()
+            stream_SBH = self.fusion.stream(words_BSH, batch, tiles_TKH).transpose(0, 1).contiguous()
             if self.config.sequence_parallel:
                 stream_SBH = tensor_parallel.scatter_to_sequence_parallel_region(stream_SBH)
-        keys_XBH, unseen = self.architecture.fusion.keys(batch, tiles_TKH, self.embed)
+        keys_XBH, unseen = self.fusion.keys(batch, tiles_TKH, self.embed)
         return self.decoder(
             stream_SBH,
             attention_mask=causal_mask(batch.sample),
@@ -174,6 +179,6 @@ def parameter_group(name: str) -> str:
     """The module group that the parameter `name` of a VisionLanguageModel belongs to."""
     if name.startswith("projector."):
         return "projector"
-    if ".cross_attention." in name or ".pre_cross_attn_layernorm." in name:
+    if name.startswith("fusion.") or ".cross_attention." in name or ".pre_cross_attn_layernorm." in name:
         return "xattn"
     return "llm"

@@ -53,7 +53,11 @@ def place_images(turns: list[tuple[str, str]], images: int) -> list[tuple[str, s
     if marks > images:
         raise BadRecord(f"{marks} {IMAGE_MARK} marks, but {images} images")
     role, text = turns[first_user]
-    return [*turns[:first_user], (role, f"{IMAGE_MARK}\n" * (images - marks) + text), *turns[first_user + 1 :]]
+    return [
+        *turns[:first_user],
+        (role, f"{IMAGE_MARK}\n" * (images - marks) + text),
+        *turns[first_user + 1 :],
+    ]
 
 
 def chatml(turns: Sequence[tuple[str, str]], tokenizer: ChatTokenizer, system: str | None = None) -> list[Run]:
@@ -68,7 +72,11 @@ def chatml(turns: Sequence[tuple[str, str]], tokenizer: ChatTokenizer, system: s
         for part, fragment in enumerate(text.split(IMAGE_MARK)):
             if part:
                 # <Image> and the tags are tokenised apart, as NVLM was trained (its HF release joins them).
-                runs += [Run(tokenizer.encode("<Image>")), Run(image=images), Run(tokenizer.encode("</Image>"))]
+                runs += [
+                    Run(tokenizer.encode("<Image>")),
+                    Run(image=images),
+                    Run(tokenizer.encode("</Image>")),
+                ]
                 images += 1
             runs.append(Run(tokenizer.encode(fragment), trained))
         runs += [Run((tokenizer.im_end,), trained), Run(tokenizer.encode("\n"))]

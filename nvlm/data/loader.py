@@ -46,6 +46,7 @@ class Steps(Dataset):
     steps: int
     global_batch: int
     micro_batch: int  # packed rows
+    row_length: int  # tokens
     data_rank: int
     data_size: int
     multiple: int = 8  # row lengths are multiples of this many tokens
@@ -62,7 +63,7 @@ class Steps(Dataset):
             except BadRecord as reason:
                 skipped.append((self.records.name(index), str(reason)))
         lengths = [(s.tokens.numel(), s.cross_tokens.numel()) for s in samples]
-        rows = [[samples[i] for i in row] for row in pack(lengths, self.encoder.seq_length, self.encoder.cross_length)]
+        rows = [[samples[i] for i in row] for row in pack(lengths, self.row_length, self.encoder.cross_length)]
         groups = [rows[i : i + self.micro_batch] for i in range(0, len(rows), self.micro_batch)] or [[]]
         batches = tuple(collate(group, self.encoder.tile_size, self.multiple) for group in groups)
         return StepData(batches, len(mine), tuple(skipped))

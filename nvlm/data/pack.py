@@ -12,11 +12,14 @@ from nvlm.batch import ALL_TILES, IGNORE, PAD, Batch, Sample
 
 
 def pack(lengths: Sequence[tuple[int, int]], seq_budget: int, cross_budget: int) -> list[list[int]]:
-    """First-fit decreasing: indices of `lengths` (text tokens, cross-attended tokens) by row, longest row first."""
+    """First-fit decreasing: indices of `lengths` (text tokens, cross-attended tokens) by row, longest row first.
+
+    A sample over the text budget gets a row of its own.
+    """
     rows: list[tuple[list[int], list[int]]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i][0], -lengths[i][1], i)):
         seq, cross = lengths[index]
-        for members, used in rows:
+        for members, used in rows:  # noqa: B007
             if used[0] + seq <= seq_budget and used[1] + cross <= cross_budget:
                 break
         else:

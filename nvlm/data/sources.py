@@ -28,6 +28,7 @@ class Records(Protocol):
     def name(self, index: int) -> str:
         """How skipped.jsonl calls the record."""
         ...
+
     def kind(self, index: int) -> str:
         """The kind of its first question, for scores by kind."""
         ...
@@ -145,7 +146,9 @@ def build_records(data: DataConfig, seed: int, heldout: bool = False) -> Records
 
     datasets.disable_progress_bars()
 
-    split, count, questions = ("heldout", data.heldout_records, 1) if heldout else ("train", data.records, data.questions)
+    split, count, questions = (
+        ("heldout", data.heldout_records, 1) if heldout else ("train", data.records, data.questions)
+    )
     return DatasetRecords(build_pages(split, count, seed, questions_per_page=questions))
 
 

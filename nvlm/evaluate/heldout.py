@@ -61,7 +61,15 @@ def evaluate(
         for (index, record, _), text in zip(chosen, got):
             expected = answers(record.messages)
             kind = records.kind(index)
-            rows.append({"id": record.id, "kind": kind, "answer": text, "expected": expected, "right": text == expected})
+            rows.append(
+                {
+                    "id": record.id,
+                    "kind": kind,
+                    "answer": text,
+                    "expected": expected,
+                    "right": text == expected,
+                }
+            )
             if len(shown) < config.evaluate.gallery:
                 shown.append(Shown(record, text, expected))
     score = _score(parallel.gather_over_data(rows))

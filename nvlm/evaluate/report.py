@@ -61,7 +61,11 @@ def write_report(
         cards.append(_card(question, one, "".join(pictures)))
     kinds = "".join(f"<tr><td>{html.escape(kind)}</td><td>{score:.0%}</td></tr>" for kind, score in by_kind.items())
     page = _PAGE.format(
-        name=html.escape(config.name), score=f"{exact_match:.0%}", kinds=kinds, cards="".join(cards), arch=config.arch.name
+        name=html.escape(config.name),
+        score=f"{exact_match:.0%}",
+        kinds=kinds,
+        cards="".join(cards),
+        arch=config.arch.name,
     )
     (run_dir / "report.html").write_text(page)
 
@@ -97,7 +101,12 @@ def draw_curves(metrics: Path, out: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
     steps = [row["step"] for row in rows]
     for axis, (key, title) in zip(
-        axes, (("loss", "loss, mean over trained tokens"), ("lr", "learning rate"), ("tokens_per_second", "tokens/s"))
+        axes,
+        (
+            ("loss", "loss, mean over trained tokens"),
+            ("lr", "learning rate"),
+            ("tokens_per_second", "tokens/s"),
+        ),
     ):
         axis.plot(steps, [row[key] for row in rows], linewidth=1)
         axis.set_title(title, fontsize=10)

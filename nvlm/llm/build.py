@@ -79,7 +79,9 @@ def layer_spec(cross_attention: ModuleSpec | None = None) -> ModuleSpec:
     cross = {}
     if cross_attention is not None:
         cross = dict(
-            pre_cross_attn_layernorm=RMSNorm, cross_attention=cross_attention, cross_attn_bda=get_bias_dropout_add
+            pre_cross_attn_layernorm=RMSNorm,
+            cross_attention=cross_attention,
+            cross_attn_bda=get_bias_dropout_add,
         )
     return ModuleSpec(
         module=TransformerLayer,
@@ -89,12 +91,16 @@ def layer_spec(cross_attention: ModuleSpec | None = None) -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.arbitrary},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=CoreAttention,
+                    linear_proj=RowParallelLinear,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=ModuleSpec(
+                MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
             mlp_bda=get_bias_dropout_add,
             **cross,
         ),

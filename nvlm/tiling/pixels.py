@@ -34,9 +34,7 @@ class TiledImage:
     pixels: torch.Tensor
 
 
-def tile_image(
-    image: Image.Image, max_tiles: int = 6, resize: str = "exact", tile_size: int = 448
-) -> TiledImage:
+def tile_image(image: Image.Image, max_tiles: int = 6, resize: str = "exact", tile_size: int = 448) -> TiledImage:
     """Resize an image to its grid, cut it into tiles and append the thumbnail (NVLM section 4.1).
 
     resize "exact" is the bicubic filter of the Pillow that is installed, byte for byte what the published
@@ -79,9 +77,7 @@ def normalize(pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch
         )
     # On CUDA torch divides by a Python number through its reciprocal, one bit off; by a tensor it divides.
     white = torch.full((), 255.0, device=pixels.device)
-    mean, std = (
-        torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
-    )
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     # In place: the tiles of a whole window are a gigabyte in float32, and one copy is enough.
     return pixels.to(torch.float32).div_(white).sub_(mean).div_(std).to(dtype)
 

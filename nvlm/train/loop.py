@@ -33,7 +33,10 @@ def run(config: Config, run_dir: Path, started: float) -> None:
         if config.evaluate.questions:
             result = evaluate(trainer.model.module, trainer.vision, config, run_dir, device)
             if parallel.is_first_rank():
-                print(f"heldout exact_match={result.exact_match:.2f} seconds={time.time() - started:.0f}", flush=True)
+                print(
+                    f"heldout exact_match={result.exact_match:.2f} seconds={time.time() - started:.0f}",
+                    flush=True,
+                )
 
 
 def train(trainer: Trainer, config: Config, steps: Steps, first: int, run_dir: Path) -> None:
@@ -71,6 +74,7 @@ def build_steps(config: Config) -> Steps:
         steps=config.train.steps,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
+        row_length=config.data.row_length,
         data_rank=rank,
         data_size=size,
         multiple=8 * config.parallel.tensor,

@@ -106,7 +106,12 @@ def append_skipped(run_dir: Path, skipped) -> None:
 def print_groups(counts: list[GroupCount], stage: str, lr: float) -> None:
     """The table of what learns."""
     table = Table(title=f"stage {stage}", title_justify="left")
-    for heading, justify in (("module group", "left"), ("parameters", "right"), ("learns", "left"), ("peak lr", "right")):
+    for heading, justify in (
+        ("module group", "left"),
+        ("parameters", "right"),
+        ("learns", "left"),
+        ("peak lr", "right"),
+    ):
         table.add_column(heading, justify=justify)
     for count in counts:
         if count.parameters:

@@ -89,7 +89,10 @@ def train_step(trainer: Trainer, data: StepData) -> StepResult:
     ).tolist()
     loss, trained, *counts = sums
     return StepResult(
-        loss / max(trained, 1), int(trained), *map(int, counts), grad_norm=float(grad_norm or 0), lr=lr, updated=updated
+        loss / max(trained, 1),
+        int(trained),
+        *map(int, counts),
+        grad_norm=float(grad_norm or 0),
+        lr=lr,
+        updated=updated,
     )
-
-

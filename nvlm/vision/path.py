@@ -65,6 +65,11 @@ def build_vision(config: Config, device: torch.device) -> VisionPath:
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             shape = tuple(expected[name].shape)
-            raise problem(f"vision.weights: {name}", tuple(tensor.shape), f"shape {shape}", "choose the matching vision=")
+            raise problem(
+                f"vision.weights: {name}",
+                tuple(tensor.shape),
+                f"shape {shape}",
+                "choose the matching vision=",
+            )
         expected[name].data.copy_(tensor)
     return VisionPath(encoder.to(device), vision.downsample)

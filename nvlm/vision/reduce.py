@@ -13,7 +13,9 @@ def pixel_shuffle(features_TPD: Tensor, factor: int = 2) -> Tensor:
     tiles, patches, width = features_TPD.shape
     side = round(patches**0.5)
     if side * side != patches or side % factor:
-        raise ValueError(f"pixel_shuffle: got {patches} patches, expected a square grid with sides divisible by {factor}")
+        raise ValueError(
+            f"pixel_shuffle: got {patches} patches, expected a square grid with sides divisible by {factor}"
+        )
     cells = side // factor
     blocks = features_TPD.view(tiles, cells, factor, cells, factor, width).transpose(2, 3)
     return blocks.reshape(tiles, cells * cells, factor * factor * width)

@@ -40,7 +40,9 @@ def from_huggingface(tensors: Mapping[str, Tensor], layers: int, heads: int) -> 
         names[f"{hf}.attn.qkv.weight"] = f"{ours}.self_attention.linear_qkv.weight"
     missing, surplus = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
     if missing or surplus:
-        raise ValueError(f"encoder weights: missing {missing[:3]} of {len(missing)}, surplus {surplus[:3]} of {len(surplus)}")
+        raise ValueError(
+            f"encoder weights: missing {missing[:3]} of {len(missing)}, surplus {surplus[:3]} of {len(surplus)}"
+        )
     return {ours: _by_head(tensors[hf], heads) if ".qkv." in hf else tensors[hf] for hf, ours in names.items()}
 
 

@@ -51,7 +51,8 @@ def from_huggingface(
     """Our state dict from HF names (`model.*`, `lm_head.*`). Missing or surplus names raise ValueError.
 
     HF holds queries, keys and values apart; Megatron wants them key-value group by group: [the group's
-    queries, its key, its value]. With tied embeddings a `lm_head.weight` that is there all the same is left out.
+    queries, its key, its value]. With tied embeddings a `lm_head.weight` that is there all the same is left
+    out.
     """
     table = _table(llm, cross)
     expected = {hf for names in table.values() for hf in names}

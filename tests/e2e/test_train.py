@@ -61,7 +61,11 @@ def test_a_run_leaves_its_whole_story(unbroken):
 def test_killed_and_resumed_equals_unbroken_exactly(unbroken, tmp_path):
     run = tmp_path / "runs" / "killed"
     process = subprocess.Popen(
-        command("name=killed"), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command("name=killed"),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + 120
@@ -103,7 +107,14 @@ def test_two_processes_give_the_losses_of_one(unbroken, tmp_path, layout):
 
 
 def test_a_sweep_over_architectures_and_tags(tmp_path):
-    train(tmp_path, "-m", "arch=decoder,xattn", "tiling.tag=none,2d_bbox", "train.steps=3", "hydra.sweep.dir=runs/sweep")
+    train(
+        tmp_path,
+        "-m",
+        "arch=decoder,xattn",
+        "tiling.tag=none,2d_bbox",
+        "train.steps=3",
+        "hydra.sweep.dir=runs/sweep",
+    )
     found = sorted(path.parent.name for path in (tmp_path / "runs" / "sweep").glob("*/metrics.jsonl"))
     assert len(found) == 4, found
     assert all("arch=" in name and "tiling.tag=" in name for name in found)

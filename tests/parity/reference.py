@@ -328,6 +328,8 @@ class ReferenceNVLM(nn.Module):
         if dims.tied:
             lm_head.weight = words.weight
         self.language_model = nn.ModuleDict({"model": nn.ModuleDict(model), "lm_head": lm_head})
+        norms = {"decoder": [], "xattn": ["tile_norm"], "hybrid": ["tile_norm", "tag_norm"]}[dims.arch]
+        self.cross_keys = nn.ModuleDict({name: RMSNorm(dims.hidden, dims.eps) for name in norms})
 
     @torch.no_grad()
     def init(self, seed: int, std: float = 0.02, gates: float | None = 0.0) -> ReferenceNVLM:
@@ -365,25 +367,30 @@ class ReferenceNVLM(nn.Module):
         """[len(ids), H]."""
         return self.language_model.model.embed_tokens(torch.tensor(ids, dtype=torch.long))
 
-    def embed(self, segments: list[Segment], tiles: dict[tuple[int, int], Tensor], bind: bool) -> Tensor:
-        """[positions, H] of segments; tiles are projected; bind adds a tile's mean tag to its tokens."""
+    def embed(self, segments: list[Segment], tiles: dict[tuple[int, int], Tensor]) -> Tensor:
+        """[S, H] of the stream's segments; tiles are projected."""
+        parts = [tiles[s.image, s.tile] if s.kind == "tile" else self.words(s.ids) for s in segments]
+        return torch.cat([self.words(()), *parts])
+
+    def keys(self, segments: list[Segment], tiles: dict[tuple[int, int], Tensor]) -> Tensor:
+        """[X, H]: tiles and tags behind their norms; binding adds a tile's normed mean tag to its tokens."""
         named = [s for s in segments if s.kind == "tag" and s.ids]
-        tags = {(s.image, s.tile): self.words(s.ids).mean(dim=0) for s in named}
+        tags = {(s.image, s.tile): self.cross_keys["tag_norm"](self.words(s.ids).mean(dim=0)) for s in named}
         parts = [self.words(())]
         for segment in segments:
             key = (segment.image, segment.tile)
-            part = tiles[key] if segment.kind == "tile" else self.words(segment.ids)
-            if bind and segment.kind == "tile" and key in tags:
-                part = part + tags[key]
-            parts.append(part)
+            if segment.kind == "tag":
+                parts.append(self.cross_keys["tag_norm"](self.words(segment.ids)))
+                continue
+            part = self.cross_keys["tile_norm"](tiles[key])
+            parts.append(part + tags[key] if self.dims.bind_tags and key in tags else part)
         return torch.cat(parts)
 
     def logits(self, sample: RefSample) -> Tensor:
         """[S, V]."""
         check(sample, self.dims.arch)
         tiles = {key: self.mlp1(x_KC) for key, x_KC in self.vision_features(sample.tiles).items()}
-        h_SH = self.embed(sample.stream, tiles, bind=False)
-        kv_XH = self.embed(sample.cross, tiles, bind=self.dims.bind_tags)
+        h_SH, kv_XH = self.embed(sample.stream, tiles), self.keys(sample.cross, tiles)
         visible_SX = visibility(sample, self.dims.arch, self.dims.tokens_per_tile)
         for layer in self.language_model.model.layers:
             h_SH = layer(h_SH, kv_XH, visible_SX)

@@ -461,13 +461,17 @@ def test_stream_holds_words_and_bare_projected_tiles():
     assert_near(model.logits(sample), expected)
 
 
-def test_bind_tags_adds_the_mean_word_of_the_tag():
-    model = build(arch="hybrid")
+def test_bind_tags_adds_the_normed_mean_word_of_the_tag():
+    model = build(arch="hybrid", bind_tags=True)
     tiles = {key: torch.zeros(K, DIMS.hidden, dtype=torch.float64) for key in [(0, 0), (0, 1)]}
-    parts = model.embed([tag(0, 0, 3, 4), tile(0, 0), tile(0, 1)], tiles, bind=True)
-    words = model.language_model.model.embed_tokens.weight
-    assert_near(parts[:2], words[[3, 4]])
-    assert_near(parts[2 : 2 + K], ((words[3] + words[4]) / 2).expand(K, -1))
+    parts = model.keys([tag(0, 0, 3, 4), tile(0, 0), tile(0, 1)], tiles)
+    words, scale = model.language_model.model.embed_tokens.weight, model.cross_keys["tag_norm"].weight
+
+    def normed(x):
+        return x / (x.pow(2).mean(-1, keepdim=True) + DIMS.eps).sqrt() * scale
+
+    assert_near(parts[:2], normed(words[[3, 4]]))
+    assert_near(parts[2 : 2 + K], normed((words[3] + words[4]) / 2).expand(K, -1))
     assert parts[2 + K :].abs().max() == 0
 
 

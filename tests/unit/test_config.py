@@ -19,7 +19,10 @@ from nvlm.launch import check_overrides
         (["llm=qwen2-70b"], ("llm", "'qwen2-70b'", "qwen2-72b")),
         (["parallel.tensor=3"], ("parallel.tensor", "3", "llm.heads=4", "parallel.tensor=2")),
         (["llm=qwen2-7b", "dry_run=true", "parallel.tensor=8"], ("llm.heads=28", "parallel.tensor=4")),
-        (["arch=decoder", "data.seq_length=100"], ("data.seq_length", "100", "arch=decoder", "data.seq_length=")),
+        (
+            ["arch=decoder", "data.seq_length=100"],
+            ("data.seq_length", "100", "arch=decoder", "data.seq_length="),
+        ),
         (["data.cross_length=10"], ("data.cross_length", "10", "data.cross_length=")),
         (["tiling.tag=3d"], ("tiling.tag", "'3d'", "none, 1d, 2d_grid, 2d_bbox")),
         (["train.steps=many"], ("train.steps", "'many'", "int")),
@@ -28,7 +31,10 @@ from nvlm.launch import check_overrides
         (["data=jsonl"], ("data.path", "nothing", "data.path=")),
         (["parallel.context=2"], ("parallel.context", "2")),
         (["vision.patch=13"], ("vision.tile_size", "112", "26", "vision.tile_size=104")),
-        (["stage.train_projector=false", "stage.train_xattn=false", "stage.train_llm=false"], ("stage", "nothing")),
+        (
+            ["stage.train_projector=false", "stage.train_xattn=false", "stage.train_llm=false"],
+            ("stage", "nothing"),
+        ),
         (["optim.warmup=100000"], ("optim.warmup", "100000")),
         (["not an override"], ("command line",)),
         (["arch=hybrid,decodr"], ("arch", "'decodr'", "decoder")),
@@ -65,7 +71,9 @@ def test_ten_cross_attention_layers_at_both_sizes(configured):
     assert cross_layers(configured("llm=yi-34b", "arch=decoder", "dry_run=true")) == ()
 
 
-@pytest.mark.parametrize(("arch", "stream", "cross"), [("decoder", 1827, 0), ("xattn", 35, 1792), ("hybrid", 261, 1566)])
+@pytest.mark.parametrize(
+    ("arch", "stream", "cross"), [("decoder", 1827, 0), ("xattn", 35, 1792), ("hybrid", 261, 1566)]
+)
 def test_most_tokens_of_an_image_at_full_size(configured, arch, stream, cross):
     config = configured("llm=qwen2-72b", f"arch={arch}", "dry_run=true")
     assert (max_stream_tokens(config), max_cross_tokens(config)) == (stream, cross)

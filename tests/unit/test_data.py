@@ -86,12 +86,17 @@ def test_records_that_cannot_be_trained_on_say_why(encoder, messages, images, re
 def test_many_images_get_fewer_tiles_until_they_fit(encoder):
     wide = [picture(600, 100)] * 3
     one = encode(Record("r", talk(("user", "?"), ("assistant", "!")), wide[:1]), encoder("decoder"))
-    three = encode(Record("r", talk(("user", "?"), ("assistant", "!")), wide), encoder("decoder", "data.seq_length=256"))
+    three = encode(
+        Record("r", talk(("user", "?"), ("assistant", "!")), wide), encoder("decoder", "data.seq_length=256")
+    )
     assert len(one.pixels) == 7
     assert len(three.pixels) < 3 * 7
     assert three.tokens.numel() <= 256
     with pytest.raises(BadRecord, match="do not fit the text stream"):
-        encode(Record("r", talk(("user", "?"), ("assistant", "!")), wide * 9), encoder("decoder", "data.seq_length=256"))
+        encode(
+            Record("r", talk(("user", "?"), ("assistant", "!")), wide * 9),
+            encoder("decoder", "data.seq_length=256"),
+        )
 
 
 def png_header(width, height):
@@ -135,7 +140,9 @@ def test_jsonl_paths_stay_inside_the_folder(tmp_path):
     file.write_text("\n".join(lines))
     records = JsonlRecords(str(file))
     assert len(records) == 6
-    for index, reason in enumerate(["leaves the data folder", "leaves the data folder", "not JSON", "no list", "expected text"]):
+    for index, reason in enumerate(
+        ["leaves the data folder", "leaves the data folder", "not JSON", "no list", "expected text"]
+    ):
         with pytest.raises(BadRecord, match=reason):
             records[index]
     assert records[5].id == "records.jsonl:6"
@@ -176,7 +183,17 @@ class _Some:
 
 def test_steps_skip_and_name_bad_records_and_replicas_share_the_work(encoder):
     def step(rank, size):
-        return Steps(_Some(), encoder(), seed=1, steps=5, global_batch=10, micro_batch=2, data_rank=rank, data_size=size)[0]
+        return Steps(
+            _Some(),
+            encoder(),
+            seed=1,
+            steps=5,
+            global_batch=10,
+            micro_batch=2,
+            row_length=40,
+            data_rank=rank,
+            data_size=size,
+        )[0]
 
     whole = step(0, 1)
     assert whole.skipped == (("some:3", "spoilt"),)
@@ -196,7 +213,11 @@ def test_a_step_without_a_good_record_still_has_a_micro_batch():
 
 @pytest.mark.parametrize("arch", ["decoder", "xattn", "hybrid"])
 def test_placeholders_match_tiles_and_carry_no_loss(encoder, arch):
-    record = Record("r", talk(("user", "<image> and <image>"), ("assistant", "Two.")), [picture(300, 100), picture(50, 50)])
+    record = Record(
+        "r",
+        talk(("user", "<image> and <image>"), ("assistant", "Two.")),
+        [picture(300, 100), picture(50, 50)],
+    )
     sample = encode(record, encoder(arch))
     places = sample.tokens == IMAGE
     assert int(places.sum()) == 16 * sample.stream_tiles.numel()
@@ -207,4 +228,6 @@ def test_placeholders_match_tiles_and_carry_no_loss(encoder, arch):
     assert not (sample.labels == IMAGE).any()
     trained = sample.labels[sample.labels != IGNORE].tolist()
     assert load_tokenizer("tiny").tokenizer.decode(trained, skip_special_tokens=False) == "Two.<|im_end|>"
-    assert torch.equal(sample.labels[:-1][sample.labels[:-1] != IGNORE], sample.tokens[1:][sample.labels[:-1] != IGNORE])
+    assert torch.equal(
+        sample.labels[:-1][sample.labels[:-1] != IGNORE], sample.tokens[1:][sample.labels[:-1] != IGNORE]
+    )

@@ -90,9 +90,7 @@ def test_published_vectors(size):
 @example(1250, 500, 6, 448)
 @example(5, 12, 6, 448)
 def test_equals_the_published_rule(width, height, max_tiles, tile_size):
-    assert choose_grid(width, height, max_tiles, tile_size) == reference_grid(
-        width, height, max_tiles, tile_size
-    )
+    assert choose_grid(width, height, max_tiles, tile_size) == reference_grid(width, height, max_tiles, tile_size)
 
 
 @settings(max_examples=1000, deadline=None)

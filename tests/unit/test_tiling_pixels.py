@@ -122,9 +122,7 @@ def test_a_1x1_image_is_its_thumbnail(resize):
 
 def difference(image, max_tiles=6, tile_size=448):
     """Largest difference in levels, and share of values that differ, between fast and exact."""
-    exact, fast = (
-        tile_image(image, max_tiles, resize, tile_size).pixels.int() for resize in ("exact", "fast")
-    )
+    exact, fast = (tile_image(image, max_tiles, resize, tile_size).pixels.int() for resize in ("exact", "fast"))
     gap = (exact - fast).abs()
     return int(gap.max()), float((gap > 0).float().mean())
 

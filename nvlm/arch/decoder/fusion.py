@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nvlm.batch import IMAGE, Batch
 
@@ -13,7 +13,7 @@ def fill(words_BSH: Tensor, tokens_BS: Tensor, tiles_TKH: Tensor) -> Tensor:
     return words_BSH.masked_scatter(places_BS1, tiles_TKH.to(words_BSH.dtype))
 
 
-class StreamFusion:
+class StreamFusion(nn.Module):
     """NVLM-D: all tiles in the stream, nothing cross-attended."""
 
     def stream(self, words_BSH: Tensor, batch: Batch, tiles_TKH: Tensor) -> Tensor:

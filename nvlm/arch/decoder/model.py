@@ -10,4 +10,4 @@ from nvlm.config import ArchConfig
 
 def architecture(arch: ArchConfig) -> Architecture:
     """NVLM-D as values."""
-    return Architecture("decoder", layout, projector="mlp", fusion=StreamFusion(), cross_attention=None)
+    return Architecture("decoder", layout, projector="mlp", fusion=lambda config: StreamFusion(), cross_attention=None)

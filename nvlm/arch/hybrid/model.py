@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from megatron.core.transformer import ModuleSpec
 
 from nvlm.arch.base import Architecture
@@ -13,5 +15,5 @@ from nvlm.config import ArchConfig
 
 def architecture(arch: ArchConfig) -> Architecture:
     """NVLM-H as values."""
-    cross = ModuleSpec(module=GatedCrossAttention)
-    return Architecture("hybrid", layout, "mlp", HybridFusion(arch.bind_tags), cross_attention=cross)
+    cross = ModuleSpec(module=GatedCrossAttention, params={"init_std": arch.cross_std})
+    return Architecture("hybrid", layout, "mlp", partial(HybridFusion, bind_tags=arch.bind_tags), cross_attention=cross)

@@ -14,6 +14,7 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import init_method_normal
 from torch import Tensor, nn
 
 from nvlm.llm.attention import CoreAttention
@@ -22,15 +23,14 @@ from nvlm.llm.attention import CoreAttention
 class GatedCrossAttention(MegatronModule):
     """tanh(gate) * Wo attention(Wq x, Wk keys, Wv keys): no bias, no rotary, heads as the language model's."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, pg_collection, **_) -> None:
+    def __init__(self, config: TransformerConfig, layer_number: int, pg_collection, init_std: float, **_) -> None:
         super().__init__(config=config)
         self.heads = config.num_attention_heads // pg_collection.tp.size()
         self.groups = config.num_query_groups // pg_collection.tp.size()
         self.head_dim = config.kv_channels
         width = config.num_attention_heads * config.kv_channels
-        column = dict(
-            init_method=config.init_method, bias=False, gather_output=False, tp_group=pg_collection.tp
-        )
+        init = init_method_normal(init_std)
+        column = dict(init_method=init, bias=False, gather_output=False, tp_group=pg_collection.tp)
         self.linear_q = ColumnParallelLinear(config.hidden_size, width, config=config, **column)
         # Keys are whole on every rank, never split along the sequence.
         whole = dataclasses.replace(config, sequence_parallel=False) if config.sequence_parallel else config
@@ -41,7 +41,7 @@ class GatedCrossAttention(MegatronModule):
             width,
             config.hidden_size,
             config=config,
-            init_method=config.output_layer_init_method,
+            init_method=init,  # the gate, not a smaller start, keeps a fresh layer silent
             bias=False,
             input_is_parallel=True,
             skip_bias_add=True,
@@ -50,9 +50,7 @@ class GatedCrossAttention(MegatronModule):
         self.gate = nn.Parameter(torch.zeros(1, dtype=config.params_dtype))
         self.gate.sequence_parallel = config.sequence_parallel
 
-    def forward(
-        self, hidden_SBH: Tensor, attention_mask: Tensor, key_value_states: Tensor, **_
-    ) -> tuple[Tensor, None]:
+    def forward(self, hidden_SBH: Tensor, attention_mask: Tensor, key_value_states: Tensor, **_) -> tuple[Tensor, None]:
         """[S, B, H] to be added to the residual. `attention_mask` [B, 1, S, X] is True where a query must not look;
         `key_value_states` is [X, B, H]."""
         query = self.linear_q(hidden_SBH)[0].unflatten(-1, (self.heads, self.head_dim))

@@ -13,5 +13,5 @@ from nvlm.config import ArchConfig
 
 def architecture(arch: ArchConfig) -> Architecture:
     """NVLM-X as values."""
-    cross = ModuleSpec(module=GatedCrossAttention)
-    return Architecture("xattn", layout, projector="affine", fusion=CrossFusion(), cross_attention=cross)
+    cross = ModuleSpec(module=GatedCrossAttention, params={"init_std": arch.cross_std})
+    return Architecture("xattn", layout, projector="affine", fusion=CrossFusion, cross_attention=cross)
