@@ -71,9 +71,7 @@ def box(
 ) -> Box:
     fill, edge, line = look
     shape = f"round,pad=0,rounding_size={corner}"
-    ax.add_patch(
-        FancyBboxPatch((b.x, b.y), b.w, b.h, boxstyle=shape, fc=fill, ec=edge, ls=line, lw=1.4, zorder=2)
-    )
+    ax.add_patch(FancyBboxPatch((b.x, b.y), b.w, b.h, boxstyle=shape, fc=fill, ec=edge, ls=line, lw=1.4, zorder=2))
     label(ax, b.mid, b.y + b.h / 2 - 1, text, size)
     return b
 

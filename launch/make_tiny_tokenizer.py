@@ -14,8 +14,13 @@ from nvlm.data.pages import KINDS, ask
 
 VOCABULARY = 512  # at most: the merges of so small a corpus end earlier
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_pad|>"]
-TAGS = [*(f"<tile_{k}>" for k in range(1, 10)), "<tile_global_thumbnail>", "<tile_global>",
-        *(f"<tile_x{c}_y{r}>" for c in range(6) for r in range(6)), "<box> (0, 0), (999, 999) </box>"]
+TAGS = [
+    *(f"<tile_{k}>" for k in range(1, 10)),
+    "<tile_global_thumbnail>",
+    "<tile_global>",
+    *(f"<tile_x{c}_y{r}>" for c in range(6) for r in range(6)),
+    "<box> (0, 0), (999, 999) </box>",
+]
 # The opening of a tag or of <Image>, a word, one digit, other signs, space.
 PIECES = r"</?[A-Za-z]+_?| ?[A-Za-z_]+|[0-9]| ?[^\sA-Za-z0-9_<>]+|[<>]|\s+"
 TARGET = Path(__file__).parent.parent / "nvlm" / "data" / "tiny_tokenizer" / "tokenizer.json"
@@ -31,13 +36,19 @@ def corpus() -> list[str]:
 def main() -> None:
     """Train and write the tokenizer."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PIECES), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(corpus(), trainer)
     TARGET.parent.mkdir(exist_ok=True)
     tokenizer.save(str(TARGET))

@@ -44,8 +44,9 @@ def _grain() -> np.ndarray:
     return np.random.default_rng(0).normal(0, 3, (1024, 1024)).astype(np.float32)
 
 
-def draw_digit(ink: np.ndarray, scan: np.ndarray, centre: tuple[float, float], size: tuple[float, float],
-               rng: np.random.Generator) -> None:
+def draw_digit(
+    ink: np.ndarray, scan: np.ndarray, centre: tuple[float, float], size: tuple[float, float], rng: np.random.Generator
+) -> None:
     """Draw one scan onto ink [height, width] (0..1), smoothly enlarged, a little turned and slanted.
 
     centre and size are (x, y) and (width, height) in px of the page.
@@ -59,12 +60,17 @@ def draw_digit(ink: np.ndarray, scan: np.ndarray, centre: tuple[float, float], s
     x, y = centre[0] - left, centre[1] - top
     padded = Image.fromarray(np.pad(scan, 2))
     middle = padded.width / 2
-    glyph = np.asarray(padded.transform(
-        (width, height), Image.Transform.AFFINE, (a, b, middle - a * x - b * y, d, e, middle - d * x - e * y),
-        Image.Resampling.BICUBIC))
+    glyph = np.asarray(
+        padded.transform(
+            (width, height),
+            Image.Transform.AFFINE,
+            (a, b, middle - a * x - b * y, d, e, middle - d * x - e * y),
+            Image.Resampling.BICUBIC,
+        )
+    )
     x0, y0 = max(left, 0), max(top, 0)
-    window = ink[y0:max(top + height, 0), x0:max(left + width, 0)]
-    part = glyph[y0 - top:y0 - top + window.shape[0], x0 - left:x0 - left + window.shape[1]]
+    window = ink[y0 : max(top + height, 0), x0 : max(left + width, 0)]
+    part = glyph[y0 - top : y0 - top + window.shape[0], x0 - left : x0 - left + window.shape[1]]
     np.maximum(window, part, out=window)
 
 
@@ -74,7 +80,7 @@ def on_paper(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
     paper = rng.uniform(225, 250) - rng.uniform(0, 14, 3) * (0, 0.4, 1)
     pen = rng.uniform(10, 70) + rng.uniform(0, 40, 3) * (0, 0.4, 1)
     top, left = rng.integers(0, 1024 - height + 1), rng.integers(0, 1024 - width + 1)
-    light = _grain()[top:top + height, left:left + width, None]
+    light = _grain()[top : top + height, left : left + width, None]
     amount = np.clip(ink * rng.uniform(1.0, 1.3), 0, 1)[..., None]
     pixels = paper.astype(np.float32) + amount * (pen - paper).astype(np.float32) + light
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
@@ -141,8 +147,12 @@ def make_page(split: str, seed: int, index: int, questions: int) -> dict[str, An
         for role, content in (("user", question), ("assistant", answer))
     ]
     messages[0]["content"] = "<image>\n" + messages[0]["content"]
-    return {"id": f"{split}-{seed}-{index}", "messages": messages, "images": [page],
-            "kinds": [kind for _, kind in turns.values()]}
+    return {
+        "id": f"{split}-{seed}-{index}",
+        "messages": messages,
+        "images": [page],
+        "kinds": [kind for _, kind in turns.values()],
+    }
 
 
 def _records(split: str, indices: list[int], seed: int, questions: int, version: int) -> Iterator[dict[str, Any]]:
@@ -164,12 +174,19 @@ def build_pages(split: str, count: int, seed: int = 0, questions_per_page: int =
     """
     from datasets import Dataset, Features, Image, Sequence, Value
 
-    features = Features({
-        "id": Value("string"),
-        "messages": [{"role": Value("string"), "content": Value("string")}],
-        "images": Sequence(Image()),
-        "kinds": Sequence(Value("string")),
-    })
-    arguments = {"split": split, "indices": list(range(count)), "seed": seed, "questions": questions_per_page,
-                 "version": VERSION}
+    features = Features(
+        {
+            "id": Value("string"),
+            "messages": [{"role": Value("string"), "content": Value("string")}],
+            "images": Sequence(Image()),
+            "kinds": Sequence(Value("string")),
+        }
+    )
+    arguments = {
+        "split": split,
+        "indices": list(range(count)),
+        "seed": seed,
+        "questions": questions_per_page,
+        "version": VERSION,
+    }
     return Dataset.from_generator(_records, features=features, gen_kwargs=arguments)

@@ -45,9 +45,7 @@ def _table(llm: LLMConfig, cross: Sequence[int]) -> dict[str, tuple[str, ...]]:
     return table
 
 
-def from_huggingface(
-    tensors: Mapping[str, Tensor], llm: LLMConfig, cross: Sequence[int] = ()
-) -> dict[str, Tensor]:
+def from_huggingface(tensors: Mapping[str, Tensor], llm: LLMConfig, cross: Sequence[int] = ()) -> dict[str, Tensor]:
     """Our state dict from HF names (`model.*`, `lm_head.*`). Missing or surplus names raise ValueError.
 
     HF holds queries, keys and values apart; Megatron wants them key-value group by group: [the group's
@@ -64,9 +62,7 @@ def from_huggingface(
     return {ours: _join(ours, [tensors[hf] for hf in names], llm) for ours, names in table.items()}
 
 
-def to_huggingface(
-    state: Mapping[str, Tensor], llm: LLMConfig, cross: Sequence[int] = ()
-) -> dict[str, Tensor]:
+def to_huggingface(state: Mapping[str, Tensor], llm: LLMConfig, cross: Sequence[int] = ()) -> dict[str, Tensor]:
     """The inverse of `from_huggingface`; it maps gradients as well as weights."""
     out = {}
     for ours, names in _table(llm, cross).items():

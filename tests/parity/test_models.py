@@ -159,11 +159,7 @@ def assert_gradients_near(actual: dict[str, Tensor], expected: dict[str, Tensor]
     if gates:  # single numbers: one of them may be next to zero, all together are not
         gaps["gates"] = gap(torch.cat([actual[n] for n in gates]), torch.cat([expected[n] for n in gates]))
     wide = ("gates", ".k_proj.bias")
-    wrong = {
-        n: f"{off:.1e}"
-        for n, off in gaps.items()
-        if not off <= (CANCELLING if n.endswith(wide) else GRADIENT)
-    }
+    wrong = {n: f"{off:.1e}" for n, off in gaps.items() if not off <= (CANCELLING if n.endswith(wide) else GRADIENT)}
     assert not wrong, f"{len(wrong)} of {len(gaps)} gradients differ: {wrong}"
 
 
@@ -202,9 +198,7 @@ def test_pixel_shuffle_order():
     numbers = torch.arange(16.0).view(1, 16, 1)
     blocks = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
     assert pixel_shuffle(numbers)[0].tolist() == blocks
-    assert pixel_shuffle(torch.cat([numbers, numbers + 16]))[1].tolist() == [
-        [n + 16 for n in b] for b in blocks
-    ]
+    assert pixel_shuffle(torch.cat([numbers, numbers + 16]))[1].tolist() == [[n + 16 for n in b] for b in blocks]
 
 
 @pytest.mark.parametrize("rows", INPUTS)
@@ -236,9 +230,7 @@ def test_next_tokens_are_the_references_likeliest(arch):
 @pytest.mark.parametrize("overrides", [*MODELS.values(), *VARIANTS.values()], ids=[*MODELS, *VARIANTS])
 def test_weights_survive_the_round_trip(overrides):
     twins = twins_of(*overrides)
-    state = {
-        name: p for name, p in twins.reference.named_parameters() if not name.startswith("vision_model.")
-    }
+    state = {name: p for name, p in twins.reference.named_parameters() if not name.startswith("vision_model.")}
     there_and_back = to_reference(to_ours(state, twins.config), twins.config)
     assert there_and_back.keys() == state.keys()
     assert all(torch.equal(there_and_back[name], p) for name, p in state.items())
@@ -249,9 +241,7 @@ def test_missing_and_surplus_weights_are_named():
     state = below("language_model.", dict(twins.reference.named_parameters()))
     cross = cross_layers(twins.config)
     with pytest.raises(ValueError, match=r"missing \['lm_head.weight'\] of 1"):
-        llm_weights.from_huggingface(
-            {n: t for n, t in state.items() if "lm_head" not in n}, twins.config.llm, cross
-        )
+        llm_weights.from_huggingface({n: t for n, t in state.items() if "lm_head" not in n}, twins.config.llm, cross)
     with pytest.raises(ValueError, match=r"surplus .*layers.1.cross_attn.* of 12"):
         llm_weights.from_huggingface(state, twins.config.llm)
     tied = replace(twins.config.llm, tied=True)
@@ -293,9 +283,7 @@ def test_fresh_gates_are_closed_and_learn():
     gate = next(m for m in twins.model.modules() if isinstance(m, GatedCrossAttention)).gate
     fresh = GatedCrossAttention(twins.model.config, 1, twins.model.decoder.pg_collection, init_std=0.1)
     assert fresh.gate.tolist() == [0.0] and fresh.gate.shape == gate.shape
-    _, gradients = loss_and_gradients(
-        build_twins(small_config("arch=xattn"), gates=0.0), batch_of([[ONE]], twins)
-    )
+    _, gradients = loss_and_gradients(build_twins(small_config("arch=xattn"), gates=0.0), batch_of([[ONE]], twins))
     for name, gradient in gradients.items():
         if ".cross_attn." in name:
             assert bool(gradient.abs().max() > 0) == name.endswith(".gate"), name
@@ -414,9 +402,7 @@ def test_h_has_the_thumbnail_in_the_stream_and_each_tile_in_the_keys(tiles, tag)
 
 
 @pytest.mark.parametrize("tiles", GRIDS)
-@pytest.mark.parametrize(
-    ("arch", "stream_tiles", "cross_tiles"), [("decoder", True, False), ("xattn", False, True)]
-)
+@pytest.mark.parametrize(("arch", "stream_tiles", "cross_tiles"), [("decoder", True, False), ("xattn", False, True)])
 def test_counts_of_d_and_x(arch, stream_tiles, cross_tiles, tiles):
     story = Story("count", (("user", "<image>"), ("assistant", "c")), (GRIDS[tiles],))
     sample = sample_of(story, small_config(f"arch={arch}"))
@@ -545,9 +531,7 @@ def test_features_of_another_size_are_refused(arch, tokens):
     twins = twins_with((f"arch={arch}",))
     batch = batch_of([[ONE]], twins)
     count, _, channels = batch.features.shape
-    with pytest.raises(
-        ValueError, match=rf"features of samples \[one\]: got {tokens} tokens a tile, expected {K}"
-    ):
+    with pytest.raises(ValueError, match=rf"features of samples \[one\]: got {tokens} tokens a tile, expected {K}"):
         twins.model(batch.with_features(torch.randn(count, tokens, channels)))
 
 
@@ -596,9 +580,7 @@ def test_what_learns_in_pretraining_gets_the_references_gradients(model, recompu
     learning = [name for name in parts[0] if name.startswith(("mlp1.", "cross_keys.")) or ".cross_attn." in name]
     assert len(learning) == len(zeros) - len(frozen) + len(cross_layers(twins.config))  # k and v lie in one
     gradients = to_reference(mine, twins.config)
-    assert_gradients_near(
-        {n: gradients[n] for n in learning}, {n: sum(p[n] for p in parts) for n in learning}
-    )
+    assert_gradients_near({n: gradients[n] for n in learning}, {n: sum(p[n] for p in parts) for n in learning})
 
 
 @pytest.mark.parametrize("rows", ["packed rows", "text alone"])

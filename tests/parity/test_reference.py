@@ -105,9 +105,7 @@ def hybrid_sample() -> RefSample:
     """Thumbnails in the stream; image 0 has two regular tiles, image 1 none, image 2 one."""
     stream = [text(1, 2), tag(0, 2, 6), tile(0, 2), text(7), tag(1, 0, 6), tile(1, 0), text(8)]
     stream += [tag(2, 1, 6), tile(2, 1), text(9, 10)]
-    return sample_of(
-        stream, [tag(0, 0, 3, 4), tile(0, 0), tag(0, 1, 3, 5), tile(0, 1), tag(2, 0, 3), tile(2, 0)]
-    )
+    return sample_of(stream, [tag(0, 0, 3, 4), tile(0, 0), tag(0, 1, 3, 5), tile(0, 1), tag(2, 0, 3), tile(2, 0)])
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:
@@ -357,9 +355,7 @@ def test_visibility_without_keys():
 
 def test_attend_equals_scaled_dot_product_attention():
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(n, h, 6, generator=generator, dtype=torch.float64) for n, h in [(7, 4), (5, 2), (5, 2)]
-    )
+    q, k, v = (torch.randn(n, h, 6, generator=generator, dtype=torch.float64) for n, h in [(7, 4), (5, 2), (5, 2)])
     visible = torch.rand(7, 5, generator=generator) < 0.5
     visible[3] = False
     out = attend(q, k, v, visible)

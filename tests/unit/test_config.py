@@ -55,7 +55,10 @@ def test_right_overrides_pass():
 
 
 def test_configuration_is_checked_without_torch():
-    code = "import sys; from nvlm.launch import check_overrides; check_overrides(['arch=xattn']); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from nvlm.launch import check_overrides; check_overrides(['arch=xattn']);"
+        "assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

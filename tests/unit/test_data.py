@@ -135,9 +135,9 @@ def test_jsonl_paths_stay_inside_the_folder(tmp_path):
     picture().save(tmp_path / "secret.png")
     file = tmp_path / "inside" / "records.jsonl"
     good = {"messages": talk(("user", "?"), ("assistant", "!")), "images": []}
-    lines = [json.dumps(good | {"images": ["../secret.png"]}), json.dumps(good | {"images": ["/etc/passwd"]}), "{broken",
-             json.dumps({"messages": "text"}), json.dumps(good | {"images": [7]}), json.dumps(good)]  # fmt: skip
-    file.write_text("\n".join(lines))
+    paths = [["../secret.png"], ["/etc/passwd"], [7], []]
+    outside, absolute, number, fine = (json.dumps(good | {"images": images}) for images in paths)
+    file.write_text("\n".join([outside, absolute, "{broken", json.dumps({"messages": "text"}), number, fine]))
     records = JsonlRecords(str(file))
     assert len(records) == 6
     for index, reason in enumerate(
