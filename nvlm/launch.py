@@ -241,7 +241,8 @@ def _check_devices(config: Config) -> None:
             f"devices: got a machine without GPUs, expected {needed} GPUs of 80 GB or more for "
             f"{total / 1e9:.1f}B parameters ({config.parallel.tensor} tensor x {config.parallel.pipeline} pipeline x "
             f"{config.parallel.context} context = {config.parallel.replica} a replica; weights, gradients and "
-            f"optimizer state alone). Fix: start it there under torchrun or srun; here, dry_run=true builds and counts it"
+            f"optimizer state alone). Fix: start it there under torchrun or srun; here, dry_run=true builds and "
+            f"counts it"
         )
     processes = config.parallel.replica * config.parallel.data
     if gpus and not _launched() and processes > gpus:

@@ -135,7 +135,7 @@ def make_page(split: str, seed: int, index: int, questions: int) -> dict[str, An
     rng = np.random.default_rng([_SPLITS[split], seed, index])
     page, digits = draw_page(split, GRIDS[rng.integers(len(GRIDS))], rng)
     # A one-tile page has no numbered tag, so nothing is asked about its tile 1.
-    weights = np.array([0.4 * (digits.size > 1), 0.2, 0.2, 0.2])
+    weights = np.array([0.4 * (digits.size > 1), 0.25, 0.25, 0.1])
     turns: dict[str, tuple[str, str]] = {}  # question -> answer, kind
     while len(turns) < questions:
         kind = str(rng.choice(KINDS, p=weights / weights.sum()))

@@ -33,10 +33,8 @@ def run(config: Config, run_dir: Path, started: float) -> None:
         if config.evaluate.questions:
             result = evaluate(trainer.model.module, trainer.vision, config, run_dir, device)
             if parallel.is_first_rank():
-                print(
-                    f"heldout exact_match={result.exact_match:.2f} seconds={time.time() - started:.0f}",
-                    flush=True,
-                )
+                print("  ".join(f"{kind} {score:.2f}" for kind, score in result.by_kind.items()))
+                print(f"heldout exact_match={result.exact_match:.2f} seconds={time.time() - started:.0f}")
 
 
 def train(trainer: Trainer, config: Config, steps: Steps, first: int, run_dir: Path) -> None:
