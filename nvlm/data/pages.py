@@ -22,7 +22,9 @@ TILE = 112  # the tile side for which pages are laid out, px
 CELLS = 4  # cells per tile side: one visual token covers one cell of 28 px
 GRIDS = tuple((c, r) for c in range(1, 7) for r in range(1, 7) if c * r <= 6)  # (cols, rows), 14 of them
 KINDS = ("tile", "row", "page", "count")
-VERSION = 1  # part of the datasets cache key: raise it when pages or questions change
+SHARES = (0.4, 0.25, 0.25, 0.1)  # of each kind, where the page allows it
+MAX_QUESTIONS = 12  # a one-tile page has no more different ones: its row, the page, ten counts
+VERSION = 2  # part of the datasets cache key: raise it when pages or questions change
 
 _SPLITS = {"train": 0, "heldout": 1}
 
@@ -132,10 +134,12 @@ def ask(kind: str, digits: np.ndarray, rng: np.random.Generator) -> tuple[str, s
 
 def make_page(split: str, seed: int, index: int, questions: int) -> dict[str, Any]:
     """Record number index with a page (PIL image) and that many distinct questions, in random order."""
+    if not 1 <= questions <= MAX_QUESTIONS:
+        raise ValueError(f"questions per page, got {questions}, expected 1 to {MAX_QUESTIONS}")
     rng = np.random.default_rng([_SPLITS[split], seed, index])
     page, digits = draw_page(split, GRIDS[rng.integers(len(GRIDS))], rng)
     # A one-tile page has no numbered tag, so nothing is asked about its tile 1.
-    weights = np.array([0.4 * (digits.size > 1), 0.25, 0.25, 0.1])
+    weights = np.array(SHARES) * (digits.size > 1, 1, 1, 1)
     turns: dict[str, tuple[str, str]] = {}  # question -> answer, kind
     while len(turns) < questions:
         kind = str(rng.choice(KINDS, p=weights / weights.sum()))
@@ -159,11 +163,9 @@ def _records(split: str, indices: list[int], seed: int, questions: int, version:
     """The records with these indices, their pages as JPEG bytes; version only enters the cache key."""
     for index in indices:
         record = make_page(split, seed, index, questions)
-        for page in record["images"]:
-            data = io.BytesIO()
-            page.save(data, "JPEG", quality=90)
-            record["images"] = [{"bytes": data.getvalue(), "path": None}]
-        yield record
+        data = io.BytesIO()
+        record["images"][0].save(data, "JPEG", quality=90)
+        yield record | {"images": [{"bytes": data.getvalue(), "path": None}]}
 
 
 def build_pages(split: str, count: int, seed: int = 0, questions_per_page: int = 4) -> Dataset:
