@@ -88,11 +88,13 @@ class Batch:
     image: Tensor  # [B, S], number of the last image begun within the sample
     tile: Tensor  # [B, S]
     stream_tiles: Tensor  # tile numbers for the placeholders, row by row
+    stream_owners: Tensor  # [tiles in stream_tiles, 2], (row, sample in it)
     cross_tokens: Tensor  # [B, X]
     cross_sample: Tensor  # [B, X]
     cross_image: Tensor  # [B, X]
     cross_tile: Tensor  # [B, X]
     cross_tiles: Tensor  # tile numbers for the IMAGE keys, row by row
+    cross_owners: Tensor  # [tiles in cross_tiles, 2], (row, sample in it)
     cross_tags: Tensor  # [tiles in cross_tiles, longest tag], tag ids, PAD behind
     pixels: Tensor  # uint8 [T, 3, px, px]
     features: Tensor | None = None  # [T, K, C], from the frozen encoder
@@ -118,21 +120,37 @@ class Batch:
 
 
 def check_placeholders(batch: Batch, tile_tokens: int) -> None:
-    """Raise ValueError with sample ids and both counts where placeholders and tile tokens do not match."""
-    names = ", ".join(name for row in batch.ids for name in row)
+    """Raise ValueError with the sample's id and both counts where placeholders and tile tokens do not match."""
     if batch.features is not None and batch.features.shape[1] != tile_tokens:
         # Filling would take the surplus for the next tile's tokens without a word.
+        names = ", ".join(name for row in batch.ids for name in row)
         raise ValueError(
             f"features of samples [{names}]: got {batch.features.shape[1]} tokens a tile, "
             f"expected {tile_tokens}. Fix: the encoder and vision.tile_size, patch and downsample disagree"
         )
-    for place, tokens, tiles in (
-        ("text stream", batch.tokens, batch.stream_tiles),
-        ("cross-attended keys", batch.cross_tokens, batch.cross_tiles),
+    for place, tokens, sample, tiles, owners in (
+        ("text stream", batch.tokens, batch.sample, batch.stream_tiles, batch.stream_owners),
+        ("cross-attended keys", batch.cross_tokens, batch.cross_sample, batch.cross_tiles, batch.cross_owners),
     ):
-        placeholders, features = int((tokens == IMAGE).sum()), tiles.numel() * tile_tokens
-        if placeholders != features:
+        if len(tiles) != len(owners):
+            raise ValueError(f"{place}: got {len(tiles)} tiles, expected {len(owners)}. Fix: the loader lost some")
+        places = (tokens == IMAGE).nonzero()
+        # One row a placeholder or tile token: (row, sample in it).
+        found = torch.stack((places[:, 0], sample[places[:, 0], places[:, 1]]), dim=1)
+        difference = _count(found, batch) - tile_tokens * _count(owners, batch)
+        if difference.any():
+            row, number = difference.nonzero()[0].tolist()
+            got = int(_count(found, batch)[row, number])
+            name = batch.ids[row][number] if number < len(batch.ids[row]) else "padding"
             raise ValueError(
-                f"{place} of samples [{names}]: got {placeholders} image placeholders, expected {features} "
-                f"({tiles.numel()} tiles of {tile_tokens} tokens). Fix: the tile plan and the encoded text disagree"
+                f"{place} of sample {name}: got {got} image placeholders, expected "
+                f"{got - int(difference[row, number])} ({tile_tokens} tokens a tile). "
+                f"Fix: the tile plan and the encoded text disagree"
             )
+
+
+def _count(owners: Tensor, batch: Batch) -> Tensor:
+    """How often each (row, sample) stands in `owners` [n, 2]: [B, most samples in a row + 1], padding last."""
+    counts = owners.new_zeros(len(batch.tokens), max((len(row) for row in batch.ids), default=0) + 1)
+    ones = torch.ones_like(owners[:, 0])
+    return counts.index_put((owners[:, 0], owners[:, 1]), ones, accumulate=True)

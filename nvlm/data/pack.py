@@ -59,6 +59,10 @@ def collate(rows: Sequence[Sequence[Sample]], tile_size: int, multiple: int = 8)
         parts = [getattr(s, name) + start for s, start in zip(samples, first_tile)]
         return torch.cat(parts) if parts else torch.zeros(0).long()
 
+    def owners(name: str) -> Tensor:
+        pairs = [(r, i) for r, row in enumerate(rows) for i, s in enumerate(row) for _ in range(getattr(s, name).numel())]
+        return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+
     positions = [torch.cat([torch.arange(s.tokens.numel()) for s in r]) if r else torch.zeros(0).long() for r in rows]
     return Batch(
         ids=tuple(tuple(s.id for s in row) for row in rows),
@@ -69,11 +73,13 @@ def collate(rows: Sequence[Sequence[Sample]], tile_size: int, multiple: int = 8)
         image=padded(along("image"), PAD),
         tile=padded(along("tile"), ALL_TILES),
         stream_tiles=tiles("stream_tiles"),
+        stream_owners=owners("stream_tiles"),
         cross_tokens=padded(along("cross_tokens"), 0),
         cross_sample=padded(numbered("cross_tokens"), PAD),
         cross_image=padded(along("cross_image"), PAD),
         cross_tile=padded(along("cross_tile"), PAD),
         cross_tiles=tiles("cross_tiles"),
+        cross_owners=owners("cross_tiles"),
         cross_tags=pad_sequence(tags, batch_first=True, padding_value=PAD) if tags else torch.zeros(0, 0).long(),
         pixels=torch.cat([s.pixels for s in samples]) if samples else empty,
     )

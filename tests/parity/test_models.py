@@ -498,30 +498,48 @@ def one_more(tokens: Tensor) -> Tensor:
     return tokens
 
 
-# One image of 2 x 2 tiles and the thumbnail, one of one tile.
+def moved(tokens: Tensor) -> Tensor:
+    """As many placeholders as before, but one of the last sample's in the first."""
+    return one_more(one_less(tokens))
+
+
+# Sample `one` has an image of 2 x 2 tiles and the thumbnail, sample `one-tile` one of one tile.
 CORRUPTIONS = [
-    ("decoder", "tokens", one_less, "text stream", 6 * K - 1, 6 * K),
-    ("decoder", "tokens", one_more, "text stream", 6 * K + 1, 6 * K),
-    ("decoder", "stream_tiles", lambda tiles: tiles[1:], "text stream", 6 * K, 5 * K),
-    ("xattn", "tokens", one_more, "text stream", 1, 0),
-    ("xattn", "cross_tokens", one_less, "cross-attended keys", 6 * K - 1, 6 * K),
-    ("xattn", "cross_tiles", lambda tiles: tiles[1:], "cross-attended keys", 6 * K, 5 * K),
-    ("hybrid", "tokens", one_less, "text stream", 2 * K - 1, 2 * K),
-    ("hybrid", "cross_tokens", one_more, "cross-attended keys", 4 * K + 1, 4 * K),
-    ("hybrid", "stream_tiles", lambda tiles: tiles.repeat(2), "text stream", 2 * K, 4 * K),
+    ("decoder", "tokens", one_less, "text stream of sample one-tile", K - 1, K),
+    ("decoder", "tokens", one_more, "text stream of sample one", 5 * K + 1, 5 * K),
+    ("decoder", "tokens", moved, "text stream of sample one", 5 * K + 1, 5 * K),
+    ("xattn", "tokens", one_more, "text stream of sample one", 1, 0),
+    ("xattn", "cross_tokens", one_less, "cross-attended keys of sample one-tile", K - 1, K),
+    ("hybrid", "tokens", one_less, "text stream of sample one-tile", K - 1, K),
+    ("hybrid", "cross_tokens", one_more, "cross-attended keys of sample one", 4 * K + 1, 4 * K),
 ]
 
 
-@pytest.mark.parametrize(("arch", "field", "corrupt", "where", "got", "expected"), CORRUPTIONS)
-def test_placeholders_and_tiles_that_do_not_match_are_refused(arch, field, corrupt, where, got, expected):
+def refusal(arch, field, corrupt) -> str:
     twins = twins_with((f"arch={arch}",))
     batch = batch_of([[ONE, TEXT], [ONE_TILE]], twins)
     twins.model(batch)
     with pytest.raises(ValueError) as error:
         twins.model(replace(batch, **{field: corrupt(getattr(batch, field))}))
-    message = str(error.value)
-    assert message.startswith(f"{where} of samples [one, text, one-tile]: ")
-    assert f"got {got} image placeholders, expected {expected} " in message
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("arch", "field", "corrupt", "where", "got", "expected"), CORRUPTIONS)
+def test_placeholders_that_do_not_match_are_refused_by_sample(arch, field, corrupt, where, got, expected):
+    message = refusal(arch, field, corrupt)
+    assert message.startswith(f"{where}: got {got} image placeholders, expected {expected} "), message
+
+
+@pytest.mark.parametrize(
+    ("arch", "field", "corrupt", "says"),
+    [
+        ("decoder", "stream_tiles", lambda tiles: tiles[1:], "text stream: got 5 tiles, expected 6"),
+        ("xattn", "cross_tiles", lambda tiles: tiles[1:], "cross-attended keys: got 5 tiles, expected 6"),
+        ("hybrid", "stream_tiles", lambda tiles: tiles.repeat(2), "text stream: got 4 tiles, expected 2"),
+    ],
+)
+def test_lost_or_doubled_tiles_are_refused(arch, field, corrupt, says):
+    assert refusal(arch, field, corrupt).startswith(says)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
