@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nvlm import parallel
+from nvlm.cli import compose_config
 from nvlm.data.pages import CELLS, TILE, digit_pool, draw_digit, on_paper
-from nvlm.launch import compose_config
 from nvlm.tiling import normalize
 from nvlm.vision.encoder import InternViT
 from nvlm.vision.path import TINY, solo_groups

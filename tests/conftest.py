@@ -8,7 +8,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import pytest
 
-from nvlm.launch import compose_config
+from nvlm.cli import compose_config
 
 
 @pytest.fixture(scope="session")

@@ -60,8 +60,8 @@ def collate(rows: Sequence[Sequence[Sample]], tile_size: int, multiple: int = 8)
         return torch.cat(parts) if parts else torch.zeros(0).long()
 
     def owners(name: str) -> Tensor:
-        pairs = [(r, i) for r, row in enumerate(rows) for i, s in enumerate(row) for _ in range(getattr(s, name).numel())]
-        return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+        counts = [(r, i, getattr(s, name).numel()) for r, row in enumerate(rows) for i, s in enumerate(row)]
+        return torch.tensor([(r, i) for r, i, n in counts for _ in range(n)], dtype=torch.long).view(-1, 2)
 
     positions = [torch.cat([torch.arange(s.tokens.numel()) for s in r]) if r else torch.zeros(0).long() for r in rows]
     return Batch(

@@ -14,7 +14,7 @@ from nvlm.arch.base import VisionLanguageModel
 from nvlm.batch import BadRecord
 from nvlm.config import Config
 from nvlm.data.encode import build_encoder, encode
-from nvlm.data.sources import answers, build_records
+from nvlm.data.sources import Records, answers
 from nvlm.evaluate.answer import answer
 from nvlm.evaluate.report import Shown, write_report
 from nvlm.vision.path import VisionPath
@@ -30,12 +30,14 @@ class Score:
 
 
 def evaluate(
-    model: VisionLanguageModel, vision: VisionPath, config: Config, run_dir: Path, device: torch.device
+    model: VisionLanguageModel,
+    vision: VisionPath,
+    records: Records,
+    config: Config,
+    run_dir: Path,
+    device: torch.device,
 ) -> Score:
-    """Answer the held-out questions with exact tiles; writes heldout.json, answers.jsonl and report.html."""
-    records = build_records(config.data, config.seed, heldout=True)
-    if records is None:
-        raise ValueError("evaluate.questions: got a data source without held-out records. Fix: data.heldout_path=FILE")
+    """Answer the held-out `records` with exact tiles; writes heldout.json, answers.jsonl and report.html."""
     # Evaluation resizes exactly, whatever training does.
     encoder = build_encoder(config, registry.layout_rule(config.arch.name), resize="exact")
     rank, size = parallel.data_rank()

@@ -30,8 +30,9 @@ def run(config: Config, run_dir: Path, started: float) -> None:
         if parallel.is_first_rank():
             print_groups(count_groups(trainer.model.module, trainer.vision.encoder), config.stage.name, config.optim.lr)
         train(trainer, config, steps, first, run_dir)
-        if config.evaluate.questions:
-            result = evaluate(trainer.model.module, trainer.vision, config, run_dir, device)
+        heldout = build_records(config.data, config.seed, heldout=True) if config.evaluate.questions else None
+        if heldout is not None:
+            result = evaluate(trainer.model.module, trainer.vision, heldout, config, run_dir, device)
             if parallel.is_first_rank():
                 print("  ".join(f"{kind} {score:.2f}" for kind, score in result.by_kind.items()))
                 print(f"heldout exact_match={result.exact_match:.2f} seconds={time.time() - started:.0f}")
@@ -50,13 +51,8 @@ def train(trainer: Trainer, config: Config, steps: Steps, first: int, run_dir: P
 
 def resume(trainer: Trainer, config: Config, run_dir: Path) -> int:
     """Steps already done: 0, or what the newest checkpoint holds with resume=auto."""
-    folder = checkpoint.latest(run_dir)
-    if folder is None:
-        return 0
-    if config.resume == "never":
-        fix = "resume=auto goes on with it, name=OTHER starts another, deleting the folder starts anew"
-        raise problem(f"run folder {run_dir}", f"a run up to {folder.name}", "none with resume=never", fix)
-    return checkpoint.load(trainer, folder)
+    folder = checkpoint.latest(run_dir) if config.resume == "auto" else None
+    return checkpoint.load(trainer, folder) if folder else 0
 
 
 def build_steps(config: Config) -> Steps:

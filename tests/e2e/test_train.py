@@ -166,3 +166,24 @@ def test_dry_run_prints_exact_counts_in_little_time_and_memory(tmp_path):
     assert int(text.split()[-1]) < 4 * 2**20  # KiB
     for number in ("72,706,203,648", "5,536,496,000", "78,863,416,704", "1,827"):
         assert number in text, text
+
+
+def test_resume_refuses_another_configuration(unbroken):
+    done = train(unbroken.parents[1], "name=whole", "resume=auto", "optim.lr=1e-4", check=False)
+    assert done.returncode == 2
+    assert "optim.lr" in done.stderr
+    assert "as the run began" in done.stderr
+
+
+def test_own_records_train_without_heldout_ones(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (300, 120), "white").save(tmp_path / "a.png")
+    row = {
+        "messages": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "Nothing."}],
+        "images": ["a.png"],
+    }
+    (tmp_path / "r.jsonl").write_text(json.dumps(row) + "\n")
+    done = train(tmp_path, "name=own", "data=jsonl", "data.path=r.jsonl", "evaluate.questions=9", "arch=decoder")
+    assert len(losses(tmp_path / "runs" / "own")) == 6
+    assert "heldout" not in done.stdout

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from nvlm.cli import check_overrides
 from nvlm.config import ConfigError, check_world, cross_layers, max_cross_tokens, max_stream_tokens
-from nvlm.launch import check_overrides
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_right_overrides_pass():
 
 def test_configuration_is_checked_without_torch():
     code = (
-        "import sys; from nvlm.launch import check_overrides; check_overrides(['arch=xattn']);"
+        "import sys; from nvlm.cli import check_overrides; check_overrides(['arch=xattn']);"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

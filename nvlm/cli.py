@@ -1,0 +1,130 @@
+"""The command line: compose and check every run that it asks for, then start each.
+
+Imports no torch, so that a mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+import time
+from difflib import get_close_matches
+from pathlib import Path
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nvlm import launch
+from nvlm.config import Config, ConfigError, from_mapping, problem, validate
+
+CONF = launch.ROOT / "conf"
+
+
+def main(started: float) -> int:
+    """Answer the command line; `started`: time.time() when it was given. Returns the exit status."""
+    try:
+        configs = check_overrides(sys.argv[1:])
+        for config in configs:
+            if not config.dry_run:
+                launch.check_devices(config)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if configs and all(config.dry_run for config in configs):
+        launch.quiet()
+        from nvlm.dryrun import dry_run
+
+        for config in configs:
+            dry_run(config)
+        return 0
+    begins = iter([started])
+
+    @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+    def job(composed: DictConfig) -> None:
+        try:
+            # Only a sweep's first run began with the command.
+            launch.start(to_config(composed), Path(HydraConfig.get().runtime.output_dir), next(begins, time.time()))
+        except ConfigError as error:  # Hydra would print a traceback
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    job()
+    return 0
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Hydra's composed configuration as a validated value."""
+    values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    return validate(from_mapping(Config, values))
+
+
+def compose_config(*overrides: str) -> Config:
+    """The configuration of conf/ under `overrides`, validated."""
+    return to_config(_compose(overrides))
+
+
+def check_overrides(arguments: list[str]) -> list[Config]:
+    """Compose and validate every run that `arguments` ask for, before the first one starts.
+
+    Raises ConfigError. Empty where `arguments` hold a flag that Hydra answers itself, such as --help.
+    """
+    words = [a for a in arguments if not a.startswith("-")]
+    if len(words) < len([a for a in arguments if a not in ("-m", "--multirun")]):
+        return []
+    try:
+        overrides = OverridesParser.create().parse_overrides(words)
+    except HydraException as error:
+        raise ConfigError(f"command line: {_first_line(error)}. Fix: write key=value") from None
+    choices = [
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [o.input_line]
+        for o in overrides
+    ]
+    configs = []
+    for combination in itertools.product(*choices):
+        try:
+            configs.append(compose_config(*combination))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _explain(error) from None
+    return configs
+
+
+def _compose(overrides=()) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
+def _explain(error: Exception) -> ConfigError:
+    """Hydra's and OmegaConf's complaints in this project's form."""
+    text = str(error)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(match[1])
+    if match := re.search(r"(?:In '[^']*': )?Could not find '([^'/]+)/([^']+)'", text):
+        group, got = match[1], match[2]
+        known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        near = get_close_matches(got, known, n=1)
+        return problem(group, repr(got), f"one of {', '.join(known)}", f"{group}={near[0] if near else known[0]}")
+    if match := re.search(r"Missing mandatory value: (\S+)", text):
+        return problem(match[1], "nothing", "a value", f"{match[1]}=...")
+    return ConfigError(f"configuration: {_first_line(error)}")
+
+
+def _unknown_key(key: str) -> ConfigError:
+    known = list(launch.flat(OmegaConf.to_container(_compose(), resolve=False)))
+    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
+    near = get_close_matches(key, [*known, *groups], n=3, cutoff=0.5)
+    if not near:
+        section = key.split(".")[0]
+        near = [name for name in known if name.startswith(f"{section}.")][:20] or sorted(groups)
+    return problem(key, "a key that does not exist", f"one of {', '.join(near)}", f"{near[0]}=...")
