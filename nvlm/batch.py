@@ -1,4 +1,4 @@
-"""The contracts between data and model: Record, Layout, Sample, Batch.
+"""The contracts between data and model: Record, Sample, Batch.
 
 Shapes: B packed rows, S text-stream length, X keys per row in cross-attention, T tiles, K tokens per tile,
 C feature width after pixel shuffle.
@@ -6,14 +6,11 @@ C feature width after pixel shuffle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from nvlm.tiling.grid import TilePlan
 
 IGNORE = -100  # label: no loss here
 IMAGE = -1  # token id: one tile token stands here
@@ -32,30 +29,6 @@ class Record:
     id: str
     messages: list[dict[str, Any]]
     images: list[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A run inside an image's block: the text of a tile's tag (`ids`), or the tile's own K tokens (`ids` None).
-
-    `own_tile`: a query of this run sees its own tile alone.
-    """
-
-    tile: int
-    ids: tuple[int, ...] | None = None
-    own_tile: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where one image's tiles and tags go: into the text stream, into the cross-attended keys."""
-
-    stream: tuple[Piece, ...]
-    cross: tuple[Piece, ...]
-
-
-LayoutRule = Callable[[TilePlan, Sequence[tuple[int, ...]]], Layout]
-"""(plan, tag ids of each tile, thumbnail last) -> Layout; one per architecture."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nvlm import launch
 from nvlm.config import Config, ConfigError, from_mapping, problem, validate
+from nvlm.lengths import check_lengths
 
 CONF = launch.ROOT / "conf"
 
@@ -61,7 +62,7 @@ def main(started: float) -> int:
 def to_config(composed: DictConfig) -> Config:
     """Hydra's composed configuration as a validated value."""
     values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    return validate(from_mapping(Config, values))
+    return check_lengths(validate(from_mapping(Config, values)))
 
 
 def compose_config(*overrides: str) -> Config:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from nvlm.tiling.budget import tokens_per_tile
-from nvlm.tiling.grid import TilePlan
 from nvlm.tiling.tags import TAG_STYLES
 
 GROUPS = ("vision", "projector", "xattn", "llm")
@@ -321,25 +320,7 @@ def _layout(config: Config) -> None:
         )
 
 
-def _lengths(config: Config) -> None:
-    needed = max_stream_tokens(config)
-    text = 16  # the shortest question and answer with their ChatML marks
-    if config.data.seq_length < needed + text:
-        raise problem(
-            "data.seq_length",
-            config.data.seq_length,
-            f"at least {needed + text} tokens: {needed} for one image of {config.tiling.max_tiles} tiles with its "
-            f"tags in the text stream of arch={config.arch.name}, {text} for text",
-            f"data.seq_length={needed + text}, or fewer tiling.max_tiles",
-        )
-    if config.data.cross_length < max_cross_tokens(config):
-        raise problem(
-            "data.cross_length",
-            config.data.cross_length,
-            f"at least {max_cross_tokens(config)} cross-attended tokens for one image of "
-            f"{config.tiling.max_tiles} tiles",
-            f"data.cross_length={max_cross_tokens(config)}, or fewer tiling.max_tiles",
-        )
+def _schedule(config: Config) -> None:
     if config.optim.warmup >= config.train.steps:
         raise problem("optim.warmup", config.optim.warmup, f"fewer than train.steps={config.train.steps}", "lower it")
 
@@ -355,8 +336,8 @@ def _stage(config: Config) -> None:
 
 
 def validate(config: Config) -> Config:
-    """Check every cross-field rule; return `config` or raise ConfigError with one message."""
-    for rule in (_positive, _names, _shapes, _layout, _lengths, _stage):
+    """Check every cross-field rule (token lengths: nvlm.lengths); return `config` or raise ConfigError, one message."""
+    for rule in (_positive, _names, _shapes, _layout, _schedule, _stage):
         rule(config)
     return config
 
@@ -373,31 +354,6 @@ def check_world(config: Config, world: int) -> int:
         fix = f"train.global_batch={max(1, config.train.global_batch // data) * data}"
         raise problem("train.global_batch", config.train.global_batch, expected, fix)
     return data
-
-
-def largest_plan(tiling: TilingConfig, vision: VisionConfig) -> TilePlan:
-    """The tile plan with the most tiles."""
-    return TilePlan(tiling.max_tiles, 1, vision.tile_size)
-
-
-def max_stream_tokens(config: Config) -> int:
-    """Most tokens that one image takes in the text stream, its `<Image>` marks not counted."""
-    plan = largest_plan(config.tiling, config.vision)
-    tag = config.llm.tag_tokens if config.tiling.tag != "none" else 0
-    tiles = {"decoder": plan.num_tiles, "xattn": 0, "hybrid": 1}[config.arch.name]
-    tags = {"decoder": plan.num_tiles, "xattn": plan.num_tiles, "hybrid": 1}[config.arch.name]
-    return tiles * config.vision.tile_tokens + tags * tag
-
-
-def max_cross_tokens(config: Config) -> int:
-    """Most keys that one image adds to cross-attention."""
-    plan = largest_plan(config.tiling, config.vision)
-    tag = config.llm.tag_tokens if config.tiling.tag != "none" else 0
-    if config.arch.name == "decoder":
-        return 0
-    if config.arch.name == "xattn":
-        return plan.num_tiles * config.vision.tile_tokens
-    return plan.num_regular * (config.vision.tile_tokens + tag)
 
 
 def cross_layers(config: Config) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from nvlm import parallel, registry
 from nvlm.config import Config, cross_layers
+from nvlm.lengths import image_tokens
 from nvlm.tiling.grid import TilePlan
 
 
@@ -66,36 +67,15 @@ def _parameters(config: Config) -> Table:
 
 def _tokens(config: Config) -> Table:
     tag_style, per_tile = config.tiling.tag, config.vision.tile_tokens
-    rule = registry.layout_rule(config.arch.name)
     table = Table(title=f"tokens per image, {per_tile} a tile, tags: {tag_style}", title_justify="left")
     for heading in ("tiles", "text stream", "cross-attended", "encoder"):
         table.add_column(heading, justify="right")
     for tiles in range(1, config.tiling.max_tiles + 1):
         plan = TilePlan(tiles, 1, config.vision.tile_size)
-        layout = rule(plan, _tags(config, plan))
-        stream, cross = (
-            sum(per_tile if piece.ids is None else len(piece.ids) for piece in pieces)
-            for pieces in (layout.stream, layout.cross)
-        )
+        stream, cross = image_tokens(config, plan)
         name = "1" if tiles == 1 else f"{tiles} + thumbnail"
-        table.add_row(
-            name,
-            f"{stream:,}",
-            f"{cross:,}",
-            f"{plan.num_tiles} x {(plan.tile_size // config.vision.patch) ** 2}",
-        )
-    if tag_style not in ("none", "1d") and config.llm.tokenizer is None:
-        table.caption = (
-            f"tags counted as 1-D ones ({config.llm.tag_tokens} tokens): llm.tokenizer=DIR counts them exactly"
-        )
+        patches = (plan.tile_size // config.vision.patch) ** 2
+        table.add_row(name, f"{stream:,}", f"{cross:,}", f"{plan.num_tiles} x {patches}")
+    if tag_style != "none" and config.llm.tokenizer is None:
+        table.caption = f"each tag counted as {config.llm.tag_tokens} tokens; llm.tokenizer=DIR counts exactly"
     return table
-
-
-def _tags(config: Config, plan: TilePlan) -> list[tuple[int, ...]]:
-    """Token ids of the tags, or stand-ins of the preset's length where no tokenizer is at hand."""
-    if config.llm.tokenizer is not None:
-        from nvlm.data.encode import build_encoder
-
-        return build_encoder(config, registry.layout_rule(config.arch.name)).tags(plan)
-    length = config.llm.tag_tokens if config.tiling.tag != "none" else 0
-    return [(0,) * length] * plan.num_tiles

@@ -28,8 +28,9 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
-from nvlm.batch import IGNORE, Batch, LayoutRule, check_placeholders
+from nvlm.batch import IGNORE, Batch, check_placeholders
 from nvlm.config import Config
+from nvlm.layout import LayoutRule
 from nvlm.llm.attention import causal_mask, rotary_angles
 from nvlm.llm.build import block_submodules, llm_config
 from nvlm.llm.norm import LayerNorm

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
-from nvlm.batch import ALL_TILES, IGNORE, IMAGE, PAD, BadRecord, Layout, LayoutRule, Piece, Record, Sample
+from nvlm.batch import ALL_TILES, IGNORE, IMAGE, PAD, BadRecord, Record, Sample
 from nvlm.config import Config
 from nvlm.data import chat
 from nvlm.data.chat import Run
 from nvlm.data.sources import decode_image
 from nvlm.data.tokenizer import ChatTokenizer, load_tokenizer
+from nvlm.layout import Layout, LayoutRule
 from nvlm.tiling import fit_max_tiles, tile_image, tile_tags
 from nvlm.tiling.grid import TilePlan
 
@@ -39,14 +41,12 @@ class Encoder:
         """Loaded once a process."""
         return load_tokenizer(self.tokenizer_path)
 
-    def tags(self, plan: TilePlan) -> list[tuple[int, ...]]:
-        """Token ids of the tag of each tile, thumbnail last; empty without tags."""
-        names = tile_tags(plan, self.tag, self.max_tiles, self.thumbnail_tag)
-        return [self.tokenizer.encode(name) for name in names]
 
-    def lay_out(self, plan: TilePlan) -> Layout:
-        """The architecture's layout of one image."""
-        return self.layout(plan, self.tags(plan))
+@lru_cache(maxsize=256)
+def lay_out(encoder: Encoder, plan: TilePlan) -> Layout:
+    """The architecture's layout of one image, its tags tokenised apart from all other text."""
+    names = tile_tags(plan, encoder.tag, encoder.max_tiles, encoder.thumbnail_tag)
+    return encoder.layout(plan, [encoder.tokenizer.encode(name) for name in names])
 
 
 def build_encoder(config: Config, layout: LayoutRule, resize: str | None = None) -> Encoder:
@@ -80,7 +80,7 @@ def encode(record: Record, encoder: Encoder, generate: bool = False) -> Sample:
     images = [decode_image(image, encoder.max_pixels) for image in record.images[:used]]
     room = encoder.seq_length - sum(len(run.ids) for run in runs)
     plans = _plan([image.size for image in images], room, encoder)
-    layouts = [encoder.lay_out(plan) for plan in plans]
+    layouts = [lay_out(encoder, plan) for plan in plans]
     tiled = [tile_image(i, max(p.num_regular, 1), encoder.resize, encoder.tile_size) for i, p in zip(images, plans)]
     for result, plan in zip(tiled, plans):
         assert result.plan == plan, "tile_image and plan_tiles disagree"
@@ -93,17 +93,15 @@ def encode(record: Record, encoder: Encoder, generate: bool = False) -> Sample:
 def _plan(sizes: Sequence[tuple[int, int]], room: int, encoder: Encoder) -> list[TilePlan]:
     """Tile plans that fit the text stream, and then the cross-attended budget."""
 
-    def cost(pieces: Sequence[Piece]) -> int:
-        return sum(encoder.tile_tokens if piece.ids is None else len(piece.ids) for piece in pieces)
-
-    budgets = (
-        ("text stream", room, lambda plan: cost(encoder.lay_out(plan).stream)),
-        ("cross-attention", encoder.cross_length, lambda plan: cost(encoder.lay_out(plan).cross)),
-    )
     if room < 0:
         raise BadRecord(f"the text takes {encoder.seq_length - room} tokens, data.seq_length is {encoder.seq_length}")
     max_tiles, plans = encoder.max_tiles, []
-    for name, tokens, tokens_of in budgets if sizes else ():
+    budgets = (("text stream", room), ("cross-attention", encoder.cross_length))
+    for which, (name, tokens) in enumerate(budgets if sizes else ()):
+
+        def tokens_of(plan: TilePlan, which: int = which) -> int:
+            return lay_out(encoder, plan).tokens(encoder.tile_tokens)[which]
+
         try:
             plans = fit_max_tiles(sizes, tokens, tokens_of, max_tiles, encoder.tile_size)
         except ValueError as error:
@@ -138,7 +136,7 @@ def _assemble(name: str, runs: Sequence[Run], layouts, first_tile, pixels, tile_
             add(ids, False, latest, piece.tile if piece.own_tile else ALL_TILES)
 
     cross = [(image, piece) for image, lay in enumerate(layouts) for piece in lay.cross]
-    lengths = [tile_tokens if piece.ids is None else len(piece.ids) for _, piece in cross]
+    lengths = [piece.length(tile_tokens) for _, piece in cross]
     tags = {(image, piece.tile): piece.ids for image, piece in cross if piece.ids is not None}
     cross_tokens = [i for _, piece in cross for i in (piece.ids if piece.ids is not None else [IMAGE] * tile_tokens)]
     tiles = [(image, piece.tile) for image, piece in cross if piece.ids is None]

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from nvlm.cli import check_overrides
-from nvlm.config import ConfigError, check_world, cross_layers, max_cross_tokens, max_stream_tokens
+from nvlm.config import ConfigError, check_world, cross_layers
+from nvlm.lengths import most_image_tokens
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_ten_cross_attention_layers_at_both_sizes(configured):
 )
 def test_most_tokens_of_an_image_at_full_size(configured, arch, stream, cross):
     config = configured("llm=qwen2-72b", f"arch={arch}", "dry_run=true")
-    assert (max_stream_tokens(config), max_cross_tokens(config)) == (stream, cross)
+    assert most_image_tokens(config) == (stream, cross)
 
 
 # NVLM Tables 10 and 11: lr, min lr, warm-up, beta2, weight decay, clip, batch, text tokens, tiles, steps, pipeline.

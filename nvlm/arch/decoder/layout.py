@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nvlm.batch import Layout, Piece
+from nvlm.layout import Layout, Piece
 from nvlm.tiling.grid import TilePlan
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nvlm.arch.decoder.layout import with_tags
-from nvlm.batch import Layout
+from nvlm.layout import Layout
 from nvlm.tiling.grid import TilePlan
 
 
