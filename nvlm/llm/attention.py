@@ -33,15 +33,16 @@ class CoreAttention(nn.Module):
         **_,
     ) -> Tensor:
         """[S, B, N * D]."""
+        inputs = [x.permute(1, 2, 0, 3) for x in (query_SBND, key_XBGD, value_XBGD)]
+        if query_SBND.device.type == "cpu":
+            inputs = [x.float() for x in inputs]  # torch's bf16 attention is several times slower there
         out_BNSD = nn.functional.scaled_dot_product_attention(
-            query_SBND.permute(1, 2, 0, 3),
-            key_XBGD.permute(1, 2, 0, 3),
-            value_XBGD.permute(1, 2, 0, 3),
+            *inputs,
             attn_mask=None if attention_mask is None else ~attention_mask,
             scale=self.softmax_scale,
             enable_gqa=query_SBND.shape[2] != key_XBGD.shape[2],
         )
-        return out_BNSD.permute(2, 0, 1, 3).flatten(2)
+        return out_BNSD.permute(2, 0, 1, 3).flatten(2).to(query_SBND.dtype)
 
 
 def causal_mask(sample_BS: Tensor) -> Tensor:
