@@ -10,18 +10,16 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
 from nvlm.arch.base import VisionLanguageModel
 from nvlm.batch import Batch, Record, Sample
-from nvlm.config import Config, cross_layers, from_mapping, validate
+from nvlm.cli import compose_config
+from nvlm.config import Config, cross_layers
 from nvlm.data.encode import build_encoder, encode
 from nvlm.data.pack import collate
 from nvlm.data.tokenizer import load_tokenizer
@@ -31,12 +29,11 @@ from nvlm.vision.path import VisionPath, solo_groups
 from nvlm.weights import internvit, llm
 from tests.parity.reference import NO_LOSS, RefDims, ReferenceNVLM, RefSample, Segment
 
-CONF = Path(__file__).parent.parent / "conf"
 TILE = 8  # px
 STD = 0.15  # large enough that no part of the model is lost in rounding, small enough that fp32 is not
 # Sizes in which no two that could be mixed up are equal; five layers, so that the last one has no
 # cross-attention; an eps that shows.
-SMALL = """
+SMALL = """precision=fp32
 vision.hidden=12 vision.layers=2 vision.heads=3 vision.ffn=20 vision.patch=2 vision.tile_size=8
 llm.layers=5 llm.hidden=20 llm.heads=4 llm.kv_heads=2 llm.head_dim=6 llm.ffn=28 llm.vocab=344
 llm.cross_every=2 llm.rope_theta=5000 llm.norm_eps=1e-3 tiling.resize=exact data.system=null
@@ -46,10 +43,7 @@ llm.cross_every=2 llm.rope_theta=5000 llm.norm_eps=1e-3 tiling.resize=exact data
 @cache
 def small_config(*overrides: str) -> Config:
     """conf/ at toy size, with `overrides` in Hydra's notation."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        values = OmegaConf.to_container(compose("config", overrides=[*SMALL, *overrides]), resolve=True)
-    values.pop("experiment", None)
-    return validate(from_mapping(Config, values))
+    return compose_config(*SMALL, *overrides)
 
 
 def dims_of(config: Config) -> RefDims:
