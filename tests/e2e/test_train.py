@@ -107,6 +107,15 @@ def test_two_processes_give_the_losses_of_one(unbroken, tmp_path, layout):
     assert losses(tmp_path / "runs" / "two") == pytest.approx(losses(unbroken), rel=1e-4)
 
 
+def test_torchrun_s_workers_are_used(unbroken, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, *command("name=t")[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "runs" / "t") == pytest.approx(losses(unbroken), rel=1e-4)
+
+
 def test_a_sweep_over_architectures_and_tags(tmp_path):
     train(
         tmp_path,
