@@ -64,6 +64,7 @@ class LLMConfig:
     thumbnail_tag: str
     seq_length: dict[str, int]  # text stream by architecture
     cross_length: dict[str, int]  # cross-attended tokens by architecture
+    steps: dict[str, int]  # of a training run by architecture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
