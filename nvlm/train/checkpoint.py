@@ -6,6 +6,7 @@ encoder is not in it: it is read again from where it came from.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -54,6 +55,7 @@ def save(trainer: Trainer, step: int, run_dir: Path, keep: int) -> None:
 def load(trainer: Trainer, folder: Path) -> int:
     """Restore `trainer` from `folder`; returns the number of steps behind it."""
     _fill_adam(trainer.optimizer)
+    _leave_steps(trainer.optimizer)
     state = dist_checkpointing.load(_state(trainer, 0, loading=True), str(folder))
     trainer.model.module.load_state_dict(state["model"])
     trainer.optimizer.load_state_dict(state["optimizer"])
@@ -92,6 +94,19 @@ def _fill_adam(optimizer: MegatronOptimizer) -> None:
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
+
+
+def _leave_steps(optimizer: MegatronOptimizer) -> None:
+    # The distributed optimizer restores every tensor of torch Adam's state, `step` too, which its checkpoints leave
+    # out: a place without a tensor is one that it passes over.
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        restore = getattr(one, "_set_main_param_and_optimizer_states", None)
+        if restore is not None:
+            one._set_main_param_and_optimizer_states = functools.partial(_restore_but_step, restore)
+
+
+def _restore_but_step(restore, parameter: torch.Tensor, tensors: dict) -> None:
+    restore(parameter, {"step": None} | tensors)
 
 
 def _own_steps(optimizer: MegatronOptimizer) -> None:

@@ -101,10 +101,28 @@ def test_a_half_written_checkpoint_is_not_taken_for_one(unbroken, tmp_path):
     assert not list(checkpoints.glob(".*partial"))
 
 
-@pytest.mark.parametrize("layout", ["parallel.data=2", "parallel.tensor=2"])
+LAYOUTS = [
+    "parallel.data=2",
+    "parallel.data=2 parallel.distributed_optimizer=true",
+    "parallel.tensor=2",
+    "parallel.tensor=2 parallel.sequence=true",
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_give_the_losses_of_one(unbroken, tmp_path, layout):
-    train(tmp_path, "name=two", layout)
+    train(tmp_path, "name=two", *layout.split())
     assert losses(tmp_path / "runs" / "two") == pytest.approx(losses(unbroken), rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[3]])
+def test_two_processes_resume_exactly(tmp_path, layout):
+    train(tmp_path, "name=two", *layout.split())
+    run = tmp_path / "runs" / "two"
+    whole = losses(run)
+    (run / "checkpoints" / "latest").write_text("step_00000003\n")
+    train(tmp_path, "name=two", "resume=auto", *layout.split())
+    assert losses(run) == whole
 
 
 def test_torchrun_s_workers_are_used(unbroken, tmp_path):
