@@ -49,8 +49,11 @@ def evaluate(
             try:
                 record = records[index]
                 chosen.append((index, record, encode(record, encoder, generate=True)))
-            except BadRecord:
-                continue
+            except BadRecord as reason:  # counted as wrong: a score must not rise by what could not be read
+                lost = {"id": records.name(index), "kind": "unreadable", "answer": "", "expected": str(reason)}
+                rows.append(lost | {"right": False})
+        if not chosen:
+            continue
         got = answer(
             model,
             vision,
@@ -74,7 +77,8 @@ def evaluate(
             )
             if len(shown) < config.evaluate.gallery:
                 shown.append(Shown(record, text, expected))
-    score = _score(parallel.gather_over_data(rows))
+    rows = parallel.gather_over_data(rows)
+    score = _score(rows)
     if parallel.is_first_rank():
         (run_dir / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (run_dir / "heldout.json").write_text(

@@ -215,3 +215,16 @@ def test_own_records_train_without_heldout_ones(tmp_path):
     done = train(tmp_path, "name=own", "data=jsonl", "data.path=r.jsonl", "evaluate.questions=9", "arch=decoder")
     assert len(losses(tmp_path / "runs" / "own")) == 6
     assert "heldout" not in done.stdout
+
+
+def test_an_unreadable_heldout_record_counts_as_wrong(tmp_path):
+    talk = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
+    (tmp_path / "r.jsonl").write_text(json.dumps(talk) + "\n")
+    (tmp_path / "h.jsonl").write_text(json.dumps(talk) + "\n" + json.dumps(talk | {"images": ["gone.png"]}) + "\n")
+    paths = ("data.path=r.jsonl", "data.heldout_path=h.jsonl")
+    done = train(tmp_path, "name=own", "data=jsonl", *paths, "evaluate.questions=9", "evaluate.batch=1")
+    assert done.stdout.splitlines()[-1].startswith("heldout exact_match=")
+    score = json.loads((tmp_path / "runs" / "own" / "heldout.json").read_text())
+    assert score["questions"] == 2
+    assert score["by_kind"]["unreadable"] == 0
+    assert score["exact_match"] <= 0.5
