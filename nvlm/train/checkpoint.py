@@ -57,7 +57,8 @@ def load(trainer: Trainer, folder: Path) -> int:
     _fill_adam(trainer.optimizer)
     _leave_steps(trainer.optimizer)
     state = dist_checkpointing.load(_state(trainer, 0, loading=True), str(folder))
-    trainer.model.module.load_state_dict(state["model"])
+    for number, chunk in enumerate(trainer.chunks):
+        chunk.module.load_state_dict(state[f"model{number}"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     _own_steps(trainer.optimizer)
     trainer.schedule.load_state_dict(state["schedule"])
@@ -73,9 +74,9 @@ def _metadata() -> dict:
 
 
 def _state(trainer: Trainer, step: int, loading: bool = False) -> dict:
-    model = trainer.model.module.sharded_state_dict(metadata=_metadata())
-    optimizer = trainer.optimizer.sharded_state_dict(dict(model), is_loading=loading, metadata=_metadata())
-    return {"model": model, "optimizer": optimizer, "schedule": trainer.schedule.state_dict(), "step": step}
+    chunks = {f"model{n}": c.module.sharded_state_dict(metadata=_metadata()) for n, c in enumerate(trainer.chunks)}
+    optimizer = trainer.optimizer.sharded_state_dict(dict(chunks), is_loading=loading, metadata=_metadata())
+    return chunks | {"optimizer": optimizer, "schedule": trainer.schedule.state_dict(), "step": step}
 
 
 def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:

@@ -28,11 +28,11 @@ def run(config: Config, run_dir: Path, started: float) -> None:
         trainer = build_trainer(config, device)
         first = resume(trainer, config, run_dir)
         if parallel.is_first_rank():
-            print_groups(count_groups(trainer.model.module, trainer.vision.encoder), config.stage.name, config.optim.lr)
+            print_groups(count_groups(trainer.chunks[0].module, trainer.vision.encoder), config.stage.name, config.optim.lr)
         train(trainer, config, steps, first, run_dir)
         heldout = build_records(config.data, config.seed, heldout=True) if config.evaluate.questions else None
         if heldout is not None:
-            result = evaluate(trainer.model.module, trainer.vision, heldout, config, run_dir, device)
+            result = evaluate(trainer.chunks[0].module, trainer.vision, heldout, config, run_dir, device)
             if parallel.is_first_rank():
                 print("  ".join(f"{kind} {score:.2f}" for kind, score in result.by_kind.items()))
                 print(f"heldout exact_match={result.exact_match:.2f} seconds={time.time() - started:.0f}")
@@ -82,4 +82,4 @@ def build_trainer(config: Config, device) -> Trainer:
     freeze(model, config.stage)
     wrapped = wrap(model, config)
     optimizer, schedule = build_optimizer(wrapped, config)
-    return Trainer(wrapped, vision, optimizer, schedule, device)
+    return Trainer((wrapped,), vision, optimizer, schedule, device)

@@ -20,9 +20,9 @@ from nvlm.vision.path import VisionPath
 
 @dataclass(frozen=True, slots=True)
 class Trainer:
-    """What a step works on."""
+    """What a step works on. `chunks`: this process's parts of the model, one for each virtual pipeline stage."""
 
-    model: DistributedDataParallel
+    chunks: tuple[DistributedDataParallel, ...]
     vision: VisionPath
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
@@ -58,12 +58,13 @@ def _sum_loss(batch: Batch, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, 
 
 def train_step(trainer: Trainer, data: StepData) -> StepResult:
     """Run `data` through the model and update it."""
-    trainer.model.zero_grad_buffer()
+    for chunk in trainer.chunks:
+        chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()  # fp32 parameters alias the buffers, yet both calls are needed
     losses = get_forward_backward_func()(
         forward_step_func=functools.partial(_forward, trainer=trainer),
         data_iterator=iter(data.micro_batches),
-        model=[trainer.model],
+        model=list(trainer.chunks),
         num_microbatches=len(data.micro_batches),
         seq_length=data.micro_batches[0].tokens.shape[1],
         micro_batch_size=data.micro_batches[0].tokens.shape[0],
