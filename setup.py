@@ -16,6 +16,7 @@ setup(
         "megatron-core>=0.16.1",
         "psutil",  # Megatron's checkpoints hang without it
         "datasets",
+        "einops",  # Megatron's groups for two-dimensional context parallelism
         "hydra-core>=1.3",
         "matplotlib",
         "omegaconf>=2.3",

@@ -70,7 +70,8 @@ class Batch:
     cross_owners: Tensor  # [tiles in cross_tiles, 2], (row, sample in it)
     cross_tags: Tensor  # [tiles in cross_tiles, longest tag], tag ids, PAD behind
     pixels: Tensor  # uint8 [T, 3, px, px]
-    features: Tensor | None = None  # [T, K, C], from the frozen encoder
+    features: Tensor | None = None  # [n, K, C], from the frozen encoder: the tiles that this process uses
+    feature_rows: Tensor | None = None  # [T], each tile's row in `features`, PAD where it is not used here
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -78,8 +79,21 @@ class Batch:
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items() if torch.is_tensor(v)})
 
     def with_features(self, features_TKC: Tensor) -> Batch:
-        """The same batch with encoded tiles."""
-        return replace(self, features=features_TKC)
+        """The same batch with all its tiles encoded."""
+        return replace(
+            self, features=features_TKC, feature_rows=torch.arange(len(features_TKC), device=self.tokens.device)
+        )
+
+    def with_some_features(self, features_nKC: Tensor, rows_T: Tensor) -> Batch:
+        """The same batch with features of some tiles: `rows_T` gives each tile's row, PAD where there is none."""
+        return replace(self, features=features_nKC, feature_rows=rows_T)
+
+    def features_of(self, tiles: Tensor) -> Tensor:
+        """Features [n, K, C] of the tile numbers `tiles` [n]."""
+        assert self.features is not None and self.feature_rows is not None, "the tiles are not encoded yet"
+        rows = self.feature_rows[tiles]
+        assert bool((rows != PAD).all()), "features of a tile that this process was not to receive"
+        return self.features[rows]
 
     @property
     def num_tokens(self) -> int:

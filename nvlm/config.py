@@ -81,6 +81,8 @@ class VisionConfig:
     downsample: int
     norm_eps: float
     weights: str | None
+    balance: str  # replica: tiles are spread over the ranks of a replica; global: over all ranks
+    tiles_per_call: int  # the encoder's batch
 
     @property
     def tile_tokens(self) -> int:
@@ -140,6 +142,7 @@ class ParallelConfig:
     pipeline: int
     virtual: int
     context: int
+    context_heads: int  # context-parallel ranks that trade columns for heads; the others gather keys
     sequence: bool
     data: int  # replicas that launch/train.py starts by itself
     distributed_optimizer: bool
@@ -149,6 +152,21 @@ class ParallelConfig:
     def replica(self) -> int:
         """Processes of one model replica."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def stages(self) -> int:
+        """Parts that the layers are cut into, virtual ones counted."""
+        return self.pipeline * self.virtual
+
+    @property
+    def context_mesh(self) -> tuple[int, int]:
+        """Context-parallel ranks of the all-to-all over heads, and of the gather of keys."""
+        return self.context_heads, self.context // self.context_heads
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of a packed row must be a multiple of, tokens."""
+        return 8 * self.tensor * (2 * self.context if self.context > 1 else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,6 +275,8 @@ def _positive(config: Config) -> None:
         "parallel.pipeline": config.parallel.pipeline,
         "parallel.virtual": config.parallel.virtual,
         "parallel.context": config.parallel.context,
+        "parallel.context_heads": config.parallel.context_heads,
+        "vision.tiles_per_call": config.vision.tiles_per_call,
         "parallel.data": config.parallel.data,
         "train.steps": config.train.steps,
         "train.global_batch": config.train.global_batch,
@@ -279,6 +299,7 @@ def _names(config: Config) -> None:
     _one_of("data.source", config.data.source, ("pages", "jsonl"))
     _one_of("precision", config.precision, ("fp32", "bf16"))
     _one_of("resume", config.resume, ("never", "auto"))
+    _one_of("vision.balance", config.vision.balance, ("replica", "global"))
     _one_of("train.recompute", config.train.recompute, ("none", "full"))
     if config.data.source == "jsonl" and not config.data.path and not config.dry_run:
         raise problem("data.path", "nothing", "a .jsonl file", "data.path=records.jsonl")
@@ -308,17 +329,22 @@ def _shapes(config: Config) -> None:
 
 
 def _layout(config: Config) -> None:
-    p = config.parallel
-    for what, got in (("context", p.context), ("pipeline", p.pipeline), ("virtual", p.virtual)):
-        if got != 1 and not config.dry_run:
-            raise problem(f"parallel.{what}", got, "1 (other sizes are not trained yet)", f"parallel.{what}=1")
+    p, llm = config.parallel, config.llm
     if p.sequence and p.tensor == 1:
         raise problem("parallel.sequence", True, "parallel.tensor above 1", "parallel.sequence=false")
-    stages = p.pipeline * p.virtual
-    if config.llm.layers % stages:
-        raise problem(
-            "parallel.pipeline x virtual", stages, f"a divisor of llm.layers={config.llm.layers}", "change it"
-        )
+    if p.virtual > 1 and p.pipeline == 1:
+        raise problem("parallel.virtual", p.virtual, "1 without pipeline stages", "parallel.pipeline=2")
+    if llm.layers % p.stages:
+        fix = f"parallel.pipeline={math.gcd(llm.layers, p.pipeline)} parallel.virtual=1"
+        raise problem("parallel.pipeline x virtual", p.stages, f"a divisor of llm.layers={llm.layers}", fix)
+    if p.context % p.context_heads:
+        expected = f"a divisor of parallel.context={p.context}"
+        raise problem("parallel.context_heads", p.context_heads, expected, "parallel.context_heads=1")
+    groups = llm.kv_heads // p.tensor
+    if groups % p.context_heads:
+        expected = f"a divisor of llm.kv_heads / parallel.tensor = {groups}"
+        fix = f"parallel.context_heads={math.gcd(groups, p.context)}"
+        raise problem("parallel.context_heads", p.context_heads, expected, fix)
 
 
 def _schedule(config: Config) -> None:
@@ -361,3 +387,9 @@ def cross_layers(config: Config) -> tuple[int, ...]:
     """1-based numbers of the layers that carry gated cross-attention (NVLM section 4.5: every k-th)."""
     every = config.arch.cross_every
     return tuple(range(every, config.llm.layers + 1, every)) if every else ()
+
+
+def stage_layers(config: Config, stage: int) -> range:
+    """0-based layers of pipeline stage `stage` (virtual ones counted: stage v * pipeline + p is on rank p)."""
+    count = config.llm.layers // config.parallel.stages
+    return range(stage * count, (stage + 1) * count)

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nvlm import parallel, registry
+from nvlm import parallel
 from nvlm.config import Config, cross_layers
 from nvlm.lengths import image_tokens
 from nvlm.tiling.grid import TilePlan
@@ -32,7 +32,7 @@ def dry_run(config: Config) -> None:
 
 
 def _parameters(config: Config) -> Table:
-    from nvlm.arch.base import VisionLanguageModel
+    from nvlm.arch.stages import build_parts
     from nvlm.train.optim import count_groups, freeze
     from nvlm.vision.encoder import InternViT
     from nvlm.vision.path import solo_groups
@@ -43,15 +43,16 @@ def _parameters(config: Config) -> Table:
         pipeline=1,
         virtual=1,
         context=1,
+        context_heads=1,
         sequence=False,
         distributed_optimizer=False,
     )
     whole = dataclasses.replace(config, parallel=one)
     with parallel.distributed(one, config.seed), torch.device("meta"):
-        model = VisionLanguageModel(whole, registry.build_architecture(whole))
+        (model,) = build_parts(whole)
         encoder = InternViT(whole, solo_groups()).requires_grad_(False)
         freeze(model, config.stage)
-        counts = count_groups(model, encoder)
+        counts = count_groups([model], encoder)
     table = Table(title=f"parameters, stage {config.stage.name}", title_justify="left")
     table.add_column("module group")
     table.add_column("parameters", justify="right")

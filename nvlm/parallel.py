@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import zlib
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -44,19 +45,40 @@ def distributed(parallel: ParallelConfig, seed: int, threads: int | None = None)
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
             context_parallel_size=parallel.context,
+            hierarchical_context_parallel_sizes=list(parallel.context_mesh) if parallel.context > 1 else None,
             create_gloo_process_groups=False,
+            distributed_timeout_minutes=parallel.timeout_minutes,
         )
-        torch.manual_seed(seed)
-        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        _seed(seed)
         yield here
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+@contextmanager
+def seeded(seed: int, part: str):
+    """Random numbers that depend on `seed` and `part` alone, so that a part of a model begins alike in any layout."""
+    _seed(zlib.crc32(f"{seed} {part}".encode()))
+    try:
+        yield
+    finally:
+        _seed(seed)
+
+
 def data_rank() -> tuple[int, int]:
     """This process's data-parallel rank and the data-parallel size."""
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
+def pipeline_rank() -> int:
+    """The pipeline stage of this process, virtual ones not counted."""
+    return parallel_state.get_pipeline_model_parallel_rank()
 
 
 def is_first_rank() -> bool:
@@ -73,9 +95,16 @@ def is_replica_writer() -> bool:
     )
 
 
-def sum_over_data(values: torch.Tensor) -> torch.Tensor:
-    """Sum of `values` over the data-parallel replicas."""
-    dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+def is_loss_rank() -> bool:
+    """True on one process of each part of the text stream: those on the last stage that tell their part of the loss."""
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_last_stage(
+        ignore_virtual=True
+    )
+
+
+def sum_over_all(values: torch.Tensor) -> torch.Tensor:
+    """Sum of `values` over all processes."""
+    dist.all_reduce(values)
     return values
 
 
@@ -89,3 +118,12 @@ def gather_over_data(rows: list) -> list:
     parts: list[list] = [[] for _ in range(parallel_state.get_data_parallel_world_size())]
     dist.all_gather_object(parts, rows, group=parallel_state.get_data_parallel_group())
     return [row for part in parts for row in part]
+
+
+def subgroups(own: list[int]) -> dist.ProcessGroup:
+    """The process group of the ranks `own`; called by all processes at once, each with the group that it is in."""
+    listed: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(listed, own)
+    groups = sorted({tuple(ranks) for ranks in listed if ranks})
+    made = {ranks: dist.new_group(ranks) for ranks in groups}
+    return made.get(tuple(own))

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from nvlm.arch.base import VisionLanguageModel
+from nvlm.arch.stages import build_parts
 from nvlm.batch import Batch, Record, Sample
 from nvlm.cli import compose_config
 from nvlm.config import Config, cross_layers
@@ -125,7 +126,7 @@ def build_twins(config: Config, gates: float | None = None, seed: int = 1) -> Tw
     """Random weights of standard deviation STD (gates open unless given)."""
     reference = ReferenceNVLM(dims_of(config)).init(seed, STD, gates)
     state = dict(reference.named_parameters())
-    model = VisionLanguageModel(config, build_architecture(config))
+    (model,) = build_parts(config)
     load(model, to_ours(state, config))
     encoder = InternViT(config, solo_groups())
     vision = config.vision

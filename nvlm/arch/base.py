@@ -1,10 +1,10 @@
 """What the three architectures share: one forward, batch -> per-token loss. They differ in where tiles go.
 
-The language model is Megatron-Core's embedding, TransformerBlock and output layer. An architecture brings two
-things: a `Projector`, and a `Fusion` that puts projected tiles into the text stream, into the cross-attended
-keys, or both.
+The language model is Megatron-Core's embedding, TransformerBlock and output layer. An architecture brings a
+`Projector`, and how projected tiles get into the text stream, into the cross-attended keys, or both.
 
-Shapes: B rows, S text-stream tokens, X keys, T tiles, K tokens per tile, C feature width, H model width.
+Shapes: B rows, L tokens of a row, S columns of it that this context-parallel rank computes (all L without), X keys,
+T tiles, K tokens per tile, C feature width, H model width.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
@@ -25,38 +24,58 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from nvlm.batch import IGNORE, Batch, check_placeholders
-from nvlm.config import Config
+from nvlm.config import Config, cross_layers, stage_layers
 from nvlm.layout import LayoutRule
-from nvlm.llm.attention import causal_mask, rotary_angles
+from nvlm.llm.attention import causal_mask, rotary_angles, unseen_keys
 from nvlm.llm.build import block_submodules, llm_config
+from nvlm.llm.context import attended_columns, gather_columns, own_columns
 from nvlm.llm.norm import LayerNorm
+from nvlm.parallel import seeded
 
-
-class Fusion(Protocol):
-    """Where projected tiles go; a module, for its norms learn."""
-
-    def stream(self, words_BSH: Tensor, batch: Batch, tiles_TKH: Tensor) -> Tensor:
-        """The text stream's input [B, S, H]."""
-        ...
-
-    def keys(self, batch: Batch, tiles_TKH: Tensor, embed) -> tuple[Tensor | None, Tensor | None]:
-        """Cross-attended keys [X, B, H] and their mask [B, 1, S, X] (True: not seen), or (None, None)."""
-        ...
+Project = Callable[[Tensor], Tensor]
+"""Features [..., C] to the language model's width [..., H]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One of the three, as values."""
+    """One of the three, as values.
+
+    `stream`: (words [B, S, H], batch, columns [S], project) -> the text stream's input [B, S, H]; None: words alone.
+    `keys`: builds the module (batch, project, embed) -> cross-attended keys [X, B, H]; None: no keys.
+    """
 
     name: str
     layout: LayoutRule
     projector: str  # "mlp" (two layers) or "affine" (one)
-    fusion: Callable[[TransformerConfig], Fusion]
+    stream: Callable[[Tensor, Batch, Tensor, Project], Tensor] | None
+    keys: Callable[[TransformerConfig], nn.Module] | None
     cross_attention: ModuleSpec | None
+
+
+@dataclass(frozen=True, slots=True)
+class TileUse:
+    """Which tiles a pipeline stage needs: those of the text stream, those of the keys."""
+
+    stream: bool
+    keys: bool
+
+    def __bool__(self) -> bool:
+        return self.stream or self.keys
+
+    def __or__(self, other: TileUse) -> TileUse:
+        return TileUse(self.stream or other.stream, self.keys or other.keys)
+
+
+def tile_use(config: Config, architecture: Architecture, stage: int) -> TileUse:
+    """What pipeline stage `stage` (virtual ones counted) does with tiles."""
+    carriers = {number - 1 for number in cross_layers(config)}
+    return TileUse(
+        stream=stage == 0 and architecture.stream is not None,
+        keys=architecture.keys is not None and not carriers.isdisjoint(stage_layers(config, stage)),
+    )
 
 
 class Projector(MegatronModule):
@@ -84,44 +103,46 @@ class Projector(MegatronModule):
 
 
 class VisionLanguageModel(MegatronModule):
-    """A pipeline stage (or all) of one architecture."""
+    """Pipeline stage `stage` (virtual ones counted) of one architecture; the whole of it where there is one stage."""
 
-    def __init__(self, config: Config, architecture: Architecture, pre_process: bool = True, post_process: bool = True):
-        megatron = llm_config(config)
+    def __init__(self, config: Config, architecture: Architecture, megatron: TransformerConfig, stage: int = 0) -> None:
         super().__init__(config=megatron)
         self.model_type = ModelType.encoder_or_decoder  # the pipeline schedules ask for it
-        self.llm, self.tile_tokens = config.llm, config.vision.tile_tokens
-        self.pre_process, self.post_process = pre_process, post_process
-        self.share_embeddings_and_output_weights = config.llm.tied
-        self.projector = Projector(config, architecture.projector)
-        self.fusion = architecture.fusion(megatron)
-        if pre_process or config.llm.tied:
-            self.embedding = LanguageModelEmbedding(
-                megatron,
-                config.llm.vocab,
-                config.llm.max_positions,
-                "rope",
-                scatter_to_sequence_parallel=False,
-            )
-        first = get_transformer_layer_offset(megatron)
-        stage = range(first, first + config.llm.layers // parallel_state.get_pipeline_model_parallel_world_size())
+        self.share_embeddings_and_output_weights = False  # nvlm.arch.stages sums tied gradients, as those of all copies
+        self.llm, self.tile_tokens, self.inner = config.llm, config.vision.tile_tokens, config.parallel.context_heads
+        self.pre_process, self.post_process = stage == 0, stage == config.parallel.stages - 1
+        self.architecture, self.use = architecture, tile_use(config, architecture, stage)
+        self.borrowed: Callable[[Tensor], Tensor] | None = None  # embeds tags on a stage without the embedding
+        virtual = stage // config.parallel.pipeline if config.parallel.virtual > 1 else None
+        if self.use:
+            with seeded(config.seed, "projector"):
+                self.projector = Projector(config, architecture.projector)
+        if self.use.keys:
+            self.fusion = architecture.keys(megatron)
+        if self.pre_process or (self.post_process and config.llm.tied):
+            with seeded(config.seed, "embedding"):
+                self.embedding = LanguageModelEmbedding(
+                    megatron, config.llm.vocab, config.llm.max_positions, "rope", scatter_to_sequence_parallel=False
+                )
         self.decoder = TransformerBlock(
             megatron,
-            block_submodules(config, stage, architecture.cross_attention),
-            pre_process=pre_process,
-            post_process=post_process,
+            block_submodules(config, stage_layers(config, stage), architecture.cross_attention),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+            vp_stage=virtual,
         )
-        if post_process:
-            self.output_layer = ColumnParallelLinear(
-                config.llm.hidden,
-                config.llm.vocab,
-                config=megatron,
-                init_method=megatron.embedding_init_method if config.llm.tied else megatron.init_method,
-                bias=False,
-                gather_output=False,
-                skip_weight_param_allocation=config.llm.tied,
-            )
+        if self.post_process:
+            with seeded(config.seed, "output layer"):
+                self.output_layer = ColumnParallelLinear(
+                    config.llm.hidden,
+                    config.llm.vocab,
+                    config=megatron,
+                    init_method=megatron.embedding_init_method if config.llm.tied else megatron.init_method,
+                    bias=False,
+                    gather_output=False,
+                    skip_weight_param_allocation=config.llm.tied,
+                )
 
     def set_input_tensor(self, tensors) -> None:
         """Hidden states of the stage before (Megatron's pipeline schedules call this)."""
@@ -129,26 +150,32 @@ class VisionLanguageModel(MegatronModule):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Word embeddings [..., H] of ids [...]; placeholders and padding (negative ids) read entry 0."""
+        if self.borrowed is not None:
+            return self.borrowed(tokens.clamp(min=0))
         return self.embedding.word_embeddings(tokens.clamp(min=0))
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [S, B, H] (split along S under sequence parallelism)."""
         check_placeholders(batch, self.tile_tokens)
-        tiles_TKH = self.projector(batch.features)
-        stream_SBH = None
-        if self.pre_process:
-            words_BSH = self.embed(batch.tokens)
-            stream_SBH = self.fusion.stream(words_BSH, batch, tiles_TKH).transpose(0, 1).contiguous()
-            if self.config.sequence_parallel:
-                stream_SBH = tensor_parallel.scatter_to_sequence_parallel_region(stream_SBH)
-        keys_XBH, unseen = self.fusion.keys(batch, tiles_TKH, self.embed)
+        length, device = batch.tokens.shape[1], batch.tokens.device
+        columns_S = own_columns(length).to(device)
+        queries, keys = (columns.to(device) for columns in attended_columns(length, self.inner))
         return self.decoder(
-            stream_SBH,
-            attention_mask=causal_mask(batch.sample),
-            context=keys_XBH,
-            context_mask=unseen,
-            rotary_pos_emb=rotary_angles(batch.positions, self.llm.head_dim, self.llm.rope_theta),
+            self._stream(batch, columns_S) if self.pre_process else None,
+            attention_mask=causal_mask(batch.sample, queries, keys),
+            context=self.fusion(batch, self.projector, self.embed) if self.use.keys else None,
+            context_mask=unseen_keys(batch, columns_S) if self.use.keys else None,
+            rotary_pos_emb=rotary_angles(batch.positions[:, columns_S], self.llm.head_dim, self.llm.rope_theta),
         )
+
+    def _stream(self, batch: Batch, columns_S: Tensor) -> Tensor:
+        stream_BSH = self.embed(batch.tokens[:, columns_S])
+        if self.use.stream:
+            stream_BSH = self.architecture.stream(stream_BSH, batch, columns_S, self.projector)
+        stream_SBH = stream_BSH.transpose(0, 1).contiguous()
+        if self.config.sequence_parallel:
+            stream_SBH = tensor_parallel.scatter_to_sequence_parallel_region(stream_SBH)
+        return stream_SBH
 
     def logits(self, hidden_SBH: Tensor) -> Tensor:
         """[S, B, vocabulary / tensor parallel size]."""
@@ -160,20 +187,30 @@ class VisionLanguageModel(MegatronModule):
         hidden_SBH = self.hidden(batch)
         if not self.post_process:
             return hidden_SBH
-        trained_BS = batch.labels != IGNORE
-        labels_SB = batch.labels.clamp(min=0).t().contiguous()
+        labels_BS = batch.labels[:, own_columns(batch.labels.shape[1]).to(batch.labels.device)]
+        labels_SB = labels_BS.clamp(min=0).t().contiguous()
         loss_SB = tensor_parallel.vocab_parallel_cross_entropy(self.logits(hidden_SBH).float(), labels_SB)
-        return loss_SB.t() * trained_BS
+        return loss_SB.t() * (labels_BS != IGNORE)
 
     @torch.no_grad()
-    def next_tokens(self, batch: Batch, last_B: Tensor) -> Tensor:
-        """The most likely token behind position `last_B[b]` of each row: ids [B]."""
-        hidden_SBH = self.hidden(batch)
+    def likeliest(self, hidden_SBH: Tensor, last_B: Tensor) -> Tensor:
+        """The most likely token behind column `last_B[b]` of each row: ids [B]. Last stage only."""
         if self.config.sequence_parallel:
             hidden_SBH = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH)
+        hidden_LBH = gather_columns(hidden_SBH)
         rows = torch.arange(len(last_B), device=last_B.device)
-        logits = self.logits(hidden_SBH[last_B, rows][None])
+        logits = self.logits(hidden_LBH[last_B, rows][None])
         return tensor_parallel.gather_from_tensor_model_parallel_region(logits)[0].argmax(-1)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Megatron's sharded state; of a parameter that stands on several stages the first copy is the one written."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        copies = {name.split(".")[0]: getattr(p, "copy_number", 0) for name, p in self.named_parameters()}
+        for name, entry in state.items():
+            copy = copies.get(name.removeprefix(prefix).split(".")[0], 0)
+            if copy:
+                entry.replica_id = (copy, *entry.replica_id[1:])
+        return state
 
 
 def parameter_group(name: str) -> str:

@@ -8,38 +8,41 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nvlm.arch.base import VisionLanguageModel
+from nvlm.arch.stages import Stages, next_tokens
 from nvlm.batch import IGNORE, Sample
 from nvlm.data.pack import collate
 from nvlm.data.tokenizer import ChatTokenizer
-from nvlm.vision.path import VisionPath
+from nvlm.vision.balance import BalancedVision
 
 
 def answer(
-    model: VisionLanguageModel,
-    vision: VisionPath,
+    stages: Stages,
+    vision: BalancedVision,
     prompts: Sequence[Sample],
     tokenizer: ChatTokenizer,
     max_new_tokens: int,
     device: torch.device,
     tile_size: int,
+    multiple: int,
 ) -> list[str]:
     """The model's greedy continuation of each prompt, up to its `<|im_end|>` or `max_new_tokens`."""
-    model.eval()
+    for part in stages.parts:
+        part.eval()
     samples, generated = list(prompts), [[] for _ in prompts]
-    features = None
+    encoded = None
     for _ in range(max_new_tokens):
-        batch = collate([[sample] for sample in samples], tile_size).to(device)
-        batch = vision.encode(batch) if features is None else batch.with_features(features)
-        features = batch.features
+        batch = collate([[sample] for sample in samples], tile_size, multiple).to(device)
+        encoded = encoded or vision.encode([batch])[0]
+        batch = batch.with_some_features(encoded.features, encoded.feature_rows)
         last = torch.tensor([sample.tokens.numel() - 1 for sample in samples], device=device)
-        for row, token in enumerate(model.next_tokens(batch, last).tolist()):
+        for row, token in enumerate(next_tokens(stages, batch, last).tolist()):
             if not generated[row] or generated[row][-1] != tokenizer.im_end:
                 generated[row].append(token)
             samples[row] = _append(samples[row], token)
         if all(ids[-1] == tokenizer.im_end for ids in generated):
             break
-    model.train()
+    for part in stages.parts:
+        part.train()
     return [tokenizer.decode(ids) for ids in generated]
 
 

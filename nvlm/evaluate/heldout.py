@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from nvlm import parallel, registry
-from nvlm.arch.base import VisionLanguageModel
+from nvlm.arch.stages import Stages
 from nvlm.batch import BadRecord
 from nvlm.config import Config
 from nvlm.data.encode import build_encoder, encode
 from nvlm.data.sources import Records, answers
 from nvlm.evaluate.answer import answer
 from nvlm.evaluate.report import Shown, write_report
-from nvlm.vision.path import VisionPath
+from nvlm.vision.balance import BalancedVision
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Score:
 
 
 def evaluate(
-    model: VisionLanguageModel,
-    vision: VisionPath,
+    stages: Stages,
+    vision: BalancedVision,
     records: Records,
     config: Config,
     run_dir: Path,
@@ -55,13 +55,14 @@ def evaluate(
         if not chosen:
             continue
         got = answer(
-            model,
-            vision,
+            stages,
+            vision.within_replica(),  # replicas may have different numbers of batches
             [sample for _, _, sample in chosen],
             encoder.tokenizer,
             config.evaluate.max_new_tokens,
             device,
             config.vision.tile_size,
+            config.parallel.row_multiple,
         )
         for (index, record, _), text in zip(chosen, got):
             expected = answers(record.messages)

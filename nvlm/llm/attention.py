@@ -12,11 +12,26 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from nvlm.batch import ALL_TILES, PAD
+from nvlm.batch import ALL_TILES, PAD, Batch
+
+
+def attend(query_SBND: Tensor, key_XBGD: Tensor, value_XBGD: Tensor, unseen: Tensor | None, scale: float | None):
+    """softmax(scale q k^T) v, [S, B, N * D]. `unseen` [B, 1, S, X] is True where a query must not look; one that
+    sees no key gets exactly zero. `scale`: None for 1 / sqrt(D)."""
+    inputs = [x.permute(1, 2, 0, 3) for x in (query_SBND, key_XBGD, value_XBGD)]
+    if query_SBND.device.type == "cpu":
+        inputs = [x.float() for x in inputs]  # torch's bf16 attention is several times slower there
+    out_BNSD = nn.functional.scaled_dot_product_attention(
+        *inputs,
+        attn_mask=None if unseen is None else ~unseen,
+        scale=scale,
+        enable_gqa=query_SBND.shape[2] != key_XBGD.shape[2],
+    )
+    return out_BNSD.permute(2, 0, 1, 3).flatten(2).to(query_SBND.dtype)
 
 
 class CoreAttention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v with grouped heads; a query that sees no key gets exactly zero."""
+    """Attention with grouped heads among the columns that this process holds."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_) -> None:
         super().__init__()
@@ -24,33 +39,19 @@ class CoreAttention(nn.Module):
             raise ValueError(f"CoreAttention: got context parallel size {config.context_parallel_size}, expected 1")
         self.softmax_scale = softmax_scale
 
-    def forward(
-        self,
-        query_SBND: Tensor,
-        key_XBGD: Tensor,
-        value_XBGD: Tensor,
-        attention_mask: Tensor | None = None,  # [B, 1, S, X], True where the query must not look
-        **_,
-    ) -> Tensor:
-        """[S, B, N * D]."""
-        inputs = [x.permute(1, 2, 0, 3) for x in (query_SBND, key_XBGD, value_XBGD)]
-        if query_SBND.device.type == "cpu":
-            inputs = [x.float() for x in inputs]  # torch's bf16 attention is several times slower there
-        out_BNSD = nn.functional.scaled_dot_product_attention(
-            *inputs,
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            scale=self.softmax_scale,
-            enable_gqa=query_SBND.shape[2] != key_XBGD.shape[2],
-        )
-        return out_BNSD.permute(2, 0, 1, 3).flatten(2).to(query_SBND.dtype)
+    def forward(self, query_SBND, key_XBGD, value_XBGD, attention_mask: Tensor | None = None, **_) -> Tensor:
+        """[S, B, N * D]; `attention_mask` as `unseen` of `attend`."""
+        return attend(query_SBND, key_XBGD, value_XBGD, attention_mask, self.softmax_scale)
 
 
-def causal_mask(sample_BS: Tensor) -> Tensor:
-    """[B, 1, S, S], True where a token must not look: ahead, into another sample, or at padding."""
-    length = sample_BS.shape[1]
-    same = (sample_BS[:, :, None] == sample_BS[:, None, :]) & (sample_BS != PAD)[:, None, :]
-    behind = torch.ones(length, length, dtype=torch.bool, device=sample_BS.device).tril()
-    return ~(same & behind)[:, None]
+def causal_mask(sample_BL: Tensor, queries_S: Tensor, keys_X: Tensor) -> Tensor:
+    """[B, 1, S, X], True where a token must not look: ahead, into another sample, or at padding.
+
+    `sample_BL` are whole rows; `queries_S` and `keys_X` the columns of them that look and are looked at.
+    """
+    sample_q, sample_k = sample_BL[:, queries_S, None], sample_BL[:, None, keys_X]
+    behind_SX = keys_X <= queries_S[:, None]
+    return ~((sample_q == sample_k) & (sample_k != PAD) & behind_SX)[:, None]
 
 
 def visible(
@@ -66,6 +67,12 @@ def visible(
     before = (sample_q == sample_k) & (sample_k != PAD) & (image_k <= image_q)
     own = (image_k == image_q) & (tile_k == tile_q)
     return before & ((tile_q == ALL_TILES) | own)
+
+
+def unseen_keys(batch: Batch, columns_S: Tensor) -> Tensor:
+    """[B, 1, S, X], True where a token in one of the columns `columns_S` must not look at a key."""
+    queries = (numbers[:, columns_S] for numbers in (batch.sample, batch.image, batch.tile))
+    return ~visible(*queries, batch.cross_sample, batch.cross_image, batch.cross_tile)[:, None]
 
 
 def rotary_angles(positions_BS: Tensor, head_dim: int, theta: float) -> Tensor:

@@ -16,7 +16,9 @@ from megatron.core.utils import init_method_normal
 from nvlm import device
 from nvlm.config import Config, cross_layers
 from nvlm.llm.attention import CoreAttention
+from nvlm.llm.context import ContextAttention
 from nvlm.llm.norm import RMSNorm
+from nvlm.parallel import seeded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -61,8 +63,15 @@ def llm_config(config: Config) -> TransformerConfig:
         tensor_model_parallel_size=p.tensor,
         pipeline_model_parallel_size=p.pipeline,
         virtual_pipeline_model_parallel_size=p.virtual if p.virtual > 1 else None,
+        # Megatron does not check these two: without them each rank would attend to its own columns alone.
         context_parallel_size=p.context,
+        hierarchical_context_parallel_sizes=list(p.context_mesh) if p.context > 1 else None,
+        cp_comm_type="a2a+p2p" if p.context > 1 else None,
         sequence_parallel=p.sequence,
+        # Between two ranks messages pair by the order in which they are posted, so a batch of sends and receives in
+        # both directions gives wrong numbers without a word where the stage before is also the stage behind.
+        overlap_p2p_comm=p.virtual > 1,
+        batch_p2p_comm=p.virtual == 1,
         # Rows have any length; Megatron ties that switch to a dispatcher name although there are no experts here.
         variable_seq_lengths=p.pipeline > 1,
         moe_token_dispatcher_type="alltoall",
@@ -74,8 +83,16 @@ def llm_config(config: Config) -> TransformerConfig:
     )
 
 
-def layer_spec(cross_attention: ModuleSpec | None = None) -> ModuleSpec:
-    """One decoder layer; `cross_attention` stands between self-attention and the MLP, behind its own norm."""
+class SeededLayer(TransformerLayer):
+    """A decoder layer whose first weights depend on the seed and its `number` alone, not on the layout."""
+
+    def __init__(self, config: TransformerConfig, submodules, seed: int, number: int, **kwargs) -> None:
+        with seeded(seed, f"layer {number}"):
+            super().__init__(config, submodules, **kwargs)
+
+
+def layer_spec(config: Config, number: int, cross_attention: ModuleSpec | None = None) -> ModuleSpec:
+    """Decoder layer `number`; `cross_attention` stands between self-attention and the MLP, behind its own norm."""
     cross = {}
     if cross_attention is not None:
         cross = dict(
@@ -84,7 +101,8 @@ def layer_spec(cross_attention: ModuleSpec | None = None) -> ModuleSpec:
             cross_attn_bda=get_bias_dropout_add,
         )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=SeededLayer,
+        params={"seed": config.seed, "number": number},
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -92,7 +110,7 @@ def layer_spec(cross_attention: ModuleSpec | None = None) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.arbitrary},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=CoreAttention,
+                    core_attention=ContextAttention if config.parallel.context > 1 else CoreAttention,
                     linear_proj=RowParallelLinear,
                 ),
             ),
@@ -111,6 +129,6 @@ def block_submodules(config: Config, layers: range, cross_attention: ModuleSpec 
     """Specs of the layers `layers` (0-based) that this pipeline stage holds, and the final norm."""
     carriers = cross_layers(config)
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(cross_attention if number + 1 in carriers else None) for number in layers],
+        layer_specs=[layer_spec(config, n, cross_attention if n + 1 in carriers else None) for n in layers],
         layer_norm=RMSNorm,
     )

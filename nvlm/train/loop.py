@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from nvlm import parallel, registry
-from nvlm.arch.base import VisionLanguageModel
+from nvlm.arch.stages import build_parts, build_stages, tile_use_of_rank
 from nvlm.config import Config, check_world, problem
 from nvlm.data.encode import build_encoder
 from nvlm.data.loader import Steps, load_steps
@@ -17,6 +17,7 @@ from nvlm.train import checkpoint
 from nvlm.train.metrics import Metrics, append_skipped, print_groups
 from nvlm.train.optim import build_optimizer, count_groups, freeze, wrap
 from nvlm.train.step import Trainer, train_step
+from nvlm.vision.balance import BalancedVision, build_team
 from nvlm.vision.path import build_vision
 
 
@@ -27,12 +28,13 @@ def run(config: Config, run_dir: Path, started: float) -> None:
         steps = build_steps(config)
         trainer = build_trainer(config, device)
         first = resume(trainer, config, run_dir)
+        counts = count_groups(trainer.stages.parts, trainer.vision.path.encoder)
         if parallel.is_first_rank():
-            print_groups(count_groups(trainer.chunks[0].module, trainer.vision.encoder), config.stage.name, config.optim.lr)
+            print_groups(counts, config.stage.name, config.optim.lr)
         train(trainer, config, steps, first, run_dir)
         heldout = build_records(config.data, config.seed, heldout=True) if config.evaluate.questions else None
         if heldout is not None:
-            result = evaluate(trainer.chunks[0].module, trainer.vision, heldout, config, run_dir, device)
+            result = evaluate(trainer.stages, trainer.vision, heldout, config, run_dir, device)
             if parallel.is_first_rank():
                 print("  ".join(f"{kind} {score:.2f}" for kind, score in result.by_kind.items()))
                 print(f"heldout exact_match={result.exact_match:.2f} seconds={time.time() - started:.0f}")
@@ -71,15 +73,21 @@ def build_steps(config: Config) -> Steps:
         row_length=config.data.row_length,
         data_rank=rank,
         data_size=size,
-        multiple=8 * config.parallel.tensor,
+        multiple=config.parallel.row_multiple,
     )
 
 
 def build_trainer(config: Config, device) -> Trainer:
     """Model, encoder and optimizer on `device`."""
-    vision = build_vision(config, device)
-    model = VisionLanguageModel(config, registry.build_architecture(config)).to(device)
-    freeze(model, config.stage)
-    wrapped = wrap(model, config)
-    optimizer, schedule = build_optimizer(wrapped, config)
-    return Trainer((wrapped,), vision, optimizer, schedule, device)
+    parts = [part.to(device) for part in build_parts(config)]
+    for part in parts:
+        freeze(part, config.stage)
+    stages = build_stages(config, parts)
+    chunks = tuple(wrap(part, config) for part in parts)
+    optimizer, schedule = build_optimizer(chunks, config)
+    megatron = parts[0].config
+    megatron.grad_scale_func, megatron.finalize_model_grads_func = optimizer.scale_loss, stages.finalize
+    use = tile_use_of_rank(config, parallel.pipeline_rank())
+    team = build_team((use.stream, use.keys), config.vision.balance)
+    vision = BalancedVision(build_vision(config, device), team)
+    return Trainer(chunks, stages, vision, optimizer, schedule, device)

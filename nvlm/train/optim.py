@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -20,7 +19,7 @@ from nvlm.llm.build import DTYPES
 
 @dataclass(frozen=True, slots=True)
 class GroupCount:
-    """Parameters of one module group that this process holds."""
+    """Parameters of one module group of the whole model."""
 
     name: str
     parameters: int
@@ -33,15 +32,22 @@ def freeze(model: VisionLanguageModel, stage: StageConfig) -> None:
         parameter.requires_grad_(parameter_group(name) in stage.trainable)
 
 
-def count_groups(model: VisionLanguageModel, encoder: torch.nn.Module) -> list[GroupCount]:
-    """Parameters by module group, and whether they learn."""
-    parts = [("vision", p) for p in encoder.parameters()]
-    parts += [(parameter_group(name), p) for name, p in model.named_parameters()]
-    counts = []
-    for group in GROUPS:
-        members = [p for name, p in parts if name == group]
-        counts.append(GroupCount(group, sum(p.numel() for p in members), any(p.requires_grad for p in members)))
-    return counts
+def count_groups(parts: Sequence[VisionLanguageModel], encoder: torch.nn.Module) -> list[GroupCount]:
+    """Parameters by module group of the whole model, and whether they learn. All processes call it together."""
+    sums = torch.zeros(len(GROUPS), 2, dtype=torch.long)
+    for part in parts:
+        for name, parameter in part.named_parameters():
+            if getattr(parameter, "copy_number", 0) == 0:
+                split = parameter.tensor_model_parallel if hasattr(parameter, "tensor_model_parallel") else False
+                share = parameter.numel() * (_tensor_size() if split else 1)
+                sums[GROUPS.index(parameter_group(name))] += torch.tensor([share, share * parameter.requires_grad])
+    dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
+    sums[GROUPS.index("vision"), 0] = sum(p.numel() for p in encoder.parameters())
+    return [GroupCount(group, all_, learning > 0) for group, (all_, learning) in zip(GROUPS, sums.tolist())]
+
+
+def _tensor_size() -> int:
+    return parallel_state.get_tensor_model_parallel_world_size()
 
 
 def wrap(model: VisionLanguageModel, config: Config) -> DistributedDataParallel:
@@ -57,7 +63,7 @@ def wrap(model: VisionLanguageModel, config: Config) -> DistributedDataParallel:
 
 
 def build_optimizer(
-    model: DistributedDataParallel, config: Config
+    chunks: Sequence[DistributedDataParallel], config: Config
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW over what learns, with linear warm-up and cosine decay (in steps)."""
     optim, dtype = config.optim, DTYPES[config.precision]
@@ -75,7 +81,7 @@ def build_optimizer(
             params_dtype=dtype,
             use_distributed_optimizer=config.parallel.distributed_optimizer,
         ),
-        [model],
+        list(chunks),
         use_gloo_process_groups=False,
     )
     schedule = OptimizerParamScheduler(
@@ -91,6 +97,4 @@ def build_optimizer(
         wd_incr_steps=config.train.steps,
         wd_incr_style="constant",
     )
-    model.config.grad_scale_func = optimizer.scale_loss
-    model.config.finalize_model_grads_func = finalize_model_grads
     return optimizer, schedule

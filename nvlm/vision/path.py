@@ -1,6 +1,6 @@
-"""The frozen vision path: uint8 tiles in, features out, no gradient, no optimizer state, no kept activations.
+"""The frozen encoder: uint8 tiles in, features out, no gradient, no optimizer state, no kept activations.
 
-Every rank holds the whole encoder and encodes its own micro-batch's tiles before the language model runs.
+Every rank holds it whole; which tiles a rank encodes is nvlm.vision.balance's business.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ def solo_groups() -> ProcessGroupCollection:
 
 
 class VisionPath:
-    """`encode(batch)`: the same batch with features [T, K, C]."""
+    """Tiles to features, `tiles_per_call` at a time."""
 
-    def __init__(self, encoder: InternViT, downsample: int) -> None:
+    def __init__(self, encoder: InternViT, downsample: int, tiles_per_call: int = 256) -> None:
         self.encoder = encoder.requires_grad_(False).eval()
-        self.downsample = downsample
+        self.downsample, self.tiles_per_call = downsample, tiles_per_call
 
-    @torch.no_grad()
     def encode(self, batch: Batch) -> Batch:
-        """Tiles of `batch`, normalised, encoded, pixel-shuffled."""
+        """`batch` with features [T, K, C] of all its tiles, encoded by this process alone."""
         return batch.with_features(self.features(batch.pixels))
 
     @torch.no_grad()
     def features(self, pixels_T3: Tensor) -> Tensor:
         """uint8 [T, 3, px, px] to [T, K, C]; no tile gives [0, K, C]."""
         if len(pixels_T3) == 0:  # attention kernels do not take an empty batch
-            one = self.features(torch.zeros_like(pixels_T3, dtype=torch.uint8).new_zeros(1, *pixels_T3.shape[1:]))
-            return one[:0]
-        return pixel_shuffle(self.encoder(normalize(pixels_T3)), self.downsample)
+            patches = self.encoder.patch_embedding
+            side = pixels_T3.shape[-1] // (patches.kernel_size[0] * self.downsample)
+            return patches.weight.new_zeros(0, side**2, patches.out_channels * self.downsample**2)
+        calls = [self.encoder(normalize(some)) for some in pixels_T3.split(self.tiles_per_call)]
+        return pixel_shuffle(torch.cat(calls), self.downsample)
 
 
 def build_vision(config: Config, device: torch.device) -> VisionPath:
@@ -72,4 +73,4 @@ def build_vision(config: Config, device: torch.device) -> VisionPath:
                 "choose the matching vision=",
             )
         expected[name].data.copy_(tensor)
-    return VisionPath(encoder.to(device), vision.downsample)
+    return VisionPath(encoder.to(device), vision.downsample, vision.tiles_per_call)

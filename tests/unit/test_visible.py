@@ -74,7 +74,8 @@ def test_a_row_without_keys():
 
 
 def test_causal_mask_of_packed_rows():
-    unseen = causal_mask(torch.tensor([[0, 0, 0, 1, 1, PAD], [0, 1, 2, 2, 2, 2]]))
+    columns = torch.arange(6)
+    unseen = causal_mask(torch.tensor([[0, 0, 0, 1, 1, PAD], [0, 1, 2, 2, 2, 2]]), columns, columns)
     expected = [
         matrix("x.....", "xx....", "xxx...", "...x..", "...xx.", "......"),
         matrix("x.....", ".x....", "..x...", "..xx..", "..xxx.", "..xxxx"),

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Callable
+
+from torch import Tensor
 
 from nvlm.batch import IMAGE, Batch
 
 
-def fill(words_BSH: Tensor, tokens_BS: Tensor, tiles_TKH: Tensor) -> Tensor:
-    """`words_BSH` with the placeholders of `tokens_BS` replaced by the tokens of `tiles_TKH`, in row-major order."""
-    places_BS1 = (tokens_BS == IMAGE)[..., None]
-    return words_BSH.masked_scatter(places_BS1, tiles_TKH.to(words_BSH.dtype))
+def fill(words_BSH: Tensor, batch: Batch, columns_S: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+    """`words_BSH`, the columns `columns_S` of the stream, with tile tokens in the place of their placeholders.
 
-
-class StreamFusion(nn.Module):
-    """NVLM-D: all tiles in the stream, nothing cross-attended."""
-
-    def stream(self, words_BSH: Tensor, batch: Batch, tiles_TKH: Tensor) -> Tensor:
-        return fill(words_BSH, batch.tokens, tiles_TKH[batch.stream_tiles])
-
-    def keys(self, batch: Batch, tiles_TKH: Tensor, embed) -> tuple[None, None]:
-        return None, None
+    Only the tile tokens that stand in these columns are projected.
+    """
+    places_BL = batch.tokens == IMAGE
+    numbers_BL = places_BL.flatten().cumsum(0).view_as(places_BL) - 1  # which tile token stands here
+    places_BS = places_BL[:, columns_S]
+    features_NC = batch.features_of(batch.stream_tiles).flatten(0, 1)[numbers_BL[:, columns_S][places_BS]]
+    return words_BSH.masked_scatter(places_BS[..., None], project(features_NC).to(words_BSH.dtype))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from nvlm.arch.base import Architecture
-from nvlm.arch.decoder.fusion import StreamFusion
+from nvlm.arch.decoder.fusion import fill
 from nvlm.arch.decoder.layout import layout
 from nvlm.config import ArchConfig
 
 
 def architecture(arch: ArchConfig) -> Architecture:
     """NVLM-D as values."""
-    return Architecture("decoder", layout, projector="mlp", fusion=lambda config: StreamFusion(), cross_attention=None)
+    return Architecture("decoder", layout, projector="mlp", stream=fill, keys=None, cross_attention=None)

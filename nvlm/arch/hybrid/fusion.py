@@ -1,16 +1,35 @@
-"""Thumbnails fill the stream's placeholders, regular tiles become keys beside their tags."""
+"""Regular tiles become keys beside their tags."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from nvlm.arch.decoder.fusion import fill
-from nvlm.arch.xattn.fusion import TaggedFusion
-from nvlm.batch import Batch
+from nvlm.arch.xattn.fusion import TileKeys, key_norm, place
+from nvlm.batch import PAD, Batch
 
 
-class HybridFusion(TaggedFusion):
-    """NVLM-H: both ways."""
+class TaggedTileKeys(TileKeys):
+    """NVLM-H: keys are tags and tiles, each behind a norm of its own.
 
-    def stream(self, words_BSH: Tensor, batch: Batch, tiles_TKH: Tensor) -> Tensor:
-        return fill(words_BSH, batch.tokens, tiles_TKH[batch.stream_tiles])
+    `bind_tags`: each tile's tokens also get the mean embedding of their tag. Cross-attention has no order of its own,
+    so a tag that merely stands beside a tile does not tell which tile it names. The norms bring word embeddings and
+    projected tiles, which differ in scale by orders of magnitude in a real model, to one.
+    """
+
+    def __init__(self, config: TransformerConfig, bind_tags: bool) -> None:
+        super().__init__(config)
+        self.tag_norm = key_norm(config)
+        self.bind_tags = bind_tags
+
+    def forward(self, batch: Batch, project: Callable[[Tensor], Tensor], embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """Keys [X, B, H]."""
+        words_BXH = self.tag_norm(embed(batch.cross_tokens))
+        tiles_TKH = self.tile_norm(project(batch.features_of(batch.cross_tiles)))
+        if self.bind_tags and batch.cross_tags.numel():
+            real_TL1 = (batch.cross_tags != PAD)[..., None]
+            mean_TH = (embed(batch.cross_tags) * real_TL1).sum(1) / real_TL1.sum(1).clamp(min=1)
+            tiles_TKH = tiles_TKH + self.tag_norm(mean_TH)[:, None, :]
+        return place(words_BXH, tiles_TKH, batch)

@@ -7,7 +7,8 @@ from functools import partial
 from megatron.core.transformer import ModuleSpec
 
 from nvlm.arch.base import Architecture
-from nvlm.arch.hybrid.fusion import HybridFusion
+from nvlm.arch.decoder.fusion import fill
+from nvlm.arch.hybrid.fusion import TaggedTileKeys
 from nvlm.arch.hybrid.layout import layout
 from nvlm.arch.xattn.attention import GatedCrossAttention
 from nvlm.config import ArchConfig
@@ -16,4 +17,5 @@ from nvlm.config import ArchConfig
 def architecture(arch: ArchConfig) -> Architecture:
     """NVLM-H as values."""
     cross = ModuleSpec(module=GatedCrossAttention, params={"init_std": arch.cross_std})
-    return Architecture("hybrid", layout, "mlp", partial(HybridFusion, bind_tags=arch.bind_tags), cross_attention=cross)
+    keys = partial(TaggedTileKeys, bind_tags=arch.bind_tags)
+    return Architecture("hybrid", layout, projector="mlp", stream=fill, keys=keys, cross_attention=cross)

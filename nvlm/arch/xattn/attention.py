@@ -32,11 +32,18 @@ class GatedCrossAttention(MegatronModule):
         init = init_method_normal(init_std)
         column = dict(init_method=init, bias=False, gather_output=False, tp_group=pg_collection.tp)
         self.linear_q = ColumnParallelLinear(config.hidden_size, width, config=config, **column)
-        # Keys are whole on every rank, never split along the sequence.
-        whole = dataclasses.replace(config, sequence_parallel=False) if config.sequence_parallel else config
+        # Keys are whole on every rank, never split along the sequence nor over context-parallel ranks: the attention
+        # of this rank's queries to them is complete, and the sum over ranks completes the keys' gradient.
+        whole = dataclasses.replace(
+            config,
+            sequence_parallel=False,
+            context_parallel_size=1,
+            hierarchical_context_parallel_sizes=None,
+            cp_comm_type=None,
+        )
         kv_width = 2 * config.num_query_groups * config.kv_channels
         self.linear_kv = ColumnParallelLinear(config.hidden_size, kv_width, config=whole, **column)
-        self.core_attention = CoreAttention(config)
+        self.core_attention = CoreAttention(whole)
         self.linear_proj = RowParallelLinear(
             width,
             config.hidden_size,

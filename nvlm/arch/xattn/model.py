@@ -6,7 +6,7 @@ from megatron.core.transformer import ModuleSpec
 
 from nvlm.arch.base import Architecture
 from nvlm.arch.xattn.attention import GatedCrossAttention
-from nvlm.arch.xattn.fusion import CrossFusion
+from nvlm.arch.xattn.fusion import TileKeys
 from nvlm.arch.xattn.layout import layout
 from nvlm.config import ArchConfig
 
@@ -14,4 +14,4 @@ from nvlm.config import ArchConfig
 def architecture(arch: ArchConfig) -> Architecture:
     """NVLM-X as values."""
     cross = ModuleSpec(module=GatedCrossAttention, params={"init_std": arch.cross_std})
-    return Architecture("xattn", layout, projector="affine", fusion=CrossFusion, cross_attention=cross)
+    return Architecture("xattn", layout, projector="affine", stream=None, keys=TileKeys, cross_attention=cross)
