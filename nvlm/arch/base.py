@@ -10,7 +10,7 @@ T tiles, K tokens per tile, C feature width, H model width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,9 +103,19 @@ class Projector(MegatronModule):
 
 
 class VisionLanguageModel(MegatronModule):
-    """Pipeline stage `stage` (virtual ones counted) of one architecture; the whole of it where there is one stage."""
+    """Pipeline stage `stage` (virtual ones counted) of one architecture; the whole of it where there is one stage.
 
-    def __init__(self, config: Config, architecture: Architecture, megatron: TransformerConfig, stage: int = 0) -> None:
+    `others`: this process's other stages, whose projector and norms of keys serve this one too.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        architecture: Architecture,
+        megatron: TransformerConfig,
+        stage: int = 0,
+        others: Sequence[VisionLanguageModel] = (),
+    ) -> None:
         super().__init__(config=megatron)
         self.model_type = ModelType.encoder_or_decoder  # the pipeline schedules ask for it
         self.share_embeddings_and_output_weights = False  # nvlm.arch.stages sums tied gradients, as those of all copies
@@ -114,11 +124,12 @@ class VisionLanguageModel(MegatronModule):
         self.architecture, self.use = architecture, tile_use(config, architecture, stage)
         self.borrowed: Callable[[Tensor], Tensor] | None = None  # embeds tags on a stage without the embedding
         virtual = stage // config.parallel.pipeline if config.parallel.virtual > 1 else None
+        self.shared: dict[str, nn.Module] = {}  # a plain dictionary: what others own is not registered here
         if self.use:
             with seeded(config.seed, "projector"):
-                self.projector = Projector(config, architecture.projector)
+                self._share("projector", others, lambda: Projector(config, architecture.projector))
         if self.use.keys:
-            self.fusion = architecture.keys(megatron)
+            self._share("fusion", others, lambda: architecture.keys(megatron))
         if self.pre_process or (self.post_process and config.llm.tied):
             with seeded(config.seed, "embedding"):
                 self.embedding = LanguageModelEmbedding(
@@ -144,6 +155,12 @@ class VisionLanguageModel(MegatronModule):
                     skip_weight_param_allocation=config.llm.tied,
                 )
 
+    def _share(self, name: str, others: Sequence[VisionLanguageModel], build: Callable[[], nn.Module]) -> None:
+        owner = next((other for other in others if name in other.shared), None)
+        self.shared[name] = build() if owner is None else owner.shared[name]
+        if owner is None:
+            self.add_module(name, self.shared[name])
+
     def set_input_tensor(self, tensors) -> None:
         """Hidden states of the stage before (Megatron's pipeline schedules call this)."""
         self.decoder.set_input_tensor(tensors[0] if isinstance(tensors, list) else tensors)
@@ -157,21 +174,22 @@ class VisionLanguageModel(MegatronModule):
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [S, B, H] (split along S under sequence parallelism)."""
         check_placeholders(batch, self.tile_tokens)
+        project = self.shared.get("projector")
         length, device = batch.tokens.shape[1], batch.tokens.device
         columns_S = own_columns(length).to(device)
         queries, keys = (columns.to(device) for columns in attended_columns(length, self.inner))
         return self.decoder(
-            self._stream(batch, columns_S) if self.pre_process else None,
+            self._stream(batch, columns_S, project) if self.pre_process else None,
             attention_mask=causal_mask(batch.sample, queries, keys),
-            context=self.fusion(batch, self.projector, self.embed) if self.use.keys else None,
+            context=self.shared["fusion"](batch, project, self.embed) if self.use.keys else None,
             context_mask=unseen_keys(batch, columns_S) if self.use.keys else None,
             rotary_pos_emb=rotary_angles(batch.positions[:, columns_S], self.llm.head_dim, self.llm.rope_theta),
         )
 
-    def _stream(self, batch: Batch, columns_S: Tensor) -> Tensor:
+    def _stream(self, batch: Batch, columns_S: Tensor, project: Project | None) -> Tensor:
         stream_BSH = self.embed(batch.tokens[:, columns_S])
         if self.use.stream:
-            stream_BSH = self.architecture.stream(stream_BSH, batch, columns_S, self.projector)
+            stream_BSH = self.architecture.stream(stream_BSH, batch, columns_S, project)
         stream_SBH = stream_BSH.transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
             stream_SBH = tensor_parallel.scatter_to_sequence_parallel_region(stream_SBH)

@@ -9,7 +9,6 @@ Shapes: N different tag tokens of a step, H model width.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -25,12 +24,17 @@ from nvlm.batch import IMAGE, PAD, Batch
 from nvlm.config import Config
 from nvlm.llm.build import llm_config
 
+_COPIED = ("projector.", "fusion.", "embedding.")
+
 
 def build_parts(config: Config) -> list[VisionLanguageModel]:
     """The parts of the model that this process holds, one for each virtual stage."""
     architecture, megatron = registry.build_architecture(config), llm_config(config)
     rank, p = parallel_state.get_pipeline_model_parallel_rank(), config.parallel
-    return [VisionLanguageModel(config, architecture, megatron, v * p.pipeline + rank) for v in range(p.virtual)]
+    parts: list[VisionLanguageModel] = []
+    for virtual in range(p.virtual):
+        parts.append(VisionLanguageModel(config, architecture, megatron, virtual * p.pipeline + rank, parts))
+    return parts
 
 
 def tile_use_of_rank(config: Config, pipeline_rank: int) -> TileUse:
@@ -43,58 +47,38 @@ def tile_use_of_rank(config: Config, pipeline_rank: int) -> TileUse:
 
 
 @dataclass(frozen=True, slots=True)
-class Copies:
-    """This process's copies of one parameter, and the group of the processes that hold others (None: no others)."""
+class Copied:
+    """A parameter that other stages hold too, and the group of the processes that do."""
 
-    parameters: tuple[nn.Parameter, ...]
-    group: dist.ProcessGroup | None
+    parameter: nn.Parameter
+    group: dist.ProcessGroup
 
     @torch.no_grad()
     def equalize(self) -> None:
         """Give all copies the first one's values."""
-        first = self.parameters[0].data
-        if self.group is not None:
-            dist.broadcast(first, dist.get_process_group_ranks(self.group)[0], group=self.group)
-        for other in self.parameters[1:]:
-            other.data.copy_(first)
+        dist.broadcast(self.parameter.data, dist.get_process_group_ranks(self.group)[0], group=self.group)
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
         """Give all copies the sum of their gradients."""
-        if not self.parameters[0].requires_grad:
-            return
-        total = self.parameters[0].main_grad
-        for other in self.parameters[1:]:
-            total += other.main_grad
-        if self.group is not None:
-            dist.all_reduce(total, group=self.group)
-        for other in self.parameters[1:]:
-            other.main_grad.copy_(total)
+        if self.parameter.requires_grad:
+            dist.all_reduce(self.parameter.main_grad, group=self.group)
 
 
-def find_copies(parts: Sequence[nn.Module]) -> list[Copies]:
-    """Parameters that stand on several stages, all but one of them marked as copies. All processes call it together."""
-    held: dict[str, list[nn.Parameter]] = defaultdict(list)
-    for part in parts:
-        for name, parameter in part.named_parameters():
-            if name.startswith(("projector.", "fusion.", "embedding.")):
-                held[name].append(parameter)
+def find_copied(parts: Sequence[nn.Module]) -> list[Copied]:
+    """Parameters that stand on several stages, all but one of each marked as copies. All processes call it together."""
+    held = {name: p for part in parts for name, p in part.named_parameters() if name.startswith(_COPIED)}
     pipeline = parallel_state.get_pipeline_model_parallel_group()
-    counts: list[dict[str, int]] = [{} for _ in range(pipeline.size())]
-    dist.all_gather_object(counts, {name: len(copies) for name, copies in held.items()}, group=pipeline)
-    ranks, found, groups = dist.get_process_group_ranks(pipeline), [], {}
-    for kind in ("projector.", "fusion.", "embedding."):
-        holders = [rank for rank, has in zip(ranks, counts) if any(name.startswith(kind) for name in has)]
-        mine = holders if len(holders) > 1 and dist.get_rank() in holders else []
-        groups[kind] = parallel.subgroups(mine)
-    for name in sorted(held):
-        before = sum(has.get(name, 0) for has in counts[: pipeline.rank()])
-        for number, parameter in enumerate(held[name], start=before):
-            parameter.copy_number = number
-            parameter.shared = number > 0  # Megatron counts it once in the gradient's norm
-        group = groups[name.split(".")[0] + "."]
-        if group is not None or len(held[name]) > 1:
-            found.append(Copies(tuple(held[name]), group))
+    names: list[set[str]] = [set() for _ in range(pipeline.size())]
+    dist.all_gather_object(names, set(held), group=pipeline)
+    ranks, found = dist.get_process_group_ranks(pipeline), []
+    for kind in _COPIED:
+        holders = [rank for rank, has in zip(ranks, names) if any(name.startswith(kind) for name in has)]
+        group = parallel.subgroups(holders if len(holders) > 1 and dist.get_rank() in holders else [])
+        for name in sorted(name for name in held if name.startswith(kind)):
+            held[name].copy_number = holders.index(dist.get_rank())
+            held[name].shared = held[name].copy_number > 0  # Megatron counts it once in the gradient's norm
+            found += [Copied(held[name], group)] if group is not None else []
     return found
 
 
@@ -116,7 +100,7 @@ class Stages:
     """What the pipeline stages of one model share. `begin` before a step's forward, `finalize` behind its backward."""
 
     parts: list[VisionLanguageModel]
-    copies: list[Copies]
+    copied: list[Copied]
     lend: bool  # stages without the embedding need tags
     borrowed: BorrowedWords | None = field(default=None)
 
@@ -141,8 +125,8 @@ class Stages:
         """Sum what several stages added to, then reduce over replicas as Megatron does."""
         if self.borrowed is not None:
             self._return_words()
-        for copies in self.copies:
-            copies.sum_gradients()
+        for copied in self.copied:
+            copied.sum_gradients()
         finalize_model_grads(chunks, *args, **kwargs)
 
     def _return_words(self) -> None:
@@ -167,14 +151,14 @@ def _tag_ids(batches: Sequence[Batch]) -> Tensor:
 
 def build_stages(config: Config, parts: list[VisionLanguageModel]) -> Stages:
     """Find what the stages share, and make all copies equal. Call it before the optimizer is built."""
-    copies = find_copies(parts)
-    for one in copies:
+    copied = find_copied(parts)
+    for one in copied:
         one.equalize()
     # The first rank's later virtual stages have no embedding either.
     bare = range(1, config.parallel.stages)
     architecture = registry.build_architecture(config)
     lend = architecture.name == "hybrid" and any(tile_use(config, architecture, stage).keys for stage in bare)
-    return Stages(parts, copies, lend)
+    return Stages(parts, copied, lend)
 
 
 @torch.no_grad()
