@@ -1,0 +1,272 @@
+"""The balanced vision pre-pass against the encoder in the first pipeline stage, and global balance against none.
+
+    python benchmarks/vision_prepass.py
+
+Two processes with one thread each. In one run and on the same batches:
+
+- pipeline 2, NVLM-D: the pre-pass, against the first stage encoding each micro-batch's tiles in its forward step, as
+  Megatron-LM's LLaVA does. The encoder's depth is chosen so that it costs as much as one stage of the language model
+  (forward and backward): counting work, 2 against 1.5, the pre-pass can gain 1.33x.
+- data 2, NVLM-X, seven tiles a sample on one replica and one on the other: vision.balance=global against replica.
+  The encoder's seven tiles cost as much as the language model, then twice as much.
+
+Medians over several steps. Idle: the share of a step that a process spends waiting in communication.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+STEPS, MICRO_BATCHES = 7, 8
+BASE = """precision=fp32 llm.layers=4 llm.hidden=256 llm.heads=8 llm.kv_heads=4 llm.head_dim=32 llm.ffn=704
+vision.hidden=128 vision.heads=4 vision.ffn=512 vision.tile_size=112 tiling.tag=1d train.threads=1
+data.seq_length=400 optim.warmup=0""".split()
+
+
+def main() -> None:
+    from nvlm.parallel import free_port
+
+    port, workers = str(free_port()), []
+    for rank in range(2):
+        env = os.environ | dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        env |= dict(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+        workers.append(subprocess.Popen([sys.executable, __file__, "--worker"], env=env))
+    sys.exit(max(worker.wait() for worker in workers))
+
+
+def worker() -> None:
+    """Both comparisons, in one of the two processes."""
+    from nvlm.launch import quiet
+
+    quiet()
+    depth = measured_depth(1.0, "arch=decoder", tiles=7, stages=2)
+    rows = [pipeline_row(depth)]
+    for cost in (1.0, 2.0):
+        depth = measured_depth(cost, "arch=xattn", tiles=7, stages=1)
+        rows.append(balance_row(depth, cost))
+    if os.environ["RANK"] == "0":
+        for row in rows:
+            print(json.dumps(row))
+
+
+# --- the two comparisons ---
+
+
+def pipeline_row(depth: int) -> dict:
+    """Pipeline 2: samples/s of the pre-pass over those of the encoder in the first stage."""
+    from nvlm.train.step import forward_backward
+
+    with trainer_of(["arch=decoder", f"vision.layers={depth}"], pipeline=2) as (trainer, config):
+        batches = make_batches(config, [7] * MICRO_BATCHES)
+        ours = lambda: forward_backward(trainer, batches)  # noqa: E731
+        theirs = lambda: encoder_in_first_stage(trainer, batches)  # noqa: E731
+        return compare("pipeline 2, NVLM-D", "encoder in stage 1", theirs, "pre-pass", ours, len(batches), depth)
+
+
+def balance_row(depth: int, cost: float) -> dict:
+    """Data 2, seven tiles beside one: samples/s with global balance over those without."""
+    from nvlm.train.step import forward_backward
+
+    with trainer_of(["arch=xattn", f"vision.layers={depth}", "vision.balance=global"], data=2) as (trainer, config):
+        tiles = 7 if os.environ["RANK"] == "0" else 1
+        batches = make_batches(config, [tiles] * MICRO_BATCHES)
+        alone = replace(trainer, vision=trainer.vision.within_replica())
+        return compare(
+            f"data 2, NVLM-X, seven tiles beside one, encoder {cost:g}x",
+            "each replica its own",
+            lambda: forward_backward(alone, batches),
+            "global balance",
+            lambda: forward_backward(trainer, batches),
+            2 * len(batches),
+            depth,
+        )
+
+
+def encoder_in_first_stage(trainer, batches) -> None:
+    """A step in which the first stage's forward encodes each micro-batch's tiles, and no other stage any."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from nvlm.train.step import _sum_loss
+
+    first = parallel_state.is_pipeline_first_stage()
+
+    def forward(iterator, model):
+        batch = next(iterator)
+        return model(trainer.vision.path.encode(batch) if first else batch), lambda loss: _sum_loss(batch, loss)
+
+    trainer.chunks[0].zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iter(batches),
+        model=list(trainer.chunks),
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.shape[1],
+        micro_batch_size=batches[0].tokens.shape[0],
+        forward_only=False,
+    )
+
+
+def compare(name: str, peer: str, theirs: Callable, own: str, ours: Callable, samples: int, depth: int) -> dict:
+    """Alternate the two, so that a noisy machine is noisy for both; medians."""
+    import torch
+    import torch.distributed as dist
+
+    seconds: dict[str, list] = {peer: [], own: []}
+    idle: dict[str, list] = {peer: [], own: []}
+    for step in range(STEPS + 1):
+        for label, run in ((peer, theirs), (own, ours)):
+            dist.barrier()
+            start = time.perf_counter()
+            with waiting() as waited:
+                run()
+            own_time = time.perf_counter() - start
+            dist.barrier()
+            if step:  # the first warms up
+                seconds[label].append(time.perf_counter() - start)
+                idle[label].append((sum(waited) + time.perf_counter() - start - own_time) / seconds[label][-1])
+    result = {"case": name, "encoder_layers": depth}
+    for label in (peer, own):
+        shares: list = [None, None]
+        dist.all_gather_object(shares, statistics.median(idle[label]))
+        result[label] = {
+            "samples_per_second": round(samples / statistics.median(seconds[label]), 2),
+            "idle_by_process": [round(share, 2) for share in shares],
+        }
+    ratios = torch.tensor([a / b for a, b in zip(seconds[peer], seconds[own], strict=True)])
+    return result | {"ratio": round(float(ratios.median()), 2)}
+
+
+@contextmanager
+def waiting():
+    """Yields a list that gathers the seconds spent in communication."""
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    from nvlm.vision import balance
+
+    seconds: list[float] = []
+
+    def timed(function):
+        def run(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds.append(time.perf_counter() - start)
+
+        return run
+
+    before = P2PCommunicator._communicate, balance.exchange
+    P2PCommunicator._communicate, balance.exchange = timed(before[0]), timed(before[1])
+    # The collective of _encode_share has the encoder between its two exchanges, so they are timed one by one.
+    try:
+        yield seconds
+    finally:
+        P2PCommunicator._communicate, balance.exchange = before
+
+
+# --- set-up ---
+
+
+@contextmanager
+def trainer_of(overrides: list[str], **sizes):
+    """A trainer with random weights in a layout."""
+    import tempfile
+
+    from safetensors.torch import save_file
+
+    from nvlm.cli import compose_config
+    from nvlm.parallel import distributed
+    from nvlm.train.loop import build_trainer
+    from nvlm.vision.encoder import InternViT
+    from nvlm.vision.path import solo_groups
+    from nvlm.weights.internvit import to_huggingface
+
+    config = compose_config(*BASE, *overrides, *(f"parallel.{key}={size}" for key, size in sizes.items()))
+    with distributed(config.parallel, config.seed, threads=1) as device, tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tower.safetensors"
+        state = dict(InternViT(config, solo_groups()).named_parameters())
+        named = to_huggingface(state, config.vision.layers, config.vision.heads)
+        save_file({name: t.detach().contiguous() for name, t in named.items()}, path)
+        config = replace(config, vision=replace(config.vision, weights=str(path)))
+        yield build_trainer(config, device), config
+
+
+def make_batches(config, tiles: list[int]) -> list:
+    """A micro-batch of one sample for each number of tiles (7: six and a thumbnail; 1: one)."""
+    import numpy as np
+    from PIL import Image
+
+    from nvlm import registry
+    from nvlm.batch import Record
+    from nvlm.data.encode import build_encoder, encode
+    from nvlm.data.pack import collate
+
+    encoder = build_encoder(config, registry.layout_rule(config.arch.name))
+    side, generator = config.vision.tile_size, np.random.default_rng(0)
+    batches = []
+    for number, count in enumerate(tiles):
+        shape = (2 * side, 3 * side, 3) if count == 7 else (side, side, 3)
+        picture = Image.fromarray(generator.integers(256, size=shape, dtype=np.uint8))
+        talk = [{"role": "user", "content": "<image> what is it?"}, {"role": "assistant", "content": "one two " * 12}]
+        sample = encode(Record(str(number), talk, [picture]), encoder)
+        assert len(sample.pixels) == count
+        batches.append(collate([[sample]], side, config.parallel.row_multiple))
+    return batches
+
+
+def measured_depth(cost: float, arch: str, tiles: int, stages: int) -> int:
+    """Encoder layers with which `tiles` tiles cost `cost` times a stage (of `stages`) of the language model."""
+    import torch
+    import torch.distributed as dist
+
+    from nvlm.train.step import forward_backward
+
+    probe = 8
+    with trainer_of([arch, f"vision.layers={probe}"], data=2) as (trainer, config):
+        batches = make_batches(config, [tiles] * 2)
+        pixels = batches[0].pixels
+
+        def both() -> None:
+            forward_backward(trainer, batches)
+
+        def encoder() -> None:
+            for _ in batches:
+                trainer.vision.path.features(pixels)
+
+        whole, encode = (median_seconds(run) for run in (both, encoder))
+        depth = torch.tensor(cost * (whole - encode) / stages / (encode / probe))
+        dist.all_reduce(depth)
+    return max(1, round(float(depth) / 2))
+
+
+def median_seconds(run: Callable, repeats: int = 5) -> float:
+    """Median seconds of `run`, once to warm up."""
+    run()
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    worker() if parser.parse_args().worker else main()

@@ -1,0 +1,46 @@
+"""The plan of the vision pre-pass: every tile once, even shares, as few moved as can be."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nvlm.vision.balance import seat_tiles, spread
+
+COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=6)
+
+
+@given(COUNTS, st.integers(1, 8))
+def test_each_tile_falls_to_one_seat(counts, seats):
+    for replica, count in enumerate(counts):
+        dealt = [tile for seat in range(seats) for tile in seat_tiles(counts, seats, seat)[replica]]
+        assert sorted(dealt) == list(range(count))
+
+
+@given(COUNTS, st.integers(1, 8))
+def test_no_rank_encodes_more_than_one_more_than_another(counts, seats):
+    encoded = []
+    for seat in range(seats):
+        own = [len(tiles) for tiles in seat_tiles(counts, seats, seat)]
+        sent = spread(own)
+        assert [sum(row) for row in sent] == own
+        encoded += [sum(column) for column in zip(*sent)]
+    assert sum(encoded) == sum(counts)
+    assert max(encoded) - min(encoded) <= 1
+
+
+@given(COUNTS)
+def test_a_tile_moves_only_away_from_a_replica_with_more_than_its_share(own):
+    sent = spread(own)
+    share = -(-sum(own) // len(own))
+    for replica, row in enumerate(sent):
+        assert all(count >= 0 for count in row)
+        moved = sum(row) - row[replica]
+        assert moved <= max(0, own[replica] - share + 1)
+        if moved:  # who sends does not receive
+            assert all(other[replica] == 0 for number, other in enumerate(sent) if number != replica)
+
+
+def test_seven_tiles_beside_none():
+    assert spread([7, 0]) == [[4, 3], [0, 0]]
+    assert seat_tiles([7, 0], 2, 0) == [[0, 2, 4, 6], []]
