@@ -32,23 +32,23 @@ def pack(lengths: Sequence[tuple[int, int]], seq_budget: int, cross_budget: int,
     if fits.any():
         shared = np.flatnonzero(fits)
         rows += [[int(shared[i]) for i in row] for row in _share(sizes[shared], budgets, at_least - len(rows))]
-    totals = {id(row): tuple(-sizes[row].sum(axis=0)) for row in rows}
-    return sorted(rows, key=lambda row: (*totals[id(row)], row[0]))
+    return sorted(rows, key=lambda row: (*-sizes[row].sum(axis=0), row[0]))
 
 
 def _share(sizes: np.ndarray, budgets: np.ndarray, at_least: int) -> list[list[int]]:
-    """The fewest even rows that are found, or those of first-fit decreasing where these are clearly fewer."""
-    shares = sizes / np.maximum(budgets, 1)
-    order = np.argsort(-shares.max(axis=1), kind="stable")
+    """About the fewest even rows there are, or those of first-fit decreasing where these are clearly fewer."""
+    total = sizes.sum(axis=0)
+    order = np.argsort(-(sizes / np.maximum(budgets, 1)).max(axis=1), kind="stable")
     tight = _place(sizes, budgets, order, 1, np.zeros(2))
-    weights = 1 / np.maximum(sizes.sum(axis=0), 1) ** 2.0  # both budgets count alike
-    count = max(min(math.ceil(_SPARE * shares.sum(axis=0).max()), len(tight)), min(at_least, len(sizes)))
+    weights = 1 / np.maximum(total, 1) ** 2.0  # both budgets count alike
+    needed = float((total / np.maximum(budgets, 1)).max())
+    count = max(min(math.ceil(_SPARE * needed), len(tight)), min(at_least, len(sizes)))
     most = _MOST * len(tight) if len(tight) >= at_least else len(sizes)
     while count <= most:
         even = _place(sizes, budgets, order, count, weights)
         if len(even) == count:
             return even
-        count = len(even)
+        count = max(len(even), math.ceil(_SPARE * count))
     return tight
 
 
@@ -61,8 +61,11 @@ def _place(sizes: np.ndarray, budgets: np.ndarray, order: np.ndarray, count: int
     used = np.zeros((count + len(order), 2), dtype=np.int64)
     for index in order:
         size = sizes[index]
-        room = (used[: len(rows)] + size <= budgets).all(axis=1)
-        row = int(np.where(room, used[: len(rows)] @ (weights * size), np.inf).argmin())
+        filled = used[: len(rows)]
+        room = (filled + size <= budgets).all(axis=1)
+        # No matrix product: its rounding is the machine's own, and all machines must come to the same rows.
+        crowding = (filled * (weights * size)).sum(axis=1)
+        row = int(np.where(room, crowding, np.inf).argmin())
         if not room[row]:
             row = len(rows)
             rows.append([])
