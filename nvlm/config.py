@@ -116,6 +116,7 @@ class DataConfig:
     workers: int
     max_skipped: float
     max_pixels: int
+    window: int  # steps whose records are packed together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,6 +287,7 @@ def _positive(config: Config) -> None:
         "train.keep": config.train.keep,
         "tiling.max_tiles": config.tiling.max_tiles,
         "data.records": config.data.records,
+        "data.window": config.data.window,
     }
     for what, got in counts.items():
         if got < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 
@@ -12,7 +13,7 @@ from nvlm.batch import ALL_TILES, IGNORE, IMAGE, PAD, BadRecord, Record, Sample
 from nvlm.config import Config
 from nvlm.data import chat
 from nvlm.data.chat import Run
-from nvlm.data.sources import decode_image
+from nvlm.data.sources import decode_image, image_size
 from nvlm.data.tokenizer import ChatTokenizer, load_tokenizer
 from nvlm.layout import Layout, LayoutRule
 from nvlm.tiling import fit_max_tiles, tile_image, tile_tags
@@ -67,8 +68,23 @@ def build_encoder(config: Config, layout: LayoutRule, resize: str | None = None)
     )
 
 
-def encode(record: Record, encoder: Encoder, generate: bool = False) -> Sample:
-    """Encode a whole conversation for training, or its prompt with `generate`. Raises BadRecord."""
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """All of a sample but its pixels: text runs with image slots, and each image's tiles and layout."""
+
+    runs: tuple[Run, ...]
+    plans: tuple[TilePlan, ...]
+    layouts: tuple[Layout, ...]
+
+    def lengths(self, tile_tokens: int) -> tuple[int, int]:
+        """Tokens of the text stream, and cross-attended ones."""
+        images = [layout.tokens(tile_tokens) for layout in self.layouts]
+        text = sum(len(run.ids) for run in self.runs)
+        return text + sum(stream for stream, _ in images), sum(cross for _, cross in images)
+
+
+def outline(record: Record, encoder: Encoder, generate: bool = False) -> Outline:
+    """Lay a whole conversation out, or its prompt with `generate`; reads image headers alone. Raises BadRecord."""
     turns = chat.place_images(chat.texts(record.messages), len(record.images))
     if generate:
         runs = chat.prompt(turns, encoder.tokenizer, encoder.system)
@@ -77,17 +93,27 @@ def encode(record: Record, encoder: Encoder, generate: bool = False) -> Sample:
         if not any(run.trained and run.ids for run in runs):
             raise BadRecord("no assistant turn to learn from")
     used = sum(run.image is not None for run in runs)
-    images = [decode_image(image, encoder.max_pixels) for image in record.images[:used]]
+    sizes = [image_size(image, encoder.max_pixels) for image in record.images[:used]]
     room = encoder.seq_length - sum(len(run.ids) for run in runs)
-    plans = _plan([image.size for image in images], room, encoder)
-    layouts = [lay_out(encoder, plan) for plan in plans]
-    tiled = [tile_image(i, max(p.num_regular, 1), encoder.resize, encoder.tile_size) for i, p in zip(images, plans)]
-    for result, plan in zip(tiled, plans):
-        assert result.plan == plan, "tile_image and plan_tiles disagree"
-    size = encoder.tile_size
-    pixels = torch.cat([t.pixels for t in tiled]) if tiled else torch.zeros(0, 3, size, size, dtype=torch.uint8)
-    first_tile = [sum(p.num_tiles for p in plans[:i]) for i in range(len(plans))]
-    return _assemble(record.id, runs, layouts, first_tile, pixels, encoder.tile_tokens)
+    plans = _plan(sizes, room, encoder)
+    return Outline(tuple(runs), tuple(plans), tuple(lay_out(encoder, plan) for plan in plans))
+
+
+def encode(record: Record, encoder: Encoder, generate: bool = False) -> Sample:
+    """Encode a whole conversation for training, or its prompt with `generate`. Raises BadRecord."""
+    sketch = outline(record, encoder, generate)
+    return _assemble(record.id, sketch, _tiles(record, sketch.plans, encoder), encoder.tile_tokens)
+
+
+def _tiles(record: Record, plans: Sequence[TilePlan], encoder: Encoder) -> torch.Tensor:
+    """uint8 [T, 3, px, px] of all images that `plans` cover."""
+    parts = [torch.zeros(0, 3, encoder.tile_size, encoder.tile_size, dtype=torch.uint8)]
+    for source, plan in zip(record.images, plans):
+        image = decode_image(source, encoder.max_pixels)
+        tiled = tile_image(image, max(plan.num_regular, 1), encoder.resize, encoder.tile_size)
+        assert tiled.plan == plan, "tile_image and plan_tiles disagree"
+        parts.append(tiled.pixels)
+    return torch.cat(parts)
 
 
 def _plan(sizes: Sequence[tuple[int, int]], room: int, encoder: Encoder) -> list[TilePlan]:
@@ -110,7 +136,9 @@ def _plan(sizes: Sequence[tuple[int, int]], room: int, encoder: Encoder) -> list
     return list(plans)
 
 
-def _assemble(name: str, runs: Sequence[Run], layouts, first_tile, pixels, tile_tokens: int) -> Sample:
+def _assemble(name: str, sketch: Outline, pixels: torch.Tensor, tile_tokens: int) -> Sample:
+    runs, layouts = sketch.runs, sketch.layouts
+    first_tile = [0, *accumulate(plan.num_tiles for plan in sketch.plans)]
     tokens: list[int] = []
     trained: list[bool] = []
     image_of: list[int] = []

@@ -1,18 +1,22 @@
 """Steps of packed micro-batches. What a step holds is a function of (seed, step) alone, so a resumed run, also on
-another number of data-parallel replicas, sees the same samples."""
+another number of data-parallel replicas, sees the same samples.
+
+The records of a window of steps are packed together. For that their lengths are enough: text is tokenised and image
+headers are read, pixels only once a step needs them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from nvlm.batch import BadRecord, Batch
-from nvlm.data.encode import Encoder, encode
-from nvlm.data.pack import collate, pack
+from nvlm.batch import BadRecord, Batch, Sample
+from nvlm.data.encode import Encoder, encode, outline
+from nvlm.data.pack import collate, deal, pack
 from nvlm.data.sources import Records
 
 
@@ -22,6 +26,22 @@ class StepData:
 
     micro_batches: tuple[Batch, ...]
     records: int
+    skipped: tuple[tuple[str, str], ...]  # (name, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A record, and the text tokens and cross-attended tokens that it takes."""
+
+    index: int
+    lengths: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What all replicas together do in a step: rows, longest first, and records that are known to be bad."""
+
+    rows: tuple[tuple[Planned, ...], ...]
     skipped: tuple[tuple[str, str], ...]  # (name, reason)
 
 
@@ -50,23 +70,75 @@ class Steps(Dataset):
     data_rank: int
     data_size: int
     multiple: int = 8  # row lengths are multiples of this many tokens
+    window: int = 1  # steps whose records are packed together
+    groups: int = 1  # the number of micro-batches is a multiple of this
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> StepData:
-        mine = step_records(self.seed, step, self.global_batch, len(self.records))[self.data_rank :: self.data_size]
-        samples, skipped = [], []
-        for index in mine:
+        plan = plan_window(self, step // self.window)[step % self.window]
+        planned = plan.rows[self.data_rank :: self.data_size]
+        skipped = list(plan.skipped[self.data_rank :: self.data_size])
+        records = sum(map(len, planned)) + len(skipped)
+        rows = [row for row in (self._decode(row, skipped) for row in planned) if row]
+        batches = tuple(collate(part, self.encoder.tile_size, self.multiple) for part in self._micro_batches(rows))
+        return StepData(batches, records, tuple(skipped))
+
+    def _decode(self, row: Sequence[Planned], skipped: list[tuple[str, str]]) -> list[Sample]:
+        """The samples of a row; one whose pixels turn out to be broken is left out and added to `skipped`."""
+        samples = []
+        for planned in row:
             try:
-                samples.append(encode(self.records[index], self.encoder))
+                samples.append(_encode(self, planned))
             except BadRecord as reason:
-                skipped.append((self.records.name(index), str(reason)))
-        lengths = [(s.tokens.numel(), s.cross_tokens.numel()) for s in samples]
-        rows = [[samples[i] for i in row] for row in pack(lengths, self.row_length, self.encoder.cross_length)]
-        groups = [rows[i : i + self.micro_batch] for i in range(0, len(rows), self.micro_batch)] or [[]]
-        batches = tuple(collate(group, self.encoder.tile_size, self.multiple) for group in groups)
-        return StepData(batches, len(mine), tuple(skipped))
+                skipped.append((self.records.name(planned.index), str(reason)))
+        return samples
+
+    def _micro_batches(self, rows: list[list[Sample]]) -> list[list[list[Sample]]]:
+        """At least one, the last ones maybe short or empty."""
+        count = max(1, math.ceil(len(rows) / self.micro_batch))
+        count = math.ceil(count / self.groups) * self.groups
+        return [rows[i * self.micro_batch : (i + 1) * self.micro_batch] for i in range(count)]
+
+
+def _encode(steps: Steps, planned: Planned) -> Sample:
+    sample = encode(steps.records[planned.index], steps.encoder)
+    got = (sample.tokens.numel(), sample.cross_tokens.numel())
+    if got != planned.lengths:
+        raise ValueError(
+            f"sample {sample.id}: got {got[0]} text tokens and {got[1]} cross-attended ones, expected "
+            f"{planned.lengths[0]} and {planned.lengths[1]} as measured for packing. Fix: leave records and images "
+            f"alone while a run reads them"
+        )
+    return sample
+
+
+@lru_cache(maxsize=2)
+def plan_window(steps: Steps, window: int) -> tuple[StepPlan, ...]:
+    """Plans of the steps of `window` (from 0), the last one cut where the run ends. The same on all replicas."""
+    first = window * steps.window
+    numbers = range(first, min(first + steps.window, steps.steps))
+    drawn = [step_records(steps.seed, step, steps.global_batch, len(steps.records)) for step in numbers]
+    measured = [_measure(steps, indices) for indices in drawn]
+    good = [planned for found, _ in measured for planned in found]
+    lengths = [planned.lengths for planned in good]
+    # Every step gets a row where it can: a step without one would still move the weights.
+    rows = pack(lengths, steps.row_length, steps.encoder.cross_length, at_least=len(numbers))
+    hands = deal([tuple(good[i] for i in row) for row in rows], len(numbers), (steps.seed, window, len(numbers)))
+    return tuple(StepPlan(tuple(hand), bad) for hand, (_, bad) in zip(hands, measured))
+
+
+def _measure(steps: Steps, indices: Sequence[int]) -> tuple[list[Planned], tuple[tuple[str, str], ...]]:
+    """The records that can be packed, and (name, reason) of the others."""
+    good, bad = [], []
+    for index in indices:
+        try:
+            found = outline(steps.records[index], steps.encoder)
+            good.append(Planned(index, found.lengths(steps.encoder.tile_tokens)))
+        except BadRecord as reason:
+            bad.append((steps.records.name(index), str(reason)))
+    return good, tuple(bad)
 
 
 def load_steps(steps: Steps, first: int, workers: int) -> Iterator[StepData]:

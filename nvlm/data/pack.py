@@ -1,34 +1,87 @@
-"""Packing: whole samples into rows under two budgets, rows into one Batch."""
+"""Packing: whole samples into rows under two budgets, rows to steps, rows into one Batch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nvlm.batch import ALL_TILES, IGNORE, PAD, Batch, Sample
 
+_Row = TypeVar("_Row")
 
-def pack(lengths: Sequence[tuple[int, int]], seq_budget: int, cross_budget: int) -> list[list[int]]:
-    """First-fit decreasing: indices of `lengths` (text tokens, cross-attended tokens) by row, longest row first.
+_SPARE = 1.01  # rows to begin with, by the fuller budget: a little room lets them come out even
+_MOST = 1.05  # even rows may be this many times as many as first-fit decreasing needs
 
-    A sample over the text budget gets a row of its own.
+
+def pack(lengths: Sequence[tuple[int, int]], seq_budget: int, cross_budget: int, at_least: int = 1) -> list[list[int]]:
+    """Indices of `lengths` (text tokens, cross-attended tokens) by row, longest row first: few rows, and even ones.
+
+    Even rows waste no padding beside each other, whichever budget fills up first, and are equal work. A sample over
+    a budget gets a row of its own. `at_least` as many rows as that, where there are so many samples.
     """
-    rows: list[tuple[list[int], list[int]]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i][0], -lengths[i][1], i)):
-        seq, cross = lengths[index]
-        for members, used in rows:  # noqa: B007
-            if used[0] + seq <= seq_budget and used[1] + cross <= cross_budget:
-                break
-        else:
-            members, used = [], [0, 0]
-            rows.append((members, used))
-        members.append(index)
-        used[0] += seq
-        used[1] += cross
-    return [members for members, _ in sorted(rows, key=lambda row: -row[1][0])]
+    sizes = np.array(lengths, dtype=np.int64).reshape(-1, 2)
+    budgets = np.array([seq_budget, cross_budget])
+    fits = (sizes <= budgets).all(axis=1)
+    rows = [[int(index)] for index in np.flatnonzero(~fits)]
+    if fits.any():
+        shared = np.flatnonzero(fits)
+        rows += [[int(shared[i]) for i in row] for row in _share(sizes[shared], budgets, at_least - len(rows))]
+    return sorted(rows, key=lambda row: (*-sizes[row].sum(axis=0), row[0]))
+
+
+def _share(sizes: np.ndarray, budgets: np.ndarray, at_least: int) -> list[list[int]]:
+    """About the fewest even rows there are, or those of first-fit decreasing where these are clearly fewer."""
+    total = sizes.sum(axis=0)
+    order = np.argsort(-(sizes / np.maximum(budgets, 1)).max(axis=1), kind="stable")
+    tight = _place(sizes, budgets, order, 1, np.zeros(2))
+    weights = 1 / np.maximum(total, 1) ** 2.0  # both budgets count alike
+    needed = float((total / np.maximum(budgets, 1)).max())
+    count = max(min(math.ceil(_SPARE * needed), len(tight)), min(at_least, len(sizes)))
+    most = _MOST * len(tight) if len(tight) >= at_least else len(sizes)
+    while count <= most:
+        even = _place(sizes, budgets, order, count, weights)
+        if len(even) == count:
+            return even
+        count = max(len(even), math.ceil(_SPARE * count))
+    return tight
+
+
+def _place(sizes: np.ndarray, budgets: np.ndarray, order: np.ndarray, count: int, weights: np.ndarray):
+    """Each of `order` into one of `count` rows, or into a new one where none has room.
+
+    Of the rows with room it takes the one in which `weights` x used x size is least, and of equals the first.
+    """
+    rows: list[list[int]] = [[] for _ in range(count)]
+    used = np.zeros((count + len(order), 2), dtype=np.int64)
+    for index in order:
+        size = sizes[index]
+        filled = used[: len(rows)]
+        room = (filled + size <= budgets).all(axis=1)
+        # No matrix product: its rounding is the machine's own, and all machines must come to the same rows.
+        crowding = (filled * (weights * size)).sum(axis=1)
+        row = int(np.where(room, crowding, np.inf).argmin())
+        if not room[row]:
+            row = len(rows)
+            rows.append([])
+        rows[row].append(int(index))
+        used[row] += size
+    return rows
+
+
+def deal(rows: Sequence[_Row], steps: int, seed: Sequence[int]) -> list[list[_Row]]:
+    """Rows, longest first, to `steps` steps: of every `steps` like rows each step gets one, by chance of `seed`."""
+    generator = np.random.Generator(np.random.PCG64(list(seed)))
+    hands: list[list[_Row]] = [[] for _ in range(steps)]
+    for start in range(0, len(rows), steps):
+        for row, step in zip(rows[start : start + steps], generator.permutation(steps)):
+            hands[step].append(row)
+    return hands
 
 
 def collate(rows: Sequence[Sequence[Sample]], tile_size: int, multiple: int = 8) -> Batch:

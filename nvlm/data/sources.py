@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import json
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -113,18 +114,33 @@ class JsonlRecords:
         return full
 
 
+def image_size(source: bytes | Path | Image.Image, max_pixels: int) -> tuple[int, int]:
+    """(width, height) in px from an image's header, without its pixels; BadRecord as in `decode_image`."""
+    if isinstance(source, Image.Image):
+        return source.size
+    with _opened(source, max_pixels) as image:
+        return image.size
+
+
 def decode_image(source: bytes | Path | Image.Image, max_pixels: int) -> Image.Image:
     """A decoded image of at most `max_pixels` px; BadRecord for one that is missing, broken or larger."""
     if isinstance(source, Image.Image):
         return source
-    name = source.name if isinstance(source, Path) else "embedded image"
+    with _opened(source, max_pixels) as image:
+        image.load()
+        return image.copy() if image.mode == "P" else image
+
+
+@contextmanager
+def _opened(source: bytes | Path, max_pixels: int) -> Iterator[Image.Image]:
+    """An image of which the header alone is read; PIL's complaints, also within the block, become BadRecord."""
+    name = _name(source)
     try:
-        # The header alone is read here; PIL's own bomb check only warns up to twice its limit.
+        # PIL's own bomb check only warns up to twice its limit.
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.width * image.height > max_pixels:
                 raise BadRecord(f"{name}: {image.width} x {image.height} px, more than data.max_pixels={max_pixels}")
-            image.load()
-            return image.copy() if image.mode == "P" else image
+            yield image
     except BadRecord:
         raise
     except FileNotFoundError:
@@ -133,6 +149,10 @@ def decode_image(source: bytes | Path | Image.Image, max_pixels: int) -> Image.I
         raise BadRecord(f"{name}: {error}") from None
     except (OSError, SyntaxError, ValueError) as error:  # PIL's ways of saying "not an image" and "truncated"
         raise BadRecord(f"{name}: {error}") from None
+
+
+def _name(source: bytes | Path) -> str:
+    return source.name if isinstance(source, Path) else "embedded image"
 
 
 def build_records(data: DataConfig, seed: int, heldout: bool = False) -> Records | None:

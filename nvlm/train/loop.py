@@ -71,6 +71,7 @@ def build_steps(config: Config) -> Steps:
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         row_length=config.data.row_length,
+        window=config.data.window,
         data_rank=rank,
         data_size=size,
         multiple=config.parallel.row_multiple,

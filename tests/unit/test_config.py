@@ -29,6 +29,7 @@ from nvlm.lengths import most_image_tokens
         (["train.steps=many"], ("train.steps", "'many'", "int")),
         (["tiling.max_tiles=0"], ("tiling.max_tiles", "0", "at least 1")),
         (["precision=fp8"], ("precision", "'fp8'", "fp32, bf16")),
+        (["data.window=0"], ("data.window", "0", "at least 1")),
         (["data=jsonl"], ("data.path", "nothing", "data.path=")),
         (["parallel.context=2"], ("parallel.context", "2")),
         (["vision.patch=13"], ("vision.tile_size", "112", "26", "vision.tile_size=104")),
