@@ -70,6 +70,8 @@ def quiet() -> None:
     for name in ("megatron", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="megatron")
+    # Megatron calls collectives by their older names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def _launched() -> bool:

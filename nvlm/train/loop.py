@@ -75,6 +75,7 @@ def build_steps(config: Config) -> Steps:
         data_rank=rank,
         data_size=size,
         multiple=config.parallel.row_multiple,
+        groups=config.parallel.pipeline if config.parallel.virtual > 1 else 1,  # interleaved stages take turns
     )
 
 

@@ -106,6 +106,10 @@ LAYOUTS = [
     "parallel.data=2 parallel.distributed_optimizer=true",
     "parallel.tensor=2",
     "parallel.tensor=2 parallel.sequence=true",
+    "parallel.pipeline=2 train.micro_batch=1",
+    "parallel.pipeline=2 parallel.virtual=2 train.micro_batch=1 llm.layers=4 llm.cross_every=2",
+    "parallel.context=2",
+    "parallel.data=2 vision.balance=global",
 ]
 
 

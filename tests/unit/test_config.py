@@ -31,7 +31,14 @@ from nvlm.lengths import most_image_tokens
         (["precision=fp8"], ("precision", "'fp8'", "fp32, bf16")),
         (["data.window=0"], ("data.window", "0", "at least 1")),
         (["data=jsonl"], ("data.path", "nothing", "data.path=")),
-        (["parallel.context=2"], ("parallel.context", "2")),
+        (
+            ["parallel.context=4", "parallel.context_heads=4"],
+            ("parallel.context_heads", "4", "parallel.context_heads=2"),
+        ),
+        (["parallel.context=3", "parallel.context_heads=2"], ("parallel.context_heads", "parallel.context=3")),
+        (["parallel.virtual=2"], ("parallel.virtual", "2", "parallel.pipeline=2")),
+        (["parallel.pipeline=3"], ("parallel.pipeline x virtual", "3", "llm.layers")),
+        (["vision.balance=all"], ("vision.balance", "'all'", "replica, global")),
         (["vision.patch=13"], ("vision.tile_size", "112", "26", "vision.tile_size=104")),
         (
             ["stage.train_projector=false", "stage.train_xattn=false", "stage.train_llm=false"],

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from nvlm import parallel, registry
+from nvlm import parallel
 from nvlm.counts import gpus_needed, parameters
 
 PUBLISHED = {  # llm, projector of D and H, projector of X without its norm
@@ -26,7 +26,7 @@ def groups(configured):
 @pytest.mark.parametrize("size", ["34b", "72b"])
 @pytest.mark.parametrize("letter", ["d", "x", "h"])
 def test_all_recipes_build_with_exact_counts(configured, groups, letter, size, stage):
-    from nvlm.arch.base import VisionLanguageModel
+    from nvlm.arch.stages import build_parts
     from nvlm.train.optim import count_groups, freeze
     from nvlm.vision.encoder import InternViT
     from nvlm.vision.path import solo_groups
@@ -34,10 +34,10 @@ def test_all_recipes_build_with_exact_counts(configured, groups, letter, size, s
     config = configured(f"+experiment=nvlm_{letter}_{size}_{stage}", "dry_run=true")
     whole = dataclasses.replace(config, parallel=configured().parallel)
     with torch.device("meta"):
-        model = VisionLanguageModel(whole, registry.build_architecture(whole))
+        (model,) = build_parts(whole)
         encoder = InternViT(whole, solo_groups()).requires_grad_(False)
     freeze(model, whole.stage)
-    counts = {count.name: count for count in count_groups(model, encoder)}
+    counts = {count.name: count for count in count_groups([model], encoder)}
     assert {name: count.parameters for name, count in counts.items()} == parameters(config)
     llm, projector = PUBLISHED[size]
     assert counts["vision"].parameters == 5_536_496_000
