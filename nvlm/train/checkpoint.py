@@ -8,16 +8,21 @@ step changes), the fork writes the files, and `poll` gives them their name once 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pickle
 import shutil
 import sys
+import threading
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
@@ -108,10 +113,12 @@ class Checkpoints:
             fix = "make room, then resume=auto"
             raise problem("last checkpoint of the run", self.failure, f"it to be written ({older})", fix)
 
-    def _write(self, name: str, state: dict, writer: FullyParallelSaveStrategyWrapper, wait: bool) -> None:
+    def _write(self, name: str, state: dict, writer: _Writer | FullyParallelSaveStrategyWrapper, wait: bool) -> None:
         folder = self.root / f".{name}.partial"
         if self._on_first_rank(name, functools.partial(_make_empty, folder)):
             return
+        apply_factories(state)
+        dict_list_map_inplace(_without_copy, state)
         request = dist_checkpointing.save(
             state,
             str(folder),
@@ -120,7 +127,9 @@ class Checkpoints:
             async_sharded_save=True,
             async_strategy="mcore",
         )
-        request = request._replace(finalize_fns=[functools.partial(self._finish, name, writer.base_strategy)])
+        request = request._replace(
+            finalize_fns=[functools.partial(self._finish, name, getattr(writer, "base_strategy", writer))]
+        )
         if wait:
             request.execute_sync()
         else:
@@ -145,7 +154,7 @@ class Checkpoints:
             write_whole(self.root / "latest", name + "\n")
             older = [step for step in steps_of(self.root) if step.name < name]
             for old in older[: max(0, len(older) + 1 - self.config.keep)]:
-                shutil.rmtree(old, ignore_errors=True)
+                _remove(old)
 
     def _on_first_rank(self, name: str, action, refused: list[str] = ()) -> str | None:
         """Let the first process act, unless `refused`; all learn what went wrong, if anything, and it says so."""
@@ -175,7 +184,7 @@ class _Writer(TorchDistSaveShardedStrategy):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(cached_metadata=True)  # plans once, for the structure stays
         filesystem_async._results_queue = ()  # anything but None: no server
 
     def _get_save_and_finalize_callbacks(self, storage, planned, async_strategy) -> AsyncRequest:
@@ -196,9 +205,10 @@ class _Writer(TorchDistSaveShardedStrategy):
                 return "the writing process ended early"
 
 
-def _writer() -> FullyParallelSaveStrategyWrapper:
+def _writer() -> _Writer | FullyParallelSaveStrategyWrapper:
     # Spreads what several ranks hold over all of them, so that each tensor is written once.
-    return FullyParallelSaveStrategyWrapper(_Writer(), dist.group.WORLD, do_cache_distribution=True)
+    several = dist.get_world_size() > 1
+    return FullyParallelSaveStrategyWrapper(_Writer(), dist.group.WORLD, True) if several else _Writer()
 
 
 def _write_files(report, transforms: list, rank: int, buckets: list, _) -> None:
@@ -217,6 +227,23 @@ def _write_files(report, transforms: list, rank: int, buckets: list, _) -> None:
     except Exception as error:  # whatever it is, the other ranks wait to hear of it
         pickle.dump(str(error), report)
     report.flush()
+
+
+def _without_copy(entry):
+    """A CPU view as a tensor of its own over the same memory: Megatron copies views while the loop stands still."""
+    if isinstance(entry, ShardedTensor) and entry.data.device.type == "cpu" and entry.data.is_contiguous():
+        flat = entry.data.detach().view(-1).view(torch.uint8)
+        memory = torch.from_numpy(flat.numpy())
+        entry.data = memory.view(entry.data.dtype).view(entry.data.shape)
+    return entry
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint: out of sight at once, from the disk beside the training."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    with contextlib.suppress(OSError):  # one checkpoint too many is no failed save
+        folder.rename(aside)
+        threading.Thread(target=shutil.rmtree, args=(aside, True)).start()
 
 
 def _make_empty(folder: Path) -> None:
