@@ -10,29 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import pickle
 import shutil
 import sys
 import threading
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from nvlm import parallel
 from nvlm.config import ConfigError, TrainConfig, problem
-from nvlm.train.digests import MANIFEST, Digest, digest, write_manifest, write_whole
+from nvlm.train.digests import MANIFEST, digest, write_manifest, write_whole
 from nvlm.train.state import adam_step, model_state, optimizer_state
 from nvlm.train.step import Trainer
+from nvlm.train.writer import Writer
 
 FROZEN = "frozen"
 
@@ -61,7 +52,7 @@ class Checkpoints:
     def __init__(self, config: TrainConfig, run_dir: Path) -> None:
         self.config, self.root = config, run_dir / "checkpoints"
         self.queue, self.failure = AsyncCallsQueue(), None
-        self.step_writer = _writer()
+        self.step_writer = Writer()
         self.has_frozen = latest(run_dir) is not None and (self.root / FROZEN).is_dir()
 
     def __enter__(self) -> Checkpoints:
@@ -86,7 +77,7 @@ class Checkpoints:
         updates = _over_ranks(adam_step(trainer))
         learns, frozen = model_state(trainer, frozen=False), model_state(trainer, frozen=True)
         if not self.config.save_frozen and not self.has_frozen and any(_over_ranks(sum(map(len, frozen.values())))):
-            self._write(FROZEN, frozen, _writer(), wait=True)
+            self._write(FROZEN, frozen, Writer(), wait=True)
             self.has_frozen = self.failure is None
         if self.failure is not None:
             return
@@ -113,37 +104,24 @@ class Checkpoints:
             fix = "make room, then resume=auto"
             raise problem("last checkpoint of the run", self.failure, f"it to be written ({older})", fix)
 
-    def _write(self, name: str, state: dict, writer: _Writer | FullyParallelSaveStrategyWrapper, wait: bool) -> None:
+    def _write(self, name: str, state: dict, writer: Writer, wait: bool) -> None:
         folder = self.root / f".{name}.partial"
         if self._on_first_rank(name, functools.partial(_make_empty, folder)):
             return
-        apply_factories(state)
-        dict_list_map_inplace(_without_copy, state)
-        request = dist_checkpointing.save(
-            state,
-            str(folder),
-            writer,
-            validate_access_integrity=False,  # the writer does, once
-            async_sharded_save=True,
-            async_strategy="mcore",
-        )
-        request = request._replace(
-            finalize_fns=[functools.partial(self._finish, name, getattr(writer, "base_strategy", writer))]
-        )
+        request = writer.request(state, folder, functools.partial(self._finish, name, writer))
         if wait:
             request.execute_sync()
         else:
             self.queue.schedule_async_request(request)
 
-    def _finish(self, name: str, writer: _Writer) -> None:
+    def _finish(self, name: str, writer: Writer) -> None:
         written = _over_ranks(writer.written())
         refused = [f"{part} (rank {rank})" for rank, part in enumerate(written) if isinstance(part, str)]
         self._on_first_rank(name, functools.partial(self._publish, name, writer, written), refused)
 
-    def _publish(self, name: str, writer: _Writer, written: list) -> None:
+    def _publish(self, name: str, writer: Writer, written: list) -> None:
         folder = self.root / f".{name}.partial"
-        writer.storage.finish(writer.metadata, [results for results, _ in written])
-        save_config(CheckpointingConfig(writer.backend, writer.version), str(folder))
+        writer.write_metadata(folder, [results for results, _ in written])
         known = {file: entry for _, digests in written for file, entry in digests.items()}
         manifest = self.root / FROZEN / MANIFEST
         bound = self.has_frozen and not self.config.save_frozen and name != FROZEN
@@ -174,68 +152,6 @@ class Checkpoints:
         dist.broadcast_object_list(failure, src=0)
         self.failure = failure[0] or self.failure
         return failure[0]
-
-
-class _Writer(TorchDistSaveShardedStrategy):
-    """Megatron's, with an end of its own.
-
-    Megatron's lets the other ranks wait for ever where rank 0 cannot write the metadata, drops the reason of a failed
-    write, and starts a server process to carry results, which outlives a killed run.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(cached_metadata=True)  # plans once, for the structure stays
-        filesystem_async._results_queue = ()  # anything but None: no server
-
-    def _get_save_and_finalize_callbacks(self, storage, planned, async_strategy) -> AsyncRequest:
-        self.storage, self.metadata, _ = planned
-        self.report = os.fdopen(os.memfd_create("written"), "w+b")  # in memory: a full disk must not silence it
-        write, preload, arguments = storage.get_save_function_and_args()
-        if write is not None:
-            write = functools.partial(_write_files, self.report, write.args[0])
-        return AsyncRequest(write, arguments, [], preload_fn=preload)
-
-    def written(self) -> tuple[list, dict[str, Digest]] | str:
-        """What this rank's files hold and their digests, or why it could not write them."""
-        with self.report as report:
-            report.seek(0)
-            try:
-                return pickle.load(report) if self.storage.write_buckets else ([], {})
-            except EOFError:
-                return "the writing process ended early"
-
-
-def _writer() -> _Writer | FullyParallelSaveStrategyWrapper:
-    # Spreads what several ranks hold over all of them, so that each tensor is written once.
-    several = dist.get_world_size() > 1
-    return FullyParallelSaveStrategyWrapper(_Writer(), dist.group.WORLD, True) if several else _Writer()
-
-
-def _write_files(report, transforms: list, rank: int, buckets: list, _) -> None:
-    """Write this rank's files and `report` what they hold; runs in the forked process."""
-    try:
-        written, digests = [], {}
-        for number, bucket in enumerate(buckets):
-            _, outcome = filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-                transforms, number, bucket, None, None, use_fsync=True
-            )
-            if isinstance(outcome, Exception):
-                raise outcome
-            written += outcome
-            digests[bucket[1]] = digest(Path(bucket[0]))
-        pickle.dump((written, digests), report)
-    except Exception as error:  # whatever it is, the other ranks wait to hear of it
-        pickle.dump(str(error), report)
-    report.flush()
-
-
-def _without_copy(entry):
-    """A CPU view as a tensor of its own over the same memory: Megatron copies views while the loop stands still."""
-    if isinstance(entry, ShardedTensor) and entry.data.device.type == "cpu" and entry.data.is_contiguous():
-        flat = entry.data.detach().view(-1).view(torch.uint8)
-        memory = torch.from_numpy(flat.numpy())
-        entry.data = memory.view(entry.data.dtype).view(entry.data.shape)
-    return entry
 
 
 def _remove(folder: Path) -> None:

@@ -53,8 +53,8 @@ def faults(folder: Path) -> list[str]:
         present = {path.name for path in folder.iterdir()} - {MANIFEST}
         names = sorted(recorded.keys() | present)[dist.get_rank() :: dist.get_world_size()]
         mine = [fault for name in names if (fault := _fault(folder / name, recorded.get(name)))]
-    except FileNotFoundError as error:
-        mine = [f"{Path(error.filename).name} is missing"]
+    except OSError as error:
+        mine = [_unread(error)]
     except (ValueError, KeyError, TypeError, AttributeError):
         mine = [f"{MANIFEST} is damaged"]
     parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
@@ -66,13 +66,16 @@ def _fault(path: Path, recorded: Digest | None) -> str | None:
     if recorded is None:
         return f"{path.name} does not belong there"
     try:
-        if path.stat().st_size != recorded.size:
-            return f"{path.name} has {path.stat().st_size} bytes of {recorded.size}"
+        if (size := path.stat().st_size) != recorded.size:
+            return f"{path.name} has {size} bytes of {recorded.size}"
         return None if digest(path).sha256 == recorded.sha256 else f"{path.name} is not what was written"
-    except FileNotFoundError:
-        return f"{path.name} is missing"
     except OSError as error:
-        return f"{path.name} cannot be read ({error.strerror})"
+        return _unread(error)
+
+
+def _unread(error: OSError) -> str:
+    name = Path(error.filename).name
+    return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name} cannot be read ({error.strerror})"
 
 
 def _read_manifest(folder: Path) -> tuple[str | None, dict[str, Digest]]:
