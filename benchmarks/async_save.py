@@ -20,9 +20,9 @@ from rich.table import Table
 
 from nvlm.cli import compose_config
 
-SIZES = ("llm.hidden=512", "llm.heads=8", "llm.head_dim=64", "llm.ffn=1536", "llm.layers=8", "data.records=64")
+SIZES = ("llm.hidden=768", "llm.heads=8", "llm.head_dim=96", "llm.ffn=2304", "llm.layers=4", "data.records=64")
 SMALL = ("data.workers=0", "train.global_batch=4", "train.micro_batch=4")
-TIMES = 5
+TIMES = 7
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     from nvlm import parallel
     from nvlm.data.loader import load_steps
     from nvlm.launch import quiet
-    from nvlm.train.checkpoint import Checkpoints
+    from nvlm.train.checkpoint import Checkpoints, latest
     from nvlm.train.loop import build_steps, build_trainer
     from nvlm.train.step import train_step
 
@@ -46,7 +46,7 @@ def main() -> None:
             blocking = Checkpoints(dataclasses.replace(config.train, async_save=False, keep=1), root / "blocking")
             beside = Checkpoints(dataclasses.replace(config.train, async_save=True, keep=1), root / "beside")
             rows = [turn(blocking, beside, trainer, step, number) for number in range(1, TIMES + 1)]
-            size = sum(path.stat().st_size for path in (root / "beside").rglob("*") if path.is_file())
+            size = sum(path.stat().st_size for path in latest(root / "beside").iterdir())
     show(rows, steps, size)
 
 

@@ -75,7 +75,7 @@ class Checkpoints:
         self.poll(wait=True)
         self.failure = None
         updates = _over_ranks(adam_step(trainer))
-        learns, frozen = model_state(trainer, frozen=False), model_state(trainer, frozen=True)
+        learns, frozen = model_state(trainer)
         if not self.config.save_frozen and not self.has_frozen and any(_over_ranks(sum(map(len, frozen.values())))):
             self._write(FROZEN, frozen, Writer(), wait=True)
             self.has_frozen = self.failure is None

@@ -24,7 +24,7 @@ def load(trainer: Trainer, folder: Path) -> tuple[int, dict[str, float]]:
     unpickled, or where the state does not fit this trainer.
     """
     _verify(folder)
-    model, frozen = model_state(trainer, frozen=False), model_state(trainer, frozen=True)
+    model, frozen = model_state(trainer)
     wanted = model | optimizer_state(trainer, model, loading=True)
     if frozen_digest(folder) is None:
         state = _read(folder, wanted | {name: model[name] | frozen[name] for name in model})

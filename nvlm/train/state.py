@@ -23,13 +23,14 @@ from nvlm.train.step import Trainer
 _ADAM = ("exp_avg", "exp_avg_sq")
 
 
-def model_state(trainer: Trainer, frozen: bool) -> dict:
-    """The frozen weights, or all else that the model holds: `model0`, `model1`, ... by chunk."""
-    chunks = (chunk.module.sharded_state_dict(metadata=_metadata()) for chunk in trainer.chunks)
-    return {
-        f"model{number}": {name: entry for name, entry in chunk.items() if _is_frozen(entry) == frozen}
-        for number, chunk in enumerate(chunks)
-    }
+def model_state(trainer: Trainer) -> tuple[dict, dict]:
+    """What changes in the model, and its frozen weights, each as `model0`, `model1`, ... by chunk."""
+    parts: tuple[dict, dict] = ({}, {})
+    for number, chunk in enumerate(trainer.chunks):
+        entries = chunk.module.sharded_state_dict(metadata=_metadata())
+        for frozen, part in enumerate(parts):
+            part[f"model{number}"] = {name: entry for name, entry in entries.items() if _is_frozen(entry) == frozen}
+    return parts
 
 
 def optimizer_state(trainer: Trainer, model: dict, loading: bool = False) -> dict:

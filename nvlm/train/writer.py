@@ -105,6 +105,8 @@ def _reason(error: BaseException) -> str:
 def _without_copy(entry):
     """A CPU view as a tensor of its own over the same memory: Megatron copies views while the loop stands still."""
     if isinstance(entry, ShardedTensor) and entry.data.device.type == "cpu" and entry.data.is_contiguous():
-        memory = torch.from_numpy(entry.data.detach().view(-1).view(torch.uint8).numpy())
-        entry.data = memory.view(entry.data.dtype).view(entry.data.shape)
+        data = entry.data.detach()
+        if data.untyped_storage().nbytes() != data.nbytes:
+            memory = torch.from_numpy(data.view(-1).view(torch.uint8).numpy())
+            entry.data = memory.view(data.dtype).view(data.shape)
     return entry
