@@ -195,6 +195,8 @@ class TrainConfig:
     log_every: int
     save_every: int
     keep: int
+    async_save: bool  # a forked process writes while training goes on
+    save_frozen: bool  # into every checkpoint, instead of once beside them
     threads: int | None
 
 

@@ -126,7 +126,8 @@ def check_devices(config: Config) -> None:
 
 # What a resumed run may change; the rest decides what its steps compute.
 _FREE = ("name", "resume", "dry_run", "parallel.", "evaluate.", "data.workers", "data.max_skipped", "train.log_every",
-         "train.save_every", "train.keep", "train.threads", "train.recompute")  # fmt: skip
+         "train.save_every", "train.keep", "train.async_save", "train.save_frozen", "train.threads",
+         "train.recompute")  # fmt: skip
 
 
 def _prepare_folder(config: Config, run_dir: Path, writes: bool) -> None:

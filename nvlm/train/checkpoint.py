@@ -1,24 +1,31 @@
-"""Checkpoints by Megatron's dist_checkpointing: written aside, then named, so that a kill never leaves half of one.
+"""Checkpoints by Megatron's dist_checkpointing: written beside the training, whole or not at all.
 
-A run folder holds `checkpoints/step_00000200/` and `checkpoints/latest`, one line with such a name. The frozen
-encoder is not in it: it is read again from where it came from.
+A run folder holds `checkpoints/step_00000200/` with what changes, `checkpoints/frozen/` with the weights that do not,
+and `checkpoints/latest`, one line with the name of a step. The frozen encoder is in none of them: it is read again
+from where it came from. A save goes three ways: `save` takes the snapshot (a forked process, whose memory no later
+step changes), the fork writes the files, and `poll` gives them their name once all ranks have written theirs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import os
 import shutil
+import sys
+import threading
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from nvlm import parallel
-from nvlm.config import ConfigError
+from nvlm.config import ConfigError, TrainConfig, problem
+from nvlm.train.digests import MANIFEST, digest, write_manifest, write_whole
+from nvlm.train.state import adam_step, model_state, optimizer_state
 from nvlm.train.step import Trainer
+from nvlm.train.writer import Writer
+
+FROZEN = "frozen"
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -28,102 +35,139 @@ def latest(run_dir: Path) -> Path | None:
         return None
     folder = mark.parent / mark.read_text().strip()
     if not folder.is_dir():
-        raise ConfigError(f"{mark} names {folder.name}, which is not there. Fix: restore it, or delete {mark}")
+        there = [other.name for other in steps_of(mark.parent)]
+        fix = f"write {there[-1]} into it" if there else "delete it to begin anew"
+        raise problem(str(mark), folder.name, f"one of {', '.join(there) or 'none'}, which are there", fix)
     return folder
 
 
-def save(trainer: Trainer, step: int, run_dir: Path, keep: int) -> None:
-    """Write the state behind `step` steps; all processes call it together."""
-    root = run_dir / "checkpoints"
-    name = f"step_{step:08d}"
-    partial = root / f".{name}.partial"
-    if parallel.is_first_rank():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(_state(trainer, step), str(partial), content_metadata=_metadata())
-    dist.barrier()
-    if parallel.is_first_rank():
-        shutil.rmtree(root / name, ignore_errors=True)
-        partial.rename(root / name)
-        _write_whole(root / "latest", name + "\n")
-        for old in sorted(root.glob("step_*"))[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+def steps_of(root: Path) -> list[Path]:
+    """The step folders below `root`, oldest first."""
+    return sorted(root.glob("step_*"))
 
 
-def load(trainer: Trainer, folder: Path) -> int:
-    """Restore `trainer` from `folder`; returns the number of steps behind it."""
-    _fill_adam(trainer.optimizer)
-    _leave_steps(trainer.optimizer)
-    state = dist_checkpointing.load(_state(trainer, 0, loading=True), str(folder))
-    for number, chunk in enumerate(trainer.chunks):
-        chunk.module.load_state_dict(state[f"model{number}"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    _own_steps(trainer.optimizer)
-    trainer.schedule.load_state_dict(state["schedule"])
-    return state["step"]
+class Checkpoints:
+    """Saves of one run: a context manager around its loop, whose methods all processes call together."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path) -> None:
+        self.config, self.root = config, run_dir / "checkpoints"
+        self.queue, self.failure = AsyncCallsQueue(), None
+        self.step_writer = Writer()
+        self.has_frozen = latest(run_dir) is not None and (self.root / FROZEN).is_dir()
+
+    def __enter__(self) -> Checkpoints:
+        if parallel.is_first_rank():
+            for cut_short in self.root.glob(".*.partial"):
+                shutil.rmtree(cut_short, ignore_errors=True)
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            self.close()
+        elif issubclass(kind, ConfigError):  # raised by all processes, so that they can finish together
+            self.poll(wait=True)
+        else:
+            for call in self.queue.async_calls:
+                call.async_caller.close(abort=True)
+
+    def save(self, trainer: Trainer, step: int, extra: dict[str, float] | None = None) -> None:
+        """Begin to write the state behind `step` steps, with `extra` numbers of the loop's own."""
+        self.poll(wait=True)
+        self.failure = None
+        updates = _over_ranks(adam_step(trainer))
+        learns, frozen = model_state(trainer)
+        if not self.config.save_frozen and not self.has_frozen and any(_over_ranks(sum(map(len, frozen.values())))):
+            self._write(FROZEN, frozen, Writer(), wait=True)
+            self.has_frozen = self.failure is None
+        if self.failure is not None:
+            return
+        state = learns | optimizer_state(trainer, learns)
+        if self.config.save_frozen:
+            state |= {name: chunk | frozen[name] for name, chunk in learns.items()}
+        state["run"] = {
+            "step": step,
+            "adam_step": max(updates),
+            "schedule": trainer.schedule.state_dict(),
+            "extra": dict(extra or {}),
+        }
+        self._write(f"step_{step:08d}", state, self.step_writer, wait=not self.config.async_save)
+
+    def poll(self, wait: bool = False) -> None:
+        """Give a written checkpoint its name; with `wait`, not before it is written."""
+        self.queue.maybe_finalize_async_calls(blocking=wait)
+
+    def close(self) -> None:
+        """Finish the last save. Raises ConfigError where it failed."""
+        self.poll(wait=True)
+        if self.failure is not None:
+            older = "the older one is whole" if (self.root / "latest").is_file() else "there is no older one"
+            fix = "make room, then resume=auto"
+            raise problem("last checkpoint of the run", self.failure, f"it to be written ({older})", fix)
+
+    def _write(self, name: str, state: dict, writer: Writer, wait: bool) -> None:
+        folder = self.root / f".{name}.partial"
+        if self._on_first_rank(name, functools.partial(_make_empty, folder)):
+            return
+        request = writer.request(state, folder, functools.partial(self._finish, name, writer))
+        if wait:
+            request.execute_sync()
+        else:
+            self.queue.schedule_async_request(request)
+
+    def _finish(self, name: str, writer: Writer) -> None:
+        written = _over_ranks(writer.written())
+        refused = [f"{part} (rank {rank})" for rank, part in enumerate(written) if isinstance(part, str)]
+        self._on_first_rank(name, functools.partial(self._publish, name, writer, written), refused)
+
+    def _publish(self, name: str, writer: Writer, written: list) -> None:
+        folder = self.root / f".{name}.partial"
+        writer.write_metadata(folder, [results for results, _ in written])
+        known = {file: entry for _, digests in written for file, entry in digests.items()}
+        manifest = self.root / FROZEN / MANIFEST
+        bound = self.has_frozen and not self.config.save_frozen and name != FROZEN
+        write_manifest(folder, known, digest(manifest).sha256 if bound else None)
+        shutil.rmtree(self.root / name, ignore_errors=True)
+        folder.rename(self.root / name)
+        if name != FROZEN:
+            write_whole(self.root / "latest", name + "\n")
+            older = [step for step in steps_of(self.root) if step.name < name]
+            for old in older[: max(0, len(older) + 1 - self.config.keep)]:
+                _remove(old)
+
+    def _on_first_rank(self, name: str, action, refused: list[str] = ()) -> str | None:
+        """Let the first process act, unless `refused`; all learn what went wrong, if anything, and it says so."""
+        failure = [refused[0] if refused else None]
+        if parallel.is_first_rank():
+            folder = self.root / f".{name}.partial"
+            try:
+                if not refused:
+                    action()
+            except OSError as error:
+                failure = [str(error)]
+            if failure[0]:
+                free = shutil.disk_usage(self.root if self.root.exists() else self.root.parent).free
+                failure = [f"{failure[0]}; {free / 1e6:.1f} MB free in {self.root}"]
+                shutil.rmtree(folder, ignore_errors=True)
+                print(f"checkpoint {name} is not saved: {failure[0]}", file=sys.stderr, flush=True)
+        dist.broadcast_object_list(failure, src=0)
+        self.failure = failure[0] or self.failure
+        return failure[0]
 
 
-def _metadata() -> dict:
-    # Megatron caches a group in it, so each call gets a fresh one.
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint: out of sight at once, from the disk beside the training."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    with contextlib.suppress(OSError):  # one checkpoint too many is no failed save
+        folder.rename(aside)
+        threading.Thread(target=shutil.rmtree, args=(aside, True)).start()
 
 
-def _state(trainer: Trainer, step: int, loading: bool = False) -> dict:
-    chunks = {f"model{n}": c.module.sharded_state_dict(metadata=_metadata()) for n, c in enumerate(trainer.chunks)}
-    optimizer = trainer.optimizer.sharded_state_dict(dict(chunks), is_loading=loading, metadata=_metadata())
-    return chunks | {"optimizer": optimizer, "schedule": trainer.schedule.state_dict(), "step": step}
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
-def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [one.optimizer for one in chained if one.optimizer is not None]
-
-
-def _fill_adam(optimizer: MegatronOptimizer) -> None:
-    # A fresh torch Adam has no state yet, and Megatron's loader expects the places to be there.
-    for one in _torch_optimizers(optimizer):
-        for group in one.param_groups:
-            for parameter in group["params"]:
-                if not one.state[parameter]:
-                    one.state[parameter] = {
-                        "step": torch.zeros((), dtype=torch.float32),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
-
-
-def _leave_steps(optimizer: MegatronOptimizer) -> None:
-    # The distributed optimizer restores every tensor of torch Adam's state, `step` too, which its checkpoints leave
-    # out: a place without a tensor is one that it passes over.
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
-        restore = getattr(one, "_set_main_param_and_optimizer_states", None)
-        if restore is not None:
-            one._set_main_param_and_optimizer_states = functools.partial(_restore_but_step, restore)
-
-
-def _restore_but_step(restore, parameter: torch.Tensor, tensors: dict) -> None:
-    restore(parameter, {"step": None} | tensors)
-
-
-def _own_steps(optimizer: MegatronOptimizer) -> None:
-    # Megatron restores one `step` tensor and lets all parameters share it; torch Adam would then advance it once a
-    # parameter. Each gets its own.
-    for one in _torch_optimizers(optimizer):
-        for state in one.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace `path` by `text` at once: a reader sees the old or the new, never a part."""
-    aside = path.with_name(f".{path.name}.partial")
-    with open(aside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+def _over_ranks(value) -> list:
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -13,9 +13,10 @@ from nvlm.data.loader import Steps, load_steps
 from nvlm.data.sources import build_records
 from nvlm.data.tokenizer import load_tokenizer
 from nvlm.evaluate.heldout import evaluate
-from nvlm.train import checkpoint
+from nvlm.train.checkpoint import Checkpoints, latest
 from nvlm.train.metrics import Metrics, append_skipped, print_groups
 from nvlm.train.optim import build_optimizer, count_groups, freeze, wrap
+from nvlm.train.restore import load
 from nvlm.train.step import Trainer, train_step
 from nvlm.vision.balance import BalancedVision, build_team
 from nvlm.vision.path import build_vision
@@ -42,19 +43,23 @@ def run(config: Config, run_dir: Path, started: float) -> None:
 
 def train(trainer: Trainer, config: Config, steps: Steps, first: int, run_dir: Path) -> None:
     """The loop."""
-    with Metrics(config, run_dir, first, active=parallel.is_first_rank()) as metrics:
+    with (
+        Metrics(config, run_dir, first, active=parallel.is_first_rank()) as metrics,
+        Checkpoints(config.train, run_dir) as checkpoints,
+    ):
         for step, data in enumerate(load_steps(steps, first, config.data.workers), start=first + 1):
             if parallel.is_replica_writer():
                 append_skipped(run_dir, data.skipped)
             metrics.record(train_step(trainer, data))
+            checkpoints.poll()
             if step % config.train.save_every == 0 or step == config.train.steps:
-                checkpoint.save(trainer, step, run_dir, config.train.keep)
+                checkpoints.save(trainer, step)
 
 
 def resume(trainer: Trainer, config: Config, run_dir: Path) -> int:
     """Steps already done: 0, or what the newest checkpoint holds with resume=auto."""
-    folder = checkpoint.latest(run_dir) if config.resume == "auto" else None
-    return checkpoint.load(trainer, folder) if folder else 0
+    folder = latest(run_dir) if config.resume == "auto" else None
+    return load(trainer, folder)[0] if folder else 0
 
 
 def build_steps(config: Config) -> Steps:

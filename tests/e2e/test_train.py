@@ -62,7 +62,7 @@ def test_a_run_leaves_its_whole_story(unbroken):
 def test_killed_and_resumed_equals_unbroken_exactly(unbroken, tmp_path):
     run = tmp_path / "runs" / "killed"
     process = subprocess.Popen(
-        command("name=killed"),
+        command("name=killed", "train.async_save=false"),  # so that the kill falls between two checkpoints
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

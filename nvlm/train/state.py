@@ -1,0 +1,147 @@
+"""A trainer's state as sharded tensors that are the same under every layout.
+
+Weights go by the model's names, Adam's state by `optimizer.state.{param,exp_avg,exp_avg_sq}.<name>`; `param` is the
+fp32 copy of a weight of lower precision. Left to itself each of Megatron's optimizers stores parameter groups and
+steps in a form of its own, which another one cannot read: here the groups stay as the configuration built them, and
+Adam's step is one number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from nvlm.train.step import Trainer
+
+_ADAM = ("exp_avg", "exp_avg_sq")
+
+
+def model_state(trainer: Trainer) -> tuple[dict, dict]:
+    """What changes in the model, and its frozen weights, each as `model0`, `model1`, ... by chunk."""
+    parts: tuple[dict, dict] = ({}, {})
+    for number, chunk in enumerate(trainer.chunks):
+        entries = chunk.module.sharded_state_dict(metadata=_metadata())
+        for frozen, part in enumerate(parts):
+            part[f"model{number}"] = {name: entry for name, entry in entries.items() if _is_frozen(entry) == frozen}
+    return parts
+
+
+def optimizer_state(trainer: Trainer, model: dict, loading: bool = False) -> dict:
+    """Places of Adam's state for the weights of `model` that learn; with `loading` their content does not matter."""
+    return {
+        f"optimizer{number}": _distributed(part, model, loading) if _is_distributed(part) else _plain(part, model)
+        for number, part in enumerate(_parts(trainer.optimizer))
+    }
+
+
+def restore_optimizer(trainer: Trainer, model: dict, loaded: dict, step: int) -> None:
+    """Adam's state as loaded, behind `step` updates. The model's weights are restored already."""
+    for number, part in enumerate(_parts(trainer.optimizer)):
+        state = loaded[f"optimizer{number}"]
+        _restore_distributed(part, state) if _is_distributed(part) else _restore_plain(part, model, state)
+        _set_step(part, step)
+
+
+def adam_step(trainer: Trainer) -> int:
+    """Updates that Adam has made on this process; 0 where nothing learns."""
+    return max((_step(part) for part in _parts(trainer.optimizer)), default=0)
+
+
+def _metadata() -> dict:
+    # Megatron caches a group in it, so each call gets a fresh one.
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _is_frozen(entry) -> bool:
+    return isinstance(getattr(entry, "data", None), torch.nn.Parameter) and not entry.data.requires_grad
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers in it that have something to do: a pipeline stage may hold nothing that learns."""
+    return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if part.optimizer is not None]
+
+
+def _is_distributed(part: MegatronOptimizer) -> bool:
+    return isinstance(part, DistributedOptimizer)
+
+
+def _weights(model: dict) -> Iterator[ShardedTensor | ShardedTensorFactory]:
+    return (entry for entry in nested_values(model) if isinstance(getattr(entry, "data", None), torch.nn.Parameter))
+
+
+def _distributed(part: DistributedOptimizer, model: dict, loading: bool) -> dict:
+    _fill_adam(part)
+    state = part.sharded_param_state_fully_reshardable(model, loading, _metadata())
+    whole = {f"optimizer.state.param.{entry.key}" for entry in _weights(model) if entry.data.dtype == torch.float32}
+    for tensors in state.values():
+        if tensors["param"].key in whole:
+            del tensors["param"]  # the weight once more
+    return state
+
+
+def _restore_distributed(part: DistributedOptimizer, state: dict) -> None:
+    for adam in part.optimizer.state.values():
+        adam.pop("step", None)  # restored tensor by tensor, and `step` is none of the checkpoint's
+    weights = [weight for buffer in part.buffers for weight in buffer.param_index_map]
+    part.load_parameter_state_from_fully_reshardable(
+        {number: {"param": weights[number].detach()} | tensors for number, tensors in state.items()}
+    )
+
+
+def _plain(part: MegatronOptimizer, model: dict) -> dict:
+    _fill_adam(part)
+    return {
+        entry.key: {
+            name: make_sharded_optimizer_tensor(entry, tensor, f"optimizer.state.{name}")
+            for name, tensor in tensors.items()
+        }
+        for entry, tensors in _adam(part, model)
+    }
+
+
+@torch.no_grad()
+def _restore_plain(part: MegatronOptimizer, model: dict, state: dict) -> None:
+    for entry, tensors in _adam(part, model):
+        for name, tensor in tensors.items():
+            tensor.copy_(state[entry.key][name])
+
+
+def _adam(part: MegatronOptimizer, model: dict) -> Iterator[tuple[ShardedTensor | ShardedTensorFactory, dict]]:
+    """Each weight that `part` moves, with its tensors there."""
+    for entry in _weights(model):
+        main = getattr(entry.data, "main_param", entry.data)
+        if main in part.optimizer.state:
+            tensors = {name: part.optimizer.state[main][name] for name in _ADAM}
+            yield entry, tensors if main is entry.data else {"param": main} | tensors
+
+
+def _fill_adam(part: MegatronOptimizer) -> None:
+    # Adam makes its state at its first update; a checkpoint needs the places before it.
+    step = _step(part)
+    part.init_state_fn(part.optimizer, part.config)
+    _set_step(part, step)
+
+
+def _step(part: MegatronOptimizer) -> int:
+    # torch's Adam counts by parameter, Transformer Engine's by group.
+    counts = [*part.optimizer.state.values(), *part.optimizer.param_groups]
+    return max(int(count.get("step") or 0) for count in counts)
+
+
+def _set_step(part: MegatronOptimizer, step: int) -> None:
+    if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+        for adam in part.optimizer.state.values():
+            adam["step"] = torch.tensor(float(step))  # its own: torch advances it once a parameter
+    else:
+        for group in part.optimizer.param_groups:
+            group["step"] = step

@@ -1,0 +1,163 @@
+"""One model, one set of weights, any layout: gradients by the trainer's own step, gathered to compare them.
+
+Weights reach the processes through a checkpoint that one process wrote, gradients come back through one that the
+layout wrote, so each comparison also says that checkpoints are cut and joined rightly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nvlm import parallel
+from nvlm.config import Config, validate
+from nvlm.data.pack import collate
+from nvlm.train.loop import build_trainer
+from nvlm.train.step import Trainer, forward_backward
+from tests.dist.run import joined
+from tests.models import TILE, Story, Twins, below, build_twins, reference_sample, sample_of, to_reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows of stories by micro-batch, and a model in a folder of its own."""
+
+    config: Config
+    folder: Path
+    micro_batches: tuple[tuple[tuple[Story, ...], ...], ...]
+
+    def laid_out(self, **sizes) -> Case:
+        """The same in another layout; `balance` and `stage` settings may be given too."""
+        config = self.config
+        for group in ("vision", "stage"):
+            known = {k: sizes.pop(k) for k in list(sizes) if k in getattr(config, group).__dataclass_fields__}
+            config = replace(config, **{group: replace(getattr(config, group), **known)})
+        return replace(self, config=validate(replace(config, parallel=replace(config.parallel, **sizes))))
+
+
+def metadata() -> dict:
+    """What Megatron's sharded state asks for."""
+    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
+def prepare(config: Config, folder: Path, micro_batches) -> tuple[Case, Twins]:
+    """Write the weights of twins of `config` where every layout finds them. In one process, with its groups."""
+    twins = build_twins(config)
+    state = dict(twins.reference.named_parameters())
+    tower = {name: t.float().contiguous() for name, t in below("vision_model.", state).items()}
+    save_file(tower, folder / "tower.safetensors")
+    (folder / "weights").mkdir()
+    dist_checkpointing.save(twins.model.sharded_state_dict(metadata=metadata()), str(folder / "weights"))
+    vision = replace(config.vision, weights=str(folder / "tower.safetensors"))
+    return Case(replace(config, vision=vision), folder, micro_batches), twins
+
+
+def reference_gradients(twins: Twins, case: Case) -> tuple[float, dict[str, Tensor]]:
+    """Mean loss over trained tokens and its gradients, one story at a time, by the plain reference."""
+    twins.reference.zero_grad(set_to_none=True)
+    total, count = 0.0, 0
+    for story in (story for rows in case.micro_batches for row in rows for story in row):
+        sample = reference_sample(story, twins.config)
+        loss = twins.reference(sample).sum()
+        loss.backward()
+        total, count = total + float(loss), count + sum(label >= 0 for label in sample.labels)
+    named = {name: p for name, p in twins.reference.named_parameters() if p.requires_grad}
+    return total / count, {n: (torch.zeros_like(p) if p.grad is None else p.grad) / count for n, p in named.items()}
+
+
+def load_weights(trainer: Trainer, folder: Path) -> None:
+    """The weights that `prepare` wrote, into every part."""
+    parts = dict(enumerate(trainer.stages.parts))
+    states = {number: part.sharded_state_dict(metadata=metadata()) for number, part in parts.items()}
+    for number, state in dist_checkpointing.load(states, str(folder)).items():
+        parts[number].load_state_dict(state)
+
+
+def own_batches(case: Case) -> list:
+    """This replica's micro-batches: every n-th."""
+    rank, size = parallel.data_rank()
+    config = case.config
+    return [
+        collate([[sample_of(s, config) for s in row] for row in rows], TILE, config.parallel.row_multiple)
+        for rows in case.micro_batches[rank::size]
+    ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one process saw of a step."""
+
+    loss: float
+    grad_norm: float
+    encoded: int  # tiles that it encoded
+    copies_differ: float
+
+
+def step_in_layout(case: Case, out: Path) -> Outcome:
+    """One step in this process's part of the layout; gradients go to `out` as a checkpoint of the whole model."""
+    with joined(case.config) as device:
+        trainer = build_trainer(case.config, device)
+        load_weights(trainer, case.folder / "weights")
+        encoded = count_tiles(trainer)
+        batches = own_batches(case)
+        part = forward_backward(trainer, batches)
+        trained = sum(batch.num_trained for batch in batches) if parallel.is_replica_writer() else 0
+        loss, count = parallel.sum_over_all(
+            torch.tensor([part if parallel.is_loss_rank() else 0.0, trained], dtype=torch.float64)
+        ).tolist()
+        trainer.optimizer.prepare_grads()
+        norm = trainer.optimizer.get_grad_norm()
+        learning = [p for part in trainer.stages.parts for p in part.parameters()]
+        for parameter in learning:
+            parameter.data.copy_(parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter))
+        differ = max((spread_of(copied) for copied in trainer.stages.copied), default=0.0)
+        if dist_rank() == 0:
+            out.mkdir()
+        torch.distributed.barrier()
+        states = [part.sharded_state_dict(metadata=metadata()) for part in trainer.stages.parts]
+        dist_checkpointing.save({f"part{n}": state for n, state in enumerate(states)}, str(out))
+        return Outcome(loss / count, float(norm), sum(encoded), differ)
+
+
+def dist_rank() -> int:
+    """Rank of this process."""
+    return torch.distributed.get_rank()
+
+
+def count_tiles(trainer: Trainer) -> list[int]:
+    """A list that grows by the number of tiles of each call of the encoder."""
+    calls: list[int] = []
+    features = trainer.vision.path.features
+
+    def counted(pixels):
+        calls.append(len(pixels))
+        return features(pixels)
+
+    trainer.vision.path.features = counted
+    return calls
+
+
+def spread_of(copied) -> float:
+    """Largest difference among all copies of a parameter."""
+    low, high = copied.parameter.data.clone(), copied.parameter.data.clone()
+    torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN, group=copied.group)
+    torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX, group=copied.group)
+    return float((high - low).abs().max())
+
+
+def gradients_of(twins: Twins, out: Path) -> dict[str, Tensor]:
+    """What a layout wrote, under the reference's names. In one process."""
+    state = twins.model.sharded_state_dict(metadata=metadata())
+    loaded = dist_checkpointing.load({"part0": state}, str(out))["part0"]
+    return to_reference({n: t for n, t in loaded.items() if torch.is_tensor(t)}, twins.config)
+
+
+def run_cases(cases: Sequence[tuple[Case, Path]]) -> list[Outcome]:
+    """All `cases`, one after another, in this process."""
+    return [step_in_layout(case, out) for case, out in cases]

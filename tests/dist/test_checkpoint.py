@@ -1,0 +1,373 @@
+"""Checkpoints in real process groups: any layout to any other, snapshots, failures, damage, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from nvlm.cli import compose_config
+from nvlm.config import ConfigError
+from nvlm.data.loader import load_steps
+from nvlm.train import checkpoint, restore, writer
+from nvlm.train.checkpoint import Checkpoints, latest
+from nvlm.train.digests import MANIFEST, faults
+from nvlm.train.loop import build_steps, build_trainer
+from nvlm.train.step import Trainer, train_step
+from tests.dist.run import joined, run_distributed
+
+SMALL = (
+    "data.records=16", "data.workers=0", "train.global_batch=4", "llm.layers=2", "llm.cross_every=1",
+    "optim.warmup=2", "train.steps=6",
+)  # fmt: skip
+FP32 = (*SMALL, "precision=fp32")
+FROZEN = (*SMALL, "precision=bf16", "stage=pretrain", "arch=xattn")
+
+
+def built(overrides: tuple[str, ...], device, first: int = 0) -> tuple[Trainer, Callable[[], tuple[float, float]]]:
+    """A new trainer and a function that makes the run's steps behind `first`: loss and gradient norm."""
+    config = compose_config(*overrides)
+    trainer = build_trainer(config, device)
+    data = iter(load_steps(build_steps(config), first, 0))
+
+    def step() -> tuple[float, float]:
+        result = train_step(trainer, next(data))
+        return result.loss, result.grad_norm
+
+    return trainer, step
+
+
+def saved(trainer: Trainer, overrides: tuple[str, ...], run: Path, step: int, **extra) -> Path:
+    """Save and wait."""
+    with Checkpoints(compose_config(*overrides).train, run) as checkpoints:
+        checkpoints.save(trainer, step, extra)
+    return latest(run)
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole, by a reader that knows no layout."""
+    frozen = folder.parent / checkpoint.FROZEN
+    return {
+        name: tensor
+        for part in (folder, frozen)
+        if part.is_dir()
+        for name, tensor in dist_checkpointing.load_plain_tensors(str(part)).items()
+        if torch.is_tensor(tensor)
+    }
+
+
+def held_by(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """What one process without the distributed optimizer holds, by the names that a checkpoint should use."""
+    named = {}
+    for name, weight in trainer.chunks[0].module.named_parameters():
+        named[name] = weight.detach()
+        main = getattr(weight, "main_param", weight)
+        if weight.requires_grad:
+            state = trainer.optimizer.chained_optimizers[0].optimizer.state[main]
+            named |= {f"optimizer.state.{kind}.{name}": state[kind] for kind in ("exp_avg", "exp_avg_sq")}
+            if main is not weight:
+                named[f"optimizer.state.param.{name}"] = main.detach()
+    return {name: tensor.clone() for name, tensor in named.items()}
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Equal in names and in every bit."""
+    assert got.keys() == expected.keys(), got.keys() ^ expected.keys()
+    different = [name for name in got if not torch.equal(got[name], expected[name])]
+    assert not different
+
+
+# --- layouts ---
+
+LAYOUTS = (
+    (2, ("parallel.data=2", "parallel.distributed_optimizer=true")),
+    (2, ("parallel.tensor=2", "parallel.sequence=true")),
+    (1, ("parallel.distributed_optimizer=true",)),
+    (2, ("parallel.data=2",)),
+    (1, ()),
+)
+
+
+def begin(overrides: tuple[str, ...], run: Path) -> list[tuple[float, float]]:
+    """Two steps, a checkpoint that holds just what the trainer does, two steps more."""
+    with joined(compose_config(*overrides)) as device:
+        trainer, step = built(overrides, device)
+        for _ in range(2):
+            step()
+        held = held_by(trainer)
+        assert_same(tensors_in(saved(trainer, overrides, run, 2, mean=0.1)), held)
+        return [step(), step()]
+
+
+def pass_on(overrides: tuple[str, ...], run: Path, onward: Path) -> list[tuple[float, float]]:
+    """Load, write what was loaded into another run, two steps more."""
+    with joined(compose_config(*overrides)) as device:
+        trainer, step = built(overrides, device, first=2)
+        assert restore.load(trainer, latest(run)) == (2, {"mean": 0.1})
+        saved(trainer, overrides, onward, 2, mean=0.1)
+        return [step(), step()]
+
+
+def compare(runs: list[Path]) -> None:
+    """All of them hold the same, in one process."""
+    with joined(compose_config(*FP32)):
+        first = tensors_in(latest(runs[0]))
+        assert any(name.startswith("optimizer.state.exp_avg_sq.") and t.any() for name, t in first.items())
+        for run in runs[1:]:
+            assert_same(tensors_in(latest(run)), first)
+
+
+@pytest.mark.parametrize(("overrides", "tolerance"), [(FP32, 1e-4), (FROZEN, 2e-2)], ids=["fp32", "bf16-frozen"])
+def test_every_layout_reads_what_another_wrote(tmp_path, overrides, tolerance):
+    [expected] = run_distributed(begin, 1, overrides, tmp_path / "0")
+    for number, (world, layout) in enumerate(LAYOUTS):
+        went = run_distributed(
+            pass_on, world, (*overrides, *layout), tmp_path / f"{number}", tmp_path / f"{number + 1}"
+        )
+        for loss_and_norm in zip(went[0], expected):
+            assert loss_and_norm[0] == pytest.approx(loss_and_norm[1], rel=tolerance), layout
+    run_distributed(compare, 1, [tmp_path / f"{number}" for number in range(len(LAYOUTS) + 1)])
+    frozen = (tmp_path / "0" / "checkpoints" / "frozen").is_dir()
+    assert frozen == (overrides is FROZEN)
+
+
+# --- saving ---
+
+
+def change_while_it_is_written(overrides: tuple[str, ...], run: Path) -> None:
+    with joined(compose_config(*overrides)) as device:
+        trainer, step = built(overrides, device)
+        step()
+        held = held_by(trainer)
+        write, gate = writer._write_files, run.parent / "open"
+
+        def late(*arguments):
+            while not gate.exists():
+                time.sleep(0.01)
+            write(*arguments)
+
+        writer._write_files = late
+        with Checkpoints(compose_config(*overrides).train, run) as checkpoints:
+            checkpoints.save(trainer, 1)
+            for weight in trainer.chunks[0].module.parameters():
+                weight.data.zero_()
+            step()
+            checkpoints.poll()
+            assert latest(run) is None
+            gate.touch()
+        assert_same(tensors_in(latest(run)), held)
+
+
+@pytest.mark.parametrize("overrides", [FP32, (*FP32, "precision=bf16")], ids=["fp32", "bf16"])
+def test_a_save_is_a_snapshot(tmp_path, overrides):
+    run_distributed(change_while_it_is_written, 1, overrides, tmp_path / "run")
+
+
+def full_disk(*_) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+
+def killed(*_) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_room_for_metadata(storage, *_) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fail_and_try_again(overrides: tuple[str, ...], run: Path) -> list[str]:
+    """Reasons that this rank was told of: rank 1 cannot write, rank 1's writer dies, rank 0 cannot finish."""
+    with joined(compose_config(*overrides)) as device:
+        trainer, _ = built(overrides, device)
+        write, finish = writer._write_files, writer.filesystem_async.FileSystemWriterAsync.finish
+        reasons = []
+
+        def after(trouble):
+            return lambda *arguments: (trouble(), write(*arguments))
+
+        with Checkpoints(compose_config(*overrides).train, run) as checkpoints:
+            checkpoints.save(trainer, 1)
+            for step, trouble in ((2, full_disk), (3, killed), (4, no_room_for_metadata)):
+                if trouble is no_room_for_metadata:
+                    writer.filesystem_async.FileSystemWriterAsync.finish = trouble
+                elif dist.get_rank() == 1:
+                    writer._write_files = after(trouble)
+                checkpoints.save(trainer, step)
+                checkpoints.poll(wait=True)
+                reasons.append(checkpoints.failure)
+                dist.barrier()
+                assert latest(run).name == "step_00000001"
+                assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", "step_00000001"}
+                dist.barrier()
+                writer._write_files = write
+                writer.filesystem_async.FileSystemWriterAsync.finish = finish
+            checkpoints.save(trainer, 5)
+        assert latest(run).name == "step_00000005"
+        assert faults(latest(run)) == []
+        return reasons
+
+
+def test_all_ranks_learn_that_one_could_not_write(tmp_path):
+    overrides = (*FP32, "parallel.data=2", "parallel.distributed_optimizer=true")
+    first, second = run_distributed(fail_and_try_again, 2, overrides, tmp_path / "run")
+    assert first == second
+    assert os.strerror(errno.EFBIG) in first[0] or "rank 1" in first[0]
+    assert "ended early (rank 1)" in first[1]
+    assert os.strerror(errno.ENOSPC) in first[2]
+
+
+def keep_two(overrides: tuple[str, ...], run: Path) -> None:
+    config = compose_config(*overrides)
+    with joined(config) as device:
+        trainer, _ = built(overrides, device)
+        root = run / "checkpoints"
+        (root / ".step_00000009.partial").mkdir(parents=True)
+        with Checkpoints(replace(config.train, keep=2), run) as checkpoints:
+            for step in (1, 2, 3, 8):
+                checkpoints.save(trainer, step)
+        names = lambda: sorted(path.name for path in root.glob("step_*"))  # noqa: E731
+        assert names() == ["step_00000003", "step_00000008"]
+        (root / "latest").write_text("step_00000003\n")
+        with Checkpoints(replace(config.train, keep=1), run) as checkpoints:
+            checkpoints.save(trainer, 4)
+        assert names() == ["step_00000004", "step_00000008"]  # what lies ahead is not this run's to delete
+        assert latest(run).name == "step_00000004"
+
+
+def test_the_newest_stay_and_latest_is_among_them(tmp_path):
+    run_distributed(keep_two, 1, FP32, tmp_path)
+
+
+# --- damage ---
+
+
+class Trap:
+    """A pickle that tells when it is opened."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+def damaged(folder: Path, mark: Path) -> dict[str, Callable[[], object]]:
+    """Ways to spoil `folder`, by the file that should be named."""
+    import pickle
+
+    data = next(folder.glob("*.distcp"))
+
+    def flip() -> None:
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 4
+        data.write_bytes(content)
+
+    return {
+        f"{data.name} is not what was written": flip,
+        f"{data.name} has 1000 bytes of": lambda: os.truncate(data, 1000),
+        f"{data.name} is missing": data.unlink,
+        ".metadata": lambda: (folder / ".metadata").write_bytes(pickle.dumps(Trap(mark))),
+        "extra.distcp does not belong there": lambda: (folder / "extra.distcp").touch(),
+        f"{MANIFEST} is missing": (folder / MANIFEST).unlink,
+        f"{MANIFEST} is damaged": lambda: os.truncate(folder / MANIFEST, 50),
+        "frozen is missing": lambda: shutil.rmtree(folder.parent / "frozen"),
+        "frozen: metadata.json has 0 bytes": lambda: os.truncate(folder.parent / "frozen" / "metadata.json", 0),
+        "frozen holds the weights of another run": lambda: swap(folder.parent / "frozen" / MANIFEST),
+    }
+
+
+def swap(manifest: Path) -> None:
+    """The same digests in another order: a whole folder, but not the one that was there."""
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({"files": content["files"], "frozen": None}))
+
+
+def refusals(overrides: tuple[str, ...], run: Path) -> dict[str, str]:
+    """The message for each kind of damage to the newer of two checkpoints."""
+    with joined(compose_config(*overrides)) as device:
+        trainer, _ = built(overrides, device)
+        for step in (1, 2):
+            saved(trainer, overrides, run, step)
+        messages, copy, mark = {}, run.with_name("copy"), run.with_name("opened")
+        for name in damaged(latest(run), mark):
+            if dist.get_rank() == 0:
+                shutil.rmtree(copy, ignore_errors=True)
+                shutil.copytree(run, copy)
+                damaged(latest(copy), mark)[name]()
+            dist.barrier()
+            try:
+                restore.load(trainer, latest(copy))
+            except ConfigError as error:
+                messages[name] = str(error)
+            dist.barrier()
+        assert not mark.exists()
+        return messages
+
+
+def test_damage_is_refused_by_name_and_a_whole_one_offered(tmp_path):
+    overrides = (*FROZEN, "parallel.data=2")
+    first, second = run_distributed(refusals, 2, overrides, tmp_path / "run")
+    assert first == second
+    assert len(first) == 10
+    for name, message in first.items():
+        assert name in message
+        if name.startswith("frozen"):
+            assert "no older checkpoint is whole" in message
+        else:
+            assert "write step_00000001, which is whole, into" in message
+
+
+# --- what does not fit ---
+
+
+def write_one(overrides: tuple[str, ...], run: Path, left_out: str | None) -> None:
+    complete = checkpoint.optimizer_state
+
+    def incomplete(*arguments):
+        state = complete(*arguments)
+        del state["optimizer0"][left_out]["exp_avg"]
+        return state
+
+    with joined(compose_config(*overrides)) as device:
+        trainer, _ = built(overrides, device)
+        if left_out:
+            checkpoint.optimizer_state = incomplete
+        saved(trainer, overrides, run, 1)
+
+
+def refused(overrides: tuple[str, ...], run: Path) -> str:
+    with joined(compose_config(*overrides)) as device:
+        trainer, _ = built(overrides, device)
+        with pytest.raises(ConfigError) as caught:
+            restore.load(trainer, latest(run))
+        return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "left_out", "read", "named"),
+    [
+        (FP32, None, ("llm.layers=3",), "no decoder.layers.2.cross_attention."),
+        ((*FP32, "llm.layers=3"), None, ("llm.layers=2",), "which this run does not have"),
+        (FP32, None, ("llm.ffn=256",), "linear_fc1.weight of shape (768, 128) instead of (512, 128)"),
+        (FP32, None, ("llm.vocab=514",), "embedding.word_embeddings.weight of shape (512, 128) instead of (514, 128)"),
+        (FP32, "projector.norm.weight", (), "no optimizer.state.exp_avg.projector.norm.weight"),
+        (FP32, None, ("precision=bf16",), "no optimizer.state.param.decoder.final_layernorm.weight"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_by_name(tmp_path, written, left_out, read, named):
+    run_distributed(write_one, 1, written, tmp_path, left_out)
+    [message] = run_distributed(refused, 1, (*FP32, *read), tmp_path)
+    assert named in message
+    assert "config.yaml" in message

@@ -1,0 +1,135 @@
+"""Every parallel layout gives the plain reference's loss and gradients (fp32).
+
+Tolerance: a share of each tensor's largest value, 1e-5; gates and the biases of keys, whose gradients are sums of
+terms that nearly cancel, 1e-4, as in tests/parity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from nvlm.parallel import distributed
+from tests.dist.layouts import Case, Outcome, gradients_of, prepare, reference_gradients, run_cases
+from tests.dist.run import run_distributed
+from tests.models import Story, Twins, small_config
+from tests.parity.test_models import ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO, assert_gradients_near
+
+MODELS = {
+    "decoder": ("arch=decoder",),
+    "xattn": ("arch=xattn",),
+    "hybrid": ("arch=hybrid",),
+    "hybrid-tied": ("arch=hybrid", "llm.tied=true"),
+}
+SIX = Story("six", (("user", "all of <image>"), ("assistant", "three by two")), ((3, 2),))
+# Packed rows, several images a sample, text alone, and rows of one step that differ in length.
+MICRO_BATCHES = (
+    ((TWO, TEXT, ONE_TILE), (SIDE_BY_SIDE, ONE)),
+    ((TEXT,), (TEXT, TEXT)),
+    ((SIX,),),
+    ((ONE,), (TEXT,), (TWO,)),
+)
+TILES = 37
+
+LAYOUTS = {
+    2: {
+        "tensor 2": dict(tensor=2),
+        "tensor 2, sequence": dict(tensor=2, sequence=True),
+        "pipeline 2": dict(pipeline=2),
+        "pipeline 2 x virtual 2": dict(pipeline=2, virtual=2),
+        "context 2, keys gathered": dict(context=2),
+        "context 2, heads traded": dict(context=2, context_heads=2),
+        "data 2": dict(),
+        "data 2, global balance": dict(balance="global"),
+    },
+    4: {
+        "tensor 2 x pipeline 2": dict(tensor=2, sequence=True, pipeline=2),
+        "tensor 2 x pipeline 2 x virtual 2": dict(tensor=2, pipeline=2, virtual=2),
+        "tensor 2 x context 2": dict(tensor=2, sequence=True, context=2),
+        "pipeline 2 x data 2": dict(pipeline=2),
+        "pipeline 2 x virtual 2 x data 2, global balance": dict(pipeline=2, virtual=2, balance="global"),
+        "pipeline 4": dict(pipeline=4),
+        "pipeline 2 x context 2": dict(pipeline=2, context=2, context_heads=2),
+        "context 2 x 2": dict(context=4, context_heads=2),
+        "data 4, global balance": dict(balance="global"),
+    },
+    8: {
+        "tensor 2 x pipeline 2 x context 2": dict(tensor=2, sequence=True, pipeline=2, context=2),
+        "tensor 2 x pipeline 2 x data 2, global balance": dict(tensor=2, pipeline=2, balance="global"),
+    },
+}
+ALL = [(world, layout) for world, layouts in LAYOUTS.items() for layout in layouts]
+
+
+class Expected:
+    """The reference's loss and gradients of each model, and where its weights lie."""
+
+    def __init__(self, root: Path) -> None:
+        self.cases: dict[str, Case] = {}
+        self.twins: dict[str, Twins] = {}
+        self.loss: dict[str, float] = {}
+        self.gradients: dict[str, dict] = {}
+        for model, overrides in MODELS.items():
+            (root / model).mkdir()
+            config = small_config(*overrides, "llm.layers=4", "tiling.tag=1d")
+            self.cases[model], self.twins[model] = prepare(config, root / model, MICRO_BATCHES)
+            self.loss[model], self.gradients[model] = reference_gradients(self.twins[model], self.cases[model])
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory) -> Iterator[Expected]:
+    threads = torch.get_num_threads()
+    with distributed(small_config().parallel, seed=0, threads=1):
+        yield Expected(tmp_path_factory.mktemp("models"))
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def outcomes(expected, tmp_path_factory):
+    """A function from (world, layout, model) to what each rank saw and where the gradients lie; one start a world."""
+    done: dict[int, dict] = {}
+
+    def of(world: int, layout: str, model: str) -> tuple[list[Outcome], Path]:
+        if world not in done:
+            root = tmp_path_factory.mktemp(f"world{world}")
+            keys = [(layout, model) for layout in LAYOUTS[world] for model in MODELS]
+            outs = [root / str(number) for number in range(len(keys))]
+            cases = [expected.cases[model].laid_out(**LAYOUTS[world][layout]) for layout, model in keys]
+            by_rank = run_distributed(run_cases, world, list(zip(cases, outs)), timeout=900)
+            done[world] = dict(zip(keys, zip(zip(*by_rank), outs)))
+        return done[world][layout, model]
+
+    return of
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("world", "layout"), ALL, ids=[layout for _, layout in ALL])
+def test_loss_and_gradients_equal_the_reference(world, layout, model, expected, outcomes):
+    ranks, out = outcomes(world, layout, model)
+    for rank in ranks:
+        assert rank.loss == pytest.approx(expected.loss[model], rel=1e-5)
+        assert rank.grad_norm == pytest.approx(norm_of(expected.gradients[model]), rel=1e-5)
+        assert rank.copies_differ == 0
+    assert_gradients_near(gradients_of(expected.twins[model], out), expected.gradients[model])
+
+
+def norm_of(gradients: dict[str, torch.Tensor]) -> float:
+    """Norm of all gradients together."""
+    return float(torch.stack([g.norm() for g in gradients.values()]).norm())
+
+
+@pytest.mark.parametrize("model", ["decoder", "xattn", "hybrid"])
+@pytest.mark.parametrize(("world", "layout"), ALL, ids=[layout for _, layout in ALL])
+def test_tiles_are_spread_evenly(world, layout, model, expected, outcomes):
+    """No rank of a replica, with global balance no rank at all, encodes more than one tile more than another."""
+    sizes = LAYOUTS[world][layout]
+    encoded = [rank.encoded for rank in outcomes(world, layout, model)[0]]
+    assert sum(encoded) == TILES
+    replicas = world // expected.cases[model].laid_out(**sizes).config.parallel.replica
+    if replicas == 1 or sizes.get("balance") == "global":
+        assert max(encoded) - min(encoded) <= 1
+    else:
+        assert max(encoded) - min(encoded) > 1  # the micro-batches differ: this is what global balance mends

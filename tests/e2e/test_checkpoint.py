@@ -1,0 +1,107 @@
+"""Checkpoints of real runs: a disk that is full, a damaged file, frozen weights, one way of writing or the other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.test_train import command, losses, train
+
+PRETRAIN = ("stage=pretrain", "arch=xattn")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts an empty disk of so many bytes where the run `small` puts its checkpoints."""
+    where = tmp_path / "runs" / "small" / "checkpoints"
+    where.mkdir(parents=True)
+
+    def mount(size: int) -> Path:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(where)], capture_output=True)
+        if done.returncode:
+            pytest.skip("only root mounts a disk")
+        return where
+
+    yield mount
+    subprocess.run(["umount", str(where)], capture_output=True)
+
+
+@pytest.mark.parametrize("ways", ["parallel.data=2", "train.async_save=false"])
+def test_a_full_disk_costs_the_checkpoint_alone(tmp_path, small_disk, ways):
+    """Room for one and a half: the first is written, the last is not."""
+    where = small_disk(14_000_000)
+    done = train(tmp_path, "name=small", ways, check=False)
+    assert done.returncode != 0
+    assert len(losses(where.parent)) == 6
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("checkpoint step_00000006 is not saved: ")]
+    assert "No space left on device" in line
+    assert "MB free in" in line
+    assert "error: last checkpoint of the run" in done.stderr
+    assert {path.name for path in where.iterdir()} == {"latest", "step_00000003"}
+    assert (where / "latest").read_text() == "step_00000003\n"
+    subprocess.run(["mount", "-o", "remount,size=64000000", str(where)], check=True)
+    train(tmp_path, "name=small", "resume=auto", ways)
+    assert (where / "latest").read_text() == "step_00000006\n"
+
+
+def test_a_save_that_failed_is_tried_again(tmp_path, small_disk):
+    where = small_disk(24_000_000)
+    (where / "filler").write_bytes(bytes(20_000_000))
+    environment = os.environ | {"COLUMNS": "200"}
+    words = command("name=small", "train.steps=60", "train.save_every=20")
+    with subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        said = [line for line in process.stderr if "is not saved" in line and not (where / "filler").unlink(True)]
+        assert process.wait(timeout=200) == 0
+    assert len(said) == 1
+    assert said[0].startswith("checkpoint step_00000020 is not saved: ")
+    assert (where / "latest").read_text() in ("step_00000040\n", "step_00000060\n")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    where = tmp_path_factory.mktemp("whole")
+    train(where, "name=whole", *PRETRAIN)
+    return where / "runs" / "whole"
+
+
+def copy_of(whole: Path, where: Path) -> Path:
+    """A copy of the run, to be resumed from its step 3."""
+    shutil.copytree(whole, where / "runs" / "whole")
+    return where / "runs" / "whole" / "checkpoints"
+
+
+def test_frozen_weights_are_stored_once_or_every_time(whole, tmp_path):
+    checkpoints = copy_of(whole, tmp_path)
+    assert (checkpoints / "frozen" / "digests.json").is_file()
+    thin = (checkpoints / "step_00000006" / "__0_0.distcp").stat().st_size
+    (checkpoints / "latest").write_text("step_00000003\n")
+    train(tmp_path, "name=whole", "resume=auto", "train.save_frozen=true", "train.async_save=false", *PRETRAIN)
+    assert losses(checkpoints.parent) == losses(whole)
+    frozen = (checkpoints / "frozen" / "__0_0.distcp").stat().st_size
+    thick = (checkpoints / "step_00000006" / "__0_0.distcp").stat().st_size
+    assert thick == pytest.approx(thin + frozen, rel=0.01)
+    shutil.rmtree(checkpoints / "frozen")
+    shutil.rmtree(checkpoints / "step_00000003")
+    (checkpoints.parent / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
+    train(tmp_path, "name=whole", "resume=auto", *PRETRAIN)  # its last step is done: loading is all that is left
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_way_out_works(whole, tmp_path):
+    checkpoints = copy_of(whole, tmp_path)
+    data = checkpoints / "step_00000006" / "__0_0.distcp"
+    content = bytearray(data.read_bytes())
+    content[1000] ^= 1
+    data.write_bytes(content)
+    done = train(tmp_path, "name=whole", "resume=auto", *PRETRAIN, check=False)
+    assert done.returncode == 2
+    assert "__0_0.distcp is not what was written" in done.stderr
+    assert "write step_00000003, which is whole, into runs/whole/checkpoints/latest" in done.stderr.replace(
+        f"{tmp_path}/", ""
+    )
+    (checkpoints / "latest").write_text("step_00000003\n")
+    train(tmp_path, "name=whole", "resume=auto", *PRETRAIN)
+    assert losses(checkpoints.parent) == losses(whole)
