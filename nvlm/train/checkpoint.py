@@ -32,8 +32,8 @@ def latest(run_dir: Path) -> Path | None:
     return folder
 
 
-def save(trainer: Trainer, step: int, run_dir: Path, keep: int) -> None:
-    """Write the state behind `step` steps; all processes call it together."""
+def save(trainer: Trainer, step: int, run_dir: Path, keep: int, extra: dict) -> None:
+    """Write the state behind `step` steps and the plain values `extra`; all processes call it together."""
     root = run_dir / "checkpoints"
     name = f"step_{step:08d}"
     partial = root / f".{name}.partial"
@@ -41,7 +41,7 @@ def save(trainer: Trainer, step: int, run_dir: Path, keep: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_state(trainer, step), str(partial), content_metadata=_metadata())
+    dist_checkpointing.save(_state(trainer, step) | {"extra": extra}, str(partial), content_metadata=_metadata())
     dist.barrier()
     if parallel.is_first_rank():
         shutil.rmtree(root / name, ignore_errors=True)
@@ -52,8 +52,8 @@ def save(trainer: Trainer, step: int, run_dir: Path, keep: int) -> None:
     dist.barrier()
 
 
-def load(trainer: Trainer, folder: Path) -> int:
-    """Restore `trainer` from `folder`; returns the number of steps behind it."""
+def load(trainer: Trainer, folder: Path) -> tuple[int, dict]:
+    """Restore `trainer` from `folder`; returns the number of steps behind it and what was saved as `extra`."""
     _fill_adam(trainer.optimizer)
     _leave_steps(trainer.optimizer)
     state = dist_checkpointing.load(_state(trainer, 0, loading=True), str(folder))
@@ -62,7 +62,7 @@ def load(trainer: Trainer, folder: Path) -> int:
     trainer.optimizer.load_state_dict(state["optimizer"])
     _own_steps(trainer.optimizer)
     trainer.schedule.load_state_dict(state["schedule"])
-    return state["step"]
+    return state["step"], state["extra"]
 
 
 def _metadata() -> dict:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 from nvlm import parallel
 from nvlm.batch import Batch
 from nvlm.data.loader import StepData
+from nvlm.train.guard import NAN_ONLY, Guard, after, is_bad
+from nvlm.train.optim import prepare, update
 from nvlm.vision.path import VisionPath
 
 
@@ -43,6 +47,8 @@ class StepResult:
     grad_norm: float
     lr: float
     updated: bool
+    guard: Guard  # behind this step
+    stop: bool  # a signal came to some rank: all of them end after this step
 
 
 def _forward(batches, model, trainer: Trainer):
@@ -56,11 +62,21 @@ def _sum_loss(batch: Batch, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, 
     return total, count, {"loss": total.detach()}
 
 
-def train_step(trainer: Trainer, data: StepData) -> StepResult:
-    """Run `data` through the model and update it."""
+def train_step(
+    trainer: Trainer,
+    data: StepData,
+    guard: Guard = NAN_ONLY,
+    stop: Sequence[int] = (),
+    mark: Callable[[str], None] = lambda phase: None,
+) -> StepResult:
+    """Run `data` through the model and update it, unless `guard` calls the step bad.
+
+    `stop`: signals that came to this rank, looked at near the end of the step. `mark`: told of each phase.
+    """
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()  # fp32 parameters alias the buffers, yet both calls are needed
+    mark("forward-backward")
     losses = get_forward_backward_func()(
         forward_step_func=functools.partial(_forward, trainer=trainer),
         data_iterator=iter(data.micro_batches),
@@ -70,30 +86,43 @@ def train_step(trainer: Trainer, data: StepData) -> StepResult:
         micro_batch_size=data.micro_batches[0].tokens.shape[0],
         forward_only=False,
     )
-    updated, grad_norm, _ = trainer.optimizer.step()
+    mark("optimizer")
+    grad_norm = prepare(trainer.optimizer)
+    total = sum(float(loss["loss"]) for loss in losses)
+    numbers = torch.tensor(
+        [not math.isfinite(total + grad_norm), bool(stop), *_counts(data, total)],
+        dtype=torch.float64,
+        device=trainer.device,
+    )
+    if not parallel.is_replica_writer():  # it speaks for its replica, but for the two flags
+        numbers[2:] = 0
+    broken, stops, loss, trained, *counts = parallel.sum_over_ranks(numbers).tolist()
+    loss /= max(trained, 1)
+    bad = is_bad(guard, loss, finite=not broken)
+    if not bad:
+        update(trainer.optimizer, grad_norm)
     lr = max(group["lr"] for group in trainer.optimizer.param_groups)
     trainer.schedule.step(increment=1)
-    sums = parallel.sum_over_data(
-        torch.tensor(
-            [
-                sum(float(loss["loss"]) for loss in losses),
-                sum(batch.num_trained for batch in data.micro_batches),
-                sum(batch.num_tokens for batch in data.micro_batches),
-                sum(batch.sample.numel() for batch in data.micro_batches),
-                sum(len(batch.pixels) for batch in data.micro_batches),
-                data.records,
-                len(data.skipped),
-            ],
-            dtype=torch.float64,
-            device=trainer.device,
-        )
-    ).tolist()
-    loss, trained, *counts = sums
     return StepResult(
-        loss / max(trained, 1),
+        loss,
         int(trained),
         *map(int, counts),
-        grad_norm=float(grad_norm or 0),
+        grad_norm=grad_norm,
         lr=lr,
-        updated=updated,
+        updated=not bad,
+        guard=after(guard, loss, bad),
+        stop=stops > 0,
     )
+
+
+def _counts(data: StepData, total_loss: float) -> list[float]:
+    """What a replica adds to the step's numbers, in the order of StepResult."""
+    return [
+        total_loss,
+        sum(batch.num_trained for batch in data.micro_batches),
+        sum(batch.num_tokens for batch in data.micro_batches),
+        sum(batch.sample.numel() for batch in data.micro_batches),
+        sum(len(batch.pixels) for batch in data.micro_batches),
+        data.records,
+        len(data.skipped),
+    ]
