@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import os
+import queue
 import shutil
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 
 from nvlm import parallel
@@ -41,6 +43,8 @@ def save(trainer: Trainer, step: int, run_dir: Path, keep: int, extra: dict) -> 
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    # Megatron would start a server process for it, which outlives a killed rank; the writer is this very process.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(_state(trainer, step) | {"extra": extra}, str(partial), content_metadata=_metadata())
     dist.barrier()
     if parallel.is_first_rank():

@@ -7,6 +7,7 @@ where a thread stands that will never return.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import linecache
 import os
@@ -23,11 +24,13 @@ from types import FrameType
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from nvlm import device
 from nvlm.workers import EXPLAINED
 
 _PATIENCE = 4  # times the timeout: for the start and the first step, which build and compile
 _EARLY = 0.9  # of the timeout: the report comes within it
-_LIBRARIES = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], "<")
+# nvlm.device stands in every call of torch on CPU.
+_LIBRARIES = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], device.__file__, "<")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,36 +132,43 @@ class Watchdog:
         self._done = threading.Event()
         self._count, self._first = 0, 0
         self._last = (0, "start", 0, time.monotonic())
+        self._answered = time.monotonic()
         self._seen: list[tuple[int, float]] = [(-1, time.monotonic())] * world
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        jobs = [self._exchange] if rank == 0 else [self._exchange, self._await_store]
+        self._threads = [threading.Thread(target=job, name="watchdog", daemon=True) for job in jobs]
 
     def __enter__(self) -> Watchdog:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *error) -> None:
         self._done.set()
-        self._thread.join(self._limit)  # a thread inside the store when Python ends would abort the process
+        for thread in self._threads:  # one that is inside the store when Python ends would abort the process
+            thread.join(self._limit)
 
     def mark(self, step: int, phase: str) -> None:
         """Tell of progress: `phase` of `step` begins."""
         self._first = self._first or step
         self._last = (step, phase, self._last[2] + 1, time.monotonic())
 
-    def _run(self) -> None:
-        try:
-            store = dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=False,
-                timeout=timedelta(seconds=self._limit / 2),
-            )
-            watch = self._judge if self._rank == 0 else self._follow
+    def _exchange(self) -> None:
+        with contextlib.suppress(dist.DistError):  # _await_store draws the conclusion
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=self._limit))
             while not self._done.wait(self._interval):
-                watch(store)
-        except dist.DistError:  # the store lives in rank 0; at the end of a run it may go first
-            if not self._done.wait(self._limit / 2):
-                self._end(f"rank 0 of {self._world} does not answer: its process or machine is stopped or gone")
+                self._judge(store) if self._rank == 0 else self._follow(store)
+                self._answered = time.monotonic()
+
+    def _await_store(self) -> None:
+        """The store lives in rank 0: stopped, that rank leaves a call of it without an answer for good."""
+        while not self._done.wait(self._interval):
+            silent = time.monotonic() - self._answered
+            if silent > self._limit:
+                self._end(
+                    f"rank 0 of {self._world} does not answer for {silent:.0f} s: its process or machine is stopped "
+                    f"or gone"
+                )
 
     def _judge(self, store: dist.Store) -> None:
         own = self._beat()
