@@ -42,6 +42,14 @@ def latest(where: Path) -> int | None:
     return int(mark.read_text().removeprefix("step_")) if mark.is_file() else None
 
 
+@pytest.fixture(autouse=True)
+def nothing_stays(tmp_path):
+    """Also behind a test that fails."""
+    yield
+    for pid in alive(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """Losses by number of processes."""

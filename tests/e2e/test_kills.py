@@ -57,6 +57,14 @@ def wait_until(moment: str, where: Path, rank: int, chance: random.Random) -> No
         time.sleep(chance.uniform(0, 0.1))
 
 
+@pytest.fixture(autouse=True)
+def nothing_stays(tmp_path):
+    """Also behind a test that fails."""
+    yield
+    for pid in alive(tmp_path / "broken"):
+        os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.timeout(600)
 def test_twenty_kills_change_nothing(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
