@@ -23,6 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from nvlm import launch
 from nvlm.config import Config, ConfigError, from_mapping, problem, validate
 from nvlm.lengths import check_lengths
+from nvlm.train.guard import BrokenRun
+from nvlm.workers import report
 
 CONF = launch.ROOT / "conf"
 
@@ -54,6 +56,9 @@ def main(started: float) -> int:
         except ConfigError as error:  # Hydra would print a traceback
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except BrokenRun as error:  # raised on all ranks alike, under torchrun or srun
+            report(f"error: {error}")
+            sys.exit(1)
 
     job()
     return 0

@@ -147,7 +147,7 @@ class ParallelConfig:
     sequence: bool
     data: int  # replicas that launch/train.py starts by itself
     distributed_optimizer: bool
-    timeout_minutes: float
+    timeout_minutes: float  # without progress, then the run ends
 
     @property
     def replica(self) -> int:
@@ -198,6 +198,9 @@ class TrainConfig:
     async_save: bool  # a forked process writes while training goes on
     save_frozen: bool  # into every checkpoint, instead of once beside them
     threads: int | None
+    stop_seconds: float  # from SIGTERM to SIGKILL
+    spike_factor: float  # a loss this many times its running mean is not learned from; 0: any finite one is
+    max_bad_steps: int  # in a row, then the run stops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,6 +290,7 @@ def _positive(config: Config) -> None:
         "train.log_every": config.train.log_every,
         "train.save_every": config.train.save_every,
         "train.keep": config.train.keep,
+        "train.max_bad_steps": config.train.max_bad_steps,
         "tiling.max_tiles": config.tiling.max_tiles,
         "data.records": config.data.records,
         "data.window": config.data.window,
@@ -356,6 +360,18 @@ def _schedule(config: Config) -> None:
         raise problem("optim.warmup", config.optim.warmup, f"fewer than train.steps={config.train.steps}", "lower it")
 
 
+def _faults(config: Config) -> None:
+    factor = config.train.spike_factor
+    if factor != 0 and factor <= 1:
+        raise problem("train.spike_factor", factor, "above 1, or 0 for none", "train.spike_factor=3")
+    for what, got in (
+        ("train.stop_seconds", config.train.stop_seconds),
+        ("parallel.timeout_minutes", config.parallel.timeout_minutes),
+    ):
+        if got <= 0:
+            raise problem(what, got, "above 0", f"{what}=10")
+
+
 def _stage(config: Config) -> None:
     groups = set(config.stage.trainable)
     if config.arch.name == "decoder":
@@ -368,7 +384,7 @@ def _stage(config: Config) -> None:
 
 def validate(config: Config) -> Config:
     """Check every cross-field rule (token lengths: nvlm.lengths); return `config` or raise ConfigError, one message."""
-    for rule in (_positive, _names, _shapes, _layout, _schedule, _stage):
+    for rule in (_positive, _names, _shapes, _layout, _schedule, _faults, _stage):
         rule(config)
     return config
 

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -17,6 +18,8 @@ from omegaconf import OmegaConf
 
 from nvlm.config import Config, ConfigError, from_mapping, problem, validate
 from nvlm.counts import gpus_needed, parameters
+from nvlm.train.guard import BrokenRun
+from nvlm.workers import EXPLAINED, report, run_workers, take_forks_along
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -42,24 +45,21 @@ def start(config: Config, run_dir: Path, started: float) -> None:
         return
     _prepare_folder(config, run_dir, writes=True)
     processes = config.parallel.replica * config.parallel.data
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", "nvlm.launch", str(run_dir / "config.yaml"), repr(started)]
-    environment = {
-        **os.environ,
+    environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
-    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
-    status = subprocess.run(command, env=environment).returncode
-    if status:
+    if processes > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    command = [sys.executable, "-m", "nvlm.launch", str(run_dir / "config.yaml"), repr(started)]
+    status, stopped = run_workers(command, processes, environment, config.train.stop_seconds)
+    if status or stopped:  # a signal ends a sweep, too
         sys.exit(status)
 
 
 def work(config: Config, run_dir: Path, started: float) -> None:
     """Train in this process."""
     quiet()
+    take_forks_along()
     from nvlm.train.loop import run
 
     run(config, run_dir, started)
@@ -126,8 +126,9 @@ def check_devices(config: Config) -> None:
 
 # What a resumed run may change; the rest decides what its steps compute.
 _FREE = ("name", "resume", "dry_run", "parallel.", "evaluate.", "data.workers", "data.max_skipped", "train.log_every",
-         "train.save_every", "train.keep", "train.async_save", "train.save_frozen", "train.threads",
-         "train.recompute")  # fmt: skip
+         "train.save_every", "train.keep", "train.async_save", "train.save_frozen", "train.threads", "train.recompute",
+         "train.stop_seconds", "train.spike_factor", "train.max_bad_steps", "vision.balance",
+         "vision.tiles_per_call")  # fmt: skip
 
 
 def _prepare_folder(config: Config, run_dir: Path, writes: bool) -> None:
@@ -187,14 +188,17 @@ def _environment() -> dict:
 
 def _worker() -> int:
     """`python -m nvlm.launch CONFIG STARTED`: one of our own workers."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before there is anything to save it needs no traceback
     path = Path(sys.argv[1])
     try:
         config = validate(from_mapping(Config, OmegaConf.to_container(OmegaConf.load(path))))
         work(config, path.parent, float(sys.argv[2]))
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        report(f"error: {error}")
         return 2
+    except BrokenRun as error:
+        report(f"error: {error}")
+        return EXPLAINED
     return 0
 
 

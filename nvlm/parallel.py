@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import zlib
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,13 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from nvlm import device
 from nvlm.config import ParallelConfig
-
-
-def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+from nvlm.workers import free_port
 
 
 @contextmanager
@@ -37,7 +30,8 @@ def distributed(parallel: ParallelConfig, seed: int, threads: int | None = None)
         device.backend(),
         rank=int(os.environ.get("RANK", 0)),
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
-        timeout=timedelta(minutes=parallel.timeout_minutes),
+        # The watchdog, which knows more, is to speak first.
+        timeout=timedelta(minutes=4 * parallel.timeout_minutes),
     )
     try:
         parallel_state.initialize_model_parallel(
@@ -102,10 +96,15 @@ def is_loss_rank() -> bool:
     )
 
 
-def sum_over_all(values: torch.Tensor) -> torch.Tensor:
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Sum of `values` over all processes."""
     dist.all_reduce(values)
     return values
+
+
+def rank() -> int:
+    """This process's number in the whole run."""
+    return dist.get_rank()
 
 
 def world_size() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,14 +37,19 @@ def evaluate(
     config: Config,
     run_dir: Path,
     device: torch.device,
+    alive: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Answer the held-out `records` with exact tiles; writes heldout.json, answers.jsonl and report.html."""
+    """Answer the held-out `records` with exact tiles; writes heldout.json, answers.jsonl and report.html.
+
+    `alive` is called before each batch.
+    """
     # Evaluation resizes exactly, whatever training does.
     encoder = build_encoder(config, registry.layout_rule(config.arch.name), resize="exact")
     rank, size = parallel.data_rank()
     rows, shown = [], []
     mine = range(min(config.evaluate.questions, len(records)))[rank::size]
     for start in range(0, len(mine), config.evaluate.batch):
+        alive()
         chosen = []
         for index in mine[start : start + config.evaluate.batch]:
             try:

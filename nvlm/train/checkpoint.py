@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from nvlm import parallel
 from nvlm.config import ConfigError, TrainConfig, problem
 from nvlm.train.digests import MANIFEST, digest, write_manifest, write_whole
+from nvlm.train.guard import BrokenRun
 from nvlm.train.state import adam_step, model_state, optimizer_state
 from nvlm.train.step import Trainer
 from nvlm.train.writer import Writer
@@ -64,7 +65,7 @@ class Checkpoints:
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
             self.close()
-        elif issubclass(kind, ConfigError):  # raised by all processes, so that they can finish together
+        elif issubclass(kind, ConfigError | BrokenRun):  # raised by all processes, so that they can finish together
             self.poll(wait=True)
         else:
             for call in self.queue.async_calls:

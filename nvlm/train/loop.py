@@ -2,64 +2,110 @@
 
 from __future__ import annotations
 
+import functools
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from nvlm import parallel, registry
 from nvlm.arch.stages import build_parts, build_stages, tile_use_of_rank
 from nvlm.config import Config, check_world, problem
 from nvlm.data.encode import build_encoder
-from nvlm.data.loader import Steps, load_steps
+from nvlm.data.loader import StepData, Steps, load_steps
 from nvlm.data.sources import build_records
 from nvlm.data.tokenizer import load_tokenizer
 from nvlm.evaluate.heldout import evaluate
 from nvlm.train.checkpoint import Checkpoints, latest
+from nvlm.train.guard import Guard, broken
 from nvlm.train.metrics import Metrics, append_skipped, print_groups
 from nvlm.train.optim import build_optimizer, count_groups, freeze, wrap
 from nvlm.train.restore import load
 from nvlm.train.step import Trainer, train_step
+from nvlm.train.watch import Watchdog
 from nvlm.vision.balance import BalancedVision, build_team
 from nvlm.vision.path import build_vision
+from nvlm.workers import Signals
 
 
 def run(config: Config, run_dir: Path, started: float) -> None:
-    """Train, then evaluate. `started`: time.time() at launch, for the closing line."""
-    with parallel.distributed(config.parallel, config.seed, config.train.threads) as device:
+    """Train, then evaluate, unless a signal ends it. `started`: time.time() at launch, for the closing line."""
+    with (
+        parallel.distributed(config.parallel, config.seed, config.train.threads) as device,
+        Watchdog(60 * config.parallel.timeout_minutes, parallel.rank(), parallel.world_size()) as watch,
+    ):
         check_world(config, parallel.world_size())
         steps = build_steps(config)
         trainer = build_trainer(config, device)
-        first = resume(trainer, config, run_dir)
+        first, guard = resume(trainer, config, run_dir)
         counts = count_groups(trainer.stages.parts, trainer.vision.path.encoder)
         if parallel.is_first_rank():
             print_groups(counts, config.stage.name, config.optim.lr)
-        train(trainer, config, steps, first, run_dir)
+        if not train(trainer, config, steps, first, run_dir, guard, watch.mark):
+            return
         heldout = build_records(config.data, config.seed, heldout=True) if config.evaluate.questions else None
         if heldout is not None:
-            result = evaluate(trainer.stages, trainer.vision, heldout, config, run_dir, device)
+            alive = functools.partial(watch.mark, config.train.steps, "evaluate")
+            result = evaluate(trainer.stages, trainer.vision, heldout, config, run_dir, device, alive)
             if parallel.is_first_rank():
                 print("  ".join(f"{kind} {score:.2f}" for kind, score in result.by_kind.items()))
                 print(f"heldout exact_match={result.exact_match:.2f} seconds={time.time() - started:.0f}")
 
 
-def train(trainer: Trainer, config: Config, steps: Steps, first: int, run_dir: Path) -> None:
-    """The loop."""
+def train(
+    trainer: Trainer,
+    config: Config,
+    steps: Steps,
+    first: int,
+    run_dir: Path,
+    guard: Guard,
+    mark: Callable[[int, str], None],
+) -> bool:
+    """The loop. False where SIGTERM or SIGINT ended it, with a checkpoint. BrokenRun: too many bad steps in a row."""
+    settings, due = config.train, False
+    active = parallel.is_first_rank()
     with (
-        Metrics(config, run_dir, first, active=parallel.is_first_rank()) as metrics,
-        Checkpoints(config.train, run_dir) as checkpoints,
+        Signals() as signals,
+        Metrics(config, run_dir, first, active) as metrics,
+        Checkpoints(settings, run_dir) as checkpoints,
     ):
+        mark(first + 1, "data")
         for step, data in enumerate(load_steps(steps, first, config.data.workers), start=first + 1):
             if parallel.is_replica_writer():
                 append_skipped(run_dir, data.skipped)
-            metrics.record(train_step(trainer, data))
+            result = train_step(trainer, data, guard, signals.came, functools.partial(mark, step))
+            metrics.record(result)
             checkpoints.poll()
-            if step % config.train.save_every == 0 or step == config.train.steps:
-                checkpoints.save(trainer, step)
+            guard = result.guard
+            if guard.bad_in_row >= settings.max_bad_steps:
+                raise broken(guard, step, result.loss, result.grad_norm, sample_ids(data))
+            due |= step % settings.save_every == 0
+            # Behind a bad step the weights may be what is wrong: a checkpoint that can wait does.
+            if step == settings.steps or result.stop or (due and not guard.bad_in_row):
+                mark(step, "save")
+                checkpoints.save(trainer, step, guard.numbers())
+                due = False
+            if result.stop:
+                checkpoints.close()
+                signals.obey()
+                if active:
+                    name = signal.Signals(signals.came[0] if signals.came else signal.SIGTERM).name
+                    print(f"stopped by {name} after step {step}, checkpoint saved")
+                return False
+            mark(step + 1, "data")
+    return True
 
 
-def resume(trainer: Trainer, config: Config, run_dir: Path) -> int:
-    """Steps already done: 0, or what the newest checkpoint holds with resume=auto."""
+def sample_ids(data: StepData) -> list[str]:
+    """The ids of all samples of a step, over all replicas."""
+    return parallel.gather_over_data([name for batch in data.micro_batches for row in batch.ids for name in row])
+
+
+def resume(trainer: Trainer, config: Config, run_dir: Path) -> tuple[int, Guard]:
+    """Steps already done, 0 or what the newest checkpoint holds with resume=auto; and the guard behind them."""
     folder = latest(run_dir) if config.resume == "auto" else None
-    return load(trainer, folder)[0] if folder else 0
+    first, numbers = load(trainer, folder) if folder else (0, {})
+    return first, Guard(config.train.spike_factor, **numbers)
 
 
 def build_steps(config: Config) -> Steps:

@@ -75,7 +75,8 @@ class Metrics:
             "padding": 1 - result.tokens / result.positions,
             "seconds": seconds,
         }
-        row = {"step": self.step, **asdict(result), **rates}
+        row = {"step": self.step, **asdict(result), **rates, "skipped_updates": result.guard.skipped}
+        del row["guard"], row["stop"]
         self.file.write(json.dumps(row) + "\n")
         for name in ("loss", "grad_norm", "lr", *rates):
             self.board.add_scalar(name, row[name], self.step)
@@ -83,6 +84,11 @@ class Metrics:
             f"loss {result.loss:6.3f}  {rates['tokens_per_second']:7,.0f} tokens/s  "
             f"{rates['tiles_per_second']:5,.0f} tiles/s  padding {rates['padding']:4.0%}"
         )
+        if result.guard.skipped:
+            text += f"  updates skipped {result.guard.skipped}"
+        if not result.updated:
+            told = f"step {self.step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}: not learned from"
+            self.console.print(told, highlight=False)
         self.bar.update(self.task, completed=self.step, description=text)
         if not self.console.is_terminal and self.step % self.config.train.log_every == 0:
             self.console.print(f"step {self.step}/{self.config.train.steps}  {text}", highlight=False)

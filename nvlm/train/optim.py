@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nvlm.arch.base import VisionLanguageModel, parameter_group
@@ -98,3 +99,20 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return optimizer, schedule
+
+
+def prepare(optimizer: MegatronOptimizer) -> float:
+    """Make the gradients ready for `update`, which is free not to follow; returns their norm over all ranks."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Clip the prepared gradients, whose norm is `grad_norm`, and change the weights.
+
+    Megatron's own step() does this and `prepare` in one, with no place to refuse between them.
+    """
+    parameters = optimizer.get_parameters()
+    if optimizer.config.clip_grad > 0 and parameters:
+        clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()

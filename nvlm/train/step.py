@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ from nvlm.arch.stages import Stages
 from nvlm.batch import IGNORE, Batch
 from nvlm.data.loader import StepData
 from nvlm.llm.context import own_columns
+from nvlm.train.guard import NAN_ONLY, Guard, after, is_bad
+from nvlm.train.optim import prepare, update
 from nvlm.vision.balance import BalancedVision
 
 
@@ -47,6 +50,8 @@ class StepResult:
     grad_norm: float
     lr: float
     updated: bool
+    guard: Guard  # behind this step
+    stop: bool  # a signal came to some rank: all of them end after this step
 
 
 def _forward(batches, model):
@@ -61,13 +66,17 @@ def _sum_loss(batch: Batch, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, 
     return total, count, {"loss": total.detach()}
 
 
-def forward_backward(trainer: Trainer, micro_batches: Sequence[Batch]) -> float:
+def forward_backward(
+    trainer: Trainer, micro_batches: Sequence[Batch], mark: Callable[[str], None] = lambda phase: None
+) -> float:
     """Gradients of the mean loss over all trained tokens, into the buffers; returns this process's part of the sum
     of losses. The frozen encoder's tiles are done first, on all ranks."""
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()  # fp32 parameters alias the buffers, yet both calls are needed
+    mark("vision")
     batches = trainer.vision.encode([batch.to(trainer.device) for batch in micro_batches])
+    mark("forward-backward")
     trainer.stages.begin(batches)
     iterators = [iter(batches) for _ in trainer.chunks]
     losses = get_forward_backward_func()(
@@ -82,25 +91,38 @@ def forward_backward(trainer: Trainer, micro_batches: Sequence[Batch]) -> float:
     return sum(float(loss["loss"]) for loss in losses)
 
 
-def train_step(trainer: Trainer, data: StepData) -> StepResult:
-    """Run `data` through the model and update it."""
-    loss = forward_backward(trainer, data.micro_batches)
-    updated, grad_norm, _ = trainer.optimizer.step()
+def train_step(
+    trainer: Trainer,
+    data: StepData,
+    guard: Guard = NAN_ONLY,
+    stop: Sequence[int] = (),
+    mark: Callable[[str], None] = lambda phase: None,
+) -> StepResult:
+    """Run `data` through the model and update it, unless `guard` calls the step bad.
+
+    `stop`: signals that came to this rank, looked at near the end of the step. `mark`: told of each phase.
+    """
+    part = forward_backward(trainer, data.micro_batches, mark)
+    mark("optimizer")
+    grad_norm = prepare(trainer.optimizer)
+    numbers = [not math.isfinite(part + grad_norm), bool(stop), part * parallel.is_loss_rank(), *_counts(data)]
+    sums = parallel.sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=trainer.device))
+    broken, stops, loss, trained, *counts = sums.tolist()
+    loss /= max(trained, 1)
+    bad = is_bad(guard, loss, finite=not broken)
+    if not bad:
+        update(trainer.optimizer, grad_norm)
     lr = trainer.schedule.get_lr({})
     trainer.schedule.step(increment=1)
-    sums = parallel.sum_over_all(
-        torch.tensor(
-            [loss if parallel.is_loss_rank() else 0.0, *_counts(data)], dtype=torch.float64, device=trainer.device
-        )
-    ).tolist()
-    loss, trained, *counts = sums
     return StepResult(
-        loss / max(trained, 1),
+        loss,
         int(trained),
         *map(int, counts),
-        grad_norm=float(grad_norm or 0),
+        grad_norm=grad_norm,
         lr=lr,
-        updated=updated,
+        updated=not bad,
+        guard=after(guard, loss, bad),
+        stop=stops > 0,
     )
 
 

@@ -108,7 +108,7 @@ def step_in_layout(case: Case, out: Path) -> Outcome:
         batches = own_batches(case)
         part = forward_backward(trainer, batches)
         trained = sum(batch.num_trained for batch in batches) if parallel.is_replica_writer() else 0
-        loss, count = parallel.sum_over_all(
+        loss, count = parallel.sum_over_ranks(
             torch.tensor([part if parallel.is_loss_rank() else 0.0, trained], dtype=torch.float64)
         ).tolist()
         trainer.optimizer.prepare_grads()

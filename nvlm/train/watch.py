@@ -1,0 +1,217 @@
+"""The watchdog: a thread in each rank that tells how far its rank is, and names the one that hangs.
+
+Each rank writes a Beat to the run's TCPStore, through a client of the thread's own. Rank 0 reads them all and judges;
+the others look after rank 0. A beat is made from outside of the main thread, by its Python frames, so it also tells
+where a thread stands that will never return.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import linecache
+import os
+import sys
+import sysconfig
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from types import FrameType
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from nvlm import device
+from nvlm.workers import EXPLAINED
+
+_PATIENCE = 4  # times the timeout: for the start and the first step, which build and compile
+_EARLY = 0.9  # of the timeout: the report comes within it
+# nvlm.device stands in every call of torch on CPU.
+_LIBRARIES = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], device.__file__, "<")
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What one rank tells of itself. Times in seconds."""
+
+    count: int  # of its beats: one that does not grow comes from a rank that is stopped or gone
+    place: str  # its coordinates
+    step: int
+    phase: str
+    marks: int  # of its progress
+    idle: float  # since the last mark
+    limit: float  # of `idle`
+    waiting: bool  # the main thread is inside a collective
+    where: str  # file:line of the main thread
+    stack: str  # of the main thread, once it is idle for long
+    over: bool = False  # rank 0 ends the run
+
+
+def diagnose(beats: Sequence[Beat], silent: Sequence[float]) -> str | None:
+    """Who holds the run up, or None as long as all is well. `silent`: seconds since each rank's last beat."""
+    ages = [beat.idle + quiet for beat, quiet in zip(beats, silent)]
+    if all(age <= beat.limit for beat, age in zip(beats, ages)):
+        return None
+    mute = [rank for rank, beat in enumerate(beats) if silent[rank] > beat.limit / 2]
+    if mute:
+        return "\n".join(_mute(rank, beats, silent[rank]) for rank in mute)
+    alone = [rank for rank, beat in enumerate(beats) if not beat.waiting and ages[rank] > beat.limit / 2]
+    if not alone:
+        return _mismatch(beats, ages)
+    least = min(beats[rank].marks for rank in alone)  # one that is further on waits in a way that no frame shows
+    behind = [rank for rank in alone if beats[rank].marks == least]
+    others = "; the others wait for it" if len(behind) == 1 < len(beats) else ""
+    return "\n".join(
+        f"{_who(rank, beats)} hangs in {_doing(beats[rank])} for {ages[rank]:.0f} s at {beats[rank].where}{others}\n"
+        f"{beats[rank].stack}"
+        for rank in behind
+    )
+
+
+def _who(rank: int, beats: Sequence[Beat]) -> str:
+    return f"rank {rank} of {len(beats)} ({beats[rank].place})"
+
+
+def _doing(beat: Beat) -> str:
+    return f"phase {beat.phase} of step {beat.step}"
+
+
+def _mute(rank: int, beats: Sequence[Beat], silent: float) -> str:
+    return (
+        f"{_who(rank, beats)} does not answer for {silent:.0f} s: its process or machine is stopped or gone; it was "
+        f"last seen in {_doing(beats[rank])} at {beats[rank].where}"
+    )
+
+
+def _mismatch(beats: Sequence[Beat], ages: Sequence[float]) -> str:
+    """All wait, so they do not wait for the same: who waits where."""
+    lines = [f"all ranks wait in collectives for {max(ages):.0f} s, not all in the same"]
+    for rank, beat in enumerate(beats):
+        lines.append(f"{_who(rank, beats)} waits in {_doing(beat)} at {beat.where}\n{beat.stack}")
+    return "\n".join(lines)
+
+
+def coordinates() -> str:
+    """This rank's place in the parallel layout."""
+    return (
+        f"tensor {parallel_state.get_tensor_model_parallel_rank()}, "
+        f"pipeline {parallel_state.get_pipeline_model_parallel_rank()}, "
+        f"context {parallel_state.get_context_parallel_rank()}, "
+        f"data {parallel_state.get_data_parallel_rank()}"
+    )
+
+
+def waits(frame: FrameType) -> bool:
+    """True where `frame`, the innermost of its thread, is inside a collective of torch or Megatron."""
+    file = frame.f_code.co_filename
+    if "/torch/distributed/" in file:
+        return True
+    return "/megatron/core/" in file and ".wait(" in linecache.getline(file, frame.f_lineno)
+
+
+def position(frame: FrameType) -> str:
+    """file:line of the innermost frame that belongs to no library."""
+    own: FrameType | None = frame
+    while own is not None and own.f_code.co_filename.startswith(_LIBRARIES):
+        own = own.f_back
+    shown = own or frame
+    return f"{os.path.basename(shown.f_code.co_filename)}:{shown.f_lineno}"
+
+
+class Watchdog:
+    """Context manager around a run's work. Ends the process when nothing moves for `timeout` seconds."""
+
+    def __init__(self, timeout: float, rank: int, world: int) -> None:
+        self._limit, self._rank, self._world = _EARLY * timeout, rank, world
+        self._interval = min(5.0, timeout / 20)
+        self._place = coordinates()
+        self._main = threading.get_ident()
+        self._done = threading.Event()
+        self._count, self._first = 0, 0
+        self._last = (0, "start", 0, time.monotonic())
+        self._answered = time.monotonic()
+        self._seen: list[tuple[int, float]] = [(-1, time.monotonic())] * world
+        jobs = [self._exchange] if rank == 0 else [self._exchange, self._await_store]
+        self._threads = [threading.Thread(target=job, name="watchdog", daemon=True) for job in jobs]
+
+    def __enter__(self) -> Watchdog:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._done.set()
+        for thread in self._threads:  # one that is inside the store when Python ends would abort the process
+            thread.join(self._limit)
+
+    def mark(self, step: int, phase: str) -> None:
+        """Tell of progress: `phase` of `step` begins."""
+        self._first = self._first or step
+        self._last = (step, phase, self._last[2] + 1, time.monotonic())
+
+    def _exchange(self) -> None:
+        with contextlib.suppress(dist.DistError):  # _await_store draws the conclusion
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=self._limit))
+            while not self._done.wait(self._interval):
+                self._judge(store) if self._rank == 0 else self._follow(store)
+                self._answered = time.monotonic()
+
+    def _await_store(self) -> None:
+        """The store lives in rank 0: stopped, that rank leaves a call of it without an answer for good."""
+        while not self._done.wait(self._interval):
+            silent = time.monotonic() - self._answered
+            if silent > self._limit:
+                self._end(
+                    f"rank 0 of {self._world} does not answer for {silent:.0f} s: its process or machine is stopped "
+                    f"or gone"
+                )
+
+    def _judge(self, store: dist.Store) -> None:
+        own = self._beat()
+        store.set("beat/0", json.dumps(asdict(own)))
+        beats = [own, *(self._read(store, rank) for rank in range(1, self._world))]
+        text = None if None in beats else diagnose(beats, [self._silent(r, b) for r, b in enumerate(beats)])
+        if text and not self._done.is_set():
+            store.set("beat/0", json.dumps(asdict(own) | {"over": True}))
+            print(text, file=sys.stderr, flush=True)
+            time.sleep(2 * self._interval)  # the others read it
+            os._exit(EXPLAINED)
+
+    def _follow(self, store: dist.Store) -> None:
+        store.set(f"beat/{self._rank}", json.dumps(asdict(self._beat())))
+        first = self._read(store, 0)
+        if first and first.over:
+            os._exit(EXPLAINED)
+        if first and self._silent(0, first) > first.limit:
+            self._end(f"rank 0 of {self._world} ({first.place}) does not answer for {self._silent(0, first):.0f} s")
+
+    def _end(self, text: str) -> None:
+        if self._rank == 1:  # one of them is enough
+            print(text, file=sys.stderr, flush=True)
+        os._exit(EXPLAINED)
+
+    def _read(self, store: dist.Store, rank: int) -> Beat | None:
+        key = f"beat/{rank}"
+        return Beat(**json.loads(store.get(key))) if store.check([key]) else None
+
+    def _silent(self, rank: int, beat: Beat) -> float:
+        """Seconds, by this rank's clock, since the beat of `rank` was last another one."""
+        count, since = self._seen[rank]
+        if beat.count != count:
+            since = time.monotonic()
+            self._seen[rank] = (beat.count, since)
+        return time.monotonic() - since
+
+    def _beat(self) -> Beat:
+        self._count += 1
+        step, phase, marks, since = self._last
+        idle = time.monotonic() - since
+        limit = self._limit * (_PATIENCE if step <= self._first else 1)
+        frame = sys._current_frames()[self._main]
+        stack = "".join(traceback.format_stack(frame)) if idle > limit / 4 else ""
+        innermost = (waits(frame), position(frame))
+        return Beat(self._count, self._place, step, phase, marks, idle, limit, *innermost, stack)

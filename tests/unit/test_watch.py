@@ -1,0 +1,67 @@
+"""The watchdog's verdict on beats of a pipeline of four, and where it takes a thread to stand."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+from nvlm.train.watch import Beat, diagnose, position, waits
+
+LIMIT = 30.0
+WELL = Beat(9, "tensor 0, pipeline 0, context 0, data 0", 5, "forward-backward", 7, 1.0, LIMIT, False, "step.py:7", "")
+WAITS = replace(WELL, idle=31.0, waiting=True, where="parallel.py:9", stack="in wait\n")
+HANGS = replace(WELL, idle=31.0, where="loader.py:53", stack="in read\n")
+
+
+def pipeline(*beats: Beat) -> list[Beat]:
+    """The beats, each with its place."""
+    return [replace(beat, place=f"tensor 0, pipeline {n}, context 0, data 0") for n, beat in enumerate(beats)]
+
+
+def test_all_is_well_while_all_move():
+    assert diagnose(pipeline(WELL, WELL), [0, 0]) is None
+    assert diagnose(pipeline(WELL, replace(WELL, idle=LIMIT)), [0, 0]) is None
+    assert diagnose(pipeline(replace(HANGS, limit=4 * LIMIT)), [0]) is None  # a first step may take longer
+
+
+def test_the_one_that_does_not_wait_is_it():
+    text = diagnose(pipeline(WAITS, HANGS, WAITS, WAITS), [0, 0, 0, 0])
+    assert text == (
+        "rank 1 of 4 (tensor 0, pipeline 1, context 0, data 0) hangs in phase forward-backward of step 5 for 31 s at "
+        "loader.py:53; the others wait for it\nin read\n"
+    )
+
+
+def test_it_is_found_while_only_those_that_wait_are_late():
+    text = diagnose(pipeline(WAITS, replace(HANGS, idle=29.0)), [0, 0])
+    assert text.startswith("rank 1 of 2")
+
+
+def test_whoever_is_further_on_is_not_blamed():
+    """On a GPU one waits for a collective in any call that needs its result: no frame tells."""
+    text = diagnose(pipeline(replace(HANGS, marks=8, phase="optimizer"), HANGS), [0, 0])
+    assert "rank 1 of 2" in text
+    assert "rank 0 of 2" not in text
+
+
+def test_one_without_beats_is_named_first():
+    text = diagnose(pipeline(WAITS, WAITS, WELL), [0, 0, 30])
+    assert text.startswith("rank 2 of 3 (tensor 0, pipeline 2, context 0, data 0) does not answer for 30 s")
+    assert "rank 1" not in text
+
+
+def test_if_all_wait_all_are_listed():
+    text = diagnose(pipeline(WAITS, replace(WAITS, step=6, where="heldout.py:80")), [0, 0])
+    assert text.startswith("all ranks wait in collectives for 31 s, not all in the same")
+    assert "rank 0 of 2 (tensor 0, pipeline 0, context 0, data 0) waits in phase forward-backward of step 5" in text
+    assert "step 6 at heldout.py:80" in text
+
+
+def test_a_frame_tells_where_and_whether_it_waits():
+    here = sys._getframe()
+    assert position(here) == f"test_watch.py:{here.f_lineno}"
+    assert not waits(here)
+    names = {"frame": sys._getframe}
+    for file, expected in (("/x/torch/distributed/distributed_c10d.py", True), ("/x/torch/nn/functional.py", False)):
+        exec(compile("got = frame()", file, "exec"), names)
+        assert waits(names["got"]) is expected
