@@ -25,7 +25,7 @@ def load(trainer: Trainer, folder: Path) -> tuple[int, dict[str, float]]:
     """
     _verify(folder)
     model, frozen = model_state(trainer)
-    wanted = model | optimizer_state(trainer, model, loading=True)
+    wanted = model | optimizer_state(trainer, model)
     if frozen_digest(folder) is None:
         state = _read(folder, wanted | {name: model[name] | frozen[name] for name in model})
     else:

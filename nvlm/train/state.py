@@ -8,6 +8,7 @@ Adam's step is one number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -33,10 +34,10 @@ def model_state(trainer: Trainer) -> tuple[dict, dict]:
     return parts
 
 
-def optimizer_state(trainer: Trainer, model: dict, loading: bool = False) -> dict:
-    """Places of Adam's state for the weights of `model` that learn; with `loading` their content does not matter."""
+def optimizer_state(trainer: Trainer, model: dict) -> dict:
+    """Places of Adam's state for the weights of `model` that learn."""
     return {
-        f"optimizer{number}": _distributed(part, model, loading) if _is_distributed(part) else _plain(part, model)
+        f"optimizer{number}": _distributed(part, model) if _is_distributed(part) else _plain(part, model)
         for number, part in enumerate(_parts(trainer.optimizer))
     }
 
@@ -45,7 +46,8 @@ def restore_optimizer(trainer: Trainer, model: dict, loaded: dict, step: int) ->
     """Adam's state as loaded, behind `step` updates. The model's weights are restored already."""
     for number, part in enumerate(_parts(trainer.optimizer)):
         state = loaded[f"optimizer{number}"]
-        _restore_distributed(part, state) if _is_distributed(part) else _restore_plain(part, model, state)
+        if not _is_distributed(part):  # whose places were views, filled by the load itself
+            _restore_plain(part, model, state)
         _set_step(part, step)
 
 
@@ -56,10 +58,7 @@ def adam_step(trainer: Trainer) -> int:
 
 def _metadata() -> dict:
     # Megatron caches a group in it, so each call gets a fresh one.
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
 def _is_frozen(entry) -> bool:
@@ -79,23 +78,54 @@ def _weights(model: dict) -> Iterator[ShardedTensor | ShardedTensorFactory]:
     return (entry for entry in nested_values(model) if isinstance(getattr(entry, "data", None), torch.nn.Parameter))
 
 
-def _distributed(part: DistributedOptimizer, model: dict, loading: bool) -> dict:
+def _distributed(part: DistributedOptimizer, model: dict) -> dict:
+    """The ranges of weights that this rank keeps the state of, as rectangles of the whole: nothing is gathered.
+
+    Megatron's own format for any layout gathers all ranks' state on each of them while the training stands still.
+    """
     _fill_adam(part)
-    state = part.sharded_param_state_fully_reshardable(model, loading, _metadata())
-    whole = {f"optimizer.state.param.{entry.key}" for entry in _weights(model) if entry.data.dtype == torch.float32}
-    for tensors in state.values():
-        if tensors["param"].key in whole:
-            del tensors["param"]  # the weight once more
+    state = {}
+    for entry in _weights(model):
+        if entry.data in part.model_param_group_index_map:
+            tensors = part._get_main_param_and_optimizer_states(entry.data)
+            kinds = _ADAM if entry.data.dtype == torch.float32 else ("param", *_ADAM)
+            start = part._get_model_param_range_map(entry.data)["param"].start
+            state[entry.key] = {kind: list(_rectangles(entry, kind, tensors[kind], start)) for kind in kinds}
     return state
 
 
-def _restore_distributed(part: DistributedOptimizer, state: dict) -> None:
-    for adam in part.optimizer.state.values():
-        adam.pop("step", None)  # restored tensor by tensor, and `step` is none of the checkpoint's
-    weights = [weight for buffer in part.buffers for weight in buffer.param_index_map]
-    part.load_parameter_state_from_fully_reshardable(
-        {number: {"param": weights[number].detach()} | tensors for number, tensors in state.items()}
-    )
+def _rectangles(
+    entry: ShardedTensor | ShardedTensorFactory, kind: str, flat: torch.Tensor, start: int
+) -> Iterator[ShardedTensor]:
+    """`flat`, what this rank keeps of a weight from element `start` on, as parts of the whole weight's rows."""
+    piece_start = 0
+    for piece in [entry] if isinstance(entry, ShardedTensor) else entry.build():
+        size, width = math.prod(piece.local_shape), math.prod(piece.local_shape[1:])
+        first, last = max(start, piece_start), min(start + len(flat), piece_start + size)
+        for row, column, rows, columns in _runs(first - piece_start, last - piece_start, width):
+            place = piece_start + row * width + column - start
+            shape = (rows, columns)[: len(piece.local_shape)]
+            yield ShardedTensor(
+                key=f"optimizer.state.{kind}.{piece.key}",
+                data=flat[place : place + rows * columns].view(shape),
+                dtype=flat.dtype,
+                local_shape=shape,
+                global_shape=piece.global_shape,
+                global_offset=tuple(map(sum, zip(piece.global_offset, (row, column)))),
+                axis_fragmentations=None,  # no regular grid
+                replica_id=(*piece.replica_id[:2], 0),  # replicas keep different ranges
+            )
+        piece_start += size
+
+
+def _runs(first: int, last: int, width: int) -> Iterator[tuple[int, int, int, int]]:
+    """Elements `first` to `last` of rows of `width`, as (row, column, rows, columns): a part, whole rows, a part."""
+    while first < last:
+        row, column = divmod(first, width)
+        whole = (last - first) // width if column == 0 else 0
+        rows, columns = (whole, width) if whole else (1, min(width - column, last - first))
+        yield row, column, rows, columns
+        first += rows * columns
 
 
 def _plain(part: MegatronOptimizer, model: dict) -> dict:

@@ -6,9 +6,11 @@ second. Whatever happens, none is left behind.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
+import queue
 import random
 import signal
 import socket
@@ -18,6 +20,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from nvlm.config import Config
 from nvlm.launch import quiet
@@ -107,4 +111,7 @@ def joined(config: Config):
     # A port of its own each time: the store of the groups before may still be closing.
     os.environ["MASTER_PORT"] = str(next(_ports))
     with distributed(config.parallel, config.seed, threads=1) as device:
+        # Megatron's blocking save would start a server process for it in each rank.
+        filesystem_async._results_queue = queue.Queue()
         yield device
+    gc.collect()  # the groups' threads end with the last reference to them

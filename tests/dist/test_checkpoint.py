@@ -29,7 +29,7 @@ from nvlm.train.step import Trainer, train_step
 from tests.dist.run import joined, run_distributed
 
 SMALL = (
-    "data.records=16", "data.workers=0", "train.global_batch=4", "llm.layers=2", "llm.cross_every=1",
+    "data.records=16", "data.workers=0", "train.global_batch=4", "llm.layers=4", "llm.cross_every=2",
     "optim.warmup=2", "train.steps=6",
 )  # fmt: skip
 FP32 = (*SMALL, "precision=fp32")
@@ -93,6 +93,11 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 
 LAYOUTS = (
     (2, ("parallel.data=2", "parallel.distributed_optimizer=true")),
+    (2, ("parallel.pipeline=2", "train.micro_batch=1")),
+    (2, ("parallel.pipeline=2", "parallel.virtual=2", "train.micro_batch=1")),
+    (4, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.distributed_optimizer=true", "train.micro_batch=1")),
+    (4, ("parallel.tensor=2", "parallel.data=2", "parallel.distributed_optimizer=true")),
+    (2, ("parallel.context=2", "parallel.distributed_optimizer=true")),
     (2, ("parallel.tensor=2", "parallel.sequence=true")),
     (1, ("parallel.distributed_optimizer=true",)),
     (2, ("parallel.data=2",)),
