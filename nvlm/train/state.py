@@ -45,7 +45,7 @@ def optimizer_state(trainer: Trainer, model: dict) -> dict:
 def restore_optimizer(trainer: Trainer, model: dict, loaded: dict, step: int) -> None:
     """Adam's state as loaded, behind `step` updates. The model's weights are restored already."""
     for number, part in enumerate(_parts(trainer.optimizer)):
-        state = loaded[f"optimizer{number}"]
+        state = loaded.get(f"optimizer{number}", {})  # an empty one is not read back
         if not _is_distributed(part):  # whose places were views, filled by the load itself
             _restore_plain(part, model, state)
         _set_step(part, step)
