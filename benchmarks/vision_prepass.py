@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -38,9 +39,7 @@ data.seq_length=400 optim.warmup=0""".split()
 
 
 def main() -> None:
-    from nvlm.parallel import free_port
-
-    port, workers = str(free_port()), []
+    port, workers = str(random.randrange(10_000, 30_000)), []
     for rank in range(2):
         env = os.environ | dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         env |= dict(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
@@ -197,6 +196,8 @@ def trainer_of(overrides: list[str], **sizes):
     from nvlm.vision.path import solo_groups
     from nvlm.weights.internvit import to_huggingface
 
+    # A port of its own for each: the store of the groups before may still be closing.
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     config = compose_config(*BASE, *overrides, *(f"parallel.{key}={size}" for key, size in sizes.items()))
     with distributed(config.parallel, config.seed, threads=1) as device, tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tower.safetensors"

@@ -363,7 +363,7 @@ def refused(overrides: tuple[str, ...], run: Path) -> str:
 @pytest.mark.parametrize(
     ("written", "left_out", "read", "named"),
     [
-        (FP32, None, ("llm.layers=6",), "no decoder.layers.5.cross_attention."),
+        (FP32, None, ("llm.layers=6",), "no decoder.layers.4."),
         ((*FP32, "llm.layers=6"), None, ("llm.layers=4",), "which this run does not have"),
         (FP32, None, ("llm.ffn=256",), "linear_fc1.weight of shape (768, 128) instead of (512, 128)"),
         (FP32, None, ("llm.vocab=514",), "embedding.word_embeddings.weight of shape (512, 128) instead of (514, 128)"),
