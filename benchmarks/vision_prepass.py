@@ -8,7 +8,7 @@ Two processes with one thread each. In one run and on the same batches:
   Megatron-LM's LLaVA does. The encoder's depth is chosen so that it costs as much as one stage of the language model
   (forward and backward): counting work, 2 against 1.5, the pre-pass can gain 1.33x.
 - data 2, NVLM-X, seven tiles a sample on one replica and one on the other: vision.balance=global against replica.
-  The encoder's seven tiles cost as much as the language model, then twice as much.
+  The encoder's seven tiles cost 1, 2 and 4 times the language model's forward and backward.
 
 Medians over several steps. Idle: the share of a step that a process spends waiting in communication.
 """
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-STEPS, MICRO_BATCHES = 7, 8
+STEPS, MICRO_BATCHES = 7, 12
 BASE = """precision=fp32 llm.layers=4 llm.hidden=256 llm.heads=8 llm.kv_heads=4 llm.head_dim=32 llm.ffn=704
 vision.hidden=128 vision.heads=4 vision.ffn=512 vision.tile_size=112 tiling.tag=1d train.threads=1
 data.seq_length=400 optim.warmup=0""".split()
@@ -54,7 +54,7 @@ def worker() -> None:
     quiet()
     depth = measured_depth(1.0, "arch=decoder", tiles=7, stages=2)
     rows = [pipeline_row(depth)]
-    for cost in (1.0, 2.0):
+    for cost in (1.0, 2.0, 4.0):
         depth = measured_depth(cost, "arch=xattn", tiles=7, stages=1)
         rows.append(balance_row(depth, cost))
     if os.environ["RANK"] == "0":
@@ -238,7 +238,7 @@ def measured_depth(cost: float, arch: str, tiles: int, stages: int) -> int:
 
     from nvlm.train.step import forward_backward
 
-    probe = 8
+    probe = 16
     with trainer_of([arch, f"vision.layers={probe}"], data=2) as (trainer, config):
         batches = make_batches(config, [tiles] * 2)
         pixels = batches[0].pixels
