@@ -20,7 +20,7 @@ from rich.table import Table
 
 from nvlm.cli import compose_config
 
-SIZES = ("llm.hidden=768", "llm.heads=8", "llm.head_dim=96", "llm.ffn=2304", "llm.layers=4", "data.records=64")
+SIZES = ("llm.hidden=1280", "llm.heads=8", "llm.head_dim=160", "llm.ffn=3840", "llm.layers=4", "data.records=64")
 SMALL = ("data.workers=0", "train.global_batch=4", "train.micro_batch=4")
 TIMES = 7
 
