@@ -1,17 +1,22 @@
 # The two commands: `make train` and `make test`. Each sets .venv up when it is missing.
+# `make test-all` runs the slow tests too: four and eight processes, kills.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train test install clean
+.PHONY: train test test-all install clean
 
 train: install  ## train NVLM-H on the embedded pages; ARGS="arch=xattn seed=2" for others
 	$(RUN) launch/train.py resume=auto $(ARGS)
 
 test: install
 	$(VENV)/bin/ruff check nvlm launch tests benchmarks
-	$(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" $(ARGS)
+
+test-all: install
+	$(VENV)/bin/ruff check nvlm launch tests benchmarks
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(ARGS)
 
 install: $(VENV)/.installed
 
