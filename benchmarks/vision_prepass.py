@@ -100,13 +100,13 @@ def encoder_in_first_stage(trainer, batches) -> None:
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from nvlm.train.step import _sum_loss
+    from nvlm.train.step import sum_loss
 
     first = parallel_state.is_pipeline_first_stage()
 
     def forward(iterator, model):
         batch = next(iterator)
-        return model(trainer.vision.path.encode(batch) if first else batch), lambda loss: _sum_loss(batch, loss)
+        return model(trainer.vision.path.encode(batch) if first else batch), lambda loss: sum_loss(batch, loss)
 
     trainer.chunks[0].zero_grad_buffer()
     trainer.optimizer.zero_grad()

@@ -70,6 +70,8 @@ def quiet() -> None:
     for name in ("megatron", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="megatron")
+    # Megatron's distributed optimizer keeps fp32 weights as views, and looks at their gradients.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     # Megatron calls collectives by their older names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 

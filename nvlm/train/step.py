@@ -56,11 +56,11 @@ class StepResult:
 
 def _forward(batches, model):
     batch: Batch = next(batches)
-    return model(batch), functools.partial(_sum_loss, batch)
+    return model(batch), functools.partial(sum_loss, batch)
 
 
-def _sum_loss(batch: Batch, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    # A sum and a count: Megatron divides by the count of all replicas and micro-batches once, at the end.
+def sum_loss(batch: Batch, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of this process's losses and their number: Megatron divides by the number of all, once, at the end."""
     labels_BS = batch.labels[:, own_columns(batch.labels.shape[1])]
     total, count = loss_BS.sum(), (labels_BS != IGNORE).sum().int()
     return total, count, {"loss": total.detach()}

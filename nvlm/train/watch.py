@@ -55,7 +55,9 @@ def diagnose(beats: Sequence[Beat], silent: Sequence[float]) -> str | None:
     ages = [beat.idle + quiet for beat, quiet in zip(beats, silent)]
     if all(age <= beat.limit for beat, age in zip(beats, ages)):
         return None
-    mute = [rank for rank, beat in enumerate(beats) if silent[rank] > beat.limit / 2]
+    # A rank's last beat may be from its start, which is given longer; that the others are further on ends this.
+    limit = min(beat.limit for beat in beats)
+    mute = [rank for rank in range(len(beats)) if silent[rank] > limit / 2]
     if mute:
         return "\n".join(_mute(rank, beats, silent[rank]) for rank in mute)
     alone = [rank for rank, beat in enumerate(beats) if not beat.waiting and ages[rank] > beat.limit / 2]

@@ -229,8 +229,8 @@ class NotANumber:
     def to(self, device):
         return poison(self.batch.to(device))
 
-    def with_features(self, features):
-        return self.batch.with_features(features * float("nan"))
+    def with_some_features(self, features, rows):
+        return self.batch.with_some_features(features * float("nan"), rows)
 
 
 def poison(batch):

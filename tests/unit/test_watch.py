@@ -50,6 +50,12 @@ def test_one_without_beats_is_named_first():
     assert "rank 1" not in text
 
 
+def test_one_that_was_last_seen_at_its_start_is_not_given_the_time_of_a_start():
+    started = replace(WAITS, step=0, phase="start", marks=0, limit=4 * LIMIT)
+    text = diagnose(pipeline(WAITS, started), [0, 31])
+    assert text.startswith("rank 1 of 2 (tensor 0, pipeline 1, context 0, data 0) does not answer for 31 s")
+
+
 def test_if_all_wait_all_are_listed():
     text = diagnose(pipeline(WAITS, replace(WAITS, step=6, where="heldout.py:80")), [0, 0])
     assert text.startswith("all ranks wait in collectives for 31 s, not all in the same")
