@@ -23,15 +23,15 @@ def distributed(parallel: ParallelConfig, seed: int, threads: int | None = None)
     Yields the device. Everything is torn down on exit, also when the body raises.
     """
     here = device.prepare(int(os.environ.get("LOCAL_RANK", 0)), threads)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
+    alone = {} if "MASTER_PORT" in os.environ else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    os.environ.update(alone)
+    # The watchdog, which knows more, is to speak first.
+    timeout = 4 * parallel.timeout_minutes
     dist.init_process_group(
         device.backend(),
         rank=int(os.environ.get("RANK", 0)),
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
-        # The watchdog, which knows more, is to speak first.
-        timeout=timedelta(minutes=4 * parallel.timeout_minutes),
+        timeout=timedelta(minutes=timeout),
     )
     try:
         parallel_state.initialize_model_parallel(
@@ -41,13 +41,15 @@ def distributed(parallel: ParallelConfig, seed: int, threads: int | None = None)
             context_parallel_size=parallel.context,
             hierarchical_context_parallel_sizes=list(parallel.context_mesh) if parallel.context > 1 else None,
             create_gloo_process_groups=False,
-            distributed_timeout_minutes=parallel.timeout_minutes,
+            distributed_timeout_minutes=timeout,
         )
         _seed(seed)
         yield here
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        for name in alone:  # what this process starts later must not take them for its own
+            del os.environ[name]
 
 
 def _seed(seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,20 +36,23 @@ def freeze(model: VisionLanguageModel, stage: StageConfig) -> None:
 
 def count_groups(parts: Sequence[VisionLanguageModel], encoder: torch.nn.Module) -> list[GroupCount]:
     """Parameters by module group of the whole model, and whether they learn. All processes call it together."""
-    sums = torch.zeros(len(GROUPS), 2, dtype=torch.long)
+    own: Counter = Counter()
     for part in parts:
         for name, parameter in part.named_parameters():
             if getattr(parameter, "copy_number", 0) == 0:
-                split = parameter.tensor_model_parallel if hasattr(parameter, "tensor_model_parallel") else False
-                share = parameter.numel() * (_tensor_size() if split else 1)
-                sums[GROUPS.index(parameter_group(name))] += torch.tensor([share, share * parameter.requires_grad])
-    dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
-    sums[GROUPS.index("vision"), 0] = sum(p.numel() for p in encoder.parameters())
-    return [GroupCount(group, all_, learning > 0) for group, (all_, learning) in zip(GROUPS, sums.tolist())]
+                group, learns = parameter_group(name), parameter.requires_grad
+                own[group, learns] += parameter.numel() * _shards(parameter)
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    stages: list[Counter] = [Counter()] * pipeline.size()
+    dist.all_gather_object(stages, own, group=pipeline)
+    total = sum(stages, Counter()) + Counter({("vision", False): sum(p.numel() for p in encoder.parameters())})
+    return [GroupCount(group, total[group, True] + total[group, False], total[group, True] > 0) for group in GROUPS]
 
 
-def _tensor_size() -> int:
-    return parallel_state.get_tensor_model_parallel_world_size()
+def _shards(parameter: torch.nn.Parameter) -> int:
+    """Tensor-parallel ranks that hold a part of it each."""
+    split = getattr(parameter, "tensor_model_parallel", False)
+    return parallel_state.get_tensor_model_parallel_world_size() if split else 1
 
 
 def wrap(model: VisionLanguageModel, config: Config) -> DistributedDataParallel:

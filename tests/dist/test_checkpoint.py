@@ -134,7 +134,12 @@ def compare(runs: list[Path]) -> None:
             assert_same(tensors_in(latest(run)), first)
 
 
-@pytest.mark.parametrize(("overrides", "tolerance"), [(FP32, 1e-4), (FROZEN, 2e-2)], ids=["fp32", "bf16-frozen"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "tolerance"),
+    [(FP32, 1e-4), (FROZEN, 2e-2), ((*FP32, "arch=decoder"), 1e-4)],
+    ids=["hybrid-fp32", "xattn-bf16-frozen", "decoder-fp32"],
+)
 def test_every_layout_reads_what_another_wrote(tmp_path, overrides, tolerance):
     [expected] = run_distributed(begin, 1, overrides, tmp_path / "0")
     for number, (world, layout) in enumerate(LAYOUTS):

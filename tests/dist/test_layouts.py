@@ -61,7 +61,13 @@ LAYOUTS = {
         "tensor 2 x pipeline 2 x data 2, global balance": dict(tensor=2, pipeline=2, balance="global"),
     },
 }
-ALL = [(world, layout) for world, layouts in LAYOUTS.items() for layout in layouts]
+ALL = [
+    pytest.param(world, layout, id=layout, marks=[pytest.mark.slow] if world > 2 else [])
+    for world, layouts in LAYOUTS.items()
+    for layout in layouts
+]
+
+pytestmark = pytest.mark.timeout(900)  # the first test of a number of processes runs all of its layouts
 
 
 class Expected:
@@ -106,7 +112,7 @@ def outcomes(expected, tmp_path_factory):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("world", "layout"), ALL, ids=[layout for _, layout in ALL])
+@pytest.mark.parametrize(("world", "layout"), ALL)
 def test_loss_and_gradients_equal_the_reference(world, layout, model, expected, outcomes):
     ranks, out = outcomes(world, layout, model)
     for rank in ranks:
@@ -122,7 +128,7 @@ def norm_of(gradients: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.mark.parametrize("model", ["decoder", "xattn", "hybrid"])
-@pytest.mark.parametrize(("world", "layout"), ALL, ids=[layout for _, layout in ALL])
+@pytest.mark.parametrize(("world", "layout"), ALL)
 def test_tiles_are_spread_evenly(world, layout, model, expected, outcomes):
     """No rank of a replica, with global balance no rank at all, encodes more than one tile more than another."""
     sizes = LAYOUTS[world][layout]

@@ -58,7 +58,7 @@ def models(tmp_path_factory) -> Iterator[dict]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("world", CASES)
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_gradients_are_exact(arch, world, models, tmp_path):
     case, twins = models[arch]

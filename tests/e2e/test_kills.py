@@ -65,6 +65,7 @@ def nothing_stays(tmp_path):
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_twenty_kills_change_nothing(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"

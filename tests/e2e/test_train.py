@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
-    "precision=fp32", "data.records=48", "data.workers=0", "train.global_batch=4", "llm.layers=2",
-    "llm.cross_every=1", "train.threads=1",
+    "precision=fp32", "data.records=48", "data.workers=0", "train.global_batch=4", "llm.layers=4",
+    "llm.cross_every=2", "train.threads=1",
     "optim.warmup=2", "evaluate.questions=0", "train.steps=6", "train.save_every=3",
 ]  # fmt: skip
 
@@ -107,7 +107,7 @@ LAYOUTS = [
     "parallel.tensor=2",
     "parallel.tensor=2 parallel.sequence=true",
     "parallel.pipeline=2 train.micro_batch=1",
-    "parallel.pipeline=2 parallel.virtual=2 train.micro_batch=1 llm.layers=4 llm.cross_every=2",
+    "parallel.pipeline=2 parallel.virtual=2 train.micro_batch=1",
     "parallel.context=2",
     "parallel.data=2 vision.balance=global",
 ]
