@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from nvlm.config import Config, ConfigError, from_mapping, problem, validate
 from nvlm.counts import gpus_needed, parameters
+from nvlm.files import write_whole
 from nvlm.train.guard import BrokenRun
 from nvlm.workers import EXPLAINED, report, run_workers, take_forks_along
 
@@ -147,8 +148,8 @@ def _prepare_folder(config: Config, run_dir: Path, writes: bool) -> None:
             (run_dir / stale).unlink(missing_ok=True)
         shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
-    (run_dir / "environment.json").write_text(json.dumps(_environment(), indent=1) + "\n")
+    write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+    write_whole(run_dir / "environment.json", json.dumps(_environment(), indent=1) + "\n")
 
 
 def _check_resume(config: Config, run_dir: Path) -> None:

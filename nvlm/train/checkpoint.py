@@ -20,7 +20,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 
 from nvlm import parallel
 from nvlm.config import ConfigError, TrainConfig, problem
-from nvlm.train.digests import MANIFEST, digest, write_manifest, write_whole
+from nvlm.files import write_whole
+from nvlm.train.digests import MANIFEST, digest, write_manifest
 from nvlm.train.guard import BrokenRun
 from nvlm.train.state import adam_step, model_state, optimizer_state
 from nvlm.train.step import Trainer

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from nvlm.files import write_whole
+
 MANIFEST = "digests.json"
 
 
@@ -81,13 +83,3 @@ def _unread(error: OSError) -> str:
 def _read_manifest(folder: Path) -> tuple[str | None, dict[str, Digest]]:
     manifest = json.loads((folder / MANIFEST).read_text())
     return manifest["frozen"], {name: Digest(**entry) for name, entry in manifest["files"].items()}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace `path` by `text` at once: a reader sees the old or the new, never a part."""
-    aside = path.with_name(f".{path.name}.partial")
-    with open(aside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from nvlm.config import Config, ConfigError
+from nvlm.files import write_whole
 from nvlm.train.optim import GroupCount
 from nvlm.train.step import StepResult
 
@@ -98,7 +99,7 @@ def _continue(path: Path, step: int) -> TextIO:
     """`path` opened behind the line of `step`: what a killed run did beyond its last checkpoint is done again."""
     lines = path.read_text().splitlines() if path.is_file() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
     return open(path, "a", buffering=1)
 
 

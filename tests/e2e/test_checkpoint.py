@@ -33,7 +33,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("ways", ["parallel.data=2", "train.async_save=false"])
 def test_a_full_disk_costs_the_checkpoint_alone(tmp_path, small_disk, ways):
     """Room for one and a half: the first is written, the last is not."""
-    where = small_disk(14_000_000)
+    where = small_disk(21_000_000)
     done = train(tmp_path, "name=small", ways, check=False)
     assert done.returncode != 0
     assert len(losses(where.parent)) == 6
@@ -49,8 +49,8 @@ def test_a_full_disk_costs_the_checkpoint_alone(tmp_path, small_disk, ways):
 
 
 def test_a_save_that_failed_is_tried_again(tmp_path, small_disk):
-    where = small_disk(24_000_000)
-    (where / "filler").write_bytes(bytes(20_000_000))
+    where = small_disk(40_000_000)
+    (where / "filler").write_bytes(bytes(32_000_000))
     environment = os.environ | {"COLUMNS": "200"}
     words = command("name=small", "train.steps=60", "train.save_every=20")
     with subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
