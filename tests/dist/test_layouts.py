@@ -1,7 +1,6 @@
 """Every parallel layout gives the plain reference's loss and gradients (fp32).
 
-Tolerance: a share of each tensor's largest value, 1e-5; gates and the biases of keys, whose gradients are sums of
-terms that nearly cancel, 1e-4, as in tests/parity.
+Tolerance: 1e-5 of each tensor's largest value, all gates together (worst seen 3e-6).
 """
 
 from __future__ import annotations
@@ -119,7 +118,8 @@ def test_loss_and_gradients_equal_the_reference(world, layout, model, expected, 
         assert rank.loss == pytest.approx(expected.loss[model], rel=1e-5)
         assert rank.grad_norm == pytest.approx(norm_of(expected.gradients[model]), rel=1e-5)
         assert rank.copies_differ == 0
-    assert_gradients_near(gradients_of(expected.twins[model], out), expected.gradients[model])
+    gradients = gradients_of(expected.twins[model], out)
+    assert_gradients_near(gradients, expected.gradients[model], cancelling=1e-5)
 
 
 def norm_of(gradients: dict[str, torch.Tensor]) -> float:

@@ -153,14 +153,16 @@ def assert_near(actual: Tensor, expected: Tensor, what: object, tolerance: float
     assert off <= tolerance, f"{what}: {off:.1e} of the largest value, at most {tolerance} allowed"
 
 
-def assert_gradients_near(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_gradients_near(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], cancelling: float = CANCELLING
+) -> None:
     assert actual.keys() == expected.keys()
     gates = [name for name in expected if name.endswith(".gate")]
     gaps = {name: gap(actual[name], expected[name]) for name in expected if name not in gates}
     if gates:  # single numbers: one of them may be next to zero, all together are not
         gaps["gates"] = gap(torch.cat([actual[n] for n in gates]), torch.cat([expected[n] for n in gates]))
     wide = ("gates", ".k_proj.bias")
-    wrong = {n: f"{off:.1e}" for n, off in gaps.items() if not off <= (CANCELLING if n.endswith(wide) else GRADIENT)}
+    wrong = {n: f"{off:.1e}" for n, off in gaps.items() if not off <= (cancelling if n.endswith(wide) else GRADIENT)}
     assert not wrong, f"{len(wrong)} of {len(gaps)} gradients differ: {wrong}"
 
 
