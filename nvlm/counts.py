@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from nvlm.config import Config, LLMConfig, VisionConfig, cross_layers
 
 GPU_BYTES = 80 * 10**9
@@ -64,3 +66,10 @@ def gpus_needed(config: Config) -> int:
     raise ValueError(
         f"parallel: {shards} shards cannot hold {learning:,} learning parameters at 80 GB. Fix: more shards"
     )
+
+
+def fewest_gpus(config: Config) -> tuple[int, int]:
+    """The fewest GPUs over some numbers of pipeline stages, and that number."""
+    stages = [p for p in (1, 2, 4, 8) if config.llm.layers % (p * config.parallel.virtual) == 0]
+    layouts = {p: replace(config, parallel=replace(config.parallel, pipeline=p)) for p in stages}
+    return min((gpus_needed(layout), p) for p, layout in layouts.items())

@@ -17,7 +17,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from nvlm.config import Config, ConfigError, from_mapping, problem, validate
-from nvlm.counts import gpus_needed, parameters
+from nvlm.counts import fewest_gpus, gpus_needed, parameters
 from nvlm.files import write_whole
 from nvlm.train.guard import BrokenRun
 from nvlm.workers import EXPLAINED, report, run_workers, take_forks_along
@@ -114,13 +114,14 @@ def check_devices(config: Config) -> None:
     gpus = _gpus()
     total = sum(parameters(config).values())
     if gpus == 0 and total > 2e9:
-        needed = gpus_needed(config)
+        needed, (fewest, pipeline) = gpus_needed(config), fewest_gpus(config)
+        better = f", with parallel.pipeline={pipeline} {fewest}" if fewest < needed else ""
         raise ConfigError(
             f"devices: got a machine without GPUs, expected {needed} GPUs of 80 GB or more for "
             f"{total / 1e9:.1f}B parameters ({config.parallel.tensor} tensor x {config.parallel.pipeline} pipeline x "
             f"{config.parallel.context} context = {config.parallel.replica} a replica; weights, gradients and "
-            f"optimizer state alone). Fix: start it there under torchrun or srun; here, dry_run=true builds and "
-            f"counts it"
+            f"optimizer state alone){better}. Fix: start it there under torchrun or srun; here, dry_run=true builds "
+            f"and counts it"
         )
     processes = config.parallel.replica * config.parallel.data
     if gpus and not _launched() and processes > gpus:

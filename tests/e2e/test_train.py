@@ -180,7 +180,8 @@ def test_the_real_model_without_gpus_names_what_it_needs(tmp_path):
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "GPUs" in done.stderr
+    assert "expected 192 GPUs" in done.stderr
+    assert "with parallel.pipeline=2 32" in done.stderr
     assert "dry_run=true" in done.stderr
     assert not (tmp_path / "runs").exists()
 
