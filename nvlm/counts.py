@@ -50,10 +50,11 @@ def parameters(config: Config) -> dict[str, int]:
     }
 
 
-def gpus_needed(config: Config) -> int:
+def gpus_needed(config: Config) -> int | None:
     """Fewest GPUs of 80 GB, in whole replicas, that hold bf16 weights, fp32 gradients and sharded AdamW state.
 
-    The encoder stands whole on each GPU in bf16; a tenth of the memory is left for activations.
+    The encoder stands whole on each GPU in bf16; a tenth of the memory is left for activations. None where no number
+    of replicas helps: too few shards.
     """
     counts = parameters(config)
     learning = sum(counts[group] for group in config.stage.trainable)
@@ -63,13 +64,11 @@ def gpus_needed(config: Config) -> int:
         each = 2 * counts["vision"] + (2 * frozen + (6 + 12 / replicas) * learning) / shards
         if each <= 0.9 * GPU_BYTES:
             return replicas * config.parallel.replica
-    raise ValueError(
-        f"parallel: {shards} shards cannot hold {learning:,} learning parameters at 80 GB. Fix: more shards"
-    )
+    return None
 
 
-def fewest_gpus(config: Config) -> tuple[int, int]:
-    """The fewest GPUs over some numbers of pipeline stages, and that number."""
+def fewest_gpus(config: Config) -> tuple[int, int] | None:
+    """The fewest GPUs over some numbers of pipeline stages, and that number; None where none of them is enough."""
     stages = [p for p in (1, 2, 4, 8) if config.llm.layers % (p * config.parallel.virtual) == 0]
-    layouts = {p: replace(config, parallel=replace(config.parallel, pipeline=p)) for p in stages}
-    return min((gpus_needed(layout), p) for p, layout in layouts.items())
+    needed = {p: gpus_needed(replace(config, parallel=replace(config.parallel, pipeline=p))) for p in stages}
+    return min(((gpus, p) for p, gpus in needed.items() if gpus is not None), default=None)

@@ -114,10 +114,11 @@ def check_devices(config: Config) -> None:
     gpus = _gpus()
     total = sum(parameters(config).values())
     if gpus == 0 and total > 2e9:
-        needed, (fewest, pipeline) = gpus_needed(config), fewest_gpus(config)
-        better = f", with parallel.pipeline={pipeline} {fewest}" if fewest < needed else ""
+        needed, fewest = gpus_needed(config), fewest_gpus(config)
+        wanted = f"{needed} GPUs" if needed else "more shards of the model than this layout has, on GPUs"
+        better = f", with parallel.pipeline={fewest[1]} {fewest[0]} GPUs" if fewest and fewest[0] != needed else ""
         raise ConfigError(
-            f"devices: got a machine without GPUs, expected {needed} GPUs of 80 GB or more for "
+            f"devices: got a machine without GPUs, expected {wanted} of 80 GB or more for "
             f"{total / 1e9:.1f}B parameters ({config.parallel.tensor} tensor x {config.parallel.pipeline} pipeline x "
             f"{config.parallel.context} context = {config.parallel.replica} a replica; weights, gradients and "
             f"optimizer state alone){better}. Fix: start it there under torchrun or srun; here, dry_run=true builds "

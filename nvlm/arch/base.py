@@ -52,6 +52,7 @@ class Architecture:
     projector: str  # "mlp" (two layers) or "affine" (one)
     stream: Callable[[Tensor, Batch, Tensor, Project], Tensor] | None
     keys: Callable[[TransformerConfig], nn.Module] | None
+    tags_in_keys: bool  # the keys hold words, so stages without the embedding borrow from it
     cross_attention: ModuleSpec | None
 
 

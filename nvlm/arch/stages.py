@@ -157,7 +157,7 @@ def build_stages(config: Config, parts: list[VisionLanguageModel]) -> Stages:
     # The first rank's later virtual stages have no embedding either.
     bare = range(1, config.parallel.stages)
     architecture = registry.build_architecture(config)
-    lend = architecture.name == "hybrid" and any(tile_use(config, architecture, stage).keys for stage in bare)
+    lend = architecture.tags_in_keys and any(tile_use(config, architecture, stage).keys for stage in bare)
     return Stages(parts, copied, lend)
 
 

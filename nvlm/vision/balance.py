@@ -30,7 +30,7 @@ from nvlm.vision.path import VisionPath
 def seat_tiles(counts: Sequence[int], seats: int, seat: int) -> list[list[int]]:
     """Tiles of each replica that fall to `seat`, numbered within the replica; `counts` are tiles by replica."""
     starts = [sum(counts[:r]) for r in range(len(counts))]
-    return [[t for t in range(count) if (start + t) % seats == seat] for start, count in zip(starts, counts)]
+    return [list(range((seat - start) % seats, count, seats)) for start, count in zip(starts, counts)]
 
 
 def spread(own: Sequence[int]) -> list[list[int]]:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from nvlm.config import ConfigError
+from nvlm.launch import check_devices
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "precision=fp32", "data.records=48", "data.workers=0", "train.global_batch=4", "llm.layers=4",
@@ -181,9 +184,18 @@ def test_the_real_model_without_gpus_names_what_it_needs(tmp_path):
     )  # fmt: skip
     assert done.returncode == 2
     assert "expected 192 GPUs" in done.stderr
-    assert "with parallel.pipeline=2 32" in done.stderr
+    assert "with parallel.pipeline=2 32 GPUs" in done.stderr
     assert "dry_run=true" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_too_few_shards_for_the_real_model_are_said(configured):
+    with pytest.raises(ConfigError, match="with parallel.pipeline=") as caught:
+        check_devices(configured("llm=qwen2-72b", "parallel.tensor=2", "parallel.pipeline=1"))
+    assert "more shards of the model" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        check_devices(configured("llm=qwen2-72b", "parallel.tensor=1", "parallel.sequence=false"))
+    assert "parallel.pipeline=8" in str(caught.value)
 
 
 def test_dry_run_prints_exact_counts_in_little_time_and_memory(tmp_path):

@@ -58,4 +58,5 @@ def test_gpus_needed_fall_with_more_shards(configured):
 
     assert needed() % 8 == 0
     assert needed("parallel.pipeline=4") < needed()
+    assert needed("parallel.tensor=1", "parallel.sequence=false") is None
     assert needed("stage=pretrain") < needed()

@@ -10,4 +10,6 @@ from nvlm.config import ArchConfig
 
 def architecture(arch: ArchConfig) -> Architecture:
     """NVLM-D as values."""
-    return Architecture("decoder", layout, projector="mlp", stream=fill, keys=None, cross_attention=None)
+    return Architecture(
+        "decoder", layout, projector="mlp", stream=fill, keys=None, tags_in_keys=False, cross_attention=None
+    )

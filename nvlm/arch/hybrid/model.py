@@ -18,4 +18,6 @@ def architecture(arch: ArchConfig) -> Architecture:
     """NVLM-H as values."""
     cross = ModuleSpec(module=GatedCrossAttention, params={"init_std": arch.cross_std})
     keys = partial(TaggedTileKeys, bind_tags=arch.bind_tags)
-    return Architecture("hybrid", layout, projector="mlp", stream=fill, keys=keys, cross_attention=cross)
+    return Architecture(
+        "hybrid", layout, projector="mlp", stream=fill, keys=keys, tags_in_keys=True, cross_attention=cross
+    )

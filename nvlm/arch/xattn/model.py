@@ -14,4 +14,6 @@ from nvlm.config import ArchConfig
 def architecture(arch: ArchConfig) -> Architecture:
     """NVLM-X as values."""
     cross = ModuleSpec(module=GatedCrossAttention, params={"init_std": arch.cross_std})
-    return Architecture("xattn", layout, projector="affine", stream=None, keys=TileKeys, cross_attention=cross)
+    return Architecture(
+        "xattn", layout, projector="affine", stream=None, keys=TileKeys, tags_in_keys=False, cross_attention=cross
+    )
