@@ -37,5 +37,19 @@ class Layout:
         return stream, cross
 
 
+@dataclass(frozen=True, slots=True)
+class TileUse:
+    """Which tiles a pipeline stage, or a rank, needs: those of the text stream, those of the keys."""
+
+    stream: bool
+    keys: bool
+
+    def __bool__(self) -> bool:
+        return self.stream or self.keys
+
+    def __or__(self, other: TileUse) -> TileUse:
+        return TileUse(self.stream or other.stream, self.keys or other.keys)
+
+
 LayoutRule = Callable[[TilePlan, Sequence[tuple[int, ...]]], Layout]
 """(plan, tag ids of each tile, thumbnail last) -> Layout; one per architecture."""

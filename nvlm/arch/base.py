@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from nvlm.batch import IGNORE, Batch, check_placeholders
 from nvlm.config import Config, cross_layers, stage_layers
-from nvlm.layout import LayoutRule
+from nvlm.layout import LayoutRule, TileUse
 from nvlm.llm.attention import causal_mask, rotary_angles, unseen_keys
 from nvlm.llm.build import block_submodules, llm_config
 from nvlm.llm.context import attended_columns, gather_columns, own_columns
@@ -54,20 +54,6 @@ class Architecture:
     keys: Callable[[TransformerConfig], nn.Module] | None
     tags_in_keys: bool  # the keys hold words, so stages without the embedding borrow from it
     cross_attention: ModuleSpec | None
-
-
-@dataclass(frozen=True, slots=True)
-class TileUse:
-    """Which tiles a pipeline stage needs: those of the text stream, those of the keys."""
-
-    stream: bool
-    keys: bool
-
-    def __bool__(self) -> bool:
-        return self.stream or self.keys
-
-    def __or__(self, other: TileUse) -> TileUse:
-        return TileUse(self.stream or other.stream, self.keys or other.keys)
 
 
 def tile_use(config: Config, architecture: Architecture, stage: int) -> TileUse:

@@ -19,9 +19,10 @@ from megatron.core.distributed import finalize_model_grads
 from torch import Tensor, nn
 
 from nvlm import parallel, registry
-from nvlm.arch.base import TileUse, VisionLanguageModel, tile_use
+from nvlm.arch.base import VisionLanguageModel, tile_use
 from nvlm.batch import IMAGE, PAD, Batch
 from nvlm.config import Config
+from nvlm.layout import TileUse
 from nvlm.llm.build import llm_config
 
 _COPIED = ("projector.", "fusion.", "embedding.")

@@ -140,7 +140,6 @@ def build_trainer(config: Config, device) -> Trainer:
     optimizer, schedule = build_optimizer(chunks, config)
     megatron = parts[0].config
     megatron.grad_scale_func, megatron.finalize_model_grads_func = optimizer.scale_loss, stages.finalize
-    use = tile_use_of_rank(config, parallel.pipeline_rank())
-    team = build_team((use.stream, use.keys), config.vision.balance)
+    team = build_team(tile_use_of_rank(config, parallel.pipeline_rank()), config.vision.balance)
     vision = BalancedVision(build_vision(config, device), team)
     return Trainer(chunks, stages, vision, optimizer, schedule, device)

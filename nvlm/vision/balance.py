@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nvlm import parallel
 from nvlm.batch import PAD, Batch
+from nvlm.layout import TileUse
 from nvlm.vision.path import VisionPath
 
 
@@ -60,7 +61,7 @@ class Team:
     """Who encodes with whom, seen from one rank."""
 
     replica: dist.ProcessGroup
-    uses: tuple[tuple[bool, bool], ...]  # by seat: tiles of the text stream, tiles of the keys
+    uses: tuple[TileUse, ...]  # by seat
     across: dist.ProcessGroup | None  # the same seat in all replicas; None: each replica encodes its own tiles
 
     @property
@@ -69,8 +70,8 @@ class Team:
         return self.replica.rank()
 
 
-def build_team(use: tuple[bool, bool], balance: str) -> Team:
-    """The team of this process, whose stage uses tiles of the (stream, keys). All processes call it together."""
+def build_team(use: TileUse, balance: str) -> Team:
+    """The team of this process, which puts tiles to `use`. All processes call it together."""
     own: list = [None] * dist.get_world_size()
     here = parallel_state.get_data_parallel_rank()
     dist.all_gather_object(own, (here, use))
@@ -129,13 +130,12 @@ def _counts_of_replicas(count: int, team: Team, device: torch.device) -> tuple[l
     return counts.tolist(), team.across.rank()
 
 
-def _used(batches: Sequence[Batch], counts: Sequence[int], use: tuple[bool, bool]) -> set[int]:
+def _used(batches: Sequence[Batch], counts: Sequence[int], use: TileUse) -> set[int]:
     """Numbers, over all `batches`, of the tiles that a stage with `use` needs."""
-    stream, keys = use
     found, start = set(), 0
     for batch, count in zip(batches, counts):
-        found |= {start + t for t in batch.stream_tiles.tolist()} if stream else set()
-        found |= {start + t for t in batch.cross_tiles.tolist()} if keys else set()
+        found |= {start + t for t in batch.stream_tiles.tolist()} if use.stream else set()
+        found |= {start + t for t in batch.cross_tiles.tolist()} if use.keys else set()
         start += count
     return found
 
