@@ -158,25 +158,32 @@ class VisionLanguageModel(MegatronModule):
             return self.borrowed(tokens.clamp(min=0))
         return self.embedding.word_embeddings(tokens.clamp(min=0))
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Last hidden states [S, B, H] (split along S under sequence parallelism)."""
-        check_placeholders(batch, self.tile_tokens)
-        project = self.shared.get("projector")
+    def hidden(self, batch: Batch, start: int = 0) -> Tensor:
+        """Last hidden states [S, B, H] (split along S under sequence parallelism).
+
+        `start`: the first column to compute, without context parallelism; caches hold the earlier ones and the
+        cross-attended keys, and no tile token stands behind it.
+        """
+        if not start:
+            check_placeholders(batch, self.tile_tokens)
         length, device = batch.tokens.shape[1], batch.tokens.device
-        columns_S = own_columns(length).to(device)
+        columns_S = own_columns(length)[start:].to(device)
         queries, keys = (columns.to(device) for columns in attended_columns(length, self.inner))
         return self.decoder(
-            self._stream(batch, columns_S, project) if self.pre_process else None,
-            attention_mask=causal_mask(batch.sample, queries, keys),
-            context=self.shared["fusion"](batch, project, self.embed) if self.use.keys else None,
+            self._stream(batch, columns_S, tiles=self.use.stream and not start) if self.pre_process else None,
+            attention_mask=causal_mask(batch.sample, queries[start:], keys),
+            context=self._keys(batch) if self.use.keys and not start else None,
             context_mask=unseen_keys(batch, columns_S) if self.use.keys else None,
             rotary_pos_emb=rotary_angles(batch.positions[:, columns_S], self.llm.head_dim, self.llm.rope_theta),
         )
 
-    def _stream(self, batch: Batch, columns_S: Tensor, project: Project | None) -> Tensor:
+    def _keys(self, batch: Batch) -> Tensor:
+        return self.shared["fusion"](batch, self.shared["projector"], self.embed)
+
+    def _stream(self, batch: Batch, columns_S: Tensor, tiles: bool) -> Tensor:
         stream_BSH = self.embed(batch.tokens[:, columns_S])
-        if self.use.stream:
-            stream_BSH = self.architecture.stream(stream_BSH, batch, columns_S, project)
+        if tiles:
+            stream_BSH = self.architecture.stream(stream_BSH, batch, columns_S, self.shared["projector"])
         stream_SBH = stream_BSH.transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
             stream_SBH = tensor_parallel.scatter_to_sequence_parallel_region(stream_SBH)
@@ -198,14 +205,14 @@ class VisionLanguageModel(MegatronModule):
         return loss_SB.t() * (labels_BS != IGNORE)
 
     @torch.no_grad()
-    def likeliest(self, hidden_SBH: Tensor, last_B: Tensor) -> Tensor:
-        """The most likely token behind column `last_B[b]` of each row: ids [B]. Last stage only."""
+    def last_logits(self, hidden_SBH: Tensor, last_B: Tensor) -> Tensor:
+        """Logits [B, vocabulary] behind column `last_B[b]` of each row's computed ones. Last stage only."""
         if self.config.sequence_parallel:
             hidden_SBH = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH)
         hidden_LBH = gather_columns(hidden_SBH)
         rows = torch.arange(len(last_B), device=last_B.device)
         logits = self.logits(hidden_LBH[last_B, rows][None])
-        return tensor_parallel.gather_from_tensor_model_parallel_region(logits)[0].argmax(-1)
+        return tensor_parallel.gather_from_tensor_model_parallel_region(logits)[0]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Megatron's sharded state; of a parameter that stands on several stages the first copy is the one written."""

@@ -163,29 +163,39 @@ def build_stages(config: Config, parts: list[VisionLanguageModel]) -> Stages:
 
 
 @torch.no_grad()
-def next_tokens(stages: Stages, batch: Batch, last_B: Tensor) -> Tensor:
-    """The most likely token behind column `last_B[b]` of each row, on all stages: ids [B]."""
-    stages.begin([batch])
+def next_logits(stages: Stages, batch: Batch, last_B: Tensor, start: int = 0) -> Tensor | None:
+    """Logits [B, vocabulary] behind column `last_B[b]` of each row on the last stage, None on the others.
+
+    All stages call it together. `start`: as in `VisionLanguageModel.hidden`.
+    """
+    if not start:
+        stages.begin([batch])
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     ranks, rank = dist.get_process_group_ranks(pipeline), pipeline.rank()
-    tokens_B = torch.zeros_like(last_B)
+    logits_BV = None
     for part in stages.parts:
         if not part.pre_process:
-            part.set_input_tensor(_receive(part, batch, ranks[rank - 1]))
-        hidden_SBH = part.hidden(batch)
+            part.set_input_tensor(_receive(part, batch, start, ranks[rank - 1]))
+        hidden_SBH = part.hidden(batch, start)
         if part.post_process:
-            tokens_B = part.likeliest(hidden_SBH, last_B)
+            logits_BV = part.last_logits(hidden_SBH, last_B - start)
         else:
             dist.send(hidden_SBH.contiguous(), ranks[(rank + 1) % len(ranks)])
-    if len(ranks) > 1:
-        dist.broadcast(tokens_B, ranks[-1], group=pipeline)
     stages.borrowed = None
-    return tokens_B
+    return logits_BV
 
 
-def _receive(part: VisionLanguageModel, batch: Batch, source: int) -> Tensor:
+def share_from_last(values: Tensor) -> Tensor:
+    """`values` of the last pipeline stage, on all of them."""
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    if pipeline.size() > 1:
+        dist.broadcast(values, dist.get_process_group_ranks(pipeline)[-1], group=pipeline)
+    return values
+
+
+def _receive(part: VisionLanguageModel, batch: Batch, start: int, source: int) -> Tensor:
     rows, length = batch.tokens.shape
-    columns = length // parallel_state.get_context_parallel_world_size()
+    columns = (length - start) // parallel_state.get_context_parallel_world_size()
     if part.config.sequence_parallel:
         columns //= parallel_state.get_tensor_model_parallel_world_size()
     shape = (columns, rows, part.config.hidden_size)

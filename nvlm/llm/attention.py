@@ -13,14 +13,13 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from nvlm.batch import ALL_TILES, PAD, Batch
+from nvlm.llm.cache import KeepsKeys
 
 
 def attend(query_SBND: Tensor, key_XBGD: Tensor, value_XBGD: Tensor, unseen: Tensor | None, scale: float | None):
     """softmax(scale q k^T) v, [S, B, N * D]. `unseen` [B, 1, S, X] is True where a query must not look; one that
     sees no key gets exactly zero. `scale`: None for 1 / sqrt(D)."""
-    inputs = [x.permute(1, 2, 0, 3) for x in (query_SBND, key_XBGD, value_XBGD)]
-    if query_SBND.device.type == "cpu":
-        inputs = [x.float() for x in inputs]  # torch's bf16 attention is several times slower there
+    inputs = [for_kernel(x).permute(1, 2, 0, 3) for x in (query_SBND, key_XBGD, value_XBGD)]
     out_BNSD = nn.functional.scaled_dot_product_attention(
         *inputs,
         attn_mask=None if unseen is None else ~unseen,
@@ -30,8 +29,13 @@ def attend(query_SBND: Tensor, key_XBGD: Tensor, value_XBGD: Tensor, unseen: Ten
     return out_BNSD.permute(2, 0, 1, 3).flatten(2).to(query_SBND.dtype)
 
 
-class CoreAttention(nn.Module):
-    """Attention with grouped heads among the columns that this process holds."""
+def for_kernel(x: Tensor) -> Tensor:
+    """`x` in the precision that attention works in: torch's bf16 attention is several times slower on CPU."""
+    return x.float() if x.device.type == "cpu" else x
+
+
+class CoreAttention(nn.Module, KeepsKeys):
+    """Attention with grouped heads among the columns that this process holds, and those that a cache keeps."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_) -> None:
         super().__init__()
@@ -40,7 +44,9 @@ class CoreAttention(nn.Module):
         self.softmax_scale = softmax_scale
 
     def forward(self, query_SBND, key_XBGD, value_XBGD, attention_mask: Tensor | None = None, **_) -> Tensor:
-        """[S, B, N * D]; `attention_mask` as `unseen` of `attend`."""
+        """[S, B, N * D]; `attention_mask` as `unseen` of `attend`, over the keys of all columns."""
+        if self.cache is not None:
+            key_XBGD, value_XBGD = self.cache.append(for_kernel(key_XBGD), for_kernel(value_XBGD))
         return attend(query_SBND, key_XBGD, value_XBGD, attention_mask, self.softmax_scale)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nvlm.arch.base import parameter_group
-from nvlm.arch.stages import Stages, next_tokens
+from nvlm.arch.stages import Stages, next_logits
 from nvlm.arch.xattn.attention import GatedCrossAttention
 from nvlm.batch import IGNORE, IMAGE, Batch, Sample
 from nvlm.config import cross_layers
@@ -224,7 +224,8 @@ def test_next_tokens_are_the_references_likeliest(arch):
     batch = batch_of([[story] for story in stories], twins)
     lengths = [len(reference_sample(story, twins.config).labels) for story in stories]
     for back in range(1, 4):
-        likeliest = next_tokens(Stages([twins.model], [], lend=False), batch, torch.tensor(lengths) - back)
+        stages = Stages([twins.model], [], lend=False)
+        likeliest = next_logits(stages, batch, torch.tensor(lengths) - back).argmax(-1)
         for story, length, token in zip(stories, lengths, likeliest):
             logits_SV = twins.reference.logits(reference_sample(story, twins.config))
             assert token == logits_SV[length - back].argmax()

@@ -17,10 +17,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import init_method_normal
 from torch import Tensor, nn
 
-from nvlm.llm.attention import CoreAttention
+from nvlm.llm.attention import attend, for_kernel
+from nvlm.llm.cache import KeepsKeys
 
 
-class GatedCrossAttention(MegatronModule):
+class GatedCrossAttention(MegatronModule, KeepsKeys):
     """tanh(gate) * Wo attention(Wq x, Wk keys, Wv keys): no bias, no rotary, heads as the language model's."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, pg_collection, init_std: float, **_) -> None:
@@ -43,7 +44,6 @@ class GatedCrossAttention(MegatronModule):
         )
         kv_width = 2 * config.num_query_groups * config.kv_channels
         self.linear_kv = ColumnParallelLinear(config.hidden_size, kv_width, config=whole, **column)
-        self.core_attention = CoreAttention(whole)
         self.linear_proj = RowParallelLinear(
             width,
             config.hidden_size,
@@ -57,11 +57,19 @@ class GatedCrossAttention(MegatronModule):
         self.gate = nn.Parameter(torch.zeros(1, dtype=config.params_dtype))
         self.gate.sequence_parallel = config.sequence_parallel
 
-    def forward(self, hidden_SBH: Tensor, attention_mask: Tensor, key_value_states: Tensor, **_) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_SBH: Tensor, attention_mask: Tensor, key_value_states: Tensor | None, **_
+    ) -> tuple[Tensor, None]:
         """[S, B, H] to be added to the residual. `attention_mask` [B, 1, S, X] is True where a query must not look;
-        `key_value_states` is [X, B, H]."""
-        query = self.linear_q(hidden_SBH)[0].unflatten(-1, (self.heads, self.head_dim))
-        key_value = self.linear_kv(key_value_states)[0].unflatten(-1, (self.groups, 2, self.head_dim))
-        key_XBGD, value_XBGD = key_value.unbind(dim=-2)
-        out, _ = self.linear_proj(self.core_attention(query, key_XBGD, value_XBGD, attention_mask))
-        return torch.tanh(self.gate) * out, None
+        `key_value_states` is [X, B, H], None where a cache holds what was made of it."""
+        query_SBND = self.linear_q(hidden_SBH)[0].unflatten(-1, (self.heads, self.head_dim))
+        attended = attend(query_SBND, *self._key_values(key_value_states), attention_mask, scale=None)
+        return torch.tanh(self.gate) * self.linear_proj(attended)[0], None
+
+    def _key_values(self, states_XBH: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values [X, B, G, D]."""
+        if states_XBH is None:
+            return self.cache.pair
+        key_value = self.linear_kv(states_XBH)[0].unflatten(-1, (self.groups, 2, self.head_dim))
+        pair = tuple(for_kernel(x) for x in key_value.unbind(dim=-2))
+        return pair if self.cache is None else self.cache.keep(*pair)

@@ -1,0 +1,109 @@
+"""Token by token: rows of prompts to the tokens that follow them.
+
+Keys and values of self-attention and of the images are computed once and kept (nvlm.llm.cache). Under context
+parallelism, where a row's columns lie on several ranks, each token recomputes its row.
+
+Shapes: B rows, L columns of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.nn.functional import pad
+
+from nvlm.arch.stages import Stages, next_logits, share_from_last
+from nvlm.batch import ALL_TILES, IGNORE, PAD, Batch
+from nvlm.generate.choose import Chooser
+from nvlm.generate.sampling import Sampling
+from nvlm.llm.cache import KeyValues, cached, generating
+
+# The numbers of each column, and what padding has.
+_COLUMNS = {"tokens": 0, "labels": IGNORE, "positions": 0, "sample": PAD, "image": PAD, "tile": ALL_TILES}
+_CROSS = ("cross_tokens", "cross_sample", "cross_image", "cross_tile")
+
+Tell = Callable[[int, int], None]
+"""Hears of each new token: (row, id)."""
+
+
+def continue_rows(
+    stages: Stages,
+    batch: Batch,
+    sampling: Sampling,
+    stop: int,
+    multiple: int = 1,
+    tell: Tell = lambda row, token: None,
+    recompute: bool = False,
+) -> list[list[int]]:
+    """The ids that follow each row of `batch` (one sample a row, tiles encoded), up to and with `stop`.
+
+    All processes of a replica call it together. `multiple`: what the number of a row's columns is to be a multiple
+    of where rows are recomputed, as under context parallelism or with `recompute`.
+    """
+    recompute = recompute or parallel_state.get_context_parallel_world_size() > 1
+    rows = _Rows(batch, sampling.max_new_tokens, multiple if recompute else 1)
+    choose, texts = Chooser(sampling, len(batch.tokens)), [[] for _ in batch.tokens]
+    start = 0
+    with generating(stages.parts), nullcontext([]) if recompute else cached(stages.parts) as caches:
+        while True:
+            logits_BV = next_logits(stages, rows.computed(), rows.last_B, start)
+            tokens_B = torch.zeros_like(rows.last_B) if logits_BV is None else choose(logits_BV, rows.numbers)
+            tokens_B = share_from_last(tokens_B)
+            tokens = tokens_B.tolist()
+            for row, token in zip(rows.numbers, tokens):
+                if not texts[row] or texts[row][-1] != stop:  # recomputed rows go on with the others
+                    texts[row].append(token)
+                    tell(row, token)
+            going = [texts[row][-1] != stop for row in rows.numbers]
+            if not any(going) or max(map(len, texts)) == sampling.max_new_tokens:
+                return texts
+            rows.append(tokens_B)
+            if not recompute:
+                start = rows.length - 1
+                rows.select(going, caches)
+
+
+class _Rows:
+    """The rows that are computed, with room for what will be written."""
+
+    def __init__(self, batch: Batch, room: int, multiple: int) -> None:
+        self.length, self.multiple = batch.tokens.shape[1], multiple
+        room += -(self.length + room) % multiple
+        wider = {name: pad(getattr(batch, name), (0, room), value=value) for name, value in _COLUMNS.items()}
+        self.batch = replace(batch, **wider)
+        self.numbers: Sequence[int] = range(len(batch.tokens))  # of the rows, in the batch as it came
+        columns_L = torch.arange(self.length, device=batch.tokens.device)
+        self.last_B = (columns_L * (batch.sample != PAD)).amax(1)  # the column of each row's last token
+
+    def computed(self) -> Batch:
+        """The batch up to the last column written, rounded up."""
+        end = self.length + -self.length % self.multiple
+        return replace(self.batch, **{name: getattr(self.batch, name)[:, :end] for name in _COLUMNS})
+
+    def append(self, tokens_B: Tensor) -> None:
+        """Write a token behind each row: all in one column, behind the padding of the shorter rows."""
+        batch, column = self.batch, self.length
+        before = torch.arange(len(tokens_B), device=tokens_B.device), self.last_B
+        batch.tokens[:, column] = tokens_B
+        batch.positions[:, column] = batch.positions[before] + 1
+        for numbers in (batch.sample, batch.image, batch.tile):
+            numbers[:, column] = numbers[before]
+        self.last_B = torch.full_like(self.last_B, column)
+        self.length += 1
+
+    def select(self, going: Sequence[bool], caches: Sequence[KeyValues]) -> None:
+        """Go on with these rows alone; for rows whose tiles are behind them."""
+        if all(going):
+            return
+        kept = torch.tensor(going, device=self.last_B.device).nonzero()[:, 0]
+        self.numbers = [row for row, goes in zip(self.numbers, going) if goes]
+        names = (*_COLUMNS, *_CROSS)
+        self.batch = replace(self.batch, **{name: getattr(self.batch, name).index_select(0, kept) for name in names})
+        self.last_B = self.last_B[kept]
+        for cache in caches:
+            cache.select(kept)

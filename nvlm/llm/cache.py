@@ -1,0 +1,100 @@
+"""Keys and values that attention keeps from one call to the next while text is generated.
+
+Shapes: S new columns, X columns kept, B rows, G key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class KeyValues:
+    """The keys and values [X, B, G, D] of one attention module."""
+
+    def __init__(self) -> None:
+        self.buffers: tuple[Tensor, Tensor] | None = None
+        self.length = 0
+
+    def __bool__(self) -> bool:
+        return self.buffers is not None
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """All keys and all values so far, as views."""
+        assert self.buffers is not None, "nothing is kept yet"
+        return self.buffers[0][: self.length], self.buffers[1][: self.length]
+
+    def keep(self, key_XBGD: Tensor, value_XBGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep these alone: keys that never grow."""
+        self.buffers, self.length = (key_XBGD, value_XBGD), len(key_XBGD)
+        return self.buffers
+
+    def append(self, key_SBGD: Tensor, value_SBGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Put these behind the others; returns all."""
+        new, before = (key_SBGD, value_SBGD), self.length
+        self.length += len(key_SBGD)
+        if self.buffers is None or len(self.buffers[0]) < self.length:
+            self.buffers = tuple(self._larger(number, x) for number, x in enumerate(new))
+        for buffer, x in zip(self.buffers, new):
+            buffer[before : self.length] = x
+        return self.pair
+
+    def _larger(self, number: int, like_SBGD: Tensor) -> Tensor:
+        """A buffer for half as many columns again as are needed, so that growing costs little on average."""
+        buffer = like_SBGD.new_empty(self.length + self.length // 2 + 64, *like_SBGD.shape[1:])
+        if self.buffers is not None:
+            old = self.buffers[number]
+            buffer[: len(old)] = old
+        return buffer
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        if self.buffers is not None:
+            self.buffers = tuple(buffer.index_select(1, rows) for buffer in self.buffers)
+
+
+class KeepsKeys:
+    """An attention module that uses `cache` where one is attached."""
+
+    cache: KeyValues | None = None
+
+
+@contextmanager
+def cached(parts: Sequence[nn.Module]) -> Iterator[list[KeyValues]]:
+    """Attach an empty cache to every module of `parts` that keeps keys; yields them all."""
+    modules = [m for part in parts for m in part.modules() if isinstance(m, KeepsKeys)]
+    for module in modules:
+        module.cache = KeyValues()
+    try:
+        yield [module.cache for module in modules]
+    finally:
+        for module in modules:
+            module.cache = None
+
+
+@contextmanager
+def generating(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """`parts` in evaluation mode, without gradients and without sequence parallelism: one column cannot be split."""
+    modules = [m for part in parts for m in part.modules()]
+    holders = {id(x): x for m in modules for x in (m, getattr(m, "config", None)) if _splits(x)}.values()
+    training = [part.training for part in parts]
+    for part in parts:
+        part.eval()
+    for holder in holders:
+        holder.sequence_parallel = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for holder in holders:
+            holder.sequence_parallel = True
+        for part, mode in zip(parts, training):
+            part.train(mode)
+
+
+def _splits(holder: object) -> bool:
+    return getattr(holder, "sequence_parallel", None) is True
