@@ -60,6 +60,7 @@ class LLMConfig:
     cross_std: float
     cross_every: int
     tokenizer: str | None  # a folder or file with tokenizer.json; "tiny" ships with the package
+    bos: str | None  # the token that begins every conversation
     tag_tokens: int  # tokens of one 1-D tile tag, used where the tokenizer is not at hand
     thumbnail_tag: str
     seq_length: dict[str, int]  # text stream by architecture
@@ -113,6 +114,7 @@ class DataConfig:
     cross_length: int  # cross-attended tokens of a row
     row_length: int  # tokens: rows are filled up to here; a longer sample has a row of its own
     system: str | None
+    tokenize: str  # apart: text and tags as in training; joined: as NVLM-D's Hugging Face release does
     workers: int
     max_skipped: float
     max_pixels: int
@@ -305,10 +307,14 @@ def _names(config: Config) -> None:
     _one_of("tiling.tag", config.tiling.tag, TAG_STYLES)
     _one_of("tiling.resize", config.tiling.resize, ("fast", "exact"))
     _one_of("data.source", config.data.source, ("pages", "jsonl"))
+    _one_of("data.tokenize", config.data.tokenize, ("apart", "joined"))
     _one_of("precision", config.precision, ("fp32", "bf16"))
     _one_of("resume", config.resume, ("never", "auto"))
     _one_of("vision.balance", config.vision.balance, ("replica", "global"))
     _one_of("train.recompute", config.train.recompute, ("none", "full"))
+    if config.data.tokenize == "joined" and config.arch.name != "decoder":
+        # Tags of the others are bound to their tiles one by one.
+        raise problem("data.tokenize", "joined", f"apart for arch={config.arch.name}", "data.tokenize=apart")
     if config.data.source == "jsonl" and not config.data.path and not config.dry_run:
         raise problem("data.path", "nothing", "a .jsonl file", "data.path=records.jsonl")
 

@@ -36,18 +36,28 @@ class Encoder:
     cross_length: int
     system: str | None
     max_pixels: int
+    bos: str | None
+    joined: bool  # an image's first tag is tokenised joined with the text before it
+    limit: str = "data.seq_length"  # what sets seq_length, for messages
 
     @property
     def tokenizer(self) -> ChatTokenizer:
         """Loaded once a process."""
-        return load_tokenizer(self.tokenizer_path)
+        return load_tokenizer(self.tokenizer_path, self.bos)
+
+    def tags(self, plan: TilePlan) -> tuple[str, ...]:
+        """Each tile's tag, thumbnail last."""
+        return tile_tags(plan, self.tag, self.max_tiles, self.thumbnail_tag)
 
 
 @lru_cache(maxsize=256)
-def lay_out(encoder: Encoder, plan: TilePlan) -> Layout:
-    """The architecture's layout of one image, its tags tokenised apart from all other text."""
-    names = tile_tags(plan, encoder.tag, encoder.max_tiles, encoder.thumbnail_tag)
-    return encoder.layout(plan, [encoder.tokenizer.encode(name) for name in names])
+def lay_out(encoder: Encoder, plan: TilePlan, first_tag: bool = True) -> Layout:
+    """The architecture's layout of one image, its tags tokenised apart from all other text.
+
+    Without `first_tag` the first tag is left out: it is part of the text before the image.
+    """
+    tags = [encoder.tokenizer.encode(name) for name in encoder.tags(plan)]
+    return encoder.layout(plan, tags if first_tag else [(), *tags[1:]])
 
 
 def build_encoder(config: Config, layout: LayoutRule, resize: str | None = None) -> Encoder:
@@ -65,6 +75,8 @@ def build_encoder(config: Config, layout: LayoutRule, resize: str | None = None)
         cross_length=config.data.cross_length,
         system=config.data.system,
         max_pixels=config.data.max_pixels,
+        bos=config.llm.bos,
+        joined=config.data.tokenize == "joined",
     )
 
 
@@ -84,23 +96,32 @@ class Outline:
 
 
 def outline(record: Record, encoder: Encoder, generate: bool = False) -> Outline:
-    """Lay a whole conversation out, or its prompt with `generate`; reads image headers alone. Raises BadRecord."""
+    """Lay a conversation out, with `generate` as a prompt; reads image headers alone. Raises BadRecord."""
     turns = chat.place_images(chat.texts(record.messages), len(record.images))
-    if generate:
-        runs = chat.prompt(turns, encoder.tokenizer, encoder.system)
-    else:
-        runs = chat.chatml(turns, encoder.tokenizer, encoder.system)
-        if not any(run.trained and run.ids for run in runs):
-            raise BadRecord("no assistant turn to learn from")
-    used = sum(run.image is not None for run in runs)
-    sizes = [image_size(image, encoder.max_pixels) for image in record.images[:used]]
-    room = encoder.seq_length - sum(len(run.ids) for run in runs)
-    plans = _plan(sizes, room, encoder)
-    return Outline(tuple(runs), tuple(plans), tuple(lay_out(encoder, plan) for plan in plans))
+    if not generate and not any(role == "assistant" for role, _ in turns):
+        raise BadRecord("no assistant turn to learn from")
+    sizes = [image_size(image, encoder.max_pixels) for image in record.images]
+    text = _runs(turns, encoder, generate, [""] * len(sizes))
+    room = encoder.seq_length - sum(len(run.ids) for run in text)
+    while True:
+        plans = _plan(sizes, room, encoder)
+        layouts = tuple(lay_out(encoder, plan, first_tag=not encoder.joined) for plan in plans)
+        tags = [encoder.tags(plan)[0] for plan in plans]
+        runs = _runs(turns, encoder, generate, tags) if encoder.joined else text
+        sketch = Outline(tuple(runs), tuple(plans), layouts)
+        over = sketch.lengths(encoder.tile_tokens)[0] - encoder.seq_length
+        if over <= 0:
+            return sketch
+        room -= over  # joined, a tag may take more tokens than apart
+
+
+def _runs(turns: list[tuple[str, str]], encoder: Encoder, generate: bool, first_tags: Sequence[str]) -> list[Run]:
+    form = chat.prompt if generate else chat.chatml
+    return form(turns, encoder.tokenizer, encoder.system, first_tags if encoder.joined else None)
 
 
 def encode(record: Record, encoder: Encoder, generate: bool = False) -> Sample:
-    """Encode a whole conversation for training, or its prompt with `generate`. Raises BadRecord."""
+    """Encode a conversation for training, or with `generate` as a prompt for its next turn. Raises BadRecord."""
     sketch = outline(record, encoder, generate)
     return _assemble(record.id, sketch, _tiles(record, sketch.plans, encoder), encoder.tile_tokens)
 
@@ -120,7 +141,7 @@ def _plan(sizes: Sequence[tuple[int, int]], room: int, encoder: Encoder) -> list
     """Tile plans that fit the text stream, and then the cross-attended budget."""
 
     if room < 0:
-        raise BadRecord(f"the text takes {encoder.seq_length - room} tokens, data.seq_length is {encoder.seq_length}")
+        raise BadRecord(f"the text takes {encoder.seq_length - room} tokens, {encoder.limit} is {encoder.seq_length}")
     max_tiles, plans = encoder.max_tiles, []
     budgets = (("text stream", room), ("cross-attention", encoder.cross_length))
     for which, (name, tokens) in enumerate(budgets if sizes else ()):

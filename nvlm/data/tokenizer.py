@@ -20,6 +20,7 @@ class ChatTokenizer:
     tokenizer: Tokenizer
     im_start: int
     im_end: int
+    bos: int | None = None  # begins every conversation
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text, no special tokens added."""
@@ -36,16 +37,26 @@ class ChatTokenizer:
 
 
 @lru_cache(maxsize=4)
-def load_tokenizer(where: str) -> ChatTokenizer:
-    """Read `where`: a folder with tokenizer.json, such a file, or "tiny" for the one in this package."""
+def load_tokenizer(where: str, bos: str | None = None) -> ChatTokenizer:
+    """Read `where`: a folder with tokenizer.json, such a file, or "tiny" for the one in this package.
+
+    `bos`: the token that begins every conversation. Raises ConfigError.
+    """
     path = TINY if where == "tiny" else Path(where)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise problem("llm.tokenizer", repr(where), "a folder with tokenizer.json", "llm.tokenizer=DIR")
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library's own error type is Exception itself
+        reason = f"{path}, which does not read: {error}"
+        raise problem("llm.tokenizer", reason, "a tokenizer.json of the tokenizers library", "fetch it anew") from None
     marks = {name: tokenizer.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>")}
     for name, number in marks.items():
         if number is None:
             raise problem(f"llm.tokenizer={where}", f"no token {name}", "a ChatML tokenizer", "use a chat model's")
+    first = None if bos is None else tokenizer.token_to_id(bos)
+    if bos is not None and first is None:
+        raise problem("llm.bos", repr(bos), f"a token of {path}", "llm.bos=null for none")
     tokenizer.encode_special_tokens = True
-    return ChatTokenizer(tokenizer, marks["<|im_start|>"], marks["<|im_end|>"])
+    return ChatTokenizer(tokenizer, marks["<|im_start|>"], marks["<|im_end|>"], first)

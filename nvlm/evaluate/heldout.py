@@ -14,6 +14,7 @@ from nvlm import parallel, registry
 from nvlm.arch.stages import Stages
 from nvlm.batch import BadRecord
 from nvlm.config import Config
+from nvlm.data.chat import first_question
 from nvlm.data.encode import build_encoder, encode
 from nvlm.data.sources import Records, answers
 from nvlm.evaluate.answer import answer
@@ -54,7 +55,7 @@ def evaluate(
         for index in mine[start : start + config.evaluate.batch]:
             try:
                 record = records[index]
-                chosen.append((index, record, encode(record, encoder, generate=True)))
+                chosen.append((index, record, encode(first_question(record), encoder, generate=True)))
             except BadRecord as reason:  # counted as wrong: a score must not rise by what could not be read
                 lost = {"id": records.name(index), "kind": "unreadable", "answer": "", "expected": str(reason)}
                 rows.append(lost | {"right": False})
