@@ -21,7 +21,7 @@ from nvlm.counts import fewest_gpus, gpus_needed, parameters
 from nvlm.files import write_whole
 from nvlm.runs import check_same_model, find_checkpoint, latest
 from nvlm.train.guard import BrokenRun
-from nvlm.weights.sources import find_sources, vision_source
+from nvlm.weights.sources import model_source, vision_source
 from nvlm.workers import EXPLAINED, report, run_workers, take_forks_along
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,10 +135,10 @@ def check_devices(config: Config) -> None:
 
 def _check_weights(config: Config, run_dir: Path) -> None:
     """Raise ConfigError where config.init names something that is not what it should be. It reads headers alone."""
+    vision_source(config)
     if config.resume == "auto" and latest(run_dir) is not None:
-        vision_source(config)  # the rest is in the checkpoint
-        return
-    find_sources(config)
+        return  # the rest is in the checkpoint
+    model_source(config)
     if config.init.checkpoint:
         check_same_model(config, find_checkpoint(Path(config.init.checkpoint), "init.checkpoint"))
 

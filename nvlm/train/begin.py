@@ -12,7 +12,7 @@ from nvlm.config import Config
 from nvlm.runs import find_checkpoint
 from nvlm.train.restore import load_weights
 from nvlm.weights.load import read
-from nvlm.weights.sources import find_sources
+from nvlm.weights.sources import model_source
 
 
 def begin(parts: Sequence[VisionLanguageModel], config: Config) -> dict[str, str]:
@@ -20,17 +20,17 @@ def begin(parts: Sequence[VisionLanguageModel], config: Config) -> dict[str, str
 
     All processes call it together. The encoder, which is no part of the model, is vision.path's to read.
     """
-    origins = {group: "random" for group in ("projector", "xattn", "llm")}
+    origins = dict.fromkeys(("projector", "xattn", "llm"), "random")
+    origins["vision"] = config.init.vision or config.init.release or ""
     rank, size = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_world_size(),
     )
-    for source in find_sources(config):
-        origins |= dict.fromkeys(source.parts, source.folder)
+    if source := model_source(config):
         groups = [group for group in source.parts if group != "vision"]
-        if groups:
-            ours = {name: tensor for part in parts for name, tensor in part.weights().items()}
-            read(source, groups, ours, rank, size)
+        ours = {name: tensor for part in parts for name, tensor in part.weights().items()}
+        read(source, groups, ours, rank, size)
+        origins |= dict.fromkeys(groups, source.folder)
     if config.init.checkpoint:
         folder = find_checkpoint(Path(config.init.checkpoint), "init.checkpoint")
         absent = load_weights(parts, folder, config.stage.new)

@@ -32,14 +32,15 @@ class Source:
     stored: Mapping[str, Stored]
 
 
-def find_sources(config: Config) -> list[Source]:
-    """The published folders of `config`, encoder first; raises ConfigError where one does not hold what it should."""
-    encoder = vision_source(config)
-    return [encoder, _llm(config, config.init.llm)] if config.init.llm else [encoder]
+def model_source(config: Config) -> Source | None:
+    """The published folder that holds the language model, checked; ConfigError where it is not what it should be."""
+    if config.init.llm:
+        return _llm(config, config.init.llm)
+    return _release(config, config.init.release) if config.init.release else None
 
 
 def vision_source(config: Config) -> Source:
-    """The one that holds the frozen encoder."""
+    """The published folder that holds the frozen encoder, checked as in `model_source`."""
     if config.init.vision:
         return _vision(config.vision, str(TINY) if config.init.vision == "tiny" else config.init.vision)
     if config.init.release:
