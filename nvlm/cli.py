@@ -9,6 +9,7 @@ import itertools
 import re
 import sys
 import time
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -75,10 +76,11 @@ def compose_config(*overrides: str) -> Config:
     return to_config(_compose(overrides))
 
 
-def check_overrides(arguments: list[str]) -> list[Config]:
+def check_overrides(arguments: list[str], also: Sequence[str] = ()) -> list[Config]:
     """Compose and validate every run that `arguments` ask for, before the first one starts.
 
-    Raises ConfigError. Empty where `arguments` hold a flag that Hydra answers itself, such as --help.
+    `also`: keys of the command's own, which a mistyped one may have meant. Raises ConfigError.
+    Empty where `arguments` hold a flag that Hydra answers itself, such as --help.
     """
     words = [a for a in arguments if not a.startswith("-")]
     if len(words) < len([a for a in arguments if a not in ("-m", "--multirun")]):
@@ -98,7 +100,7 @@ def check_overrides(arguments: list[str]) -> list[Config]:
         try:
             configs.append(compose_config(*combination))
         except (HydraException, OmegaConfBaseException) as error:
-            raise _explain(error) from None
+            raise _explain(error, also) from None
     return configs
 
 
@@ -111,11 +113,11 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(".")
 
 
-def _explain(error: Exception) -> ConfigError:
+def _explain(error: Exception, also: Sequence[str]) -> ConfigError:
     """Hydra's and OmegaConf's complaints in this project's form."""
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
-        return _unknown_key(match[1])
+        return unknown_key(match[1], also)
     if match := re.search(r"(?:In '[^']*': )?Could not find '([^'/]+)/([^']+)'", text):
         group, got = match[1], match[2]
         known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
@@ -126,10 +128,11 @@ def _explain(error: Exception) -> ConfigError:
     return ConfigError(f"configuration: {_first_line(error)}")
 
 
-def _unknown_key(key: str) -> ConfigError:
+def unknown_key(key: str, also: Sequence[str] = ()) -> ConfigError:
+    """What to say about a key that neither the configuration has nor is one of `also`."""
     known = list(launch.flat(OmegaConf.to_container(_compose(), resolve=False)))
     groups = [path.name for path in CONF.iterdir() if path.is_dir()]
-    near = get_close_matches(key, [*known, *groups], n=3, cutoff=0.5)
+    near = get_close_matches(key, [*also, *known, *groups], n=3, cutoff=0.5)
     if not near:
         section = key.split(".")[0]
         near = [name for name in known if name.startswith(f"{section}.")][:20] or sorted(groups)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -19,7 +20,9 @@ from omegaconf import OmegaConf
 from nvlm.config import Config, ConfigError, from_mapping, problem, validate
 from nvlm.counts import fewest_gpus, gpus_needed, parameters
 from nvlm.files import write_whole
+from nvlm.runs import check_same_model, find_checkpoint, latest
 from nvlm.train.guard import BrokenRun
+from nvlm.weights.sources import model_source, vision_source
 from nvlm.workers import EXPLAINED, report, run_workers, take_forks_along
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,21 +43,28 @@ PACKAGES = (
 
 def start(config: Config, run_dir: Path, started: float) -> None:
     """Train: in this process under torchrun or srun, else in workers of our own."""
-    if _launched():
+    if launched():
+        _check_weights(config, run_dir)
         _prepare_folder(config, run_dir, writes=os.environ["RANK"] == "0")
         work(config, run_dir, started)
         return
+    _check_weights(config, run_dir)
     _prepare_folder(config, run_dir, writes=True)
     processes = config.parallel.replica * config.parallel.data
+    arguments = ["-m", "nvlm.launch", str(run_dir / "config.yaml"), repr(started)]
+    status, stopped = spawn(arguments, processes, config.train.stop_seconds)
+    if status or stopped:  # a signal ends a sweep, too
+        sys.exit(status)
+
+
+def spawn(arguments: Sequence[str], processes: int, stop_seconds: float) -> tuple[int, bool]:
+    """Run `python ARGUMENTS` as workers on this machine; returns as `run_workers` does."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
     if processes > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    command = [sys.executable, "-m", "nvlm.launch", str(run_dir / "config.yaml"), repr(started)]
-    status, stopped = run_workers(command, processes, environment, config.train.stop_seconds)
-    if status or stopped:  # a signal ends a sweep, too
-        sys.exit(status)
+    return run_workers([sys.executable, *arguments], processes, environment, stop_seconds)
 
 
 def work(config: Config, run_dir: Path, started: float) -> None:
@@ -77,7 +87,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
-def _launched() -> bool:
+def launched() -> bool:
     """True under torchrun, or srun with several tasks, whose variables are translated to torch's."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return True
@@ -99,7 +109,7 @@ def _launched() -> bool:
     return False
 
 
-def _gpus() -> int:
+def count_gpus() -> int:
     """GPUs that this machine shows, asked without importing torch."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return 0
@@ -111,7 +121,7 @@ def _gpus() -> int:
 
 def check_devices(config: Config) -> None:
     """A full-size model does not train on CPU: say what it needs instead."""
-    gpus = _gpus()
+    gpus = count_gpus()
     total = sum(parameters(config).values())
     if gpus == 0 and total > 2e9:
         needed, fewest = gpus_needed(config), fewest_gpus(config)
@@ -124,13 +134,33 @@ def check_devices(config: Config) -> None:
             f"optimizer state alone){better}. Fix: start it there under torchrun or srun; here, dry_run=true builds "
             f"and counts it"
         )
+    check_processes(config, gpus)
+
+
+def check_processes(config: Config, gpus: int) -> None:
+    """Processes of our own on this machine are no more than its `gpus`, where it has any."""
     processes = config.parallel.replica * config.parallel.data
-    if gpus and not _launched() and processes > gpus:
+    if gpus and not launched() and processes > gpus:
         raise problem("parallel", f"{processes} processes", f"at most the {gpus} GPUs here", "use torchrun or srun")
 
 
+def _check_weights(config: Config, run_dir: Path) -> None:
+    vision_source(config)
+    if config.resume != "auto" or latest(run_dir) is None:  # else the rest is in the checkpoint
+        check_init(config)
+
+
+def check_init(config: Config) -> None:
+    """Raise ConfigError where config.init names something that is not what it should be. It reads headers alone."""
+    vision_source(config)
+    model_source(config)
+    if config.init.checkpoint:
+        check_same_model(config, find_checkpoint(Path(config.init.checkpoint), "init.checkpoint"))
+
+
 # What a resumed run may change; the rest decides what its steps compute.
-_FREE = ("name", "resume", "dry_run", "parallel.", "evaluate.", "data.workers", "data.max_skipped", "train.log_every",
+_FREE = ("name", "resume", "dry_run", "init.llm", "init.checkpoint", "stage.new", "parallel.", "evaluate.",
+         "data.workers", "data.max_skipped", "train.log_every",
          "train.save_every", "train.keep", "train.async_save", "train.save_frozen", "train.threads", "train.recompute",
          "train.stop_seconds", "train.spike_factor", "train.max_bad_steps", "vision.balance",
          "vision.tiles_per_call")  # fmt: skip
@@ -169,7 +199,8 @@ def flat(values: dict, path: str = "") -> dict[str, object]:
     """Nested `values` with dotted keys."""
     leaves: dict[str, object] = {}
     for key, value in values.items():
-        leaves |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+        plain = list(value) if isinstance(value, tuple) else value  # as YAML reads it back
+        leaves |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": plain}
     return leaves
 
 

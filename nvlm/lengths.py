@@ -48,3 +48,10 @@ def check_lengths(config: Config) -> Config:
         fix = f"data.cross_length={cross}, or fewer tiling.max_tiles"
         raise problem("data.cross_length", config.data.cross_length, f"at least {cross} tokens for {image}", fix)
     return config
+
+
+def check_vocabulary(config: Config) -> None:
+    """Raise ConfigError where the tokenizer is missing, or has tokens for which the model has no embedding."""
+    vocab = load_tokenizer(config.llm.tokenizer or "", config.llm.bos).vocab
+    if vocab > config.llm.vocab:
+        raise problem("llm.vocab", config.llm.vocab, f"at least the tokenizer's {vocab}", f"llm.vocab={vocab}")

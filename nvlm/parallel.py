@@ -128,3 +128,10 @@ def subgroups(own: list[int]) -> dist.ProcessGroup:
     groups = sorted({tuple(ranks) for ranks in listed if ranks})
     made = {ranks: dist.new_group(ranks) for ranks in groups}
     return made.get(tuple(own))
+
+
+def from_first_rank(value):
+    """The first process's `value`, on all of them."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

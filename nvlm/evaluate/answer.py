@@ -12,6 +12,7 @@ from nvlm.data.pack import collate
 from nvlm.data.tokenizer import ChatTokenizer
 from nvlm.generate.decode import continue_rows
 from nvlm.generate.sampling import Sampling
+from nvlm.generate.text import words
 from nvlm.vision.balance import BalancedVision
 
 
@@ -28,4 +29,4 @@ def answer(
     """The model's greedy continuation of each prompt, up to its `<|im_end|>` or `max_new_tokens`."""
     (batch,) = vision.encode([collate([[prompt] for prompt in prompts], tile_size, multiple).to(device)])
     sampling = Sampling(max_new_tokens=max_new_tokens)
-    return [tokenizer.decode(ids) for ids in continue_rows(stages, batch, sampling, tokenizer.im_end, multiple)]
+    return [words(ids, tokenizer) for ids in continue_rows(stages, batch, sampling, tokenizer.im_end, multiple)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nvlm.data.tokenizer import ChatTokenizer
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character decode to
@@ -17,9 +19,11 @@ class TextStream:
         self.context, self.told = 0, 0
 
     def push(self, token: int) -> str:
-        """What can be told now that `token` has come."""
+        """What can be told now that `token` has come; nothing for the token that ends an answer."""
+        if token == self.tokenizer.im_end:
+            return ""
         self.ids.append(token)
-        return self._more(self._text().endswith(_BROKEN))
+        return self._more(hold=self._text().endswith(_BROKEN))
 
     def flush(self) -> str:
         """What was held back, at the end."""
@@ -35,3 +39,8 @@ class TextStream:
         piece = self._text()[len(before) :]
         self.context, self.told = self.told, len(self.ids)
         return piece
+
+
+def words(ids: Sequence[int], tokenizer: ChatTokenizer) -> str:
+    """The text of an answer, without the token that ends it."""
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.im_end else ids)

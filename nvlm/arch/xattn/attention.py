@@ -31,6 +31,7 @@ class GatedCrossAttention(MegatronModule, KeepsKeys):
         self.head_dim = config.kv_channels
         width = config.num_attention_heads * config.kv_channels
         init = init_method_normal(init_std)
+        config = dataclasses.replace(config, perform_initialization=True)  # it may be new where others are read
         column = dict(init_method=init, bias=False, gather_output=False, tp_group=pg_collection.tp)
         self.linear_q = ColumnParallelLinear(config.hidden_size, width, config=config, **column)
         # Keys are whole on every rank, never split along the sequence nor over context-parallel ranks: the attention

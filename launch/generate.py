@@ -1,0 +1,13 @@
+"""Generate text: `python launch/generate.py checkpoint=runs/NAME image=PAGE.png prompt="What is this?"`.
+
+Starts its own workers where the layout has several processes, or uses torchrun's or srun's. `--help` lists the keys.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from nvlm.generate.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

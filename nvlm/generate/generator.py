@@ -1,0 +1,122 @@
+"""A model ready to answer: `with load("runs/NAME") as generator: generator.generate([conversation])`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nvlm import parallel, registry
+from nvlm.arch.stages import Stages, build_parts, build_stages, tile_use_of_rank
+from nvlm.batch import Record
+from nvlm.config import Config, problem
+from nvlm.data.encode import Encoder, build_encoder, encode
+from nvlm.data.pack import collate
+from nvlm.generate.decode import continue_rows
+from nvlm.generate.request import read_config
+from nvlm.generate.sampling import GREEDY, Sampling
+from nvlm.generate.text import TextStream, words
+from nvlm.lengths import check_vocabulary
+from nvlm.train.begin import begin
+from nvlm.vision.balance import BalancedVision, build_team
+from nvlm.vision.path import build_vision
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages of {role, content} up to a user's turn, and its images: paths, encoded bytes or Pillow images.
+
+    `<image>` in the messages marks the images' places; without marks they stand in front of the first user's words.
+    """
+
+    messages: Sequence[dict[str, Any]]
+    images: Sequence[Any] = field(default=())
+
+
+Stream = Callable[[int, str], None]
+"""Hears of text as it comes: (number of the conversation, piece)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generator:
+    """This process's part of a model. All processes call its methods together, with the same arguments."""
+
+    config: Config
+    stages: Stages
+    vision: BalancedVision
+    device: torch.device
+
+    def generate(
+        self,
+        conversations: Sequence[Conversation],
+        sampling: Sampling = GREEDY,
+        stream: Stream = lambda number, piece: None,
+    ) -> list[str]:
+        """The assistant's next words in each conversation.
+
+        Raises BadRecord for an unreadable image or a conversation that is too long, ConfigError for max_new_tokens.
+        """
+        encoder, config = self.encoder(sampling), self.config
+        samples = [encode(_record(number, one), encoder, generate=True) for number, one in enumerate(conversations)]
+        multiple = config.parallel.row_multiple
+        batch = collate([[sample] for sample in samples], config.vision.tile_size, multiple).to(self.device)
+        (batch,) = self.vision.encode([batch])
+        texts = [TextStream(encoder.tokenizer) for _ in samples]
+
+        def tell(row: int, token: int) -> None:
+            if piece := texts[row].push(token):
+                stream(row, piece)
+
+        rows = continue_rows(self.stages, batch, sampling, encoder.tokenizer.im_end, multiple, tell)
+        for number, text in enumerate(texts):
+            if piece := text.flush():
+                stream(number, piece)
+        return [words(ids, encoder.tokenizer) for ids in rows]
+
+    def encoder(self, sampling: Sampling) -> Encoder:
+        """Prompts as evaluation has them, with room for the new tokens, and for the keys of any number of images."""
+        positions = self.config.llm.max_positions
+        if sampling.max_new_tokens >= positions:
+            fix = f"max_new_tokens={max(1, positions // 2)}"
+            raise problem("max_new_tokens", sampling.max_new_tokens, f"fewer than llm.max_positions={positions}", fix)
+        return replace(
+            build_encoder(self.config, registry.layout_rule(self.config.arch.name), resize="exact"),
+            seq_length=positions - sampling.max_new_tokens,
+            cross_length=sys.maxsize,
+            limit=f"what max_new_tokens={sampling.max_new_tokens} leave of llm.max_positions={positions}",
+        )
+
+
+def _record(number: int, conversation: Conversation) -> Record:
+    images = [Path(image) if isinstance(image, str) else image for image in conversation.images]
+    return Record(f"conversation {number}", list(conversation.messages), images)
+
+
+def build_generator(config: Config, device: torch.device) -> Generator:
+    """This process's part of the model of `config` with the weights that config.init names. Raises ConfigError."""
+    if parallel.world_size() != config.parallel.replica:
+        expected = f"{config.parallel.replica} (tensor x pipeline)"
+        raise problem("number of processes", parallel.world_size(), expected, f"start {config.parallel.replica}")
+    check_vocabulary(config)
+    vision = build_vision(config, device)
+    parts = [part.to(device) for part in build_parts(config)]
+    begin(parts, config)
+    team = build_team(tile_use_of_rank(config, parallel.pipeline_rank()), "replica")
+    return Generator(config, build_stages(config, parts), BalancedVision(vision, team), device)
+
+
+@contextmanager
+def load(checkpoint: str | Path, *overrides: str) -> Iterator[Generator]:
+    """The model of a run's folder or of one of its step folders, in process groups that end with the block.
+
+    `overrides`: "key=value" of the run's configuration; its layout is one process unless they say otherwise, and
+    with several each calls `load` under torchrun. Raises ConfigError.
+    """
+    config = read_config(checkpoint, overrides)
+    with parallel.distributed(config.parallel, config.seed, config.train.threads) as device:
+        yield build_generator(config, device)
