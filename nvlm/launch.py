@@ -83,6 +83,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module="megatron")
     # Megatron's distributed optimizer keeps fp32 weights as views, and looks at their gradients.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # Megatron reads a checkpoint by its ranks
     # Megatron calls collectives by their older names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 

@@ -112,7 +112,7 @@ def outline(record: Record, encoder: Encoder, generate: bool = False) -> Outline
         over = sketch.lengths(encoder.tile_tokens)[0] - encoder.seq_length
         if over <= 0:
             return sketch
-        room -= over  # joined, a tag may take more tokens than apart
+        room -= over  # joined, the first tags are in the text, which is known only with the plans
 
 
 def _runs(turns: list[tuple[str, str]], encoder: Encoder, generate: bool, first_tags: Sequence[str]) -> list[Run]:
@@ -147,7 +147,7 @@ def _plan(sizes: Sequence[tuple[int, int]], room: int, encoder: Encoder) -> list
     for which, (name, tokens) in enumerate(budgets if sizes else ()):
 
         def tokens_of(plan: TilePlan, which: int = which) -> int:
-            return lay_out(encoder, plan).tokens(encoder.tile_tokens)[which]
+            return lay_out(encoder, plan, first_tag=not encoder.joined).tokens(encoder.tile_tokens)[which]
 
         try:
             plans = fit_max_tiles(sizes, tokens, tokens_of, max_tiles, encoder.tile_size)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from nvlm import launch
 from nvlm.config import ConfigError
@@ -38,16 +40,28 @@ def work(request: Request) -> int:
     launch.quiet()
     from nvlm import parallel
     from nvlm.batch import BadRecord
-    from nvlm.generate.generator import build_generator
+    from nvlm.generate.generator import Conversation, build_generator, check
 
     config = request.config
     try:
+        if request.prompt:  # before the weights are read
+            check(config, Conversation([user_turn(request.prompt, request.images)], request.images), request.sampling)
         with parallel.distributed(config.parallel, config.seed, config.train.threads) as device:
-            converse(build_generator(config, device), request)
+            with contextlib.redirect_stdout(sys.stderr):  # standard output is for the model's words
+                generator = build_generator(config, device)
+            converse(generator, request)
     except (ConfigError, BadRecord) as error:  # raised by all processes alike
         report(f"error: {error}")
         return 2
     return 0
+
+
+def user_turn(text: str, images: Sequence) -> dict[str, str]:
+    """A user's message with the places of its own `images` marked. Raises BadRecord."""
+    from nvlm.data.chat import place_images
+
+    ((role, marked),) = place_images([("user", text)], len(images))
+    return {"role": role, "content": marked}
 
 
 def converse(generator, request: Request) -> None:
@@ -55,34 +69,33 @@ def converse(generator, request: Request) -> None:
     without chat=true it raises BadRecord."""
     from nvlm import parallel
     from nvlm.batch import BadRecord
-    from nvlm.data.chat import IMAGE_MARK, place_images
+    from nvlm.data.chat import IMAGE_MARK
     from nvlm.generate.generator import Conversation
 
     def show(_, piece: str) -> None:
         if parallel.is_first_rank():
             print(piece, end="", flush=True)
 
-    messages: list[dict] = []
-    images: list = []
+    said = Conversation([])
     added = list(request.images)
     for line in _lines(request):
         if line.startswith(_ADD_IMAGE):
-            added.append(line.removeprefix(_ADD_IMAGE).strip())
+            added.append(Path(line.removeprefix(_ADD_IMAGE).strip()))
             continue
         try:
-            ((_, text),) = place_images([("user", line)], len(added))
-            asked = Conversation([*messages, {"role": "user", "content": text}], [*images, *added])
+            asked = Conversation([*said.messages, user_turn(line, added)], [*said.images, *added])
             (answer,) = generator.generate([asked], request.sampling, show)
         except BadRecord as error:
             if not request.chat:
                 raise
-            report(f"error: {error}; this turn is left out")
-            added = []
-            continue
-        show(0, "\n")
-        # What the model says is no image, whatever it says.
-        messages = [*asked.messages, {"role": "assistant", "content": answer.replace(IMAGE_MARK, "")}]
-        images, added = asked.images, []
+            if parallel.is_first_rank():
+                print(f"error: {error}; this turn is left out", file=sys.stderr, flush=True)
+        else:
+            show(0, "\n")
+            # What the model says is no image, whatever it says.
+            reply = {"role": "assistant", "content": answer.replace(IMAGE_MARK, "")}
+            said = Conversation([*asked.messages, reply], asked.images)
+        added = []
 
 
 def _lines(request: Request) -> Iterator[str]:

@@ -15,7 +15,7 @@ from nvlm import parallel, registry
 from nvlm.arch.stages import Stages, build_parts, build_stages, tile_use_of_rank
 from nvlm.batch import Record
 from nvlm.config import Config, problem
-from nvlm.data.encode import Encoder, build_encoder, encode
+from nvlm.data.encode import Encoder, build_encoder, encode, outline
 from nvlm.data.pack import collate
 from nvlm.generate.decode import continue_rows
 from nvlm.generate.request import read_config
@@ -61,7 +61,7 @@ class Generator:
 
         Raises BadRecord for an unreadable image or a conversation that is too long, ConfigError for max_new_tokens.
         """
-        encoder, config = self.encoder(sampling), self.config
+        encoder, config = prompt_encoder(self.config, sampling), self.config
         samples = [encode(_record(number, one), encoder, generate=True) for number, one in enumerate(conversations)]
         multiple = config.parallel.row_multiple
         batch = collate([[sample] for sample in samples], config.vision.tile_size, multiple).to(self.device)
@@ -78,18 +78,21 @@ class Generator:
                 stream(number, piece)
         return [words(ids, encoder.tokenizer) for ids in rows]
 
-    def encoder(self, sampling: Sampling) -> Encoder:
-        """Prompts as evaluation has them, with room for the new tokens, and for the keys of any number of images."""
-        positions = self.config.llm.max_positions
-        if sampling.max_new_tokens >= positions:
-            fix = f"max_new_tokens={max(1, positions // 2)}"
-            raise problem("max_new_tokens", sampling.max_new_tokens, f"fewer than llm.max_positions={positions}", fix)
-        return replace(
-            build_encoder(self.config, registry.layout_rule(self.config.arch.name), resize="exact"),
-            seq_length=positions - sampling.max_new_tokens,
-            cross_length=sys.maxsize,
-            limit=f"what max_new_tokens={sampling.max_new_tokens} leave of llm.max_positions={positions}",
-        )
+
+def prompt_encoder(config: Config, sampling: Sampling) -> Encoder:
+    """Prompts as evaluation has them, with room for the new tokens, and for the keys of any number of images."""
+    room = sampling.prompt_room(config.llm.max_positions)
+    return replace(
+        build_encoder(config, registry.layout_rule(config.arch.name), resize="exact"),
+        seq_length=room,
+        cross_length=sys.maxsize,
+        limit=f"what max_new_tokens={sampling.max_new_tokens} leaves of llm.max_positions={config.llm.max_positions}",
+    )
+
+
+def check(config: Config, conversation: Conversation, sampling: Sampling) -> None:
+    """Raise BadRecord or ConfigError for what `Generator.generate` could not answer; needs no model."""
+    outline(_record(0, conversation), prompt_encoder(config, sampling), generate=True)
 
 
 def _record(number: int, conversation: Conversation) -> Record:

@@ -64,12 +64,13 @@ def parse(arguments: Sequence[str]) -> Request:
         top_p=_number(own, "top_p", float, Sampling().top_p),
         seed=_number(own, "seed", int, Sampling().seed),
     )
-    if not chat and not own.get("prompt"):
-        raise problem("prompt", "nothing", "the user's words, or chat=true to read them", 'prompt="What is this?"')
-    images = _images(own.get("image", ""))
     config = read_config(own["checkpoint"], others) if own.get("checkpoint") else _composed(others)
     if "system" in own:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, system=own["system"] or None))
+    if not chat and not own.get("prompt"):
+        raise problem("prompt", "nothing", "the user's words, or chat=true to read them", 'prompt="What is this?"')
+    sampling.prompt_room(config.llm.max_positions)
+    images = _images(own.get("image", ""))
     return Request(config=config, images=images, prompt=own.get("prompt"), sampling=sampling, chat=chat)
 
 

@@ -31,5 +31,12 @@ class Sampling:
         if not 0 <= self.seed < 2**62:
             raise problem("seed", self.seed, "0 or above", "seed=0")
 
+    def prompt_room(self, positions: int) -> int:
+        """Tokens that a prompt may have in a model of `positions` positions. Raises ConfigError where none is left."""
+        if self.max_new_tokens >= positions:
+            fix = f"max_new_tokens={max(1, positions // 2)}"
+            raise problem("max_new_tokens", self.max_new_tokens, f"fewer than llm.max_positions={positions}", fix)
+        return positions - self.max_new_tokens
+
 
 GREEDY = Sampling()

@@ -1,0 +1,182 @@
+"""Text to tokens: joined as NVLM-D's release does, Yi's first token, several turns, wrong tokenizers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from nvlm import registry
+from nvlm.batch import IMAGE, BadRecord, Record
+from nvlm.config import ConfigError
+from nvlm.data import chat
+from nvlm.data.encode import build_encoder, encode
+from nvlm.data.tokenizer import load_tokenizer
+
+PAD_TEXT = "<|vision_pad|>"
+SPECIAL = ["<|startoftext|>", "<|im_start|>", "<|im_end|>", PAD_TEXT]
+# Of GPT-4's kind, as Qwen2's: signs run together, whatever they are, and a line's end is a piece of its own.
+PIECES = r" ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tokenizer in which `>` and `<` merge."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=SPECIAL, show_progress=False, initial_alphabet=alphabet
+    )
+    corpus = ["<Image><tile_1>", "</Image>\nWhat", "<tile_global_thumbnail>", "user\n<Image>", "><tile_", "?<Image>"]
+    tokenizer.train_from_iterator(corpus * 20, trainer)
+    where = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(str(where / "tokenizer.json"))
+    assert tokenizer.token_to_id("><") is not None
+    return where
+
+
+@pytest.fixture
+def encoder(configured, folder):
+    def build(*overrides, arch="decoder"):
+        config = configured(f"arch={arch}", f"llm.tokenizer={folder}", *overrides)
+        return build_encoder(config, registry.layout_rule(arch))
+
+    return build
+
+
+def picture(width, height):
+    return Image.fromarray(np.zeros((height, width, 3), dtype=np.uint8))
+
+
+TURNS = [
+    ("system", "Be kind."),
+    ("user", "<image>\nWhat is it?"),
+    ("assistant", "A page."),
+    ("user", "And this?<image> or <image>"),
+]
+# 3 x 1 tiles, one tile, and one tile, at 112 px a tile.
+PICTURES = [picture(336, 112), picture(100, 100), picture(100, 100)]
+TAGS = [
+    ["<tile_1>", "<tile_2>", "<tile_3>", "<tile_global_thumbnail>"],
+    ["<tile_global_thumbnail>"],
+    ["<tile_global_thumbnail>"],
+]
+
+
+def record(turns=TURNS, pictures=PICTURES):
+    return Record("r", [{"role": role, "content": text} for role, text in turns], list(pictures))
+
+
+def as_released(folder, turns, tags, pads):
+    """The whole prompt as one string with real pad tokens in it, tokenised at once."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    images = iter(tags)
+    text = ""
+    for role, content in turns:
+        for _ in range(content.count("<image>")):
+            block = "".join(tag + PAD_TEXT * pads for tag in next(images))
+            content = content.replace("<image>", f"<Image>{block}</Image>", 1)
+        text += f"<|im_start|>{role}\n{content}<|im_end|>\n"
+    text += "<|im_start|>assistant\n"
+    pad = tokenizer.token_to_id(PAD_TEXT)
+    return [IMAGE if i == pad else i for i in tokenizer.encode(text, add_special_tokens=False).ids]
+
+
+@pytest.mark.parametrize("style", ["1d", "none"])
+def test_joined_is_the_releases_tokenisation(encoder, folder, style):
+    joined = encoder("data.tokenize=joined", f"tiling.tag={style}")
+    tags = TAGS if style == "1d" else [[""] * len(names) for names in TAGS]
+    expected = as_released(folder, TURNS, tags, joined.tile_tokens)
+    sample = encode(record(), joined, generate=True)
+    assert sample.tokens.tolist() == expected
+    apart = encode(record(), encoder(f"tiling.tag={style}"), generate=True)
+    if style == "1d":
+        assert apart.tokens.tolist() != expected  # the two modes do differ
+        assert joined.tokenizer.tokenizer.token_to_id("><") in expected
+    assert joined.tokenizer.decode(i for i in apart.tokens.tolist() if i >= 0) == joined.tokenizer.decode(
+        i for i in expected if i >= 0
+    )
+
+
+def test_joined_learns_the_same_words_as_apart(encoder):
+    learned = []
+    for mode in ("joined", "apart"):
+        sample = encode(record(TURNS[:3], PICTURES[:1]), encoder(f"data.tokenize={mode}"))
+        learned.append([label for label in sample.labels.tolist() if label >= 0])
+    assert learned[0] == learned[1]
+    assert learned[0]
+
+
+@pytest.mark.parametrize("spare", range(6))
+def test_joined_keeps_to_the_budget(encoder, spare):
+    """However few tokens are left, tiles are given up before the limit is passed."""
+    whole = encode(record(TURNS[:2], PICTURES[:1]), encoder("data.tokenize=joined"), generate=True)
+    limit = len(whole.tokens) - spare
+    tight = encoder("data.tokenize=joined", f"data.seq_length={limit}", "tiling.max_tiles=3")
+    sample = encode(record(TURNS[:2], PICTURES[:1]), tight, generate=True)
+    assert len(sample.tokens) <= limit
+    assert (len(sample.tokens) == len(whole.tokens)) == (spare == 0)
+
+
+def test_joined_is_for_the_decoder_alone_and_for_images_of_users(encoder):
+    for arch in ("xattn", "hybrid"):
+        with pytest.raises(ConfigError, match=f"data.tokenize: got joined, expected apart for arch={arch}"):
+            encoder("data.tokenize=joined", arch=arch)
+    with pytest.raises(ConfigError, match="data.tokenize: got 'together', expected one of apart, joined"):
+        encoder("data.tokenize=together")
+    with pytest.raises(BadRecord, match="an image in an assistant's turn"):
+        turns = [("user", "Draw."), ("assistant", "<image>")]
+        encode(record(turns, PICTURES[:1]), encoder("data.tokenize=joined"))
+
+
+def test_yis_conversations_begin_with_its_token(encoder, folder):
+    with_bos, without = encoder("llm.bos='<|startoftext|>'"), encoder()
+    first = with_bos.tokenizer.tokenizer.token_to_id("<|startoftext|>")
+    for generate in (True, False):
+        turns = TURNS[:2] if generate else TURNS[:3]
+        one, other = (encode(record(turns, PICTURES[:1]), e, generate=generate) for e in (with_bos, without))
+        assert one.tokens.tolist() == [first, *other.tokens.tolist()]
+    with pytest.raises(ConfigError, match=r"llm.bos: got '<s>', expected a token of .*tokenizer.json"):
+        load_tokenizer(str(folder), "<s>")
+
+
+def test_the_yi_preset_has_a_first_token_and_the_others_none(configured):
+    assert configured("llm=yi-34b", "arch=decoder").llm.bos == "<|startoftext|>"
+    assert configured("llm=qwen2-72b", "arch=decoder").llm.bos is None
+
+
+def test_a_prompt_has_the_whole_history_and_an_open_turn():
+    tokenizer = load_tokenizer("tiny")
+    turns = [("user", "One"), ("assistant", "Two"), ("user", "Three")]
+    ids = [i for run in chat.prompt(turns, tokenizer, "Sys") for i in run.ids]
+    assert tokenizer.tokenizer.decode(ids, skip_special_tokens=False) == (
+        "<|im_start|>system\nSys<|im_end|>\n<|im_start|>user\nOne<|im_end|>\n<|im_start|>assistant\nTwo<|im_end|>\n"
+        "<|im_start|>user\nThree<|im_end|>\n<|im_start|>assistant\n"
+    )
+    with pytest.raises(BadRecord, match="the last turn is the assistant's"):
+        chat.prompt(turns[:2], tokenizer)
+
+
+def test_the_first_question_keeps_its_own_images():
+    turns = [("user", "<image> or <image>?"), ("assistant", "This."), ("user", "<image>"), ("assistant", "That.")]
+    asked = chat.first_question(record(turns, PICTURES))
+    assert asked.messages == [{"role": "user", "content": "<image> or <image>?"}]
+    assert asked.images == PICTURES[:2]
+    unmarked = chat.first_question(record([("user", "?"), ("assistant", "<image>")], PICTURES))
+    assert unmarked.messages == [{"role": "user", "content": "<image>\n<image>\n?"}]
+    assert unmarked.images == PICTURES[:2]
+
+
+def test_a_tokenizer_that_does_not_read_is_refused_in_one_line(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{broken")
+    with pytest.raises(ConfigError, match=r"llm.tokenizer: got .*which does not read") as caught:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
