@@ -43,11 +43,11 @@ PACKAGES = (
 def start(config: Config, run_dir: Path, started: float) -> None:
     """Train: in this process under torchrun or srun, else in workers of our own."""
     if _launched():
-        _check_weights(config, run_dir)
+        check_weights(config, run_dir)
         _prepare_folder(config, run_dir, writes=os.environ["RANK"] == "0")
         work(config, run_dir, started)
         return
-    _check_weights(config, run_dir)
+    check_weights(config, run_dir)
     _prepare_folder(config, run_dir, writes=True)
     processes = config.parallel.replica * config.parallel.data
     environment = os.environ | {
@@ -133,9 +133,10 @@ def check_devices(config: Config) -> None:
         raise problem("parallel", f"{processes} processes", f"at most the {gpus} GPUs here", "use torchrun or srun")
 
 
-def _check_weights(config: Config, run_dir: Path) -> None:
+def check_weights(config: Config, run_dir: Path) -> None:
     """Raise ConfigError where config.init names something that is not what it should be. It reads headers alone."""
-    vision_source(config)
+    if not config.dry_run or config.init.vision or config.init.release:
+        vision_source(config)
     if config.resume == "auto" and latest(run_dir) is not None:
         return  # the rest is in the checkpoint
     model_source(config)
