@@ -133,12 +133,15 @@ def check_devices(config: Config) -> None:
         raise problem("parallel", f"{processes} processes", f"at most the {gpus} GPUs here", "use torchrun or srun")
 
 
-def check_weights(config: Config, run_dir: Path) -> None:
-    """Raise ConfigError where config.init names something that is not what it should be. It reads headers alone."""
+def check_weights(config: Config, run_dir: Path | None = None) -> None:
+    """Raise ConfigError where config.init names something that is not what it should be. It reads headers alone.
+
+    A run that goes on from a checkpoint in `run_dir` needs the encoder alone.
+    """
     if not config.dry_run or config.init.vision or config.init.release:
         vision_source(config)
-    if config.resume == "auto" and latest(run_dir) is not None:
-        return  # the rest is in the checkpoint
+    if config.resume == "auto" and run_dir is not None and latest(run_dir) is not None:
+        return
     model_source(config)
     if config.init.checkpoint:
         check_same_model(config, find_checkpoint(Path(config.init.checkpoint), "init.checkpoint"))

@@ -116,10 +116,14 @@ def _write(
         # Beside the writing: a folder that holds what a damaged file gave never gets its name.
         verified = beside.submit(lambda: [fault for one in folders for fault in own_faults(one)])
         task = progress.add_task("export", total=sum(one.bytes for one in planned))
-        with ShardWriter(folder, planned, int(options.shard_gb * 1e9)) as writer:
-            for name, tensor in _tensors(parts, weights, vision):
-                writer.write(name, tensor)
-                progress.advance(task, tensor.nbytes)
+        try:
+            with ShardWriter(folder, planned, int(options.shard_gb * 1e9)) as writer:
+                for name, tensor in _tensors(parts, weights, vision):
+                    writer.write(name, tensor)
+                    progress.advance(task, tensor.nbytes)
+        except Exception:
+            _refuse(step, verified.result())  # if a damaged file is why, then that is to be said
+            raise
         _refuse(step, verified.result())
     _describe(folder, config, dummy_heads(config, vision))
 
