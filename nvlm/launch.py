@@ -44,11 +44,11 @@ PACKAGES = (
 def start(config: Config, run_dir: Path, started: float) -> None:
     """Train: in this process under torchrun or srun, else in workers of our own."""
     if launched():
-        _check_weights(config, run_dir)
+        check_weights(config, run_dir)
         _prepare_folder(config, run_dir, writes=os.environ["RANK"] == "0")
         work(config, run_dir, started)
         return
-    _check_weights(config, run_dir)
+    check_weights(config, run_dir)
     _prepare_folder(config, run_dir, writes=True)
     processes = config.parallel.replica * config.parallel.data
     arguments = ["-m", "nvlm.launch", str(run_dir / "config.yaml"), repr(started)]
@@ -145,15 +145,15 @@ def check_processes(config: Config, gpus: int) -> None:
         raise problem("parallel", f"{processes} processes", f"at most the {gpus} GPUs here", "use torchrun or srun")
 
 
-def _check_weights(config: Config, run_dir: Path) -> None:
-    vision_source(config)
-    if config.resume != "auto" or latest(run_dir) is None:  # else the rest is in the checkpoint
-        check_init(config)
+def check_weights(config: Config, run_dir: Path | None = None) -> None:
+    """Raise ConfigError where config.init names something that is not what it should be. It reads headers alone.
 
-
-def check_init(config: Config) -> None:
-    """Raise ConfigError where config.init names something that is not what it should be. It reads headers alone."""
-    vision_source(config)
+    A run that goes on from a checkpoint in `run_dir` needs the encoder alone.
+    """
+    if not config.dry_run or config.init.vision or config.init.release:
+        vision_source(config)
+    if config.resume == "auto" and run_dir is not None and latest(run_dir) is not None:
+        return
     model_source(config)
     if config.init.checkpoint:
         check_same_model(config, find_checkpoint(Path(config.init.checkpoint), "init.checkpoint"))

@@ -17,7 +17,7 @@ from yaml import YAMLError
 from nvlm.cli import check_overrides, unknown_key
 from nvlm.config import Config, ConfigError, from_mapping, problem, validate
 from nvlm.generate.sampling import Sampling
-from nvlm.launch import check_init, flat
+from nvlm.launch import check_weights, flat
 from nvlm.lengths import check_lengths
 from nvlm.runs import find_checkpoint, read_run_config
 
@@ -147,5 +147,5 @@ def _checked(config: Config) -> Config:
         got = getattr(config.parallel, key)
         if got != 1:
             raise problem(f"parallel.{key}", got, "1 to generate text", f"parallel.{key}=1")
-    check_init(config)
+    check_weights(config)
     return config

@@ -37,7 +37,7 @@ def read(source: Source, groups: Iterable[str], ours: Mapping[str, Tensor], rank
     for name, parts in by_tensor.items():
         by_file[source.stored[name].file].append((name, parts))
     total = sum(source.stored[name].bytes for name in by_tensor)
-    with _bar(f"{source.key} {', '.join(groups)}", total) as advance:
+    with _bar(f"{', '.join(groups)} from {source.key}", total) as advance:
         for file in sorted(by_file):
             for name, parts in sorted(by_file[file], key=lambda entry: source.stored[entry[0]].place):
                 own = [(part, ours[part.ours]) for part in parts if part.ours in ours]

@@ -110,7 +110,7 @@ def check_tensors(parts: Iterable[Part], stored: Mapping[str, Stored], key: str,
     expected = shapes(parts)
     wrong = [f"no {name}" for name in expected if name not in stored]
     wrong += [f"{name}, which the model does not have" for name in sorted(stored.keys() - expected - set(spare))]
-    for name in expected.keys() & stored.keys():
+    for name in filter(stored.__contains__, expected):
         if stored[name].shape != expected[name]:
             wrong.append(f"{name} of shape {stored[name].shape} instead of {expected[name]}")
         elif stored[name].dtype not in _BYTES:

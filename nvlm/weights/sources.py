@@ -41,10 +41,9 @@ def model_source(config: Config) -> Source | None:
 
 def vision_source(config: Config) -> Source:
     """The published folder that holds the frozen encoder, checked as in `model_source`."""
-    if config.init.vision:
-        return _vision(config.vision, str(TINY) if config.init.vision == "tiny" else config.init.vision)
-    if config.init.release:
-        return _release(config, config.init.release)
+    for key in ("vision", "release"):
+        if folder := getattr(config.init, key):
+            return _vision(config.vision, str(TINY) if folder == "tiny" else folder, f"init.{key}")
     raise problem("init.vision", "nothing", "the frozen encoder's weights", "init.vision=DIR, or vision=tiny")
 
 
@@ -56,17 +55,17 @@ def check_new(config: Config, given: Iterable[str], where: str) -> None:
         raise problem(f"weights of {', '.join(lost)}", f"none in {where}", "weights of all that is not new", fix)
 
 
-def _vision(vision: VisionConfig, folder: str) -> Source:
-    stored = read_headers(folder, "init.vision")
-    values = read_config(folder, "init.vision", (*_VISION_CODE, *RELEASE_CODE)) or {}
+def _vision(vision: VisionConfig, folder: str, key: str) -> Source:
+    stored = read_headers(folder, key)
+    values = read_config(folder, key, (*_VISION_CODE, *RELEASE_CODE)) or {}
     inside = any(name.startswith(VISION) for name in stored)  # a whole model's folder
     if inside:
         stored = {name: one for name, one in stored.items() if name.startswith(VISION)}
     prefix = VISION if inside else ""
     parts = below(prefix, internvit.parts(vision, _dummy_heads(vision, stored, prefix)))
-    check_values(values.get("vision_config", values), _vision_values(vision), "init.vision")
-    check_tensors(parts, stored, "init.vision")
-    return Source("init.vision", folder, {"vision": parts}, stored)
+    check_values(values.get("vision_config", values), _vision_values(vision), key)
+    check_tensors(parts, stored, key)
+    return Source(key, folder, {"vision": parts}, stored)
 
 
 def _llm(config: Config, folder: str) -> Source:

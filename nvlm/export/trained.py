@@ -1,0 +1,83 @@
+"""A checkpoint's weights, whole and one at a time, whatever layout wrote them. Needs no process group.
+
+torch's own reader holds a tensor three times while it reads it. Here what the files hold is mapped: a tensor that was
+written in one piece costs no memory but the kernel's.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+_PAGE = mmap.ALLOCATIONGRANULARITY
+
+
+class TrainedWeights:
+    """The model's tensors in several checkpoint folders, by their names in the whole model."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.folders = [_Folder(folder) for folder in folders]
+        self.places = {name: folder for folder in self.folders for name in folder.tensors}
+        self.last: tuple[str, Tensor] | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.places
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What it is stored as."""
+        return self.places[name].tensors[name].properties.dtype
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor. The last one is kept: several published tensors may be parts of it."""
+        if self.last is None or self.last[0] != name:
+            self.last = None
+            self.last = (name, self.places[name].read(name))
+        return self.last[1]
+
+
+class _Folder:
+    """One folder of torch.distributed.checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.reader = folder, FileSystemReader(folder)
+        metadata = self.reader.read_metadata()
+        self.items = metadata.storage_data
+        self.tensors = {
+            name: entry
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+        }
+
+    def read(self, name: str) -> Tensor:
+        entry = self.tensors[name]
+        pieces = ((chunk, self._map(MetadataIndex(name, chunk.offsets))) for chunk in entry.chunks)
+        if len(entry.chunks) == 1:
+            return next(pieces)[1]
+        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+        for chunk, piece in pieces:
+            region = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes))
+            whole[region] = piece
+        return whole
+
+    def _map(self, index: MetadataIndex) -> Tensor:
+        """The tensor that stands in a file, over the file's own pages."""
+        item = self.items[index]
+        with open(self.folder / item.relative_path, "rb") as file:
+            with FakeTensorMode():  # its shape and where its numbers begin, without reading them
+                fake = torch.load(self.reader._slice_file(file, item), weights_only=True)
+            storage = fake.untyped_storage()
+            start = item.offset + storage._checkpoint_offset
+            begin = start // _PAGE * _PAGE
+            length = start - begin + storage.nbytes()
+            # Private and writable: torch wants a buffer that it could write to.
+            pages = mmap.mmap(file.fileno(), length, mmap.MAP_PRIVATE, offset=begin)
+        count = storage.nbytes() // fake.element_size()
+        flat = torch.frombuffer(pages, dtype=fake.dtype, count=count, offset=start - begin)
+        return flat.as_strided(fake.size(), fake.stride(), fake.storage_offset())
