@@ -174,11 +174,15 @@ class VisionLanguageModel(MegatronModule):
         if not start:
             check_placeholders(batch, self.tile_tokens)
         length, device = batch.tokens.shape[1], batch.tokens.device
-        columns_S = own_columns(length)[start:].to(device)
-        queries, keys = (columns.to(device) for columns in attended_columns(length, self.inner))
+        if start:
+            columns_S = queries = torch.arange(start, length, device=device)
+            keys = torch.arange(length, device=device)
+        else:
+            columns_S = own_columns(length).to(device)
+            queries, keys = (columns.to(device) for columns in attended_columns(length, self.inner))
         return self.decoder(
             self._stream(batch, columns_S, tiles=self.use.stream and not start) if self.pre_process else None,
-            attention_mask=causal_mask(batch.sample, queries[start:], keys),
+            attention_mask=causal_mask(batch.sample, queries, keys),
             context=self._keys(batch) if self.use.keys and not start else None,
             context_mask=unseen_keys(batch, columns_S) if self.use.keys else None,
             rotary_pos_emb=rotary_angles(batch.positions[:, columns_S], self.llm),

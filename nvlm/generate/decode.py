@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nvlm import device
 from nvlm.arch.stages import Stages, next_logits, share_from_last
 from nvlm.batch import ALL_TILES, IGNORE, PAD, Batch
 from nvlm.generate.choose import Chooser
@@ -49,7 +50,8 @@ def continue_rows(
     rows = _Rows(batch, sampling.max_new_tokens, multiple if recompute else 1)
     choose, texts = Chooser(sampling, len(batch.tokens)), [[] for _ in batch.tokens]
     start = 0
-    with generating(stages.parts), nullcontext([]) if recompute else cached(stages.parts) as caches:
+    caching = nullcontext([]) if recompute else cached(stages.parts)
+    with generating(stages.parts), device.untranslated(), caching as caches:
         while True:
             logits_BV = next_logits(stages, rows.computed(), rows.last_B, start)
             tokens_B = torch.zeros_like(rows.last_B) if logits_BV is None else choose(logits_BV, rows.numbers)

@@ -53,6 +53,8 @@ def attended_columns(length: int, inner: int) -> tuple[Tensor, Tensor]:
 def gather_columns(hidden_SBH: Tensor) -> Tensor:
     """Hidden states of all columns, in their order in the row. Gradients do not flow back."""
     group = parallel_state.get_context_parallel_group()
+    if group.size() == 1:
+        return hidden_SBH.detach()
     whole = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH.detach(), group=group)
     return whole[all_columns(len(whole)).argsort().to(whole.device)]
 
