@@ -40,6 +40,7 @@ def imports(folder: str) -> dict[str, set[str]]:
         ("arch/xattn", ("nvlm.arch.decoder", "nvlm.arch.hybrid")),
         ("train", ("nvlm.arch.decoder", "nvlm.arch.xattn", "nvlm.arch.hybrid")),
         ("evaluate", ("nvlm.arch.decoder", "nvlm.arch.xattn", "nvlm.arch.hybrid", "nvlm.train")),
+        ("generate", ("nvlm.arch.decoder", "nvlm.arch.xattn", "nvlm.arch.hybrid", "nvlm.evaluate")),
         ("config", ("torch", "megatron", "hydra")),
         ("counts", ("torch", "megatron", "hydra")),
     ],
