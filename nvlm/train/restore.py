@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,10 +11,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
+from nvlm.arch.base import VisionLanguageModel, parameter_group
 from nvlm.config import problem
 from nvlm.train.checkpoint import FROZEN, steps_of
 from nvlm.train.digests import MANIFEST, digest, faults, frozen_digest
-from nvlm.train.state import model_state, optimizer_state, restore_optimizer
+from nvlm.train.state import metadata, model_state, optimizer_state, restore_optimizer
 from nvlm.train.step import Trainer
 
 
@@ -27,10 +29,10 @@ def load(trainer: Trainer, folder: Path) -> tuple[int, dict[str, float]]:
     model, frozen = model_state(trainer)
     wanted = model | optimizer_state(trainer, model)
     if frozen_digest(folder) is None:
-        state = _read(folder, wanted | {name: model[name] | frozen[name] for name in model})
+        state = _read_all(folder, wanted | {name: model[name] | frozen[name] for name in model})
     else:
-        weights = _read(folder.parent / FROZEN, frozen)
-        state = _read(folder, wanted)
+        weights = _read_all(folder.parent / FROZEN, frozen)
+        state = _read_all(folder, wanted)
         state |= {name: state[name] | weights.get(name, {}) for name in model}
     for number, chunk in enumerate(trainer.chunks):
         chunk.module.load_state_dict(state[f"model{number}"])
@@ -38,6 +40,35 @@ def load(trainer: Trainer, folder: Path) -> tuple[int, dict[str, float]]:
     restore_optimizer(trainer, model, state, run["adam_step"])
     trainer.schedule.load_state_dict(run["schedule"])
     return run["step"], run["extra"]
+
+
+def load_weights(parts: Sequence[VisionLanguageModel], folder: Path, new: Sequence[str] = ()) -> list[str]:
+    """Fill `parts`, a model of any layout, from the weights of `folder`, and leave optimizer and schedule alone.
+
+    All processes call it together. `new`: module groups that may be absent from the checkpoint as a whole; returns
+    those that are. Raises ConfigError as `load` does.
+    """
+    _verify(folder)
+    state = {f"model{number}": part.sharded_state_dict(metadata=metadata()) for number, part in enumerate(parts)}
+    places = [folder] if frozen_digest(folder) is None else [folder, folder.parent / FROZEN]
+    have = {place: _weights_in(place) for place in places}
+    there = {parameter_group(key) for keys in have.values() for key in keys}
+    absent = sorted(set(new) - there)
+    wanted = {
+        name: {key: entry for key, entry in part.items() if parameter_group(key) not in absent}
+        for name, part in state.items()
+    }
+    held = {key: shape for keys in have.values() for key, shape in keys.items()}
+    _refuse(folder, _differences(_shapes(wanted), held))
+    loaded: dict[str, dict] = {name: {} for name in state}
+    for place, keys in have.items():
+        here = {name: {key: e for key, e in part.items() if _key(e) in keys} for name, part in wanted.items()}
+        tensors = _read(place, here)
+        loaded = {name: part | tensors.get(name, {}) for name, part in loaded.items()}
+    for number, part in enumerate(parts):
+        missing = part.load_state_dict(loaded[f"model{number}"], strict=False).missing_keys
+        assert all(parameter_group(key) in absent for key in missing), missing
+    return absent
 
 
 def _verify(folder: Path) -> None:
@@ -66,27 +97,48 @@ def _wrong(folder: Path) -> list[str]:
     return [] if digest(frozen / MANIFEST).sha256 == bound else [f"{FROZEN} holds the weights of another run"]
 
 
+def _read_all(folder: Path, wanted: dict) -> dict:
+    """Everything that `folder` holds, which is to be what is wanted."""
+    _refuse(folder, _differences(_shapes(wanted), _shapes_in(folder)))
+    return _read(folder, wanted)
+
+
 def _read(folder: Path, wanted: dict) -> dict:
-    _compare(folder, wanted)
     # A weight may be held by several pipeline stages, which the check of Megatron would not allow.
     return dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
 
 
-def _compare(folder: Path, wanted: dict) -> None:
-    """Raise ConfigError unless `folder` holds just the tensors that all processes want, in their shapes."""
+def _key(entry) -> str | None:
+    return getattr(entry, "key", None)
+
+
+def _shapes(wanted: dict) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of all tensors that all processes want, by key."""
     entries = [entry for entry in nested_values(load_preprocess(wanted)[0]) if isinstance(entry, ShardedTensor)]
     parts = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, {entry.key: tuple(entry.global_shape) for entry in entries})
-    want = {key: shape for part in parts for key, shape in part.items()}
+    return {key: shape for part in parts for key, shape in part.items()}
+
+
+def _shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
     metadata = dist_checkpointing.load_tensors_metadata(str(folder))
-    have = {key: tuple(entry.global_shape) for key, entry in metadata.items()}
+    return {key: tuple(entry.global_shape) for key, entry in metadata.items()}
+
+
+def _weights_in(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The model's tensors in `folder`, without Adam's."""
+    return {key: shape for key, shape in _shapes_in(folder).items() if not key.startswith("optimizer.")}
+
+
+def _differences(want: dict[str, tuple[int, ...]], have: dict[str, tuple[int, ...]]) -> list[str]:
     wrong = [f"no {key}" for key in want.keys() - have.keys()]
     wrong += [f"{key}, which this run does not have" for key in have.keys() - want.keys()]
-    wrong += [
-        f"{key} of shape {have[key]} instead of {want[key]}"
-        for key in want.keys() & have.keys()
-        if have[key] != want[key]
-    ]
+    shared = want.keys() & have.keys()
+    return wrong + [f"{key} of shape {have[key]} instead of {want[key]}" for key in shared if have[key] != want[key]]
+
+
+def _refuse(folder: Path, wrong: list[str]) -> None:
+    """Raise ConfigError where something is `wrong` with the tensors of `folder`."""
     if wrong:
         named = "; ".join(sorted(wrong)[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         fix = f"the model, stage and precision of {folder.parent.parent / 'config.yaml'}, or name=OTHER for a new run"

@@ -28,7 +28,7 @@ def model_state(trainer: Trainer) -> tuple[dict, dict]:
     """What changes in the model, and its frozen weights, each as `model0`, `model1`, ... by chunk."""
     parts: tuple[dict, dict] = ({}, {})
     for number, chunk in enumerate(trainer.chunks):
-        entries = chunk.module.sharded_state_dict(metadata=_metadata())
+        entries = chunk.module.sharded_state_dict(metadata=metadata())
         for frozen, part in enumerate(parts):
             part[f"model{number}"] = {name: entry for name, entry in entries.items() if _is_frozen(entry) == frozen}
     return parts
@@ -56,7 +56,8 @@ def adam_step(trainer: Trainer) -> int:
     return max((_step(part) for part in _parts(trainer.optimizer)), default=0)
 
 
-def _metadata() -> dict:
+def metadata() -> dict:
+    """What Megatron's sharded_state_dict asks for."""
     # Megatron caches a group in it, so each call gets a fresh one.
     return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 

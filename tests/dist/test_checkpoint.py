@@ -381,3 +381,46 @@ def test_a_state_that_does_not_fit_is_refused_by_name(tmp_path, written, left_ou
     [message] = run_distributed(refused, 1, (*FP32, *read), tmp_path)
     assert named in message
     assert "config.yaml" in message
+
+
+# --- weights alone, for the next stage or for generation ---
+
+
+def next_stage(overrides: tuple[str, ...], run: Path, onward: Path, new: tuple[str, ...]) -> list[str]:
+    """Another stage's trainer from the weights of `run`, in its own layout; what it then writes goes to `onward`."""
+    with joined(compose_config(*overrides)) as device:
+        trainer, _ = built(overrides, device)
+        absent = restore.load_weights(trainer.stages.parts, latest(run), new)
+        saved(trainer, overrides, onward, 1)
+        return absent
+
+
+def test_the_next_stage_begins_with_the_weights_of_the_last(tmp_path):
+    """From a checkpoint with frozen weights beside it, into other layouts and a stage in which they learn."""
+    run_distributed(begin, 1, FROZEN, tmp_path / "0")
+    for number, layout in enumerate((("parallel.tensor=2", "parallel.sequence=true"), ("parallel.pipeline=2",))):
+        options = (*FROZEN, "stage=sft", "train.micro_batch=1", *layout)
+        assert run_distributed(next_stage, 2, options, tmp_path / "0", tmp_path / f"{number + 1}", ()) == [[], []]
+
+    run_distributed(same_weights, 1, [tmp_path / name for name in "012"])
+
+
+def same_weights(runs: list[Path]) -> None:
+    with joined(compose_config(*FROZEN)):
+        first, *others = (tensors_in(latest(run)) for run in runs)
+        weights = {name: tensor for name, tensor in first.items() if not name.startswith("optimizer.")}
+        for other in others:
+            assert_same({name: t for name, t in other.items() if not name.startswith("optimizer.")}, weights)
+
+
+def test_a_module_group_may_be_new_only_where_it_is_said_to_be(tmp_path):
+    run_distributed(begin, 1, (*FP32, "arch=decoder"), tmp_path / "0")
+    hybrid = (*FP32, "arch=hybrid")
+    assert run_distributed(next_stage, 1, hybrid, tmp_path / "0", tmp_path / "1", ("xattn",)) == [["xattn"]]
+    for options, new, reason in (
+        (hybrid, (), r"no decoder.layers.1.cross_attention.gate"),
+        ((*FP32, "arch=decoder", "llm.ffn=256"), (), r"linear_fc1.weight of shape \(768, 128\) instead of \(512, 128\)"),
+        ((*FP32, "arch=xattn"), ("xattn",), r"projector.layers.encoder.linear_fc1.weight, which this run does not"),
+    ):
+        with pytest.raises(AssertionError, match=reason):
+            run_distributed(next_stage, 1, options, tmp_path / "0", tmp_path / "2", new)
