@@ -136,6 +136,27 @@ class StageConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PeftConfig:
+    """Low-rank adapters on the linears of the layers of the module groups `targets`, in place of their weights."""
+
+    name: str  # none, or lora
+    rank: int
+    alpha: float
+    dropout: float
+    targets: list[str]
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """The module groups with adapters."""
+        return () if self.name == "none" else tuple(self.targets)
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's output is multiplied with."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
     """Sizes of the parallel dimensions of one model replica; data parallelism takes the rest."""
 
@@ -228,6 +249,7 @@ class Config:
     tiling: TilingConfig
     data: DataConfig
     stage: StageConfig
+    peft: PeftConfig
     parallel: ParallelConfig
     optim: OptimConfig
     train: TrainConfig
@@ -261,8 +283,8 @@ def _coerce(kind, value, path: str):
             return float(value)
         except ValueError:
             pass
-    if typing.get_origin(plain) is dict and isinstance(value, dict):
-        return dict(value)
+    if typing.get_origin(plain) in (dict, list) and isinstance(value, typing.get_origin(plain)):
+        return typing.get_origin(plain)(value)
     if not isinstance(plain, type) or not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
         name = getattr(plain, "__name__", str(plain))
         raise problem(path, repr(value), f"a value of type {name}", f"write {path}=<{name}>")
@@ -382,9 +404,27 @@ def _stage(config: Config) -> None:
         )
 
 
+def _peft(config: Config) -> None:
+    peft = config.peft
+    _one_of("peft", peft.name, ("none", "lora"))
+    if peft.name == "none":
+        return
+    if peft.rank < 1:
+        raise problem("peft.rank", peft.rank, "at least 1", "peft.rank=16")
+    if not 0 <= peft.dropout < 1:
+        raise problem("peft.dropout", peft.dropout, "at least 0 and below 1", "peft.dropout=0")
+    for target in peft.targets:
+        _one_of("peft.targets", target, ("llm", "xattn"))
+    learns = set(config.stage.trainable) - ({"xattn"} if config.arch.name == "decoder" else set())
+    if learns.isdisjoint(peft.targets):
+        known = ", ".join(sorted(learns & {"llm", "xattn"})) or "but it trains neither"
+        expected = f"at least one that stage={config.stage.name} trains ({known})"
+        raise problem("peft.targets", peft.targets, expected, "stage=sft, or peft=none")
+
+
 def validate(config: Config) -> Config:
     """Check every cross-field rule (token lengths: nvlm.lengths); return `config` or raise ConfigError, one message."""
-    for rule in (_positive, _names, _shapes, _layout, _schedule, _faults, _stage):
+    for rule in (_positive, _names, _shapes, _layout, _schedule, _faults, _stage, _peft):
         rule(config)
     return config
 

@@ -134,7 +134,7 @@ def build_trainer(config: Config, device) -> Trainer:
     """Model, encoder and optimizer on `device`."""
     parts = [part.to(device) for part in build_parts(config)]
     for part in parts:
-        freeze(part, config.stage)
+        freeze(part, config.stage, config.peft.adapted)
     stages = build_stages(config, parts)
     chunks = tuple(wrap(part, config) for part in parts)
     optimizer, schedule = build_optimizer(chunks, config)
