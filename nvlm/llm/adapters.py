@@ -15,7 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, get_cuda_rng_tracker
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    get_cuda_rng_tracker,
+    get_data_parallel_rng_tracker_name,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import sharded_state_dict_default
@@ -77,9 +82,8 @@ class Adapter(nn.Module):
     def _drop(self, x: Tensor) -> Tensor:
         if not self.training or not self.dropout:
             return x
-        if not self.split:  # all ranks are to leave out the same of what they all have
-            return nn.functional.dropout(x, self.dropout)
-        with get_cuda_rng_tracker().fork():
+        # All ranks are to leave out the same of what they all have, and each its own of what it alone has.
+        with get_cuda_rng_tracker().fork("model-parallel-rng" if self.split else get_data_parallel_rng_tracker_name()):
             return nn.functional.dropout(x, self.dropout)
 
 
@@ -145,8 +149,12 @@ class AdaptedRowLinear(RowParallelLinear):
 
 
 def _sharded_adapter(linear: nn.Module, prefix: str, sharded_offsets: tuple, metadata: dict | None) -> dict:
-    # The base takes all that it holds for whole, while each linear of the adapter knows how it is split.
-    return sharded_state_dict_default(linear.adapter, f"{prefix}{ADAPTER}.", sharded_offsets, metadata)
+    # The base takes all that stands below it for whole, while each linear of the adapter knows how it is split.
+    state = {}
+    for name, child in linear.adapter.named_children():
+        below = f"{prefix}{ADAPTER}.{name}."
+        state |= sharded_state_dict_default(child, below, sharded_offsets, metadata, tp_group=linear.tp_group)
+    return state
 
 
 @torch.no_grad()
