@@ -73,6 +73,7 @@ def train(
         for step, data in enumerate(load_steps(steps, first, config.data.workers), start=first + 1):
             if parallel.is_replica_writer():
                 append_skipped(run_dir, data.skipped)
+            parallel.seed_step(config.seed, step)
             result = train_step(trainer, data, guard, signals.came, functools.partial(mark, step))
             metrics.record(result)
             checkpoints.poll()
