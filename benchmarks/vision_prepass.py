@@ -194,17 +194,18 @@ def trainer_of(overrides: list[str], **sizes):
     from nvlm.train.loop import build_trainer
     from nvlm.vision.encoder import InternViT
     from nvlm.vision.path import solo_groups
-    from nvlm.weights.internvit import to_huggingface
+    from nvlm.weights import internvit
+    from nvlm.weights.parts import published
 
     # A port of its own for each: the store of the groups before may still be closing.
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    config = compose_config(*BASE, *overrides, *(f"parallel.{key}={size}" for key, size in sizes.items()))
+    layout = [f"parallel.{key}={size}" for key, size in sizes.items()]
+    config = compose_config(*BASE, *overrides, *layout, "init.vision=null")
     with distributed(config.parallel, config.seed, threads=1) as device, tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tower.safetensors"
-        state = dict(InternViT(config, solo_groups()).named_parameters())
-        named = to_huggingface(state, config.vision.layers, config.vision.heads)
-        save_file({name: t.detach().contiguous() for name, t in named.items()}, path)
-        config = replace(config, vision=replace(config.vision, weights=str(path)))
+        state = {name: p.data for name, p in InternViT(config, solo_groups()).named_parameters()}
+        save_file(published(internvit.parts(config.vision), state), path)
+        config = replace(config, init=replace(config.init, vision=str(path)))
         yield build_trainer(config, device), config
 
 

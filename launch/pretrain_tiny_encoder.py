@@ -20,9 +20,11 @@ from nvlm.cli import compose_config
 from nvlm.data.pages import CELLS, TILE, digit_pool, draw_digit, on_paper
 from nvlm.tiling import normalize
 from nvlm.vision.encoder import InternViT
-from nvlm.vision.path import TINY, solo_groups
+from nvlm.vision.path import solo_groups
 from nvlm.vision.reduce import pixel_shuffle
-from nvlm.weights.internvit import to_huggingface
+from nvlm.weights import internvit
+from nvlm.weights.parts import published
+from nvlm.weights.sources import TINY
 
 BLANK = 10  # the class of a cell without a digit
 STEPS, BATCH, LEARNING_RATE = 2000, 32, 3e-3
@@ -100,7 +102,7 @@ def train(encoder: InternViT, head: nn.Linear, start: float) -> None:
 def main() -> None:
     """Train, print the accuracy on held-out scans, write the weights."""
     start = time.time()
-    config = compose_config("vision=tiny")
+    config = compose_config("vision=tiny", "init.vision=null")
     with parallel.distributed(config.parallel, seed=0):
         encoder = InternViT(config, solo_groups())
         for layer in encoder.decoder.layers:  # trained from scratch: begin as plain residual branches
@@ -108,7 +110,7 @@ def main() -> None:
             nn.init.ones_(layer.mlp.layer_scale.weight)
         head = nn.Linear(config.vision.hidden * config.vision.downsample**2, BLANK + 1)
         train(encoder, head, start)
-        weights = to_huggingface(encoder.state_dict(), config.vision.layers, config.vision.heads)
+        weights = published(internvit.parts(config.vision), dict(encoder.named_parameters()))
     save_file(weights, TINY)
     print(f"wrote {TINY.name}: {TINY.stat().st_size / 1e6:.2f} MB")
 

@@ -50,7 +50,9 @@ class LLMConfig:
     head_dim: int
     ffn: int
     vocab: int
+    vocab_multiple: int  # embedding and output layer are padded to a multiple of it, so that ranks can share them
     rope_theta: float
+    rope_scaling: dict[str, float] | None  # Llama 3.1's, by the names of its config.json; None: none
     norm_eps: float
     qkv_bias: bool
     tied: bool
@@ -66,10 +68,15 @@ class LLMConfig:
     cross_length: dict[str, int]  # cross-attended tokens by architecture
     steps: dict[str, int]  # of a training run by architecture
 
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding and of the output layer."""
+        return math.ceil(self.vocab / self.vocab_multiple) * self.vocab_multiple
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionConfig:
-    """An InternViT. Sizes in px; `weights`: a safetensors file, "tiny" ships with the package."""
+    """An InternViT. Sizes in px."""
 
     name: str
     hidden: int
@@ -79,8 +86,10 @@ class VisionConfig:
     patch: int
     tile_size: int
     downsample: int
+    norm: str  # rms, or layer (InternViT-300M)
     norm_eps: float
-    weights: str | None
+    qkv_bias: bool
+    qk_norm: bool
     balance: str  # replica: tiles are spread over the ranks of a replica; global: over all ranks
     tiles_per_call: int  # the encoder's batch
 
@@ -120,6 +129,16 @@ class DataConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InitConfig:
+    """Where weights come from at the start of a stage; None: random ones. `vision`: "tiny" ships with the package."""
+
+    llm: str | None  # a published language model: a folder with safetensors
+    vision: str | None  # a published InternViT: a folder with safetensors, or a file
+    release: str | None  # a whole model in the layout of NVLM-D-72B: what an export writes
+    checkpoint: str | None  # a run folder of the stage before, or one of its checkpoints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageConfig:
     """Which module groups learn."""
 
@@ -127,6 +146,7 @@ class StageConfig:
     train_projector: bool
     train_xattn: bool
     train_llm: bool
+    new: tuple[str, ...]  # module groups that may begin with random weights where others are read
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -143,12 +163,12 @@ class PeftConfig:
     rank: int
     alpha: float
     dropout: float
-    targets: list[str]
+    targets: tuple[str, ...]
 
     @property
     def adapted(self) -> tuple[str, ...]:
         """The module groups with adapters."""
-        return () if self.name == "none" else tuple(self.targets)
+        return () if self.name == "none" else self.targets
 
     @property
     def scale(self) -> float:
@@ -243,6 +263,7 @@ class Config:
     resume: str
     dry_run: bool
     precision: str
+    init: InitConfig
     arch: ArchConfig
     llm: LLMConfig
     vision: VisionConfig
@@ -283,8 +304,10 @@ def _coerce(kind, value, path: str):
             return float(value)
         except ValueError:
             pass
-    if typing.get_origin(plain) in (dict, list) and isinstance(value, typing.get_origin(plain)):
-        return typing.get_origin(plain)(value)
+    if typing.get_origin(plain) is dict and isinstance(value, dict):
+        return dict(value)
+    if typing.get_origin(plain) is tuple and isinstance(value, list):
+        return tuple(value)
     if not isinstance(plain, type) or not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
         name = getattr(plain, "__name__", str(plain))
         raise problem(path, repr(value), f"a value of type {name}", f"write {path}=<{name}>")
@@ -299,6 +322,7 @@ def _one_of(what: str, got: str, known: tuple[str, ...]) -> None:
 
 def _positive(config: Config) -> None:
     counts = {
+        "llm.vocab_multiple": config.llm.vocab_multiple,
         "parallel.tensor": config.parallel.tensor,
         "parallel.pipeline": config.parallel.pipeline,
         "parallel.virtual": config.parallel.virtual,
@@ -329,6 +353,9 @@ def _names(config: Config) -> None:
     _one_of("data.source", config.data.source, ("pages", "jsonl"))
     _one_of("precision", config.precision, ("fp32", "bf16"))
     _one_of("resume", config.resume, ("never", "auto"))
+    _one_of("vision.norm", config.vision.norm, ("rms", "layer"))
+    for group in config.stage.new:
+        _one_of("stage.new", group, ("projector", "xattn"))
     _one_of("vision.balance", config.vision.balance, ("replica", "global"))
     _one_of("train.recompute", config.train.recompute, ("none", "full"))
     if config.data.source == "jsonl" and not config.data.path and not config.dry_run:
@@ -345,11 +372,19 @@ def _shapes(config: Config) -> None:
     if vision.tile_size % cell:
         fix = f"vision.tile_size={max(1, vision.tile_size // cell) * cell}"
         raise problem("vision.tile_size", vision.tile_size, f"a multiple of patch x downsample = {cell}", fix)
-    split = {"llm.heads": llm.heads, "llm.kv_heads": llm.kv_heads, "llm.ffn": llm.ffn, "llm.vocab": llm.vocab}
+    split = {"llm.heads": llm.heads, "llm.kv_heads": llm.kv_heads, "llm.ffn": llm.ffn}
     largest = math.gcd(*split.values())
     for what, size in split.items():
         if size % tensor:
             raise problem("parallel.tensor", tensor, f"a divisor of {what}={size}", f"parallel.tensor={largest}")
+    if llm.padded_vocab % tensor:
+        got = f"{llm.padded_vocab} rows (a multiple of llm.vocab_multiple={llm.vocab_multiple})"
+        raise problem(
+            "llm.vocab",
+            got,
+            f"a multiple of parallel.tensor={tensor}",
+            f"llm.vocab_multiple={128 if 128 % tensor == 0 else tensor}",
+        )
     if config.arch.name == "decoder":
         if config.arch.cross_every:
             raise problem("arch.cross_every", config.arch.cross_every, "0 for arch=decoder", "arch.cross_every=0")
@@ -375,6 +410,16 @@ def _layout(config: Config) -> None:
         expected = f"a divisor of llm.kv_heads / parallel.tensor = {groups}"
         fix = f"parallel.context_heads={math.gcd(groups, p.context)}"
         raise problem("parallel.context_heads", p.context_heads, expected, fix)
+
+
+def _init(config: Config) -> None:
+    given = [name for name in ("llm", "release", "checkpoint") if getattr(config.init, name)]
+    if len(given) > 1:
+        both = " and ".join(f"init.{name}" for name in given)
+        raise problem(both, "several sources of the language model", "one of them", f"leave init.{given[0]} out")
+    if config.init.release and config.init.vision:
+        fix = "leave init.vision out, or take init.llm with it"
+        raise problem("init.release and init.vision", "two encoders", "one of them", fix)
 
 
 def _schedule(config: Config) -> None:
@@ -419,12 +464,12 @@ def _peft(config: Config) -> None:
     if learns.isdisjoint(peft.targets):
         known = ", ".join(sorted(learns & {"llm", "xattn"})) or "but it trains neither"
         expected = f"at least one that stage={config.stage.name} trains ({known})"
-        raise problem("peft.targets", peft.targets, expected, "stage=sft, or peft=none")
+        raise problem("peft.targets", list(peft.targets), expected, "stage=sft, or peft=none")
 
 
 def validate(config: Config) -> Config:
     """Check every cross-field rule (token lengths: nvlm.lengths); return `config` or raise ConfigError, one message."""
-    for rule in (_positive, _names, _shapes, _layout, _schedule, _faults, _stage, _peft):
+    for rule in (_positive, _names, _shapes, _layout, _init, _schedule, _faults, _stage, _peft):
         rule(config)
     return config
 

@@ -14,13 +14,15 @@ def llm_parameters(llm: LLMConfig) -> int:
     q, kv = llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim
     attention = llm.hidden * (q + 2 * kv) + q * llm.hidden + (q + 2 * kv if llm.qkv_bias else 0)
     layer = attention + 3 * llm.hidden * llm.ffn + 2 * llm.hidden
-    return llm.vocab * llm.hidden * (1 if llm.tied else 2) + llm.layers * layer + llm.hidden
+    return llm.padded_vocab * llm.hidden * (1 if llm.tied else 2) + llm.layers * layer + llm.hidden
 
 
 def vision_parameters(vision: VisionConfig) -> int:
     """InternViT with its embeddings."""
     d, patches = vision.hidden, (vision.tile_size // vision.patch) ** 2
-    layer = 3 * d * d + 2 * d + d * d + d + 2 * d * vision.ffn + vision.ffn + d + 4 * d
+    linears = 3 * d * d + d * d + d + 2 * d * vision.ffn + vision.ffn + d
+    norms = (4 if vision.norm == "layer" else 2) * d + (2 * d if vision.qk_norm else 0)
+    layer = linears + (3 * d if vision.qkv_bias else 0) + norms + 2 * d  # and layer scale
     return vision.layers * layer + 3 * vision.patch**2 * d + d + d + (patches + 1) * d
 
 

@@ -12,6 +12,7 @@ from nvlm import parallel
 from nvlm.config import Config, cross_layers
 from nvlm.lengths import image_tokens
 from nvlm.tiling.grid import TilePlan
+from nvlm.weights.sources import Source, model_source, vision_source
 
 
 def dry_run(config: Config) -> None:
@@ -24,11 +25,24 @@ def dry_run(config: Config) -> None:
     console.print(
         f"gated cross-attention: {f'{len(layers)} layers: ' + ', '.join(map(str, layers)) if layers else 'none'}"
     )
+    for source in _sources(config):
+        names = {part.name for parts in source.parts.values() for part in parts}
+        size = sum(source.stored[name].bytes for name in names)
+        console.print(
+            f"{source.key}={source.folder}: {len(names):,} tensors of {', '.join(source.parts)}, {size / 1e9:.2f} GB, "
+            f"with the names, shapes and dtypes that they should have"
+        )
     p = config.parallel
     console.print(
         f"layout: tensor {p.tensor} x pipeline {p.pipeline} x context {p.context} = {p.replica} processes a replica; "
         f"text stream {config.data.seq_length} tokens, cross-attended {config.data.cross_length}"
     )
+
+
+def _sources(config: Config) -> list[Source]:
+    """What config.init names, checked already; not the encoder that ships with the package."""
+    found = [vision_source(config)] if config.init.vision not in (None, "tiny") else []
+    return found + list(filter(None, [model_source(config)]))
 
 
 def _parameters(config: Config) -> Table:

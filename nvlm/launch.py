@@ -19,7 +19,9 @@ from omegaconf import OmegaConf
 from nvlm.config import Config, ConfigError, from_mapping, problem, validate
 from nvlm.counts import fewest_gpus, gpus_needed, parameters
 from nvlm.files import write_whole
+from nvlm.runs import check_same_model, find_checkpoint, latest
 from nvlm.train.guard import BrokenRun
+from nvlm.weights.sources import model_source, vision_source
 from nvlm.workers import EXPLAINED, report, run_workers, take_forks_along
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,9 +43,11 @@ PACKAGES = (
 def start(config: Config, run_dir: Path, started: float) -> None:
     """Train: in this process under torchrun or srun, else in workers of our own."""
     if _launched():
+        check_weights(config, run_dir)
         _prepare_folder(config, run_dir, writes=os.environ["RANK"] == "0")
         work(config, run_dir, started)
         return
+    check_weights(config, run_dir)
     _prepare_folder(config, run_dir, writes=True)
     processes = config.parallel.replica * config.parallel.data
     environment = os.environ | {
@@ -129,8 +133,23 @@ def check_devices(config: Config) -> None:
         raise problem("parallel", f"{processes} processes", f"at most the {gpus} GPUs here", "use torchrun or srun")
 
 
+def check_weights(config: Config, run_dir: Path | None = None) -> None:
+    """Raise ConfigError where config.init names something that is not what it should be. It reads headers alone.
+
+    A run that goes on from a checkpoint in `run_dir` needs the encoder alone.
+    """
+    if not config.dry_run or config.init.vision or config.init.release:
+        vision_source(config)
+    if config.resume == "auto" and run_dir is not None and latest(run_dir) is not None:
+        return
+    model_source(config)
+    if config.init.checkpoint:
+        check_same_model(config, find_checkpoint(Path(config.init.checkpoint), "init.checkpoint"))
+
+
 # What a resumed run may change; the rest decides what its steps compute.
-_FREE = ("name", "resume", "dry_run", "parallel.", "evaluate.", "data.workers", "data.max_skipped", "train.log_every",
+_FREE = ("name", "resume", "dry_run", "init.llm", "init.checkpoint", "stage.new", "parallel.", "evaluate.",
+         "data.workers", "data.max_skipped", "train.log_every",
          "train.save_every", "train.keep", "train.async_save", "train.save_frozen", "train.threads", "train.recompute",
          "train.stop_seconds", "train.spike_factor", "train.max_bad_steps", "vision.balance",
          "vision.tiles_per_call")  # fmt: skip
@@ -169,7 +188,8 @@ def flat(values: dict, path: str = "") -> dict[str, object]:
     """Nested `values` with dotted keys."""
     leaves: dict[str, object] = {}
     for key, value in values.items():
-        leaves |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+        plain = list(value) if isinstance(value, tuple) else value  # as YAML reads it back
+        leaves |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": plain}
     return leaves
 
 

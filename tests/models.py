@@ -28,6 +28,7 @@ from nvlm.registry import build_architecture
 from nvlm.vision.encoder import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
 from nvlm.weights import internvit, llm
+from nvlm.weights.parts import joined, published
 from tests.parity.reference import NO_LOSS, RefDims, ReferenceNVLM, RefSample, Segment
 
 TILE = 8  # px
@@ -92,13 +93,13 @@ def below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def to_ours(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     """The reference's tensors (encoder apart) under our names."""
-    ours = llm.from_huggingface(below("language_model.", state), config.llm, cross_layers(config))
+    ours = joined(llm.parts(config.llm, cross_layers(config)), below("language_model.", state))
     return ours | {name: state[theirs] for theirs, name in projector_names(config.arch.name).items()}
 
 
 def to_reference(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     """Our tensors, or their gradients, under the reference's names."""
-    named = llm.to_huggingface(state, config.llm, cross_layers(config))
+    named = published(llm.parts(config.llm, cross_layers(config)), state)
     theirs = {f"language_model.{name}": t for name, t in named.items()}
     return theirs | {theirs: state[name] for theirs, name in projector_names(config.arch.name).items()}
 
@@ -131,7 +132,7 @@ def build_twins(config: Config, gates: float | None = None, seed: int = 1) -> Tw
     load(model, to_ours(state, config) | awake_adapters(model))
     encoder = InternViT(config, solo_groups())
     vision = config.vision
-    load(encoder, internvit.from_huggingface(below("vision_model.", state), vision.layers, vision.heads))
+    load(encoder, joined(internvit.parts(vision), below("vision_model.", state)))
     reference.double()
     if config.peft.adapted:
         reference.load_state_dict(to_reference(merged_weights(model, config), config), strict=False)

@@ -10,11 +10,12 @@ T tiles, K tokens per tile, C feature width, H model width.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
@@ -78,6 +79,7 @@ class Projector(MegatronModule):
             gated_linear_unit=False,
             activation_func=nn.functional.gelu,
             add_qkv_bias=False,
+            perform_initialization=True,  # it may be new where others are read
         )
         super().__init__(config=llm)
         width = config.vision.hidden * config.vision.downsample**2
@@ -109,6 +111,7 @@ class VisionLanguageModel(MegatronModule):
         self.llm, self.tile_tokens, self.inner = config.llm, config.vision.tile_tokens, config.parallel.context_heads
         self.pre_process, self.post_process = stage == 0, stage == config.parallel.stages - 1
         self.architecture, self.use = architecture, tile_use(config, architecture, stage)
+        self.first_layer = stage_layers(config, stage).start
         self.borrowed: Callable[[Tensor], Tensor] | None = None  # embeds tags on a stage without the embedding
         virtual = stage // config.parallel.pipeline if config.parallel.virtual > 1 else None
         self.shared: dict[str, nn.Module] = {}  # a plain dictionary: what others own is not registered here
@@ -120,7 +123,11 @@ class VisionLanguageModel(MegatronModule):
         if self.pre_process or (self.post_process and config.llm.tied):
             with seeded(config.seed, "embedding"):
                 self.embedding = LanguageModelEmbedding(
-                    megatron, config.llm.vocab, config.llm.max_positions, "rope", scatter_to_sequence_parallel=False
+                    megatron,
+                    config.llm.padded_vocab,
+                    config.llm.max_positions,
+                    "rope",
+                    scatter_to_sequence_parallel=False,
                 )
         self.decoder = TransformerBlock(
             megatron,
@@ -134,7 +141,7 @@ class VisionLanguageModel(MegatronModule):
             with seeded(config.seed, "output layer"):
                 self.output_layer = ColumnParallelLinear(
                     config.llm.hidden,
-                    config.llm.vocab,
+                    config.llm.padded_vocab,
                     config=megatron,
                     init_method=megatron.embedding_init_method if config.llm.tied else megatron.init_method,
                     bias=False,
@@ -170,7 +177,7 @@ class VisionLanguageModel(MegatronModule):
             attention_mask=causal_mask(batch.sample, queries, keys),
             context=self.shared["fusion"](batch, project, self.embed) if self.use.keys else None,
             context_mask=unseen_keys(batch, columns_S) if self.use.keys else None,
-            rotary_pos_emb=rotary_angles(batch.positions[:, columns_S], self.llm.head_dim, self.llm.rope_theta),
+            rotary_pos_emb=rotary_angles(batch.positions[:, columns_S], self.llm),
         )
 
     def _stream(self, batch: Batch, columns_S: Tensor, project: Project | None) -> Tensor:
@@ -187,7 +194,21 @@ class VisionLanguageModel(MegatronModule):
     def logits(self, hidden_SBH: Tensor) -> Tensor:
         """[S, B, vocabulary / tensor parallel size]."""
         weight = self.embedding.word_embeddings.weight if self.llm.tied else None
-        return self.output_layer(hidden_SBH, weight=weight)[0]
+        logits = self.output_layer(hidden_SBH, weight=weight)[0]
+        columns = logits.shape[-1]
+        real = self.llm.vocab - columns * parallel_state.get_tensor_model_parallel_rank()
+        if real >= columns:
+            return logits
+        # Rows that pad the vocabulary are no words.
+        return nn.functional.pad(logits[..., : max(real, 0)], (0, columns - max(real, 0)), value=-torch.inf)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters by their names in the whole model, where layers are counted from the first stage's."""
+
+        def whole(name: str) -> str:
+            return re.sub(r"(?<=^decoder\.layers\.)\d+", lambda m: str(int(m[0]) + self.first_layer), name)
+
+        return {whole(name): parameter.data for name, parameter in self.named_parameters()}
 
     def forward(self, batch: Batch) -> Tensor:
         """Per-token loss [B, S], zero where there is no label; hidden states on stages before the last."""

@@ -99,6 +99,7 @@ class AdaptedColumnLinear(ColumnParallelLinear):
             peft.rank, outputs, config=config, init_method=nn.init.zeros_, bias=False, gather_output=False, **shared
         )
         self.adapter = Adapter(_Whole(inputs, peft.rank, config, partial=split), up, peft, split)
+        nn.init.zeros_(up.weight)  # also where Megatron is told to leave weights as they come
         _begin(self.adapter.down.weight, inputs, seed)
 
     def forward(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
@@ -180,10 +181,10 @@ def merge(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
 def merge_state(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """`state`, by name, with its adapters merged into the weights beside them."""
     merged = {name: tensor for name, tensor in state.items() if not is_adapter(name)}
-    for name in state:
-        if name.endswith(f".{ADAPTER}.down.weight"):
-            base, up = name.replace(f"{ADAPTER}.down.", ""), name.replace(".down.", ".up.")
-            merged[base] = merge(state[base], state[name], state[up], scale)
+    for name, tensor in merged.items():
+        down, up = adapter_names(name)
+        if down in state:
+            merged[name] = merge(tensor, state[down], state[up], scale)
     return merged
 
 
@@ -195,6 +196,12 @@ def merge_in_place(model: nn.Module) -> None:
             down, up = linear.adapter.down.weight, linear.adapter.up.weight
             linear.weight.copy_(merge(linear.weight, down, up, linear.adapter.scale))
             up.zero_()
+
+
+def adapter_names(name: str) -> tuple[str, str]:
+    """What `down` and `up` beside the weight `name` would be called."""
+    linear = name.removesuffix("weight")
+    return f"{linear}{ADAPTER}.down.weight", f"{linear}{ADAPTER}.up.weight"
 
 
 def is_adapter(name: str) -> bool:

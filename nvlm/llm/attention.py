@@ -13,6 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from nvlm.batch import ALL_TILES, PAD, Batch
+from nvlm.config import LLMConfig
 
 
 def attend(query_SBND: Tensor, key_XBGD: Tensor, value_XBGD: Tensor, unseen: Tensor | None, scale: float | None):
@@ -75,8 +76,24 @@ def unseen_keys(batch: Batch, columns_S: Tensor) -> Tensor:
     return ~visible(*queries, batch.cross_sample, batch.cross_image, batch.cross_tile)[:, None]
 
 
-def rotary_angles(positions_BS: Tensor, head_dim: int, theta: float) -> Tensor:
+def rotary_angles(positions_BS: Tensor, llm: LLMConfig) -> Tensor:
     """[S, B, 1, D] rotary angles in radians, from each token's position within its own sample."""
-    steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BS.device) / head_dim
-    angles = positions_BS.t().float()[..., None] * theta**-steps
+    steps = torch.arange(0, llm.head_dim, 2, dtype=torch.float32, device=positions_BS.device) / llm.head_dim
+    frequencies = llm.rope_theta**-steps
+    if llm.rope_scaling is not None:
+        frequencies = scaled(frequencies, **llm.rope_scaling)
+    angles = positions_BS.t().float()[..., None] * frequencies
     return torch.cat((angles, angles), dim=-1)[:, :, None, :]
+
+
+def scaled(
+    frequencies: Tensor,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: float,
+) -> Tensor:
+    """Llama 3.1's longer context: slow rotations slowed by `factor`, fast ones kept, a ramp between."""
+    turns = original_max_position_embeddings * frequencies / (2 * torch.pi)
+    keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return frequencies * (keep + (1 - keep) / factor)

@@ -80,6 +80,7 @@ def llm_config(config: Config) -> TransformerConfig:
         recompute_method="uniform" if config.train.recompute == "full" else None,
         recompute_num_layers=1 if config.train.recompute == "full" else None,
         hetereogenous_dist_checkpoint=True,  # layers with and without cross-attention
+        perform_initialization=not (config.init.llm or config.init.release or config.init.checkpoint),  # read instead
     )
 
 

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from nvlm import parallel
 from nvlm.config import ConfigError, TrainConfig, problem
 from nvlm.files import write_whole
+from nvlm.runs import latest, steps_of
 from nvlm.train.digests import MANIFEST, digest, write_manifest
 from nvlm.train.guard import BrokenRun
 from nvlm.train.state import adam_step, model_state, optimizer_state
@@ -28,24 +29,6 @@ from nvlm.train.step import Trainer
 from nvlm.train.writer import Writer
 
 FROZEN = "frozen"
-
-
-def latest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    mark = run_dir / "checkpoints" / "latest"
-    if not mark.is_file():
-        return None
-    folder = mark.parent / mark.read_text().strip()
-    if not folder.is_dir():
-        there = [other.name for other in steps_of(mark.parent)]
-        fix = f"write {there[-1]} into it" if there else "delete it to begin anew"
-        raise problem(str(mark), folder.name, f"one of {', '.join(there) or 'none'}, which are there", fix)
-    return folder
-
-
-def steps_of(root: Path) -> list[Path]:
-    """The step folders below `root`, oldest first."""
-    return sorted(root.glob("step_*"))
 
 
 class Checkpoints:

@@ -16,7 +16,9 @@ from nvlm.data.loader import StepData, Steps, load_steps
 from nvlm.data.sources import build_records
 from nvlm.data.tokenizer import load_tokenizer
 from nvlm.evaluate.heldout import evaluate
-from nvlm.train.checkpoint import Checkpoints, latest
+from nvlm.runs import latest
+from nvlm.train.begin import begin
+from nvlm.train.checkpoint import Checkpoints
 from nvlm.train.guard import Guard, broken
 from nvlm.train.metrics import Metrics, append_skipped, print_groups
 from nvlm.train.optim import build_optimizer, count_groups, freeze, wrap
@@ -36,11 +38,12 @@ def run(config: Config, run_dir: Path, started: float) -> None:
     ):
         check_world(config, parallel.world_size())
         steps = build_steps(config)
-        trainer = build_trainer(config, device)
+        goes_on = config.resume == "auto" and latest(run_dir) is not None
+        trainer = build_trainer(config, device, begins=not goes_on)
         first, guard = resume(trainer, config, run_dir)
         counts = count_groups(trainer.stages.parts, trainer.vision.path.encoder)
         if parallel.is_first_rank():
-            print_groups(counts, config.stage.name, config.optim.lr)
+            print_groups(counts, config.stage.name, config.optim.lr, trainer.origins)
         if not train(trainer, config, steps, first, run_dir, guard, watch.mark):
             return
         heldout = build_records(config.data, config.seed, heldout=True) if config.evaluate.questions else None
@@ -131,9 +134,10 @@ def build_steps(config: Config) -> Steps:
     )
 
 
-def build_trainer(config: Config, device) -> Trainer:
-    """Model, encoder and optimizer on `device`."""
+def build_trainer(config: Config, device, begins: bool = True) -> Trainer:
+    """Model, encoder and optimizer on `device`; with the first weights of config.init where the run `begins`."""
     parts = [part.to(device) for part in build_parts(config)]
+    origins = begin(parts, config) if begins else {}
     for part in parts:
         freeze(part, config.stage, config.peft.adapted)
     stages = build_stages(config, parts)
@@ -143,4 +147,4 @@ def build_trainer(config: Config, device) -> Trainer:
     megatron.grad_scale_func, megatron.finalize_model_grads_func = optimizer.scale_loss, stages.finalize
     team = build_team(tile_use_of_rank(config, parallel.pipeline_rank()), config.vision.balance)
     vision = BalancedVision(build_vision(config, device), team)
-    return Trainer(chunks, stages, vision, optimizer, schedule, device)
+    return Trainer(chunks, stages, vision, optimizer, schedule, device, origins)

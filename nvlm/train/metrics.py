@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
@@ -110,18 +111,20 @@ def append_skipped(run_dir: Path, skipped) -> None:
             file.write("".join(json.dumps({"record": name, "reason": reason}) + "\n" for name, reason in skipped))
 
 
-def print_groups(counts: list[GroupCount], stage: str, lr: float) -> None:
-    """The table of what learns."""
+def print_groups(counts: list[GroupCount], stage: str, lr: float, origins: Mapping[str, str]) -> None:
+    """The table of what learns, and where its first weights come from (not in a resumed run)."""
     table = Table(title=f"stage {stage}", title_justify="left")
     for heading, justify in (
         ("module group", "left"),
         ("parameters", "right"),
         ("learns", "left"),
         ("peak lr", "right"),
+        *([("weights", "left")] if origins else []),
     ):
         table.add_column(heading, justify=justify)
     for count in counts:
         if count.parameters:
             learns = "yes" if count.learns else "frozen"
-            table.add_row(count.name, f"{count.parameters:,}", learns, f"{lr:g}" if count.learns else "")
+            origin = [origins[count.name]] if origins else []
+            table.add_row(count.name, f"{count.parameters:,}", learns, f"{lr:g}" if count.learns else "", *origin)
     Console().print(table)

@@ -14,7 +14,8 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from nvlm.arch.base import VisionLanguageModel, parameter_group
 from nvlm.config import problem
 from nvlm.llm.adapters import is_adapter
-from nvlm.train.checkpoint import FROZEN, steps_of
+from nvlm.runs import steps_of
+from nvlm.train.checkpoint import FROZEN
 from nvlm.train.digests import MANIFEST, digest, faults, frozen_digest
 from nvlm.train.state import metadata, model_state, optimizer_state, restore_optimizer
 from nvlm.train.step import Trainer

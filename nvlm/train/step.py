@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,7 @@ class Trainer:
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     device: torch.device
+    origins: Mapping[str, str]  # where each module group's first weights come from; empty in a resumed run
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """InternViT in Megatron-Core modules (InternViT-6B-448px-V1-5: NVLM section 4.1; tiny: the same at toy size).
 
-Pre-norm RMSNorm blocks with layer scale, RMSNorm of queries and keys over the full width, no qkv bias, a class
-token that is dropped at the end, no final norm.
+Pre-norm blocks with layer scale, a class token that is dropped at the end, no final norm. The 6B has RMSNorms, also
+of queries and keys over the full width, and no qkv bias; the 300M LayerNorms, none of queries and keys, and a bias.
 
 Shapes: T tiles, P patches (1024 at full size), D encoder width, px tile side in pixels.
 """
@@ -23,10 +23,10 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from nvlm.config import Config
+from nvlm.config import Config, VisionConfig
 from nvlm.llm.attention import CoreAttention
 from nvlm.llm.build import base_config
-from nvlm.llm.norm import FullWidthRMSNorm, RMSNorm
+from nvlm.llm.norm import FullWidthRMSNorm, LayerNorm, RMSNorm
 
 
 class _LayerScale(nn.Module):
@@ -46,8 +46,8 @@ class ScaledSelfAttention(SelfAttention):
 
     def __init__(self, config: TransformerConfig, *args, **kwargs) -> None:
         super().__init__(config, *args, **kwargs)
-        # Megatron builds the qkv linear with a bias wherever other linears have one; InternViT's has none.
-        self.linear_qkv.bias = None
+        if not config.add_qkv_bias:  # Megatron builds the qkv linear with one wherever other linears have one
+            self.linear_qkv.bias = None
         self.layer_scale = _LayerScale(config)
 
     def forward(self, *args, **kwargs):
@@ -65,12 +65,14 @@ class ScaledMLP(MLP):
         return self.layer_scale(super().forward(*args, **kwargs))
 
 
-def _layer_spec() -> ModuleSpec:
+def _layer_spec(vision: VisionConfig) -> ModuleSpec:
+    norm = {"rms": RMSNorm, "layer": LayerNorm}[vision.norm]
+    heads = dict(q_layernorm=FullWidthRMSNorm, k_layernorm=FullWidthRMSNorm) if vision.qk_norm else {}
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=ScaledSelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask},
@@ -78,12 +80,11 @@ def _layer_spec() -> ModuleSpec:
                     linear_qkv=ColumnParallelLinear,
                     core_attention=CoreAttention,
                     linear_proj=RowParallelLinear,
-                    q_layernorm=FullWidthRMSNorm,
-                    k_layernorm=FullWidthRMSNorm,
+                    **heads,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=functools.partial(ScaledMLP.as_mlp_submodule, submodules=linears),
             mlp_bda=get_bias_dropout_add,
         ),
@@ -105,11 +106,12 @@ class InternViT(MegatronModule):
                 kv_channels=vision.hidden // vision.heads,
                 ffn_hidden_size=vision.ffn,
                 activation_func=nn.functional.gelu,
-                normalization="RMSNorm",
+                normalization={"rms": "RMSNorm", "layer": "LayerNorm"}[vision.norm],
                 layernorm_epsilon=vision.norm_eps,
-                qk_layernorm=True,
+                qk_layernorm=vision.qk_norm,
                 add_bias_linear=True,
-                add_qkv_bias=False,
+                add_qkv_bias=vision.qkv_bias,
+                perform_initialization=not (config.init.vision or config.init.release),  # read instead
             )
         )
         dtype, patches = self.config.params_dtype, (vision.tile_size // vision.patch) ** 2
@@ -118,7 +120,7 @@ class InternViT(MegatronModule):
         self.position_embedding = nn.Parameter(torch.randn(1, 1 + patches, vision.hidden, dtype=dtype) * 0.02)
         self.decoder = TransformerBlock(
             self.config,
-            TransformerBlockSubmodules(layer_specs=[_layer_spec()] * vision.layers, layer_norm=RMSNorm),
+            TransformerBlockSubmodules(layer_specs=[_layer_spec(vision)] * vision.layers, layer_norm=RMSNorm),
             post_layer_norm=False,
             pg_collection=groups,
         )

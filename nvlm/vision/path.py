@@ -5,22 +5,18 @@ Every rank holds it whole; which tiles a rank encodes is nvlm.vision.balance's b
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from safetensors.torch import load_file
 from torch import Tensor
 
 from nvlm.batch import Batch
-from nvlm.config import Config, problem
+from nvlm.config import Config
 from nvlm.tiling import normalize
 from nvlm.vision.encoder import InternViT
 from nvlm.vision.reduce import pixel_shuffle
-from nvlm.weights.internvit import from_huggingface
-
-TINY = Path(__file__).parent / "tiny_encoder.safetensors"
+from nvlm.weights.load import read
+from nvlm.weights.sources import vision_source
 
 
 def solo_groups() -> ProcessGroupCollection:
@@ -52,25 +48,8 @@ class VisionPath:
 
 
 def build_vision(config: Config, device: torch.device) -> VisionPath:
-    """The encoder of `config` with its weights, on `device`."""
-    vision = config.vision
-    if vision.weights is None:
-        fix = "vision.weights=FILE.safetensors, or vision=tiny"
-        raise problem("vision.weights", "nothing", "the frozen encoder's weights", fix)
-    path = TINY if vision.weights == "tiny" else Path(vision.weights)
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise problem("vision.weights", repr(str(path)), "a .safetensors file", "vision.weights=FILE.safetensors")
-    encoder = InternViT(config, solo_groups())
-    state = from_huggingface(load_file(path), vision.layers, vision.heads)
-    expected = dict(encoder.named_parameters())
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            shape = tuple(expected[name].shape)
-            raise problem(
-                f"vision.weights: {name}",
-                tuple(tensor.shape),
-                f"shape {shape}",
-                "choose the matching vision=",
-            )
-        expected[name].data.copy_(tensor)
-    return VisionPath(encoder.to(device), vision.downsample, vision.tiles_per_call)
+    """The encoder of `config` with its weights, on `device`. All processes call it together."""
+    source = vision_source(config)
+    encoder = InternViT(config, solo_groups()).to(device)
+    read(source, ["vision"], {name: parameter.data for name, parameter in encoder.named_parameters()})
+    return VisionPath(encoder, config.vision.downsample, config.vision.tiles_per_call)

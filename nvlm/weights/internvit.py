@@ -1,61 +1,65 @@
-"""InternViT's tensors under their Hugging Face names, for our Megatron modules."""
+"""InternViT's published tensors (`embeddings.*`, `encoder.layers.*`), for our Megatron modules.
+
+qkv is published as [all queries | all keys | all values]; Megatron wants [q, k, v] head by head. NVLM-D-72B holds the
+encoder with `dummy_heads` heads of zeros behind the real ones, so that its number divides by 8: ours has none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 
-from torch import Tensor
-
-_LAYER = {
-    "attn.proj.weight": "self_attention.linear_proj.weight",
-    "attn.proj.bias": "self_attention.linear_proj.bias",
-    "attn.q_norm.weight": "self_attention.q_layernorm.weight",
-    "attn.k_norm.weight": "self_attention.k_layernorm.weight",
-    "norm1.weight": "input_layernorm.weight",
-    "norm2.weight": "pre_mlp_layernorm.weight",
-    "ls1": "self_attention.layer_scale.weight",
-    "ls2": "mlp.layer_scale.weight",
-    "mlp.fc1.weight": "mlp.linear_fc1.weight",
-    "mlp.fc1.bias": "mlp.linear_fc1.bias",
-    "mlp.fc2.weight": "mlp.linear_fc2.weight",
-    "mlp.fc2.bias": "mlp.linear_fc2.bias",
-}
-_EMBEDDINGS = {
-    "class_embedding": "class_embedding",
-    "position_embedding": "position_embedding",
-    "patch_embedding.weight": "patch_embedding.weight",
-    "patch_embedding.bias": "patch_embedding.bias",
-}
+from nvlm.config import VisionConfig
+from nvlm.weights.parts import Part
 
 
-def from_huggingface(tensors: Mapping[str, Tensor], layers: int, heads: int) -> dict[str, Tensor]:
-    """Our state dict from HF names (`embeddings.*`, `encoder.layers.*`). Missing or surplus names raise ValueError.
-
-    HF holds qkv as [all queries | all keys | all values]; Megatron wants [q, k, v] head by head.
-    """
-    names = {f"embeddings.{hf}": ours for hf, ours in _EMBEDDINGS.items()}
-    for layer in range(layers):
-        hf, ours = f"encoder.layers.{layer}", f"decoder.layers.{layer}"
-        names |= {f"{hf}.{h}": f"{ours}.{o}" for h, o in _LAYER.items()}
-        names[f"{hf}.attn.qkv.weight"] = f"{ours}.self_attention.linear_qkv.weight"
-    missing, surplus = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
-    if missing or surplus:
-        raise ValueError(
-            f"encoder weights: missing {missing[:3]} of {len(missing)}, surplus {surplus[:3]} of {len(surplus)}"
-        )
-    return {ours: _by_head(tensors[hf], heads) if ".qkv." in hf else tensors[hf] for hf, ours in names.items()}
+def parts(vision: VisionConfig, dummy_heads: int = 0) -> list[Part]:
+    """All tensors, in the order of the model."""
+    d, patches = vision.hidden, (vision.tile_size // vision.patch) ** 2
+    embeddings = {
+        "class_embedding": (1, 1, d),
+        "position_embedding": (1, 1 + patches, d),
+        "patch_embedding.weight": (d, 3, vision.patch, vision.patch),
+        "patch_embedding.bias": (d,),
+    }
+    found = [Part(name=f"embeddings.{name}", shape=shape, ours=name) for name, shape in embeddings.items()]
+    for layer in range(vision.layers):
+        found += _layer(vision, layer, dummy_heads)
+    return found
 
 
-def to_huggingface(state: Mapping[str, Tensor], layers: int, heads: int) -> dict[str, Tensor]:
-    """The inverse of `from_huggingface`."""
-    out = {f"embeddings.{hf}": state[ours] for hf, ours in _EMBEDDINGS.items()}
-    for layer in range(layers):
-        hf, ours = f"encoder.layers.{layer}", f"decoder.layers.{layer}"
-        out |= {f"{hf}.{h}": state[f"{ours}.{o}"] for h, o in _LAYER.items()}
-        qkv = state[f"{ours}.self_attention.linear_qkv.weight"]
-        out[f"{hf}.attn.qkv.weight"] = qkv.view(heads, 3, -1, qkv.shape[1]).transpose(0, 1).reshape(qkv.shape)
-    return {name: tensor.detach().clone().contiguous() for name, tensor in out.items()}
-
-
-def _by_head(qkv: Tensor, heads: int) -> Tensor:
-    return qkv.view(3, heads, -1, qkv.shape[1]).transpose(0, 1).reshape(qkv.shape)
+def _layer(vision: VisionConfig, layer: int, dummy_heads: int) -> Iterator[Part]:
+    hf, ours = f"encoder.layers.{layer}", f"decoder.layers.{layer}"
+    d, ffn = vision.hidden, vision.ffn
+    head = d // vision.heads
+    wide, real = d + dummy_heads * head, slice(0, d)
+    kinds = ("weight", "bias") if vision.norm == "layer" else ("weight",)
+    for name, norm in (("norm1", "input_layernorm"), ("norm2", "pre_mlp_layernorm")):
+        for kind in kinds:
+            yield Part(name=f"{hf}.{name}.{kind}", shape=(d,), ours=f"{ours}.{norm}.{kind}")
+    for kind, columns in (("weight", (d,)), ("bias", ()))[: 1 + vision.qkv_bias]:
+        for place in range(3):
+            yield Part(
+                name=f"{hf}.attn.qkv.{kind}",
+                shape=(3 * wide, *columns),
+                region=(slice(place * wide, place * wide + d),),
+                ours=f"{ours}.self_attention.linear_qkv.{kind}",
+                groups=vision.heads,
+                offset=place * head,
+            )
+    if vision.qk_norm:
+        for name in ("q_norm", "k_norm"):
+            norm = f"{ours}.self_attention.{name[0]}_layernorm.weight"
+            yield Part(name=f"{hf}.attn.{name}.weight", shape=(wide,), region=(real,), ours=norm)
+    proj = f"{ours}.self_attention.linear_proj"
+    yield Part(name=f"{hf}.attn.proj.weight", shape=(d, wide), region=(slice(0, d), real), ours=f"{proj}.weight")
+    others = {
+        "attn.proj.bias": ((d,), "self_attention.linear_proj.bias"),
+        "ls1": ((d,), "self_attention.layer_scale.weight"),
+        "ls2": ((d,), "mlp.layer_scale.weight"),
+        "mlp.fc1.weight": ((ffn, d), "mlp.linear_fc1.weight"),
+        "mlp.fc1.bias": ((ffn,), "mlp.linear_fc1.bias"),
+        "mlp.fc2.weight": ((d, ffn), "mlp.linear_fc2.weight"),
+        "mlp.fc2.bias": ((d,), "mlp.linear_fc2.bias"),
+    }
+    for name, (shape, place) in others.items():
+        yield Part(name=f"{hf}.{name}", shape=shape, ours=f"{ours}.{place}")

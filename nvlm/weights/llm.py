@@ -1,86 +1,68 @@
-"""A Qwen2- or Llama-shaped model's tensors under their Hugging Face names, for our Megatron modules."""
+"""A Qwen2- or Llama-shaped language model's published tensors (`model.*`, `lm_head.*`), for our Megatron modules.
+
+Queries, keys and values are published apart; Megatron wants them key-value group by group: [the group's queries, its
+key, its value]. Gate and up are one behind the other, on each tensor-parallel rank its share of both.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import torch
-from torch import Tensor
+from collections.abc import Iterator, Sequence
 
 from nvlm.config import LLMConfig
+from nvlm.weights.parts import Part
 
-_WORDS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_ENDS = {_WORDS: "embedding.word_embeddings.weight", "model.norm.weight": "decoder.final_layernorm.weight"}
-_LAYER = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "self_attn.o_proj.weight": "self_attention.linear_proj.weight",
-    "post_attention_layernorm.weight": "pre_mlp_layernorm.weight",
-    "mlp.down_proj.weight": "mlp.linear_fc2.weight",
-}
-# No published model has these: the names are ours, in the style of the others.
-_CROSS = {
-    "cross_attn.norm.weight": "pre_cross_attn_layernorm.weight",
-    "cross_attn.q_proj.weight": "cross_attention.linear_q.weight",
-    "cross_attn.o_proj.weight": "cross_attention.linear_proj.weight",
-    "cross_attn.gate": "cross_attention.gate",
-}
+WORDS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def _table(llm: LLMConfig, cross: Sequence[int]) -> dict[str, tuple[str, ...]]:
-    """Our name -> the HF names whose tensors it joins. `cross`: 1-based layers with gated cross-attention."""
-    table = {ours: (hf,) for hf, ours in _ENDS.items()}
-    if not llm.tied:
-        table["output_layer.weight"] = (_HEAD,)
+def parts(llm: LLMConfig, cross: Sequence[int] = ()) -> list[Part]:
+    """All tensors, in the order of the model. `cross`: 1-based layers with gated cross-attention."""
+    words = dict(shape=(llm.vocab, llm.hidden), split=0, padded=llm.padded_vocab)
+    found = [Part(name=WORDS, ours="embedding.word_embeddings.weight", **words)]
     for layer in range(llm.layers):
-        hf, ours = f"model.layers.{layer}", f"decoder.layers.{layer}"
-        for kind in ("weight", "bias") if llm.qkv_bias else ("weight",):
-            names = tuple(f"{hf}.self_attn.{part}_proj.{kind}" for part in "qkv")
-            table[f"{ours}.self_attention.linear_qkv.{kind}"] = names
-        table[f"{ours}.mlp.linear_fc1.weight"] = (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight")
-        if layer + 1 in cross:
-            names = tuple(f"{hf}.cross_attn.{part}_proj.weight" for part in "kv")
-            table[f"{ours}.cross_attention.linear_kv.weight"] = names
-        whole = _LAYER | _CROSS if layer + 1 in cross else _LAYER
-        table |= {f"{ours}.{o}": (f"{hf}.{h}",) for h, o in whole.items()}
-    return table
+        found += _layer(llm, layer)
+        found += _cross_attention(llm, layer) if layer + 1 in cross else []
+    found.append(Part(name="model.norm.weight", shape=(llm.hidden,), ours="decoder.final_layernorm.weight"))
+    return found if llm.tied else [*found, Part(name=HEAD, ours="output_layer.weight", **words)]
 
 
-def from_huggingface(tensors: Mapping[str, Tensor], llm: LLMConfig, cross: Sequence[int] = ()) -> dict[str, Tensor]:
-    """Our state dict from HF names (`model.*`, `lm_head.*`). Missing or surplus names raise ValueError.
-
-    HF holds queries, keys and values apart; Megatron wants them key-value group by group: [the group's
-    queries, its key, its value]. With tied embeddings a `lm_head.weight` that is there all the same is left
-    out.
-    """
-    table = _table(llm, cross)
-    expected = {hf for names in table.values() for hf in names}
-    given = set(tensors) - ({_HEAD} if llm.tied else set())
-    missing, surplus = sorted(expected - given), sorted(given - expected)
-    if missing or surplus:
-        counts = f"missing {missing[:3]} of {len(missing)}, surplus {surplus[:3]} of {len(surplus)}"
-        raise ValueError(f"language model weights: {counts}")
-    return {ours: _join(ours, [tensors[hf] for hf in names], llm) for ours, names in table.items()}
-
-
-def to_huggingface(state: Mapping[str, Tensor], llm: LLMConfig, cross: Sequence[int] = ()) -> dict[str, Tensor]:
-    """The inverse of `from_huggingface`; it maps gradients as well as weights."""
-    out = {}
-    for ours, names in _table(llm, cross).items():
-        out |= zip(names, _split(ours, state[ours], llm, len(names)))
-    return {name: tensor.detach().clone().contiguous() for name, tensor in out.items()}
+def _layer(llm: LLMConfig, layer: int) -> Iterator[Part]:
+    hf, ours = f"model.layers.{layer}", f"decoder.layers.{layer}"
+    width = llm.heads * llm.head_dim
+    yield Part(name=f"{hf}.input_layernorm.weight", shape=(llm.hidden,), ours=f"{ours}.input_layernorm.weight")
+    qkv = f"{ours}.self_attention.linear_qkv"
+    yield from _grouped(llm, f"{hf}.self_attn", "qkv", f"{qkv}.weight", (llm.hidden,))
+    if llm.qkv_bias:
+        yield from _grouped(llm, f"{hf}.self_attn", "qkv", f"{qkv}.bias", ())
+    out, proj = f"{hf}.self_attn.o_proj.weight", f"{ours}.self_attention.linear_proj.weight"
+    yield Part(name=out, shape=(llm.hidden, width), ours=proj, split=1)
+    norm = f"{ours}.pre_mlp_layernorm.weight"
+    yield Part(name=f"{hf}.post_attention_layernorm.weight", shape=(llm.hidden,), ours=norm)
+    for half, name in enumerate(("gate_proj", "up_proj")):
+        fc1 = dict(shape=(llm.ffn, llm.hidden), ours=f"{ours}.mlp.linear_fc1.weight", split=0)
+        yield Part(name=f"{hf}.mlp.{name}.weight", offset=half * llm.ffn, **fc1)
+    fc2 = f"{ours}.mlp.linear_fc2.weight"
+    yield Part(name=f"{hf}.mlp.down_proj.weight", shape=(llm.hidden, llm.ffn), ours=fc2, split=1)
 
 
-def _join(ours: str, parts: list[Tensor], llm: LLMConfig) -> Tensor:
-    if ".linear_fc1." in ours or len(parts) == 1:
-        return torch.cat(parts)
-    # [rows] -> [groups, rows of one group]: heads / kv_heads heads of queries, one of keys, one of values.
-    grouped = [part.unflatten(0, (llm.kv_heads, -1)) for part in parts]
-    return torch.cat(grouped, dim=1).flatten(0, 1)
+def _cross_attention(llm: LLMConfig, layer: int) -> Iterator[Part]:
+    """No published model has these: the names are ours, in the style of the others."""
+    hf, ours = f"model.layers.{layer}.cross_attn", f"decoder.layers.{layer}"
+    width = llm.heads * llm.head_dim
+    norm = f"{ours}.pre_cross_attn_layernorm.weight"
+    yield Part(name=f"{hf}.norm.weight", shape=(llm.hidden,), ours=norm)
+    query, proj = f"{ours}.cross_attention.linear_q.weight", f"{ours}.cross_attention.linear_proj.weight"
+    yield Part(name=f"{hf}.q_proj.weight", shape=(width, llm.hidden), ours=query, split=0)
+    yield from _grouped(llm, hf, "kv", f"{ours}.cross_attention.linear_kv.weight", (llm.hidden,))
+    yield Part(name=f"{hf}.o_proj.weight", shape=(llm.hidden, width), ours=proj, split=1)
+    yield Part(name=f"{hf}.gate", shape=(1,), ours=f"{ours}.cross_attention.gate")
 
 
-def _split(ours: str, tensor: Tensor, llm: LLMConfig, parts: int) -> Sequence[Tensor]:
-    if ".linear_fc1." in ours or parts == 1:
-        return tensor.chunk(parts)
-    queries = [llm.heads // llm.kv_heads * llm.head_dim] if parts == 3 else []
-    grouped = tensor.unflatten(0, (llm.kv_heads, -1))
-    return [part.flatten(0, 1) for part in grouped.split([*queries, llm.head_dim, llm.head_dim], dim=1)]
+def _grouped(llm: LLMConfig, hf: str, kinds: str, ours: str, columns: tuple[int, ...]) -> Iterator[Part]:
+    """Projections that share a linear of ours, of which each key-value group has some rows of every kind."""
+    offset = 0
+    for kind in kinds:
+        heads = llm.heads if kind == "q" else llm.kv_heads
+        name = f"{hf}.{kind}_proj.{ours.rpartition('.')[2]}"
+        shape = (heads * llm.head_dim, *columns)
+        yield Part(name=name, shape=shape, ours=ours, split=0, groups=llm.kv_heads, offset=offset)
+        offset += heads // llm.kv_heads * llm.head_dim

@@ -31,6 +31,7 @@ from nvlm.registry import build_architecture
 from nvlm.train.optim import freeze
 from nvlm.vision.reduce import pixel_shuffle
 from nvlm.weights import llm as llm_weights
+from nvlm.weights.parts import joined
 from tests.models import (
     TILE,
     Story,
@@ -243,13 +244,11 @@ def test_weights_survive_the_round_trip(overrides):
 def test_missing_and_surplus_weights_are_named():
     twins = twins_of("arch=hybrid")
     state = below("language_model.", dict(twins.reference.named_parameters()))
-    cross = cross_layers(twins.config)
+    parts = llm_weights.parts(twins.config.llm, cross_layers(twins.config))
     with pytest.raises(ValueError, match=r"missing \['lm_head.weight'\] of 1"):
-        llm_weights.from_huggingface({n: t for n, t in state.items() if "lm_head" not in n}, twins.config.llm, cross)
+        joined(parts, {n: t for n, t in state.items() if "lm_head" not in n})
     with pytest.raises(ValueError, match=r"surplus .*layers.1.cross_attn.* of 12"):
-        llm_weights.from_huggingface(state, twins.config.llm)
-    tied = replace(twins.config.llm, tied=True)
-    assert "output_layer.weight" not in llm_weights.from_huggingface(state, tied, cross)
+        joined(llm_weights.parts(twins.config.llm), state)
 
 
 # --- gates ---

@@ -24,20 +24,33 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nvlm.arch.base import VisionLanguageModel
+from nvlm.arch.stages import build_parts
 from nvlm.batch import IMAGE, Record
 from nvlm.config import Config
 from nvlm.data.encode import build_encoder, encode
 from nvlm.data.pack import collate
 from nvlm.data.tokenizer import TINY
+from nvlm.export.describe import describe
 from nvlm.parallel import distributed
 from nvlm.registry import build_architecture
+from nvlm.vision.encoder import InternViT
+from nvlm.vision.path import VisionPath, solo_groups
 from nvlm.weights import internvit
-from tests.models import TILE, Story, Twins, build_twins, record_of, small_config, to_reference
+from nvlm.weights.parts import published
+from nvlm.weights.sources import VISION, whole_model
+from tests.models import TILE, Story, record_of, small_config
 from tests.parity.test_models import ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO
+from tests.published import scatter
 
-SOURCE = Path(__file__).parents[2] / "nvlm" / "weights" / "modeling_nvlm.py"
+SOURCE = Path(__file__).parents[2] / "nvlm" / "export" / "modeling_nvlm.py"
 TOLERANCE = 1e-5
 SAYING = Story("saying", (("system", "Be <|im_end|> brief."), *TWO.turns), TWO.grids)
+
+# The language model of Llama 3.1 and the encoder of 300M parameters: other rotary angles, norms and biases.
+SCALING = dict(factor=4, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=64)
+LLAMA3 = "llm.rope_scaling={" + ",".join(f"{key}:{value}" for key, value in SCALING.items()) + "}"
+SMALL_ENCODER = ("vision.norm=layer", "vision.qk_norm=false", "vision.qkv_bias=true")
 
 CASES = {
     "decoder": ("arch=decoder",),
@@ -52,6 +65,9 @@ CASES = {
     "hybrid-llama": ("arch=hybrid", "llm.qkv_bias=false", "tiling.tag=2d_bbox", "data.system=Look."),
     "hybrid-tied": ("arch=hybrid", "llm.tied=true", "tiling.tag=2d_grid", "arch.cross_every=5"),
     "hybrid-no-tag": ("arch=hybrid", "tiling.tag=none"),
+    "decoder-llama-3.1": ("arch=decoder", "llm.qkv_bias=false", LLAMA3),
+    "xattn-300m": ("arch=xattn", *SMALL_ENCODER),
+    "hybrid-300m": ("arch=hybrid", *SMALL_ENCODER, LLAMA3),
     "hybrid-unbound": ("arch=hybrid", "arch.bind_tags=false", "tiling.max_tiles=12"),
 }
 STORIES = (ONE, ONE_TILE, TWO, SIDE_BY_SIDE, TEXT, SAYING)
@@ -64,86 +80,53 @@ def megatron() -> Iterator[None]:
     with distributed(small_config().parallel, seed=0, threads=1):
         yield
     torch.set_num_threads(threads)
-    twins_of.cache_clear()
+    built_of.cache_clear()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trainer's model and encoder."""
+
+    config: Config
+    model: VisionLanguageModel
+    vision: VisionPath
+
+    @property
+    def encoder(self) -> InternViT:
+        return self.vision.encoder
 
 
 @cache
-def twins_of(*overrides: str) -> Twins:
-    return build_twins(small_config(*overrides))
+def built_of(*overrides: str) -> Trained:
+    return trainer_model(*overrides)
 
 
 # --- an exported folder, written out once more ---
 
 
-def settings_of(config: Config, dummy_heads: int) -> dict:
-    """config.json."""
-    llm, vision = config.llm, config.vision
-    return {
-        "architectures": [{"decoder": "NVLM_D", "xattn": "NVLM_X", "hybrid": "NVLM_H"}[config.arch.name]],
-        "force_image_size": vision.tile_size,
-        "downsample_ratio": 0.5,
-        "max_dynamic_patch": config.tiling.max_tiles,
-        "use_thumbnail": True,
-        "ps_version": "v2",
-        "llm_config": {
-            "hidden_size": llm.hidden,
-            "intermediate_size": llm.ffn,
-            "num_hidden_layers": llm.layers,
-            "num_attention_heads": llm.heads,
-            "num_key_value_heads": llm.kv_heads,
-            "head_dim": llm.head_dim,
-            "rms_norm_eps": llm.norm_eps,
-            "rope_theta": llm.rope_theta,
-            "vocab_size": llm.vocab,
-            "attention_bias": llm.qkv_bias,
-            "tie_word_embeddings": llm.tied,
-        },
-        "vision_config": {
-            "hidden_size": vision.hidden,
-            "intermediate_size": vision.ffn,
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.heads,
-            "num_dummy_heads": dummy_heads,
-            "image_size": vision.tile_size,
-            "patch_size": vision.patch,
-            "layer_norm_eps": vision.norm_eps,
-        },
-        "nvlm": {
-            "arch": config.arch.name,
-            "cross_attention_every": config.arch.cross_every,
-            "bind_tags": config.arch.bind_tags,
-            "tag": config.tiling.tag,
-            "thumbnail_tag": config.llm.thumbnail_tag,
-            "tokenize": "apart",
-            "system": config.data.system,
-            "bos": None,
-        },
-    }
+def trainer_model(*overrides: str) -> Trained:
+    """The trainer's classes with random weights: gates open, no norm's weight and no bias at its start."""
+    config = small_config(*overrides)
+    (model,), encoder = build_parts(config), InternViT(config, solo_groups())
+    for seed, module in enumerate((model, encoder)):
+        scatter(module, seed)
+    return Trained(config, model, VisionPath(encoder, config.vision.downsample))
 
 
-def padded(name: str, tensor: Tensor, vision, dummy_heads: int) -> Tensor:
-    """A tensor of the encoder with zero heads behind the real ones."""
-    extra = dummy_heads * (vision.hidden // vision.heads)
-    if name.endswith("attn.qkv.weight"):
-        return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, extra)) for part in tensor.chunk(3)])
-    behind = name.endswith(("q_norm.weight", "k_norm.weight", "attn.proj.weight"))
-    return torch.nn.functional.pad(tensor, (0, extra)) if behind else tensor
+def tensors_of(trained: Trained, dummy_heads: int = 0) -> dict[str, Tensor]:
+    """All tensors under their exported names, zeros in the dummy heads."""
+    tower = published(internvit.parts(trained.config.vision, dummy_heads), dict(trained.encoder.named_parameters()))
+    others = [part for part in whole_model(trained.config, dummy_heads) if not part.name.startswith(VISION)]
+    ours = published(others, dict(trained.model.named_parameters()))
+    return {VISION + name: tensor for name, tensor in tower.items()} | ours
 
 
-def tensors_of(twins: Twins, dummy_heads: int = 0) -> dict[str, Tensor]:
-    """All tensors under their exported names."""
-    vision = twins.config.vision
-    tower = internvit.to_huggingface(dict(twins.vision.encoder.named_parameters()), vision.layers, vision.heads)
-    tower = {f"vision_model.{name}": padded(name, t, vision, dummy_heads).contiguous() for name, t in tower.items()}
-    return tower | to_reference(dict(twins.model.named_parameters()), twins.config)
-
-
-def write_folder(folder: Path, twins: Twins, dummy_heads: int = 0) -> Path:
+def write_folder(folder: Path, trained: Trained, dummy_heads: int = 0) -> Path:
     """What an export leaves."""
     shutil.copy(SOURCE, folder)
     shutil.copy(TINY, folder / "tokenizer.json")
-    (folder / "config.json").write_text(json.dumps(settings_of(twins.config, dummy_heads)))
-    save_file(tensors_of(twins, dummy_heads), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(describe(trained.config, dummy_heads)))
+    save_file(tensors_of(trained, dummy_heads), folder / "model.safetensors")
     return folder
 
 
@@ -164,15 +147,15 @@ def loaded(folder: Path):
 @pytest.fixture(params=CASES.values(), ids=CASES)
 def pair(request, tmp_path):
     """(the trainer's classes, the exported model); in some cases with dummy heads in the encoder."""
-    twins = twins_of(*request.param)
-    return twins, loaded(write_folder(tmp_path, twins, dummy_heads=2 if "tied" in request.node.name else 0))
+    built = built_of(*request.param)
+    return built, loaded(write_folder(tmp_path, built, dummy_heads=2 if "tied" in request.node.name else 0))
 
 
 # --- both ways ---
 
 
 @dataclass(frozen=True)
-class Trained:
+class Expected:
     """What the trainer makes of a record: ids of the stream and of the keys, tiles, logits [S, V]."""
 
     stream: list[int]
@@ -182,12 +165,13 @@ class Trained:
 
 
 @torch.no_grad()
-def trained(record: Record, twins: Twins) -> Trained:
-    config = twins.config
+def expected_of(record: Record, trained: Trained) -> Expected:
+    """By the trainer's own preprocessing and classes."""
+    config, model = trained.config, trained.model
     sample = encode(record, build_encoder(config, build_architecture(config).layout))
-    batch = twins.vision.encode(collate([[sample]], TILE))
-    logits_SV = twins.model.logits(twins.model.hidden(batch))[: len(sample.tokens), 0].float()
-    return Trained(sample.tokens.tolist(), sample.cross_tokens.tolist(), sample.pixels, logits_SV)
+    batch = trained.vision.encode(collate([[sample]], TILE))
+    logits_SV = model.logits(model.hidden(batch))[: len(sample.tokens), 0, : config.llm.vocab].float()
+    return Expected(sample.tokens.tolist(), sample.cross_tokens.tolist(), sample.pixels, logits_SV)
 
 
 def ids_of(pieces: Sequence, tile_tokens: int) -> list[int]:
@@ -201,8 +185,8 @@ def gap(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def assert_alike(record: Record, twins: Twins, model) -> None:
-    expected, inputs = trained(record, twins), model.inputs(record.messages, record.images)
+def assert_alike(record: Record, built: Trained, model) -> None:
+    expected, inputs = expected_of(record, built), model.inputs(record.messages, record.images)
     assert ids_of(inputs.stream, model.tile_tokens) == expected.stream
     assert ids_of(inputs.keys, model.tile_tokens) == expected.keys
     assert torch.equal(inputs.pixels, expected.pixels)
@@ -210,9 +194,9 @@ def assert_alike(record: Record, twins: Twins, model) -> None:
 
 
 def test_it_lays_out_and_computes_as_the_trainer(pair):
-    twins, model = pair
+    built, model = pair
     for story in STORIES:
-        assert_alike(record_of(story), twins, model)
+        assert_alike(record_of(story), built, model)
 
 
 def pictures() -> dict[str, Image.Image]:
@@ -237,34 +221,34 @@ def pictures() -> dict[str, Image.Image]:
 @pytest.mark.parametrize("overrides", [("arch=decoder",), ("arch=hybrid", "tiling.max_tiles=12")], ids=["6", "12"])
 def test_real_pictures_become_the_same_tiles(overrides, tmp_path):
     config = small_config(*overrides)
-    twins = twins_of(*overrides)
-    model = loaded(write_folder(tmp_path, twins))
+    built = built_of(*overrides)
+    model = loaded(write_folder(tmp_path, built))
     shapes = set()
     for name, picture in pictures().items():
         record = Record(name, [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "7"}], [picture])
-        assert_alike(record, twins, model)
-        shapes.add(len(trained(record, twins).pixels))
+        assert_alike(record, built, model)
+        shapes.add(len(expected_of(record, built).pixels))
     assert len(shapes) >= 4 and max(shapes) > 5, shapes
     assert config.tiling.resize == "exact"
 
 
 def test_a_picture_is_read_from_its_file(tmp_path):
-    twins = twins_of("arch=xattn")
-    model = loaded(write_folder(tmp_path, twins))
+    built = built_of("arch=xattn")
+    model = loaded(write_folder(tmp_path, built))
     pictures()["P"].save(tmp_path / "picture.png")
     messages = [{"role": "user", "content": "<image> what?"}, {"role": "assistant", "content": "7"}]
-    expected = trained(Record("file", messages, [tmp_path / "picture.png"]), twins)
+    expected = expected_of(Record("file", messages, [tmp_path / "picture.png"]), built)
     for source in (tmp_path / "picture.png", str(tmp_path / "picture.png")):
         assert torch.equal(model.inputs(messages, [source]).pixels, expected.pixels)
 
 
 def test_fewer_tiles_as_in_a_sequence_without_room(tmp_path):
-    twins = twins_of("arch=xattn")
-    model = loaded(write_folder(tmp_path, twins))
+    built = built_of("arch=xattn")
+    model = loaded(write_folder(tmp_path, built))
     record = record_of(TWO)
-    full = trained(record, twins)
-    config = replace(twins.config, data=replace(twins.config.data, cross_length=len(full.keys) - 1))
-    tight = trained(record, replace(twins, config=config))
+    full = expected_of(record, built)
+    config = replace(built.config, data=replace(built.config.data, cross_length=len(full.keys) - 1))
+    tight = expected_of(record, replace(built, config=config))
     inputs = model.inputs(record.messages, record.images, max_tiles=2)
     assert len(tight.pixels) < len(full.pixels) and torch.equal(inputs.pixels, tight.pixels)
     assert gap(model.logits(inputs), tight.logits_SV) < TOLERANCE
@@ -284,7 +268,7 @@ def greedy(module: ModuleType, model, messages, images, tokens: int) -> list[int
 
 @pytest.mark.parametrize("arch", ["decoder", "xattn", "hybrid"])
 def test_answer_is_the_greedy_loop(arch, tmp_path):
-    model = loaded(write_folder(tmp_path, twins_of(f"arch={arch}")))
+    model = loaded(write_folder(tmp_path, built_of(f"arch={arch}")))
     module, seen, said = sys.modules[type(model).__module__], [], set()
     end, decode = model.tokenizer.token_to_id("<|im_end|>"), model.tokenizer.decode
     model.__dict__["tokenizer"] = Spy(model.tokenizer, lambda ids, **_: seen.append(list(ids)) or decode(ids))
@@ -313,31 +297,20 @@ class Spy:
 
 
 def test_the_reply_is_opened_as_the_trainer_opens_it(tmp_path):
-    twins = twins_of("arch=hybrid")
-    model, config = loaded(write_folder(tmp_path, twins)), twins.config
+    built = built_of("arch=hybrid")
+    model, config = loaded(write_folder(tmp_path, built)), built.config
     record = Record("prompt", record_of(ONE).messages[:2], record_of(ONE).images)
     prompt = encode(record, build_encoder(config, build_architecture(config).layout), generate=True)
     inputs = model.inputs(record.messages, record.images, reply=True)
     assert ids_of(inputs.stream, model.tile_tokens) == prompt.tokens.tolist()
 
 
-def test_a_begin_token_stands_first(tmp_path):
-    folder = write_folder(tmp_path, twins_of("arch=decoder"))
-    settings = json.loads((folder / "config.json").read_text())
-    without = loaded(folder).inputs(record_of(TEXT).messages)
-    settings["nvlm"]["bos"] = "<|im_end|>"
-    (folder / "config.json").write_text(json.dumps(settings))
-    model = loaded(folder)
-    first, *rest = model.inputs(record_of(TEXT).messages).stream
-    assert first.ids == (model.tokenizer.token_to_id("<|im_end|>"),) and rest == without.stream
-
-
 # --- the folder ---
 
 
 def test_shards_give_the_same_model(tmp_path):
-    twins = twins_of("arch=hybrid")
-    record, folder = record_of(ONE), write_folder(tmp_path, twins)
+    built = built_of("arch=hybrid")
+    record, folder = record_of(ONE), write_folder(tmp_path, built)
     whole = loaded(folder)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -350,7 +323,7 @@ def test_shards_give_the_same_model(tmp_path):
 
 
 def test_missing_surplus_and_misshapen_tensors_are_named(tmp_path):
-    folder = write_folder(tmp_path, twins_of("arch=xattn"))
+    folder = write_folder(tmp_path, built_of("arch=xattn"))
     tensors = load_file(folder / "model.safetensors")
     gate, norm = "language_model.model.layers.1.cross_attn.gate", "cross_keys.tile_norm.weight"
     changed = {name: t for name, t in tensors.items() if name != gate} | {"cross_keys.odd": torch.ones(1)}
@@ -363,7 +336,7 @@ def test_missing_surplus_and_misshapen_tensors_are_named(tmp_path):
 
 
 def test_what_cannot_be_laid_out_is_refused(tmp_path):
-    model = loaded(write_folder(tmp_path, twins_of("arch=decoder")))
+    model = loaded(write_folder(tmp_path, built_of("arch=decoder")))
     with pytest.raises(ValueError, match="got 2 <image> marks, expected at most one for each of 1 images"):
         model.inputs([{"role": "user", "content": "<image><image>"}], [pictures()["L"]])
     with pytest.raises(ValueError, match="no message of role user"):
@@ -371,7 +344,7 @@ def test_what_cannot_be_laid_out_is_refused(tmp_path):
 
 
 def test_bf16_weights_stay_near(tmp_path):
-    folder = write_folder(tmp_path, twins_of("arch=hybrid"))
+    folder = write_folder(tmp_path, built_of("arch=hybrid"))
     half = module_of(folder).NVLM.from_folder(folder)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     inputs = half.inputs(record_of(ONE).messages, record_of(ONE).images)
@@ -379,8 +352,8 @@ def test_bf16_weights_stay_near(tmp_path):
 
 
 def test_it_runs_where_neither_this_package_nor_megatron_is(tmp_path):
-    twins = twins_of("arch=hybrid")
-    folder, record = write_folder(tmp_path, twins, dummy_heads=1), record_of(ONE)
+    built = built_of("arch=hybrid")
+    folder, record = write_folder(tmp_path, built, dummy_heads=1), record_of(ONE)
     record.images[0].save(tmp_path / "page.png")
     code = (
         "import sys\n"
@@ -398,4 +371,4 @@ def test_it_runs_where_neither_this_package_nor_megatron_is(tmp_path):
     )
     bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=tmp_path, env=bare)
-    assert gap(torch.load(tmp_path / "logits.pt"), trained(record, twins).logits_SV) < TOLERANCE
+    assert gap(torch.load(tmp_path / "logits.pt"), expected_of(record, built).logits_SV) < TOLERANCE

@@ -32,6 +32,7 @@ class GatedCrossAttention(MegatronModule):
         self.head_dim = config.kv_channels
         width = config.num_attention_heads * config.kv_channels
         init = init_method_normal(init_std)
+        config = dataclasses.replace(config, perform_initialization=True)  # it may be new where others are read
         column = dict(init_method=init, bias=False, gather_output=False, tp_group=pg_collection.tp)
         build_q = linears.column("cross_attention.linear_q")
         self.linear_q = build_q(config.hidden_size, width, config=config, **column)

@@ -22,6 +22,7 @@ G key-value heads, E width of a head, V vocabulary.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -181,12 +182,19 @@ def attend(q_SNE: Tensor, k_XGE: Tensor, v_XGE: Tensor, causal: bool = False, se
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen_SX, is_causal=causal)[0].transpose(0, 1).flatten(1)
 
 
-def rotate(x_SNE: Tensor, start: int, theta: float) -> Tensor:
-    """Rotary embedding at positions start, start + 1, ...: channel e is paired with channel e + E / 2."""
+def rotate(x_SNE: Tensor, start: int, theta: float, scaling: SimpleNamespace | None) -> Tensor:
+    """Rotary embedding at positions start, start + 1, ...: channel e is paired with channel e + E / 2.
+
+    `scaling`, Llama 3.1's: rotations of few turns within its first context are slowed, with a ramp to those of many.
+    """
     width = x_SNE.shape[-1]
-    steps = torch.arange(0, width, 2, dtype=torch.float32, device=x_SNE.device) / width
+    frequencies = theta ** -(torch.arange(0, width, 2, dtype=torch.float32, device=x_SNE.device) / width)
+    if scaling is not None:
+        low, turns = scaling.low_freq_factor, scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+        keep = ((turns - low) / (scaling.high_freq_factor - low)).clamp(0, 1)
+        frequencies = frequencies * (keep + (1 - keep) / scaling.factor)
     positions = torch.arange(start, start + len(x_SNE), dtype=torch.float32, device=x_SNE.device)
-    angles = (positions[:, None] * theta**-steps).repeat(1, 2)[:, None]
+    angles = (positions[:, None] * frequencies).repeat(1, 2)[:, None]
     a, b = x_SNE.chunk(2, dim=-1)
     return x_SNE * angles.cos().to(x_SNE.dtype) + torch.cat((-b, a), dim=-1) * angles.sin().to(x_SNE.dtype)
 
@@ -195,21 +203,23 @@ def rotate(x_SNE: Tensor, start: int, theta: float) -> Tensor:
 
 
 class VisionAttention(nn.Module):
-    """RMSNorm over all heads of q together, and of k. The dummy heads behind the real ones hold zeros: left out."""
+    """In the 6B model with RMSNorm over all heads of q together, and of k. The dummy heads behind the real ones hold
+    zeros: left out."""
 
     def __init__(self, c) -> None:
         super().__init__()
         self.heads, self.width, self.eps = c.num_attention_heads, c.hidden_size, c.layer_norm_eps
         padded = (self.heads + c.num_dummy_heads) * (self.width // self.heads)
-        self.qkv = nn.Linear(self.width, 3 * padded, bias=False)
-        self.q_norm, self.k_norm = nn.RMSNorm(padded), nn.RMSNorm(padded)
+        self.qkv = nn.Linear(self.width, 3 * padded, bias=c.qkv_bias)
+        self.q_norm, self.k_norm = (nn.RMSNorm(padded) if c.qk_normalization else None for _ in range(2))
         self.proj = nn.Linear(padded, self.width)
 
     def forward(self, x_TPD: Tensor) -> Tensor:
         """[T, P, D], every patch sees its whole tile."""
         q, k, v = (x[..., : self.width] for x in self.qkv(x_TPD).chunk(3, dim=-1))
-        q = F.rms_norm(q, (self.width,), self.q_norm.weight[: self.width], self.eps)
-        k = F.rms_norm(k, (self.width,), self.k_norm.weight[: self.width], self.eps)
+        if self.q_norm is not None:
+            q = F.rms_norm(q, (self.width,), self.q_norm.weight[: self.width], self.eps)
+            k = F.rms_norm(k, (self.width,), self.k_norm.weight[: self.width], self.eps)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         out_TPD = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return F.linear(out_TPD, self.proj.weight[:, : self.width], self.proj.bias)
@@ -220,7 +230,8 @@ class VisionLayer(nn.Module):
 
     def __init__(self, c) -> None:
         super().__init__()
-        self.norm1, self.norm2 = (nn.RMSNorm(c.hidden_size, c.layer_norm_eps) for _ in range(2))
+        norm = {"rms_norm": nn.RMSNorm, "layer_norm": nn.LayerNorm}[c.norm_type]
+        self.norm1, self.norm2 = (norm(c.hidden_size, c.layer_norm_eps) for _ in range(2))
         self.ls1, self.ls2 = (nn.Parameter(torch.empty(c.hidden_size)) for _ in range(2))
         self.attn, wide = VisionAttention(c), c.intermediate_size
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(c.hidden_size, wide), "fc2": nn.Linear(wide, c.hidden_size)})
@@ -266,7 +277,7 @@ class Attention(nn.Module):
 
     def __init__(self, c, bias: bool) -> None:
         super().__init__()
-        self.head_dim, self.theta = c.head_dim, c.rope_theta
+        self.head_dim, self.theta, self.scaling = c.head_dim, c.rope_theta, c.rope_scaling
         width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.q_proj = nn.Linear(c.hidden_size, width, bias)
         self.k_proj = nn.Linear(c.hidden_size, kv_width, bias)
@@ -285,7 +296,7 @@ class SelfAttention(Attention):
         """[S, H]; x is the whole conversation where the cache is empty, else one new token."""
         q, k, v = (self.heads(linear, x_SH) for linear in (self.q_proj, self.k_proj, self.v_proj))
         start = len(cache[self][0]) if self in cache else 0
-        q, k = rotate(q, start, self.theta), rotate(k, start, self.theta)
+        q, k = (rotate(x, start, self.theta, self.scaling) for x in (q, k))
         if start:
             k, v = torch.cat((cache[self][0], k)), torch.cat((cache[self][1], v))
         cache[self] = k, v
@@ -428,8 +439,7 @@ class NVLM(nn.Module):
         """
         c, special, encode = self.config.nvlm, self.tokenizer.token_to_id, self.encode
         start, end = (special(name) for name in ("<|im_start|>", "<|im_end|>"))
-        stream = [Piece((special(c.bos),))] if c.bos else []
-        keys, tiles, image = [], [], -1
+        stream, keys, tiles, image = [], [], [], -1
         for role, text in turns_of(messages, len(images), c.system):
             stream.append(Piece((start, *encode(f"{role}\n")), image))
             for number, fragment in enumerate(text.split(MARK)):

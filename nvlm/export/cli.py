@@ -1,0 +1,61 @@
+"""The command: key=value options, one line where something is wrong. Imports no torch before they are checked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nvlm.config import ConfigError, from_mapping, problem
+from nvlm.launch import quiet
+
+HELP = """python launch/export_hf.py checkpoint=RUN out=DIR [key=value ...]
+
+checkpoint=RUN   a run folder (its newest checkpoint), or one of its checkpoints/step_N
+out=DIR          the folder to be written: safetensors, config.json, tokenizer, modeling_nvlm.py, README.md
+vision=DIR       where the encoder is, if no longer where the run read it; tokenizer=DIR likewise
+shard_gb=5       the largest file, GB"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What the command takes."""
+
+    checkpoint: str
+    out: str
+    vision: str | None
+    tokenizer: str | None
+    shard_gb: float
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Answer the command line; returns the exit status."""
+    if any(word in ("-h", "--help") for word in arguments):
+        print(HELP)
+        return 0
+    quiet()
+    try:
+        options = parse(arguments)
+        from nvlm.export.export import export
+
+        print(f"wrote {export(options)}")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> ExportOptions:
+    """The options, checked for their types. Raises ConfigError."""
+    defaults = {"vision": None, "tokenizer": None, "shard_gb": 5.0}
+    try:
+        given = OmegaConf.to_container(OmegaConf.from_dotlist(list(arguments)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"command line: {str(error).splitlines()[0]}. Fix: write key=value") from None
+    options = from_mapping(ExportOptions, defaults | given)
+    if options.shard_gb <= 0:
+        raise problem("shard_gb", options.shard_gb, "above 0", "shard_gb=5")
+    return options

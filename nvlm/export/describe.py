@@ -1,0 +1,159 @@
+"""What an exported folder says about itself: config.json, preprocessor_config.json, README.md."""
+
+from __future__ import annotations
+
+from nvlm.config import Config
+
+_NAMES = {"decoder": "NVLM_D", "xattn": "NVLM_X", "hybrid": "NVLM_H"}
+
+
+def describe(config: Config, dummy_heads: int) -> dict:
+    """config.json in the form of NVLM-D-72B's, whose own modelling class and vLLM read it.
+
+    `nvlm` is ours, for modeling_nvlm.py; others pass over it. No rotary scaling is written where the run had none:
+    the release's `dynamic` one changes nothing within its 32768 positions, but vLLM applies it everywhere.
+    """
+    name = _NAMES[config.arch.name]
+    code = {
+        "AutoConfig": "configuration_nvlm_d.NVLM_D_Config",
+        "AutoModel": "modeling_nvlm_d.NVLM_D_Model",
+        "AutoModelForCausalLM": "modeling_nvlm_d.NVLM_D_Model",
+    }
+    return {
+        "architectures": [name],
+        "model_type": name,
+        **({"auto_map": code} if name == "NVLM_D" else {}),
+        "downsample_ratio": 1 / config.vision.downsample,
+        "dynamic_image_size": config.tiling.max_tiles > 1,
+        "force_image_size": config.vision.tile_size,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": config.tiling.max_tiles,
+        "pad2square": False,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "template": "chatml",
+        "use_thumbnail": True,
+        "use_backbone_lora": 0,
+        "use_llm_lora": 0,
+        "torch_dtype": _dtype(config),
+        "transformers_version": None,
+        "llm_config": _language(config),
+        "vision_config": _vision(config, dummy_heads),
+        "nvlm": _own(config),
+    }
+
+
+def _dtype(config: Config) -> str:
+    return {"bf16": "bfloat16", "fp32": "float32"}[config.precision]
+
+
+def _language(config: Config) -> dict:
+    llm = config.llm
+    scaling = {"rope_type": "llama3", **llm.rope_scaling} if llm.rope_scaling else None
+    return {
+        "architectures": ["Qwen2ForCausalLM" if llm.qkv_bias else "LlamaForCausalLM"],
+        "model_type": "llama",  # so it stands in the release, whose class goes by `architectures`
+        "hidden_size": llm.hidden,
+        "intermediate_size": llm.ffn,
+        "num_hidden_layers": llm.layers,
+        "num_attention_heads": llm.heads,
+        "num_key_value_heads": llm.kv_heads,
+        "head_dim": llm.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": llm.norm_eps,
+        "rope_theta": llm.rope_theta,
+        "rope_scaling": scaling,
+        "max_position_embeddings": llm.max_positions,
+        "vocab_size": llm.vocab,
+        "attention_bias": llm.qkv_bias,
+        "mlp_bias": False,
+        "tie_word_embeddings": llm.tied,
+        "torch_dtype": _dtype(config),
+    }
+
+
+def _vision(config: Config, dummy_heads: int) -> dict:
+    vision = config.vision
+    return {
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",
+        "hidden_size": vision.hidden,
+        "intermediate_size": vision.ffn,
+        "num_hidden_layers": vision.layers,
+        "num_attention_heads": vision.heads,
+        "num_dummy_heads": dummy_heads,
+        "image_size": vision.tile_size,
+        "patch_size": vision.patch,
+        "num_channels": 3,
+        "hidden_act": "gelu",
+        "layer_norm_eps": vision.norm_eps,
+        "norm_type": {"rms": "rms_norm", "layer": "layer_norm"}[vision.norm],
+        "qk_normalization": vision.qk_norm,
+        "qkv_bias": vision.qkv_bias,
+        "attention_dropout": 0.0,
+        "dropout": 0.0,
+        "drop_path_rate": 0.0,
+        "initializer_factor": 0.1,
+        "use_flash_attn": True,
+        "torch_dtype": _dtype(config),
+    }
+
+
+def _own(config: Config) -> dict:
+    return {
+        "arch": config.arch.name,
+        "cross_attention_every": config.arch.cross_every,
+        "bind_tags": config.arch.bind_tags,
+        "tag": config.tiling.tag,
+        "thumbnail_tag": config.llm.thumbnail_tag,
+        "system": config.data.system,
+        "rope_scaling": dict(config.llm.rope_scaling) if config.llm.rope_scaling else None,
+    }
+
+
+def preprocessor(config: Config) -> dict:
+    """preprocessor_config.json, of one tile."""
+    return {
+        "crop_size": config.vision.tile_size,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 3,
+        "size": config.vision.tile_size,
+    }
+
+
+def readme(config: Config) -> str:
+    """Who can load the folder, and how."""
+    name = {"decoder": "NVLM-D", "xattn": "NVLM-X", "hybrid": "NVLM-H"}[config.arch.name]
+    lines = [
+        f"# {config.name}",
+        "",
+        f"{name}: {config.llm.name}, {config.vision.name}. Its own code needs torch, safetensors, tokenizers, pillow:",
+        "",
+        "```python",
+        "from modeling_nvlm import NVLM",
+        "",
+        'model = NVLM.from_folder(".")',
+        'print(model.answer([{"role": "user", "content": "<image>\\nWhat is this?"}], ["page.png"]))',
+        "```",
+        "",
+    ]
+    if config.arch.name == "decoder" and config.llm.qkv_bias:
+        lines += [
+            "The tensors and config.json are laid out as in nvidia/NVLM-D-72B. With that release's .py files beside",
+            "them (configuration_nvlm_d, modeling_nvlm_d, modeling_intern_vit, conversation) its own class is meant to",
+            "load this folder, and vLLM to serve it as NVLM_D: `vllm serve . --trust-remote-code`.",
+        ]
+    elif config.arch.name == "decoder":
+        lines += [
+            "The tensors and config.json are laid out as in nvidia/NVLM-D-72B, with a Llama-shaped language model.",
+            "That release's own class refuses such a model: it takes Qwen2ForCausalLM alone. vLLM's NVLM_D builds what",
+            "llm_config names.",
+        ]
+    else:
+        lines += ["No other library knows this architecture: no published model has it."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,187 @@
+"""A checkpoint into a folder in NVLM-D-72B's layout: safetensors, config.json, tokenizer, modelling code.
+
+Tensor by tensor, on CPU, whatever layout trained it. The folder gets its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from safetensors import safe_open
+from torch import Tensor
+
+from nvlm.config import Config, problem, validate
+from nvlm.data.tokenizer import TINY as TINY_TOKENIZER
+from nvlm.export.cli import ExportOptions
+from nvlm.export.describe import describe, preprocessor, readme
+from nvlm.export.shards import DTYPES, Planned, ShardWriter
+from nvlm.export.trained import TrainedWeights
+from nvlm.runs import find_checkpoint, read_run_config
+from nvlm.train.digests import own_faults
+from nvlm.weights.parts import Part, shapes
+from nvlm.weights.sources import VISION, Source, vision_source, whole_model
+
+CODE = Path(__file__).with_name("modeling_nvlm.py")
+_TOKENIZER_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
+merges.txt tokenizer.model chat_template.jinja generation_config.json""".split()
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def export(options: ExportOptions) -> Path:
+    """Write the folder `options.out` and return it. Raises ConfigError, and then leaves no folder."""
+    out = Path(options.out)
+    if out.exists():
+        raise problem("out", f"{out}, which exists", "a new folder", "out=OTHER, or delete it")
+    step = find_checkpoint(Path(options.checkpoint), "checkpoint")
+    config = _at_hand(read_run_config(step), options)
+    folders = _folders(step)
+    _refuse(step, [fault for folder in folders for fault in own_faults(folder, big=False)])
+    weights, vision = TrainedWeights(folders, config.peft.scale), vision_source(config)
+    parts = whole_model(config, dummy_heads(config, vision))
+    _check(weights, parts, step)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        _write(partial, config, weights, vision, parts, options, folders, step)
+        partial.rename(out)
+    except OSError as error:
+        free = shutil.disk_usage(partial.parent if partial.parent.exists() else Path.cwd()).free
+        raise problem(f"out={out}", f"{error.strerror}; {free / 1e9:.1f} GB free", "room for it", "make room") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def dummy_heads(config: Config, vision: Source) -> int:
+    """Heads of zeros behind the encoder's real ones: as many as its source has, else up to a multiple of 8.
+
+    NVLM-D-72B has 7 behind InternViT-6B's 25, for 8 tensor-parallel ranks; its modelling class and vLLM expect them.
+    """
+    first = next(part for part in vision.parts["vision"] if ".attn.proj.weight" in part.name)
+    there = (first.shape[1] - config.vision.hidden) * config.vision.heads // config.vision.hidden
+    return there or -config.vision.heads % 8
+
+
+def _at_hand(config: Config, options: ExportOptions) -> Config:
+    if options.vision:
+        config = replace(config, init=replace(config.init, vision=options.vision, release=None))
+    if options.tokenizer:
+        config = replace(config, llm=replace(config.llm, tokenizer=options.tokenizer))
+    return validate(config)
+
+
+def _folders(step: Path) -> list[Path]:
+    frozen = step.parent / "frozen"
+    return [step, frozen] if frozen.is_dir() else [step]
+
+
+def _refuse(step: Path, wrong: Sequence[str]) -> None:
+    if wrong:
+        raise problem(f"checkpoint {step}", "; ".join(wrong), "the files as they were written", "take another one")
+
+
+def _check(weights: TrainedWeights, parts: Sequence[Part], step: Path) -> None:
+    wanted = [part.ours for part in parts if not part.name.startswith(VISION)]
+    if lost := [name for name in dict.fromkeys(wanted) if name not in weights]:
+        what = f"no {', '.join(lost[:4])}" + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+        raise problem(f"checkpoint {step}", what, "the model that its config.yaml describes", "take another one")
+
+
+def _write(
+    folder: Path,
+    config: Config,
+    weights: TrainedWeights,
+    vision: Source,
+    parts: Sequence[Part],
+    options: ExportOptions,
+    folders: Sequence[Path],
+    step: Path,
+) -> None:
+    stored = {part.name: vision.stored[own.name].dtype for part, own in _vision_pairs(parts, vision)}
+    ours = {part.name: part.ours for part in parts}
+    planned = [
+        Planned(name, stored[name] if name in stored else _NAMES[weights.dtype(ours[name])], shape)
+        for name, shape in shapes(parts).items()
+    ]
+    columns = (BarColumn(20), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("export"))
+    with ThreadPoolExecutor(1) as beside, Progress(*columns) as progress:
+        # Beside the writing: a folder that holds what a damaged file gave never gets its name.
+        verified = beside.submit(lambda: [fault for one in folders for fault in own_faults(one)])
+        task = progress.add_task("export", total=sum(one.bytes for one in planned))
+        try:
+            with ShardWriter(folder, planned, int(options.shard_gb * 1e9)) as writer:
+                for name, tensor in _tensors(parts, weights, vision):
+                    writer.write(name, tensor)
+                    progress.advance(task, tensor.nbytes)
+        except Exception:
+            _refuse(step, verified.result())  # if a damaged file is why, then that is to be said
+            raise
+        _refuse(step, verified.result())
+    _describe(folder, config, dummy_heads(config, vision))
+
+
+def _tensors(parts: Sequence[Part], weights: TrainedWeights, vision: Source) -> Iterator[tuple[str, Tensor]]:
+    """Every published tensor, whole, in the order of `parts`."""
+    by_name: dict[str, list[Part]] = {}
+    for part in parts:
+        by_name.setdefault(part.name, []).append(part)
+    pairs: dict[str, list[tuple[Part, Part]]] = {}
+    for part, own in _vision_pairs(parts, vision):
+        pairs.setdefault(part.name, []).append((part, own))
+    for name, some in by_name.items():
+        if name in pairs:
+            yield name, _of_encoder(pairs[name], vision)
+        else:
+            [part] = some
+            yield name, part.target(weights.read(part.ours)).reshape(part.shape)
+
+
+def _vision_pairs(parts: Sequence[Part], vision: Source) -> Iterator[tuple[Part, Part]]:
+    """Each part of the encoder that is written, beside the one that is read."""
+    written = (part for part in parts if part.name.startswith(VISION))
+    return zip(written, vision.parts["vision"], strict=True)
+
+
+def _of_encoder(pairs: Sequence[tuple[Part, Part]], vision: Source) -> Tensor:
+    """A tensor of the frozen encoder from where it was read, in the precision that it has there."""
+    part, own = pairs[0]
+    with safe_open(vision.stored[own.name].file, framework="pt") as opened:
+        if part.shape == own.shape:
+            return opened.get_tensor(own.name)
+        whole = opened.get_tensor(own.name)
+    out = whole.new_zeros(part.shape)
+    for part, own in pairs:
+        out[part.extent] = whole[own.extent]
+    return out
+
+
+def _describe(folder: Path, config: Config, dummies: int) -> None:
+    """Everything beside the tensors."""
+    (folder / "config.json").write_text(json.dumps(describe(config, dummies), indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor(config), indent=2) + "\n")
+    (folder / "README.md").write_text(readme(config))
+    shutil.copyfile(CODE, folder / CODE.name)
+    for file in _beside(config):
+        shutil.copyfile(file, folder / file.name)
+    for file in folder.iterdir():
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+
+
+def _beside(config: Config) -> list[Path]:
+    """Tokenizer files, and the release's own modelling code where the run began with a release."""
+    where = TINY_TOKENIZER if config.llm.tokenizer == "tiny" else Path(config.llm.tokenizer or "")
+    found = [where / name for name in _TOKENIZER_FILES] if where.is_dir() and config.llm.tokenizer else [where]
+    code = (
+        sorted(Path(config.init.release).glob("*.py")) if config.init.release and config.arch.name == "decoder" else []
+    )
+    own = [file for file in code if file.name != "modeling_nvlm.py"]
+    return [file for file in found + own if file.is_file()]

@@ -1,0 +1,69 @@
+"""A run's folder on disk: its configuration and its checkpoints. Imports no torch.
+
+It holds `config.yaml` and `checkpoints/`: step folders, `frozen/` beside them, and `latest`, a step's name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from nvlm.config import Config, from_mapping, problem
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    mark = run_dir / "checkpoints" / "latest"
+    if not mark.is_file():
+        return None
+    folder = mark.parent / mark.read_text().strip()
+    if not folder.is_dir():
+        there = [other.name for other in steps_of(mark.parent)]
+        fix = f"write {there[-1]} into it" if there else "delete it to begin anew"
+        raise problem(str(mark), folder.name, f"one of {', '.join(there) or 'none'}, which are there", fix)
+    return folder
+
+
+def steps_of(root: Path) -> list[Path]:
+    """The step folders below `root`, oldest first."""
+    return sorted(root.glob("step_*"))
+
+
+def find_checkpoint(path: Path, key: str) -> Path:
+    """The step folder that `path` means: itself, or the newest of a run folder. `key`: the setting that named it."""
+    if path.parent.name == "checkpoints" and path.name.startswith("step_") and path.is_dir():
+        return path
+    if folder := latest(path):
+        return folder
+    runs = sorted(str(other.parent.parent) for other in path.parent.glob("*/checkpoints/latest"))
+    fix = f"{key}={runs[-1]}" if runs else f"{key}=RUN"
+    raise problem(key, repr(str(path)), "a run folder with a checkpoint, or one of its checkpoints/step_N", fix)
+
+
+def read_run_config(folder: Path) -> Config:
+    """The configuration of the run that the step folder `folder` belongs to."""
+    path = folder.parent.parent / "config.yaml"
+    if not path.is_file():
+        raise problem(str(path), "no such file", "the configuration that its run wrote", "copy the whole run folder")
+    return from_mapping(Config, OmegaConf.to_container(OmegaConf.load(path)))
+
+
+# What no tensor's name or shape shows.
+_MATHS = (
+    "llm.heads llm.kv_heads llm.head_dim llm.vocab llm.rope_theta llm.rope_scaling llm.norm_eps "
+    "vision.name vision.heads vision.tile_size vision.patch vision.downsample vision.norm_eps"
+).split()
+
+
+def check_same_model(config: Config, folder: Path) -> None:
+    """Raise ConfigError where the checkpoint `folder` is of a model that computes other things than `config`'s."""
+    before = read_run_config(folder)
+    names = [*_MATHS, "arch.bind_tags"] if before.arch.name == config.arch.name else _MATHS
+    if before.peft.adapted and config.peft.adapted:
+        names = [*names, "peft.alpha"]
+    for name in names:
+        group, key = name.split(".")
+        old, new = (getattr(getattr(one, group), key) for one in (before, config))
+        if old != new:
+            raise problem(f"init.checkpoint={folder}: {name}", old, f"{new}, as in this run", f"{name}={old}")

@@ -1,0 +1,38 @@
+"""The first weights of a stage: published folders, the checkpoint of the stage before, random ones for what is new."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.core import parallel_state
+
+from nvlm.arch.base import VisionLanguageModel
+from nvlm.config import Config
+from nvlm.runs import find_checkpoint
+from nvlm.train.restore import load_weights
+from nvlm.weights.load import read
+from nvlm.weights.sources import model_source
+
+
+def begin(parts: Sequence[VisionLanguageModel], config: Config) -> dict[str, str]:
+    """Fill `parts` with what config.init names; returns where each module group's weights come from.
+
+    All processes call it together. The encoder, which is no part of the model, is vision.path's to read.
+    """
+    origins = dict.fromkeys(("projector", "xattn", "llm"), "random")
+    origins["vision"] = config.init.vision or config.init.release or ""
+    rank, size = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    if source := model_source(config):
+        groups = [group for group in source.parts if group != "vision"]
+        ours = {name: tensor for part in parts for name, tensor in part.weights().items()}
+        read(source, groups, ours, rank, size)
+        origins |= dict.fromkeys(groups, source.folder)
+    if config.init.checkpoint:
+        folder = find_checkpoint(Path(config.init.checkpoint), "init.checkpoint")
+        absent = load_weights(parts, folder, config.stage.new)
+        origins |= {group: str(folder) for group in ("projector", "xattn", "llm") if group not in absent}
+    return origins

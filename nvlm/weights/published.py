@@ -1,0 +1,154 @@
+"""A published model's folder: which tensors it holds, by their headers alone, and what its config.json says.
+
+Nothing in a folder is run or unpickled. What is wrong with it is a ConfigError that names the file or the tensor.
+Imports no torch: a mistake is answered before any worker starts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from nvlm.config import problem
+from nvlm.weights.parts import Part, shapes
+
+INDEX = "model.safetensors.index.json"
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor on disk."""
+
+    file: Path
+    dtype: str  # safetensors' name
+    shape: tuple[int, ...]
+    place: int  # among the tensors of its file
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * _BYTES.get(self.dtype, 1)
+
+
+def read_headers(folder: str, key: str) -> dict[str, Stored]:
+    """All tensors of `folder`, or of the one file that it is; `key`: the setting that named it. Raises ConfigError."""
+    path = Path(folder)
+    files = _files(path, key)
+    held = {name: stored for file in files for name, stored in _header(file, key).items()}
+    index = path / INDEX
+    if path.is_dir() and index.is_file():
+        named = _weight_map(index, key)
+        unheld = sorted(name for name, file in named.items() if name not in held or held[name].file.name != file)
+        if unheld:
+            what = f"{_some(unheld)} at {named[unheld[0]]}, which does not hold it"
+            raise problem(f"{key}: {index}", what, "files that hold what it names", "download the folder again")
+        if unnamed := sorted(held.keys() - named.keys()):
+            raise problem(f"{key}: {index}", f"no {_some(unnamed)}", "every tensor of its files", "download it again")
+    return held
+
+
+def _files(path: Path, key: str) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise problem(key, repr(str(path)), "a folder with .safetensors files", f"{key}=DIR")
+    if (path / INDEX).is_file():
+        files = [path / name for name in sorted(set(_weight_map(path / INDEX, key).values()))]
+        if missing := [file.name for file in files if not file.is_file()]:
+            fix = "download the folder again, all of it"
+            raise problem(f"{key}: {path}", f"no {_some(missing)}", "every file that its index names", fix)
+        return files
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
+        return files
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:3])
+        raise problem(f"{key}: {path}", f"{names} without {INDEX}", "an index, or one file", "download it again")
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
+    got = f"{pickles[0]}, a pickle, which may run anything" if pickles else "no .safetensors file"
+    raise problem(f"{key}: {path}", got, "safetensors", "take the model's safetensors files")
+
+
+def _weight_map(index: Path, key: str) -> dict[str, str]:
+    try:
+        named = json.loads(index.read_text())["weight_map"]
+        # A name must be a file of this very folder.
+        if all(isinstance(file, str) and Path(file).name == file for file in named.values()):
+            return named
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise problem(f"{key}: {index}", "a damaged index", "weight_map: tensor names to files", "download it again")
+
+
+def _header(file: Path, key: str) -> dict[str, Stored]:
+    try:
+        with safe_open(file, framework="numpy") as opened:  # checks the file's length too
+            slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
+            return {
+                name: Stored(file, piece.get_dtype(), tuple(piece.get_shape()), place)
+                for place, (name, piece) in enumerate(slices.items())
+            }
+    except (SafetensorError, OSError) as error:
+        with open(file, "rb") as opened:
+            start = opened.read(2)
+        pickled = start in (b"PK", b"\x80\x02", b"\x80\x04") or file.suffix in _PICKLES
+        got = "a pickle, which may run anything" if pickled else f"a damaged file ({error})"
+        raise problem(f"{key}: {file}", got, "a whole safetensors file", "download it again") from None
+
+
+def check_tensors(parts: Iterable[Part], stored: Mapping[str, Stored], key: str, spare: Iterable[str] = ()) -> None:
+    """Raise ConfigError, by name, unless `stored` has just the tensors of `parts`, and perhaps those of `spare`."""
+    expected = shapes(parts)
+    wrong = [f"no {name}" for name in expected if name not in stored]
+    wrong += [f"{name}, which the model does not have" for name in sorted(stored.keys() - expected - set(spare))]
+    for name in filter(stored.__contains__, expected):
+        if stored[name].shape != expected[name]:
+            wrong.append(f"{name} of shape {stored[name].shape} instead of {expected[name]}")
+        elif stored[name].dtype not in _BYTES:
+            wrong.append(f"{name} of dtype {stored[name].dtype} instead of {', '.join(_BYTES)}")
+    if wrong:
+        fix = f"choose the llm=, vision= and arch= that this is, or another {key}"
+        raise problem(key, _some(wrong, "; "), "the model's tensors, no more and no fewer", fix)
+
+
+def read_config(folder: str, key: str, code: Iterable[str] = ()) -> dict | None:
+    """The folder's config.json, None where there is none; `code`: remote code that is known, and not run all the same.
+
+    Raises ConfigError where it asks for other code.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        asked = values.get("auto_map") or {}
+    except (ValueError, AttributeError):
+        raise problem(f"{key}: {path}", "a damaged file", "a JSON object", "download it again") from None
+    foreign = sorted(str(name) for name in asked.values() if name not in code) if isinstance(asked, dict) else [asked]
+    if foreign:
+        fix = "take the model in its plain form"
+        raise problem(f"{key}: {path}", f"auto_map asks for remote code: {foreign[0]}", "no code to run", fix)
+    return values
+
+
+def check_values(got: Mapping[str, object], expected: Mapping[str, tuple[str, object]], key: str) -> None:
+    """Compare entries of a config.json with ours: name there -> (our setting, our value). Raises ConfigError.
+
+    What the file does not say is not compared.
+    """
+    for name, (setting, value) in expected.items():
+        if name in got and got[name] is not None and got[name] != value:
+            raise problem(f"{key}: config.json: {name}", got[name], f"{setting}={value}", f"{setting}={got[name]}")
+
+
+def _some(names: list[str], joint: str = ", ") -> str:
+    return joint.join(names[:4]) + (f"{joint}and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,203 @@
+"""From a folder into a trainer of any layout and back into a folder: bit for bit, or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from nvlm.cli import compose_config
+from nvlm.config import ConfigError
+from nvlm.export.cli import main, parse
+from nvlm.export.export import export
+from nvlm.launch import _prepare_folder
+from nvlm.train.checkpoint import Checkpoints
+from nvlm.train.loop import build_trainer
+from nvlm.weights.parts import shapes
+from nvlm.weights.sources import whole_model
+from tests.dist.run import joined, run_distributed
+from tests.published import SMALL, write_release
+
+OPTIONS = ("llm.cross_every=2", "train.steps=2", "optim.warmup=0", "init.vision=null", "llm.tokenizer=tiny")
+LAYOUTS = {
+    1: (),
+    2: ("parallel.tensor=2", "parallel.sequence=true"),
+    4: ("parallel.tensor=2", "parallel.pipeline=2", "parallel.distributed_optimizer=true"),
+}
+
+
+def train_nothing(overrides: tuple[str, ...], run: Path) -> None:
+    """A run that begins with what `overrides` name and saves it before any step."""
+    config = compose_config(*SMALL, *OPTIONS, *overrides)
+    with joined(config) as device:
+        trainer = build_trainer(config, device)
+        _prepare_folder(config, run, writes=torch.distributed.get_rank() == 0)
+        torch.distributed.barrier()
+        with Checkpoints(config.train, run) as checkpoints:
+            checkpoints.save(trainer, 1)
+
+
+def exported(run: Path, out: Path, *more: str) -> Path:
+    """What the command writes."""
+    return export(parse([f"checkpoint={run}", f"out={out}", "shard_gb=0.00003", *more]))
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, by the index."""
+    found = {}
+    for name, file in json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].items():
+        with safe_open(folder / file, framework="pt") as opened:
+            found[name] = opened.get_tensor(name)
+    return found
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Names, dtypes and every bit."""
+    assert list(got) == list(expected)
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
+
+
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", ["decoder", "xattn", "hybrid"])
+@pytest.mark.parametrize("stage", ["sft", "pretrain"])
+def test_load_then_export_is_bit_equal(tmp_path, arch, stage, world):
+    shape = (f"arch={arch}", "precision=bf16", f"stage={stage}")
+    config = compose_config(*SMALL, *OPTIONS, *shape)
+    held = write_release(tmp_path / "release", config, dummy_heads=3, dtype=torch.bfloat16)
+    options = (*shape, *LAYOUTS[world], f"init.release={tmp_path / 'release'}")
+    run_distributed(train_nothing, world, options, tmp_path / "run")
+    assert (tmp_path / "run/checkpoints/frozen").is_dir() == (stage == "pretrain")
+    out = exported(tmp_path / "run", tmp_path / "out")
+    assert_same(tensors_in(out), held)
+    assert len(list(out.glob("*.safetensors"))) > 3
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_an_encoder_keeps_its_precision_and_gets_dummy_heads(tmp_path):
+    """From apart: an fp32 encoder of five heads without dummy ones, in a bf16 run, gets three more."""
+    shape = ("arch=decoder", "precision=bf16")
+    config = compose_config(*SMALL, *OPTIONS, *shape)
+    held = write_release(tmp_path / "release", config, dummy_heads=0, dtype=torch.float32)
+    options = (*shape, f"init.release={tmp_path / 'release'}")
+    run_distributed(train_nothing, 1, options, tmp_path / "run")
+    moved = tmp_path / "moved"
+    (tmp_path / "release").rename(moved)
+    got = tensors_in(exported(tmp_path / "run", tmp_path / "out", f"vision={moved}"))
+    assert {name: tuple(t.shape) for name, t in got.items()} == shapes(whole_model(config, 3))
+    qkv, proj = (f"vision_model.encoder.layers.0.attn.{name}.weight" for name in ("qkv", "proj"))
+    assert got[qkv].dtype == torch.float32
+    for place, rows in enumerate(got[qkv].chunk(3)):
+        assert torch.equal(rows[:30], held[qkv].chunk(3)[place]) and not rows[30:].any()
+    assert torch.equal(got[proj][:, :30], held[proj]) and not got[proj][:, 30:].any()
+    words = "language_model.model.embed_tokens.weight"
+    assert torch.equal(got[words], held[words].bfloat16())
+
+
+def test_config_json_is_in_the_form_of_the_release(tmp_path):
+    """Full-size NVLM-D-72B: the entries of the published file, as facts of it are known."""
+    from nvlm.export.describe import describe
+
+    config = compose_config("arch=decoder", "llm=qwen2-72b", "dry_run=true")
+    got = describe(config, 7)
+    whole = dict(
+        architectures=["NVLM_D"], model_type="NVLM_D", downsample_ratio=0.5, dynamic_image_size=True,
+        force_image_size=448, min_dynamic_patch=1, max_dynamic_patch=6, ps_version="v2", select_layer=-1,
+        template="chatml", use_thumbnail=True, use_backbone_lora=0, use_llm_lora=0, torch_dtype="bfloat16",
+        transformers_version=None,
+    )  # fmt: skip
+    language = dict(
+        architectures=["Qwen2ForCausalLM"], model_type="llama", hidden_size=8192, intermediate_size=29568,
+        num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, hidden_act="silu", rms_norm_eps=1e-6,
+        rope_theta=1e6, max_position_embeddings=32768, vocab_size=152064, attention_bias=True, mlp_bias=False,
+        tie_word_embeddings=False, torch_dtype="bfloat16",
+    )  # fmt: skip
+    vision = dict(
+        architectures=["InternVisionModel"], model_type="intern_vit_6b", hidden_size=3200, intermediate_size=12800,
+        num_attention_heads=25, num_hidden_layers=45, image_size=448, patch_size=14, qk_normalization=True,
+        qkv_bias=False, norm_type="rms_norm", layer_norm_eps=1e-6, initializer_factor=0.1, use_flash_attn=True,
+    )  # fmt: skip
+    assert got.items() >= whole.items()
+    assert got["llm_config"].items() >= language.items()
+    assert got["vision_config"].items() >= vision.items()
+    assert got["auto_map"]["AutoModelForCausalLM"] == "modeling_nvlm_d.NVLM_D_Model"
+
+
+def test_the_release_has_the_published_names_and_shapes():
+    config = compose_config("arch=decoder", "llm=qwen2-72b", "dry_run=true")
+    whole = shapes(whole_model(config, 7))
+    assert sum(torch.Size(shape).numel() for shape in whole.values()) == 79_379_593_344
+    layer = "vision_model.encoder.layers.44"
+    assert whole[f"{layer}.attn.qkv.weight"] == (12288, 3200)
+    assert whole[f"{layer}.attn.q_norm.weight"] == whole[f"{layer}.attn.k_norm.weight"] == (4096,)
+    assert whole[f"{layer}.attn.proj.weight"] == (3200, 4096)
+    assert whole["mlp1.1.weight"] == (29568, 12800) and whole["mlp1.3.weight"] == (8192, 29568)
+    assert whole["language_model.model.layers.79.self_attn.k_proj.bias"] == (1024,)
+    assert whole["language_model.lm_head.weight"] == (152064, 8192)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run to be exported, and broken in copies."""
+    folder = tmp_path_factory.mktemp("export")
+    config = compose_config(*SMALL, *OPTIONS, "arch=hybrid", "precision=bf16")
+    write_release(folder / "release", config, dummy_heads=3, dtype=torch.bfloat16)
+    options = ("arch=hybrid", "precision=bf16", f"init.release={folder / 'release'}")
+    run_distributed(train_nothing, 1, options, folder / "run")
+    return folder / "run"
+
+
+def data_file(run: Path) -> Path:
+    """The largest file of the checkpoint."""
+    return max(run.glob("checkpoints/step_*/*"), key=lambda file: file.stat().st_size)
+
+
+def flip(path: Path) -> None:
+    """Change one byte near the end."""
+    data = bytearray(path.read_bytes())
+    data[-len(data) // 3] ^= 1
+    path.write_bytes(data)
+
+
+FAULTS = {
+    "damaged tensors": (lambda run: flip(data_file(run)), r"\.distcp is not what was written"),
+    "damaged metadata": (lambda run: flip(run / "checkpoints/step_00000001/.metadata"), "is not what was written"),
+    "no tensors": (lambda run: data_file(run).unlink(), r"\.distcp is missing"),
+    "no configuration": (lambda run: (run / "config.yaml").unlink(), "config.yaml: got no such file"),
+    "another model": (
+        lambda run: (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("layers: 4", "layers: 6", 1)),
+        r"no decoder.layers.4",
+    ),
+    "no checkpoint": (lambda run: shutil.rmtree(run / "checkpoints"), "a run folder with a checkpoint"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_cannot_be_exported_is_named_and_leaves_nothing(tmp_path, run, fault, capsys):
+    spoil, reason = FAULTS[fault]
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    spoil(copy)
+    with pytest.raises(ConfigError, match=reason):
+        exported(copy, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_command_refuses_in_one_line(tmp_path, run, capsys):
+    (tmp_path / "there").mkdir()
+    for words, reason in (
+        ([f"checkpoint={run}"], "out: got nothing"),
+        ([f"checkpoint={run}", f"out={tmp_path / 'there'}"], "which exists"),
+        ([f"checkpoint={run}", f"out={tmp_path / 'o'}", "shards=5"], "shards: got a key that does not exist"),
+        ([f"checkpoint={run}", f"out={tmp_path / 'o'}", "shard_gb=0"], "shard_gb: got 0"),
+        ([f"checkpoint={run}", f"out={tmp_path / 'o'}", f"vision={tmp_path / 'no'}"], "init.vision: got"),
+        ([f"checkpoint={tmp_path}", f"out={tmp_path / 'o'}"], "a run folder with a checkpoint"),
+    ):
+        assert main(words) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: ") and told.count("\n") == 1 and reason in told
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]

@@ -1,0 +1,269 @@
+"""Folders that are not what they should be: refused by name, from their headers, before anything is read or written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nvlm.cli import compose_config
+from nvlm.config import ConfigError
+from nvlm.launch import check_weights
+from nvlm.weights.sources import model_source, vision_source
+from tests.published import LANGUAGES, SMALL, encoder_model, internvit_names, language_model, write_release
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY_VISION = [word for word in SMALL if not word.startswith("vision.")]  # with the package's own encoder
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory) -> Path:
+    """A language model's folder in several files."""
+    folder = tmp_path_factory.mktemp("qwen")
+    language_model(compose_config(*SMALL)).save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def change(file: Path, how: Callable[[dict], None]) -> None:
+    """Rewrite a safetensors file."""
+    tensors = load_file(file)
+    how(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+def edit(file: Path, **values) -> None:
+    """Set entries of a JSON file; None removes."""
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in (content | values).items() if v is not None}))
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 40)
+
+
+def as_pickle(folder: Path) -> None:
+    for file in [*files_of(folder), folder / "model.safetensors.index.json"]:
+        file.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def shorter(tensors: dict) -> None:
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    tensors[name] = tensors[name][:-1].clone()
+
+
+def as_ints(tensors: dict) -> None:
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    tensors[name] = tensors[name].to(torch.int8)
+
+
+def with_up(folder: Path) -> Path:
+    """A file that holds an up projection."""
+    return next(file for file in files_of(folder) if any("up_proj" in name for name in load_file(file)))
+
+
+def index_more(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    edit(index, weight_map=weight_map | {"model.layers.4.mlp.up_proj.weight": files_of(folder)[0].name})
+
+
+def index_outside(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    edit(index, weight_map=weight_map | {"model.norm.weight": "../elsewhere/model.safetensors"})
+
+
+def index_less(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    edit(index, weight_map={k: v for k, v in weight_map.items() if k != "model.layers.0.mlp.up_proj.weight"})
+
+
+def config_of(folder: Path, **values) -> None:
+    edit(folder / "config.json", **values)
+
+
+FAULTS = {
+    "a missing file": (lambda f: files_of(f)[2].unlink(), r"no model-00003-of-\d+.safetensors"),
+    "a truncated file": (lambda f: truncate(files_of(f)[1]), r"model-00002-of-.*a damaged file"),
+    "a file cut in its header": (lambda f: os.truncate(files_of(f)[1], 30), r"model-00002-of-.*a damaged file"),
+    "an empty file": (lambda f: os.truncate(files_of(f)[1], 0), r"model-00002-of-.*a damaged file"),
+    "a wrong shape": (lambda f: change(with_up(f), shorter), r"up_proj.weight of shape \(39, 24\) instead of \(40"),
+    "a wrong dtype": (lambda f: change(with_up(f), as_ints), r"up_proj.weight of dtype I8 instead of F32, F16, BF16"),
+    "an index that names what no file holds": (index_more, r"model.layers.4.mlp.up_proj.weight at model-00001"),
+    "an index that leaves out what a file holds": (index_less, r"no model.layers.0.mlp.up_proj.weight"),
+    "an index that leads elsewhere": (index_outside, "a damaged index"),
+    "a broken index": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "a damaged index"),
+    "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), "without model.safetensors.index.json"),
+    "a pickle": (as_pickle, "pytorch_model.bin, a pickle, which may run anything"),
+    "a pickle under another name": (
+        lambda f: torch.save({}, files_of(f)[1]),
+        r"model-00002-of-.*a pickle, which may run anything",
+    ),
+    "remote code": (
+        lambda f: config_of(f, auto_map={"AutoModelForCausalLM": "modeling_x.Model"}),
+        "config.json: got auto_map asks for remote code: modeling_x.Model",
+    ),
+    "remote code from elsewhere": (lambda f: config_of(f, auto_map="someone/repo--m.M"), "remote code: someone/repo"),
+    "a broken config.json": (lambda f: (f / "config.json").write_text("{"), "config.json: got a damaged file"),
+    "another architecture": (lambda f: config_of(f, architectures=["GPT2LMHeadModel"]), r"\['GPT2LMHeadModel'\]"),
+    "another epsilon": (lambda f: config_of(f, rms_norm_eps=1e-6), "rms_norm_eps: got 1e-06, expected llm.norm_eps="),
+    "another rotary base": (
+        lambda f: config_of(f, rope_parameters={"rope_theta": 1e6, "rope_type": "default"}),
+        r"rope_theta: got 1000000.0, expected llm.rope_theta=5000.0. Fix: llm.rope_theta=1000000.0",
+    ),
+    "another rotary base, older form": (
+        lambda f: config_of(f, rope_parameters=None, rope_theta=1e6),
+        r"rope_theta: got 1000000.0",
+    ),
+    "rotary scaling that is not built": (
+        lambda f: config_of(f, rope_scaling={"type": "yarn", "factor": 4.0}),
+        "rope_scaling: got 'yarn'",
+    ),
+    "a sliding window": (lambda f: config_of(f, use_sliding_window=True), "use_sliding_window: got True"),
+    "other heads": (lambda f: config_of(f, num_attention_heads=2), "num_attention_heads: got 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_folder_that_is_not_right_is_refused_by_name(tmp_path, qwen, fault):
+    spoil, reason = FAULTS[fault]
+    folder = tmp_path / "folder"
+    shutil.copytree(qwen, folder)
+    config = compose_config(*SMALL, f"init.llm={folder}")
+    assert model_source(config).parts.keys() == {"llm"}
+    spoil(folder)
+    with pytest.raises(ConfigError, match=reason) as caught:
+        model_source(config)
+    assert "\n" not in str(caught.value) and "Fix: " in str(caught.value)
+
+
+def test_dynamic_rotary_scaling_changes_nothing_within_the_trained_positions(tmp_path, qwen):
+    shutil.copytree(qwen, tmp_path / "folder")
+    config_of(tmp_path / "folder", rope_scaling={"type": "dynamic", "factor": 3.0})
+    assert model_source(compose_config(*SMALL, f"init.llm={tmp_path / 'folder'}"))
+
+
+def test_llama_scaling_must_be_the_run_s(tmp_path):
+    language_model(compose_config(*SMALL, *LANGUAGES["llama-3.1"])).save_pretrained(tmp_path)
+    config = compose_config(*SMALL, *LANGUAGES["yi"], f"init.llm={tmp_path}")
+    with pytest.raises(ConfigError, match="rope_scaling") as caught:
+        model_source(config)
+    fix = str(caught.value).partition("Fix: ")[2].strip("'")
+    assert model_source(compose_config(*SMALL, *LANGUAGES["yi"], f"init.llm={tmp_path}", fix))
+
+
+def test_missing_and_surplus_tensors_are_named(tmp_path, qwen):
+    for option, reason in (
+        ("llm.layers=5", "no model.layers.4.input_layernorm.weight"),
+        ("llm.layers=3", "model.layers.3.input_layernorm.weight, which the model does not have"),
+        ("llm.qkv_bias=false", "self_attn.k_proj.bias, which the model does not have"),
+    ):
+        edited = tmp_path / option.replace("=", "-")
+        shutil.copytree(qwen, edited)
+        (edited / "config.json").unlink()
+        with pytest.raises(ConfigError, match=reason):
+            model_source(compose_config(*SMALL, option, f"init.llm={edited}"))
+
+
+def test_a_tied_model_may_hold_its_output_layer_all_the_same(tmp_path, qwen):
+    shutil.copytree(qwen, tmp_path / "folder")
+    config_of(tmp_path / "folder", tie_word_embeddings=True)
+    assert model_source(compose_config(*SMALL, "llm.tied=true", f"init.llm={tmp_path / 'folder'}"))
+
+
+def test_what_the_stage_does_not_declare_new_must_be_read(qwen):
+    for options, lost in (
+        (("arch=hybrid", "llm.cross_every=2", "stage.new=[projector]"), "xattn"),
+        (("arch=hybrid", "llm.cross_every=2", "stage.new=[]"), "projector, xattn"),
+        (("arch=decoder", "stage.new=[]"), "projector"),
+    ):
+        with pytest.raises(ConfigError, match=f"weights of {lost}: got none in init.llm"):
+            model_source(compose_config(*SMALL, *options, f"init.llm={qwen}"))
+    assert model_source(compose_config(*SMALL, "arch=hybrid", "llm.cross_every=2", f"init.llm={qwen}"))
+
+
+def test_encoders(tmp_path):
+    config = compose_config(*SMALL)
+    names = internvit_names(encoder_model(config).state_dict(), config.vision.layers)
+    save_file(names, tmp_path / "model.safetensors")
+    values = dict(
+        architectures=["InternVisionModel"], hidden_size=30, num_hidden_layers=2, num_attention_heads=5,
+        intermediate_size=44, image_size=56, patch_size=14, layer_norm_eps=1e-6, qk_normalization=True,
+        qkv_bias=False, auto_map={"AutoModel": "modeling_intern_vit.InternVisionModel"},
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    one = f"init.vision={tmp_path / 'model.safetensors'}"
+    assert vision_source(compose_config(*SMALL, one)).parts.keys() == {"vision"}
+    assert vision_source(compose_config(*SMALL, f"init.vision={tmp_path}"))
+    for option, reason in (
+        ("vision.heads=3", "num_attention_heads: got 5, expected vision.heads=3"),
+        ("vision.norm_eps=1e-5", "layer_norm_eps: got 1e-06"),
+        ("vision.qk_norm=false", "qk_normalization: got True"),
+        ("vision.layers=3", "num_hidden_layers: got 2"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            vision_source(compose_config(*SMALL, option, f"init.vision={tmp_path}"))
+    edit(tmp_path / "config.json", auto_map={"AutoModel": "someone/else--modeling_intern_vit.InternVisionModel"})
+    with pytest.raises(ConfigError, match="remote code: someone/else"):
+        vision_source(compose_config(*SMALL, f"init.vision={tmp_path}"))
+
+
+def test_a_release_gives_what_it_holds(tmp_path):
+    decoder = ("arch=decoder", "init.vision=null", f"init.release={tmp_path / 'd'}")
+    hybrid = ("arch=hybrid", "llm.cross_every=2", "init.vision=null", f"init.release={tmp_path / 'd'}")
+    write_release(tmp_path / "d", compose_config(*SMALL), dummy_heads=3, dtype=torch.bfloat16)
+    assert model_source(compose_config(*SMALL, *decoder)).parts.keys() == {"vision", "projector", "llm"}
+    assert model_source(compose_config(*SMALL, *hybrid)).parts.keys() == {"vision", "projector", "llm"}
+    with pytest.raises(ConfigError, match="weights of xattn: got none in init.release"):
+        model_source(compose_config(*SMALL, *hybrid, "stage.new=[]"))
+    with pytest.raises(ConfigError, match=r"mlp1.1.weight of shape \(40, 120\) instead of \(24, 120\)"):
+        model_source(compose_config(*SMALL, *hybrid, "arch=xattn"))
+    encoder_alone = compose_config(*SMALL, f"init.vision={tmp_path / 'd'}")
+    assert all(name.startswith("vision_model.") for name in vision_source(encoder_alone).stored)
+
+
+def test_one_source_for_each_part(tmp_path, qwen):
+    for options, reason in (
+        ((f"init.llm={qwen}", "init.checkpoint=runs/a"), "init.llm and init.checkpoint"),
+        ((f"init.release={qwen}",), "init.release and init.vision"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            compose_config(*SMALL, *options)
+
+
+def test_a_checkpoint_must_be_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="init.checkpoint: got 'runs/nothing'"):
+        check_weights(compose_config(*TINY_VISION, "init.checkpoint=runs/nothing"))
+
+
+def test_the_command_refuses_before_it_writes_and_without_torch(tmp_path, qwen):
+    """The real command: one line, status 2, no run folder; and the check itself imports no torch."""
+    shutil.copytree(qwen, tmp_path / "folder")
+    truncate(files_of(tmp_path / "folder")[0])
+    words = [*TINY_VISION, f"init.llm={tmp_path / 'folder'}"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch/train.py"), *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: init.llm: ") and done.stderr.count("\n") == 1, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    code = (
+        "import sys; from nvlm.cli import compose_config; from nvlm.weights.sources import model_source\n"
+        f"model_source(compose_config(*{SMALL!r}, 'init.llm={qwen}')); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
