@@ -21,6 +21,7 @@ G key-value heads, E width of a head, V vocabulary.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -117,12 +118,14 @@ def cut(image, columns: int, rows: int, tile: int) -> Tensor:
 
 
 def open_rgb(source):
-    """A path or a Pillow image as RGB. Transparency is dropped, the EXIF orientation is not applied. Grey of 16 or 32
-    bits is scaled so that white is the first of 255 and 65535 (of floats also 1) that holds the brightest value."""
+    """A path, a file's bytes or a Pillow image as RGB. Transparency is dropped, the EXIF orientation is not applied.
+    Grey of 16 or 32 bits is scaled so that white is the first of 255 and 65535 (of floats also 1) that holds the
+    brightest value."""
     import numpy as np
     from PIL import Image
 
-    image = source if isinstance(source, Image.Image) else Image.open(source)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    image = file if isinstance(file, Image.Image) else Image.open(file)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         grey = np.nan_to_num(np.asarray(image).astype(np.float32), nan=0, posinf=0, neginf=0)
         levels = (1, 255, 65535) if image.mode == "F" else (255, 65535)
@@ -434,8 +437,8 @@ class NVLM(nn.Module):
         """Lay out a conversation in ChatML, with `reply` up to where the assistant's next turn begins.
 
         `messages`: {"role", "content"}, content a text with `<image>` marks or a list of {"type": "text" | "image"}
-        parts. `images`: paths or Pillow images. `max_tiles`: fewer tiles a picture than config.json allows, as the
-        trainer takes where a conversation's pictures do not fit its sequence.
+        parts. `images`: paths, bytes or Pillow images. `max_tiles`: fewer tiles a picture than config.json allows, as
+        the trainer takes where a conversation's pictures do not fit its sequence.
         """
         c, special, encode = self.config.nvlm, self.tokenizer.token_to_id, self.encode
         start, end = (special(name) for name in ("<|im_start|>", "<|im_end|>"))

@@ -5,6 +5,7 @@ Tolerance as in test_layouts: 1e-5 of each tensor's largest value (worst seen 3e
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,16 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from nvlm.cli import compose_config
+from nvlm.data.encode import build_encoder, encode
+from nvlm.data.pack import collate
+from nvlm.data.sources import build_records
+from nvlm.export.cli import parse
+from nvlm.export.export import export
+from nvlm.export.modeling_nvlm import NVLM
+from nvlm.launch import _prepare_folder
 from nvlm.llm.adapters import is_adapter
 from nvlm.parallel import distributed
+from nvlm.registry import layout_rule
 from nvlm.train import restore
 from nvlm.train.checkpoint import FROZEN, latest
 from nvlm.train.loop import build_trainer
@@ -189,3 +198,51 @@ def test_steps_from_another_runs_weights_move_adapters_alone(tmp_path):
     run_distributed(only_adapters_moved, 1, tmp_path / "base", tmp_path / "lora")
     with pytest.raises(AssertionError, match=r"adapter\.\w+\.weight, which this run does not have"):
         run_distributed(step_from, 1, FP32, tmp_path / "lora", tmp_path / "plain")
+
+
+# --- export ---
+
+
+def train_and_save(overrides: tuple[str, ...], run: Path) -> None:
+    """Two steps and a checkpoint, in a run folder."""
+    config = compose_config(*overrides)
+    with joined(config) as device:
+        trainer, step = built(overrides, device)
+        for _ in range(2):
+            step()
+        _prepare_folder(config, run, writes=dist.get_rank() == 0)
+        dist.barrier()
+        saved(trainer, overrides, run, 2)
+
+
+def differ_from_exported(overrides: tuple[str, ...], run: Path, out: Path) -> float:
+    """Largest difference between the trainer's logits and those of the exported folder's own code."""
+    config = compose_config(*overrides)
+    with joined(config) as device:
+        trainer, _ = built(overrides, device)
+        restore.load(trainer, latest(run))
+        record = build_records(config.data, config.seed)[0]
+        sample = encode(record, build_encoder(config, layout_rule(config.arch.name), resize="exact"))
+        batch = trainer.vision.encode([collate([[sample]], config.vision.tile_size)])[0]
+        [model] = trainer.stages.parts
+        with torch.no_grad():
+            expected = model.logits(model.hidden(batch))[: len(sample.tokens), 0]
+    model = NVLM.from_folder(out, dtype=torch.float32)
+    got = model.logits(model.inputs(record.messages, record.images))
+    return float((got - expected[:, : got.shape[1]]).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize(("arch", "peft"), [("decoder", "none"), ("xattn", "lora"), ("hybrid", "lora")])
+def test_an_exported_run_gives_the_trainers_logits(tmp_path, arch, peft):
+    overrides = (*RUN, f"arch={arch}", f"peft={peft}", "optim.lr=0.01", "optim.warmup=1")
+    run_distributed(train_and_save, 2, (*overrides, "parallel.tensor=2"), tmp_path / "run")
+    export(parse([f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'out'}"]))
+    names = safetensors_names(tmp_path / "out")
+    assert names and not any("adapter" in name for name in names)
+    [differ] = run_distributed(differ_from_exported, 1, overrides, tmp_path / "run", tmp_path / "out")
+    assert differ < 1e-5
+
+
+def safetensors_names(folder: Path) -> list[str]:
+    """All tensors of a folder."""
+    return list(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"])

@@ -110,6 +110,9 @@ def trainer_model(*overrides: str) -> Trained:
     (model,), encoder = build_parts(config), InternViT(config, solo_groups())
     for seed, module in enumerate((model, encoder)):
         scatter(module, seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".gate"):
+            parameter.data.fill_(0.7)
     return Trained(config, model, VisionPath(encoder, config.vision.downsample))
 
 
@@ -238,7 +241,8 @@ def test_a_picture_is_read_from_its_file(tmp_path):
     pictures()["P"].save(tmp_path / "picture.png")
     messages = [{"role": "user", "content": "<image> what?"}, {"role": "assistant", "content": "7"}]
     expected = expected_of(Record("file", messages, [tmp_path / "picture.png"]), built)
-    for source in (tmp_path / "picture.png", str(tmp_path / "picture.png")):
+    path = tmp_path / "picture.png"
+    for source in (path, str(path), path.read_bytes()):
         assert torch.equal(model.inputs(messages, [source]).pixels, expected.pixels)
 
 
