@@ -49,7 +49,7 @@ from nvlm.lengths import most_image_tokens
         (["peft=lora", "peft.rank=0"], ("peft.rank", "0", "at least 1")),
         (["peft=lora", "peft.dropout=1.0"], ("peft.dropout", "1.0", "below 1")),
         (["peft=lora", "peft.targets=[llm,vision]"], ("peft.targets", "'vision'", "llm, xattn")),
-        (["peft=lora", "peft.targets=llm"], ("peft.targets", "'llm'", "list")),
+        (["peft=lora", "peft.targets=llm"], ("peft.targets", "'llm'", "tuple")),
         (["peft=lora", "stage=pretrain", "peft.targets=[llm]"], ("peft.targets", "stage=pretrain trains (xattn)")),
         (["peft=lora", "stage=pretrain", "arch=decoder"], ("peft.targets", "trains neither", "stage=sft")),
         (["peft=lora", "peft.targets=[]"], ("peft.targets", "[]", "llm, xattn")),
