@@ -1,18 +1,24 @@
-"""A checkpoint's weights, whole and one at a time, whatever layout wrote them. Needs no process group."""
+"""A checkpoint's weights, whole and one at a time, whatever layout wrote them. Needs no process group.
+
+torch's own reader holds a tensor three times while it reads it. Here what the files hold is mapped: a tensor that was
+written in one piece costs no memory but the kernel's.
+"""
 
 from __future__ import annotations
 
-import warnings
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from nvlm.llm.adapters import adapter_names, merge
+
+_PAGE = mmap.ALLOCATIONGRANULARITY
 
 
 class TrainedWeights:
@@ -23,13 +29,8 @@ class TrainedWeights:
 
     def __init__(self, folders: Sequence[Path], scale: float = 1.0) -> None:
         self.scale = scale
-        self.readers = [_Reader(folder) for folder in folders]
-        self.places = {
-            name: (reader, entry)
-            for reader in self.readers
-            for name, entry in reader.read_metadata().state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
-        }
+        self.folders = [_Folder(folder) for folder in folders]
+        self.places = {name: folder for folder in self.folders for name in folder.tensors}
         self.last: tuple[str, Tensor] | None = None
 
     def __contains__(self, name: str) -> bool:
@@ -37,34 +38,55 @@ class TrainedWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         """What it is stored as."""
-        return self.places[name][1].properties.dtype
+        return self.places[name].tensors[name].properties.dtype
 
     def read(self, name: str) -> Tensor:
         """The whole tensor. The last one is kept: several published tensors may be parts of it."""
         if self.last is None or self.last[0] != name:
             self.last = None
-            tensor, (down, up) = self._stored(name), adapter_names(name)
+            tensor, (down, up) = self.places[name].read(name), adapter_names(name)
             if down in self:
-                tensor = merge(tensor, self._stored(down), self._stored(up), self.scale)
+                tensor = merge(tensor, *(self.places[part].read(part) for part in (down, up)), self.scale)
             self.last = (name, tensor)
         return self.last[1]
 
-    def _stored(self, name: str) -> Tensor:
-        reader, entry = self.places[name]
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is no process group
-            checkpoint.load({name: tensor}, storage_reader=reader, no_dist=True)
-        return tensor
 
-
-class _Reader(FileSystemReader):
-    """torch's, which would unpickle the metadata again for every tensor."""
+class _Folder:
+    """One folder of torch.distributed.checkpoint."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.metadata: Metadata | None = None
+        self.folder, self.reader = folder, FileSystemReader(folder)
+        metadata = self.reader.read_metadata()
+        self.items = metadata.storage_data
+        self.tensors = {
+            name: entry
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+        }
 
-    def read_metadata(self, *args, **kwargs) -> Metadata:
-        if self.metadata is None:
-            self.metadata = super().read_metadata(*args, **kwargs)
-        return self.metadata
+    def read(self, name: str) -> Tensor:
+        entry = self.tensors[name]
+        pieces = ((chunk, self._map(MetadataIndex(name, chunk.offsets))) for chunk in entry.chunks)
+        if len(entry.chunks) == 1:
+            return next(pieces)[1]
+        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+        for chunk, piece in pieces:
+            region = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes))
+            whole[region] = piece
+        return whole
+
+    def _map(self, index: MetadataIndex) -> Tensor:
+        """The tensor that stands in a file, over the file's own pages."""
+        item = self.items[index]
+        with open(self.folder / item.relative_path, "rb") as file:
+            with FakeTensorMode():  # its shape and where its numbers begin, without reading them
+                fake = torch.load(self.reader._slice_file(file, item), weights_only=True)
+            storage = fake.untyped_storage()
+            start = item.offset + storage._checkpoint_offset
+            begin = start // _PAGE * _PAGE
+            length = start - begin + storage.nbytes()
+            # Private and writable: torch wants a buffer that it could write to.
+            pages = mmap.mmap(file.fileno(), length, mmap.MAP_PRIVATE, offset=begin)
+        count = storage.nbytes() // fake.element_size()
+        flat = torch.frombuffer(pages, dtype=fake.dtype, count=count, offset=start - begin)
+        return flat.as_strided(fake.size(), fake.stride(), fake.storage_offset())

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
+import os
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +19,7 @@ from nvlm.cli import compose_config
 from nvlm.config import ConfigError
 from nvlm.export.cli import main, parse
 from nvlm.export.export import export
+from nvlm.export.shards import ShardWriter
 from nvlm.launch import _prepare_folder
 from nvlm.train.checkpoint import Checkpoints
 from nvlm.train.loop import build_trainer
@@ -201,3 +207,47 @@ def test_the_command_refuses_in_one_line(tmp_path, run, capsys):
         told = capsys.readouterr().err
         assert told.startswith("error: ") and told.count("\n") == 1 and reason in told
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def killed_midway(run: Path, out: Path) -> None:
+    """An export that is killed behind its tenth tensor."""
+    write, count = ShardWriter.write, itertools.count()
+
+    def kill(writer, name, tensor):
+        if next(count) == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(writer, name, tensor)
+
+    ShardWriter.write = kill
+    exported(run, out)
+
+
+def test_a_killed_export_leaves_nothing_that_looks_complete(tmp_path, run):
+    process = multiprocessing.get_context("fork").Process(target=killed_midway, args=(run, tmp_path / "out"))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    assert not (tmp_path / ".out.partial" / "model.safetensors.index.json").exists()
+    assert not (tmp_path / ".out.partial" / "config.json").exists()
+    exported(run, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_leaves_nothing_and_is_said(tmp_path, run):
+    """A real limit on the size of files, in a process of its own."""
+
+    def limited(pipe) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        try:
+            exported(run, tmp_path / "out")
+        except ConfigError as error:
+            pipe.send(str(error))
+
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=limited, args=(sending,))
+    process.start()
+    process.join(60)
+    assert receiving.poll() and "File too large" in receiving.recv()
+    assert not list(tmp_path.iterdir())
