@@ -44,7 +44,7 @@ def export(options: ExportOptions) -> Path:
     # Before and not beside the writing: a disk that does all three at once takes longer.
     if wrong := [fault for folder in folders for fault in own_faults(folder)]:
         raise problem(f"checkpoint {step}", "; ".join(wrong), "the files as they were written", "take another one")
-    weights, vision = TrainedWeights(folders), vision_source(config)
+    weights, vision = TrainedWeights(folders, config.peft.scale), vision_source(config)
     parts = whole_model(config, dummy_heads(config, vision))
     _check(weights, parts, step)
     partial = out.with_name(f".{out.name}.partial")

@@ -54,8 +54,8 @@ def prepare(config: Config, folder: Path, micro_batches) -> tuple[Case, Twins]:
     save_file(tower, folder / "tower.safetensors")
     (folder / "weights").mkdir()
     dist_checkpointing.save(twins.model.sharded_state_dict(metadata=metadata()), str(folder / "weights"))
-    vision = replace(config.vision, weights=str(folder / "tower.safetensors"))
-    return Case(replace(config, vision=vision), folder, micro_batches), twins
+    init = replace(config.init, vision=str(folder / "tower.safetensors"))
+    return Case(replace(config, init=init), folder, micro_batches), twins
 
 
 def reference_gradients(twins: Twins, case: Case) -> tuple[float, dict[str, Tensor]]:
