@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import shutil
 import statistics
 import subprocess
@@ -149,8 +148,7 @@ def load_as(layers: int, folder: str, layout: tuple[str, ...], stand_in: bool) -
         for parameter in part.parameters():
             assert bool(parameter.view(-1)[::997].isfinite().all())
     fetched = int(Path("/proc/self/io").read_text().split("read_bytes:")[1].split()[0])
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return dict(shard=shard, peak=peak, seconds=done - built, build=built - started, fetched=fetched)
+    return dict(shard=shard, peak=peak(), seconds=done - built, build=built - started, fetched=fetched)
 
 
 def in_process(*arguments: str, count: int = 1) -> list[dict]:
@@ -172,14 +170,22 @@ def in_process(*arguments: str, count: int = 1) -> list[dict]:
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
-def export_run(run: Path, out: Path) -> tuple[float, int]:
-    """Seconds and peak memory in bytes of the command."""
-    command = [sys.executable, str(ROOT / "launch/export_hf.py"), f"checkpoint={run}", f"out={out}"]
+def export_as(run: str, out: str) -> dict:
+    """What the command does, in this process; seconds without the imports."""
+    from nvlm.export.cli import parse
+    from nvlm.export.export import export
+    from nvlm.launch import quiet
+
+    quiet()
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0
-    return time.perf_counter() - started, 1024 * usage.ru_maxrss
+    export(parse([f"checkpoint={run}", f"out={out}"]))
+    return dict(seconds=time.perf_counter() - started, peak=peak())
+
+
+def peak() -> int:
+    """Most memory that this process has had, in bytes, mapped files included. (What getrusage tells begins with the
+    parent's.)"""
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def copy(folder: Path, target: Path) -> float:
@@ -219,7 +225,7 @@ def measure(options, scratch: Path) -> None:
         bound = got["shard"] + largest + SLACK
         print(f"{name:32} {got['shard'] / 1e9:7.2f} {got['peak'] / 1e9:7.2f} {bound / 1e9:7.2f}")
     times: dict[str, list[float]] = {"cp": [], "load": [], "export": []}
-    peak = 0
+    used = 0
     for _ in range(options.repeat):
         cool(folder)
         times["cp"].append(copy(folder, scratch / "copy"))
@@ -228,11 +234,11 @@ def measure(options, scratch: Path) -> None:
         [got] = in_process("--load", layers, str(folder), *TENSOR)
         times["load"].append(got["seconds"])
         cool(run)
-        seconds, used = export_run(run, out)
-        times["export"].append(seconds)
-        peak = max(peak, used)
+        [got] = in_process("--export", str(run), str(out))
+        times["export"].append(got["seconds"])
+        used = max(used, got["peak"])
         shutil.rmtree(out)
-    print(f"{'export':32} {0:7.2f} {peak / 1e9:7.2f} {(largest + SLACK) / 1e9:7.2f}")
+    print(f"{'export':32} {0:7.2f} {used / 1e9:7.2f} {(largest + SLACK) / 1e9:7.2f}")
     print(f"{'speed':32} {'seconds':>7} {'GB/s':>7} {'of cp':>7}")
     for name, several in times.items():
         seconds = statistics.median(several)
@@ -253,5 +259,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] in (["--load"], ["--load-together"]):
         how, layers, folder, *layout = sys.argv[1:]
         print(json.dumps(load_as(int(layers), folder, tuple(layout), how == "--load")))
+    elif sys.argv[1:2] == ["--export"]:
+        print(json.dumps(export_as(*sys.argv[2:])))
     else:
         main()

@@ -158,6 +158,27 @@ class StageConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PeftConfig:
+    """Low-rank adapters on the linears of the layers of the module groups `targets`, in place of their weights."""
+
+    name: str  # none, or lora
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """The module groups with adapters."""
+        return () if self.name == "none" else self.targets
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's output is multiplied with."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
     """Sizes of the parallel dimensions of one model replica; data parallelism takes the rest."""
 
@@ -251,6 +272,7 @@ class Config:
     tiling: TilingConfig
     data: DataConfig
     stage: StageConfig
+    peft: PeftConfig
     parallel: ParallelConfig
     optim: OptimConfig
     train: TrainConfig
@@ -433,9 +455,27 @@ def _stage(config: Config) -> None:
         )
 
 
+def _peft(config: Config) -> None:
+    peft = config.peft
+    _one_of("peft", peft.name, ("none", "lora"))
+    if peft.name == "none":
+        return
+    if peft.rank < 1:
+        raise problem("peft.rank", peft.rank, "at least 1", "peft.rank=16")
+    if not 0 <= peft.dropout < 1:
+        raise problem("peft.dropout", peft.dropout, "at least 0 and below 1", "peft.dropout=0")
+    for target in peft.targets:
+        _one_of("peft.targets", target, ("llm", "xattn"))
+    learns = set(config.stage.trainable) - ({"xattn"} if config.arch.name == "decoder" else set())
+    if learns.isdisjoint(peft.targets):
+        known = ", ".join(sorted(learns & {"llm", "xattn"})) or "but it trains neither"
+        expected = f"at least one that stage={config.stage.name} trains ({known})"
+        raise problem("peft.targets", list(peft.targets), expected, "stage=sft, or peft=none")
+
+
 def validate(config: Config) -> Config:
     """Check every cross-field rule (token lengths: nvlm.lengths); return `config` or raise ConfigError, one message."""
-    for rule in (_positive, _names, _shapes, _layout, _init, _schedule, _faults, _stage):
+    for rule in (_positive, _names, _shapes, _layout, _init, _schedule, _faults, _stage, _peft):
         rule(config)
     return config
 

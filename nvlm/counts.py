@@ -42,14 +42,27 @@ def cross_parameters(config: Config) -> int:
     return layers + {"decoder": 0, "xattn": 1, "hybrid": 2}[config.arch.name] * llm.hidden
 
 
+def adapter_parameters(config: Config) -> dict[str, int]:
+    """Parameters of the adapters by module group: rank x (inputs + outputs) for each linear."""
+    llm, peft = config.llm, config.peft
+    q, kv = llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim
+    attention = (llm.hidden + q + 2 * kv) + (q + llm.hidden)
+    mlp = (llm.hidden + 2 * llm.ffn) + (llm.ffn + llm.hidden)
+    cross = (llm.hidden + q) + (llm.hidden + 2 * kv) + (q + llm.hidden)
+    widths = {"llm": llm.layers * (attention + mlp), "xattn": len(cross_layers(config)) * cross}
+    return {group: peft.rank * widths[group] for group in peft.adapted}
+
+
 def parameters(config: Config) -> dict[str, int]:
-    """Parameters by module group."""
-    return {
+    """Parameters by module group, adapters included."""
+    counts = {
         "vision": vision_parameters(config.vision),
         "projector": projector_parameters(config),
         "xattn": cross_parameters(config),
         "llm": llm_parameters(config.llm),
     }
+    adapters = adapter_parameters(config)
+    return {group: count + adapters.get(group, 0) for group, count in counts.items()}
 
 
 def gpus_needed(config: Config) -> int | None:
@@ -59,7 +72,7 @@ def gpus_needed(config: Config) -> int | None:
     of replicas helps: too few shards.
     """
     counts = parameters(config)
-    learning = sum(counts[group] for group in config.stage.trainable)
+    learning = sum((counts | adapter_parameters(config))[group] for group in config.stage.trainable)
     frozen = sum(counts[group] for group in ("projector", "xattn", "llm")) - learning
     shards = config.parallel.tensor * config.parallel.pipeline
     for replicas in range(1, 1025):

@@ -124,15 +124,55 @@ class Twins:
 
 
 def build_twins(config: Config, gates: float | None = None, seed: int = 1) -> Twins:
-    """Random weights of standard deviation STD (gates open unless given)."""
+    """Random weights of standard deviation STD (gates open unless given). Where ours has adapters, they are at work,
+    and the reference has them merged."""
     reference = ReferenceNVLM(dims_of(config)).init(seed, STD, gates)
     state = dict(reference.named_parameters())
     (model,) = build_parts(config)
-    load(model, to_ours(state, config))
+    load(model, to_ours(state, config) | awake_adapters(model))
     encoder = InternViT(config, solo_groups())
     vision = config.vision
     load(encoder, joined(internvit.parts(vision), below("vision_model.", state)))
-    return Twins(config, model, VisionPath(encoder, vision.downsample), reference.double())
+    reference.double()
+    if config.peft.adapted:
+        reference.load_state_dict(to_reference(merged_weights(model, config), config), strict=False)
+    return Twins(config, model, VisionPath(encoder, vision.downsample), reference)
+
+
+def awake_adapters(model: VisionLanguageModel) -> dict[str, Tensor]:
+    """The first weights of the model's adapters, with random ones in the place of zero."""
+    generator, found = torch.Generator().manual_seed(11), {}
+    for name, parameter in model.named_parameters():
+        if ".adapter." in name:
+            noise = STD * torch.randn(parameter.shape, generator=generator)
+            found[name] = noise if name.endswith(".up.weight") else parameter.detach().clone()
+    return found
+
+
+def adapters_of(model: VisionLanguageModel) -> dict[str, tuple[Tensor, Tensor]]:
+    """(down, up) by the name of the weight beside them."""
+    named = dict(model.named_parameters())
+    bases = [name.replace("adapter.down.", "") for name in named if name.endswith(".adapter.down.weight")]
+    return {b: tuple(named[b.replace(".weight", f".adapter.{part}.weight")] for part in ("down", "up")) for b in bases}
+
+
+@torch.no_grad()
+def merged_weights(model: VisionLanguageModel, config: Config) -> dict[str, Tensor]:
+    """In fp64, under the names of a model without adapters."""
+    named = {name: p.double() for name, p in model.named_parameters() if ".adapter." not in name}
+    for name, (down, up) in adapters_of(model).items():
+        named[name] = named[name] + config.peft.alpha / config.peft.rank * (up.double() @ down.double())
+    return named
+
+
+def adapter_gradients(twins: Twins, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of our adapters, from the reference's `gradients` of the merged weights: the chain rule through up @ down."""
+    ours, found = to_ours(gradients, twins.config), {}
+    scale = twins.config.peft.alpha / twins.config.peft.rank
+    for name, (down, up) in adapters_of(twins.model).items():
+        found[name.replace(".weight", ".adapter.down.weight")] = scale * up.detach().double().T @ ours[name]
+        found[name.replace(".weight", ".adapter.up.weight")] = scale * ours[name] @ down.detach().double().T
+    return found
 
 
 def loss_and_gradients(twins: Twins, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -61,8 +61,6 @@ class ShardWriter:
             self.open = open(self.folder / self._name(number), "wb", buffering=0)
             self._write(_header(self.files[number]))
         self._write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
-        # Lets the kernel begin to write it to the disk now, not when the file is closed.
-        os.posix_fadvise(self.open.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self.next += 1
 
     def __exit__(self, kind, error, trace) -> None:

@@ -16,13 +16,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from nvlm.weights.merge import adapter_names, merge
+
 _PAGE = mmap.ALLOCATIONGRANULARITY
 
 
 class TrainedWeights:
-    """The model's tensors in several checkpoint folders, by their names in the whole model."""
+    """The model's tensors in several checkpoint folders, by their names in the whole model, adapters merged.
 
-    def __init__(self, folders: Sequence[Path]) -> None:
+    `scale`: of the adapters, where there are any.
+    """
+
+    def __init__(self, folders: Sequence[Path], scale: float = 1.0) -> None:
+        self.scale = scale
         self.folders = [_Folder(folder) for folder in folders]
         self.places = {name: folder for folder in self.folders for name in folder.tensors}
         self.last: tuple[str, Tensor] | None = None
@@ -38,7 +44,10 @@ class TrainedWeights:
         """The whole tensor. The last one is kept: several published tensors may be parts of it."""
         if self.last is None or self.last[0] != name:
             self.last = None
-            self.last = (name, self.places[name].read(name))
+            tensor, (down, up) = self.places[name].read(name), adapter_names(name)
+            if down in self:
+                tensor = merge(tensor, *(self.places[part].read(part) for part in (down, up)), self.scale)
+            self.last = (name, tensor)
         return self.last[1]
 
 

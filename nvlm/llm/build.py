@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -15,6 +14,7 @@ from megatron.core.utils import init_method_normal
 
 from nvlm import device
 from nvlm.config import Config, cross_layers
+from nvlm.llm.adapters import linears_of
 from nvlm.llm.attention import CoreAttention
 from nvlm.llm.context import ContextAttention
 from nvlm.llm.norm import RMSNorm
@@ -94,11 +94,12 @@ class SeededLayer(TransformerLayer):
 
 def layer_spec(config: Config, number: int, cross_attention: ModuleSpec | None = None) -> ModuleSpec:
     """Decoder layer `number`; `cross_attention` stands between self-attention and the MLP, behind its own norm."""
-    cross = {}
+    cross, linears = {}, linears_of(config, "llm", number)
     if cross_attention is not None:
+        params = cross_attention.params | {"linears": linears_of(config, "xattn", number)}
         cross = dict(
             pre_cross_attn_layernorm=RMSNorm,
-            cross_attention=cross_attention,
+            cross_attention=ModuleSpec(cross_attention.module, params),
             cross_attn_bda=get_bias_dropout_add,
         )
     return ModuleSpec(
@@ -110,15 +111,19 @@ def layer_spec(config: Config, number: int, cross_attention: ModuleSpec | None =
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.arbitrary},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=linears.column("self_attention.linear_qkv"),
                     core_attention=ContextAttention if config.parallel.context > 1 else CoreAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=linears.row("self_attention.linear_proj"),
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=linears.column("mlp.linear_fc1"),
+                    linear_fc2=linears.row("mlp.linear_fc2"),
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
             **cross,

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from nvlm.files import write_whole
 
 MANIFEST = "digests.json"
-_TENSORS = ".distcp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +27,7 @@ class Digest:
 def digest(path: Path) -> Digest:
     """Read `path` once; OSError as open and read raise it."""
     with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return Digest(hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size)
 
 
@@ -57,17 +57,15 @@ def faults(folder: Path) -> list[str]:
     return sorted({fault for part in parts for fault in part})
 
 
-def own_faults(folder: Path, rank: int = 0, size: int = 1, big: bool = True) -> list[str]:
-    """`faults` among the files rank, rank + size, ... alone. Without `big` the files of tensors are not read."""
+def own_faults(folder: Path, rank: int = 0, size: int = 1) -> list[str]:
+    """`faults` among the files rank, rank + size, ... alone."""
     try:
         folder.stat()
         recorded = _read_manifest(folder)[1]
         present = {path.name for path in folder.iterdir()} - {MANIFEST}
         names = sorted(recorded.keys() | present)[rank::size]
         with ThreadPoolExecutor() as pool:  # hashing holds no lock
-            found = pool.map(
-                lambda name: _fault(folder / name, recorded.get(name), big or not name.endswith(_TENSORS)), names
-            )
+            found = pool.map(lambda name: _fault(folder / name, recorded.get(name)), names)
             return [fault for fault in found if fault]
     except OSError as error:
         return [_unread(error)]
@@ -75,13 +73,13 @@ def own_faults(folder: Path, rank: int = 0, size: int = 1, big: bool = True) -> 
         return [f"{MANIFEST} is damaged"]
 
 
-def _fault(path: Path, recorded: Digest | None, reads: bool) -> str | None:
+def _fault(path: Path, recorded: Digest | None) -> str | None:
     if recorded is None:
         return f"{path.name} does not belong there"
     try:
         if (size := path.stat().st_size) != recorded.size:
             return f"{path.name} has {size} bytes of {recorded.size}"
-        return None if not reads or digest(path).sha256 == recorded.sha256 else f"{path.name} is not what was written"
+        return None if digest(path).sha256 == recorded.sha256 else f"{path.name} is not what was written"
     except OSError as error:
         return _unread(error)
 

@@ -76,6 +76,7 @@ def train(
         for step, data in enumerate(load_steps(steps, first, config.data.workers), start=first + 1):
             if parallel.is_replica_writer():
                 append_skipped(run_dir, data.skipped)
+            parallel.seed_step(config.seed, step)
             result = train_step(trainer, data, guard, signals.came, functools.partial(mark, step))
             metrics.record(result)
             checkpoints.poll()
@@ -136,7 +137,7 @@ def build_trainer(config: Config, device, begins: bool = True) -> Trainer:
     parts = [part.to(device) for part in build_parts(config)]
     origins = begin(parts, config) if begins else {}
     for part in parts:
-        freeze(part, config.stage)
+        freeze(part, config.stage, config.peft.adapted)
     stages = build_stages(config, parts)
     chunks = tuple(wrap(part, config) for part in parts)
     optimizer, schedule = build_optimizer(chunks, config)

@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from nvlm.arch.base import VisionLanguageModel, parameter_group
 from nvlm.config import GROUPS, Config, StageConfig
 from nvlm.llm.build import DTYPES
+from nvlm.weights.merge import is_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +29,12 @@ class GroupCount:
     learns: bool
 
 
-def freeze(model: VisionLanguageModel, stage: StageConfig) -> None:
-    """Let only the groups of `stage` learn. Call it before the DDP wrap, which keeps buffers for what learns."""
+def freeze(model: VisionLanguageModel, stage: StageConfig, adapted: Sequence[str] = ()) -> None:
+    """Let only the groups of `stage` learn, of those in `adapted` their adapters alone. Call it before the DDP wrap,
+    which keeps buffers for what learns."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter_group(name) in stage.trainable)
+        group = parameter_group(name)
+        parameter.requires_grad_(group in stage.trainable and (group not in adapted or is_adapter(name)))
 
 
 def count_groups(parts: Sequence[VisionLanguageModel], encoder: torch.nn.Module) -> list[GroupCount]:

@@ -18,6 +18,9 @@ from nvlm.train.checkpoint import FROZEN
 from nvlm.train.digests import MANIFEST, digest, faults, frozen_digest
 from nvlm.train.state import metadata, model_state, optimizer_state, restore_optimizer
 from nvlm.train.step import Trainer
+from nvlm.weights.merge import is_adapter
+
+_ADAPTERS = "adapters"
 
 
 def load(trainer: Trainer, folder: Path) -> tuple[int, dict[str, float]]:
@@ -47,17 +50,16 @@ def load_weights(parts: Sequence[VisionLanguageModel], folder: Path, new: Sequen
     """Fill `parts`, a model of any layout, from the weights of `folder`, and leave optimizer and schedule alone.
 
     All processes call it together. `new`: module groups that may be absent from the checkpoint as a whole; returns
-    those that are. Raises ConfigError as `load` does.
+    those that are. So may adapters, which add nothing before they have learned. Raises ConfigError as `load` does.
     """
     _verify(folder)
     state = {f"model{number}": part.sharded_state_dict(metadata=metadata()) for number, part in enumerate(parts)}
     places = [folder] if frozen_digest(folder) is None else [folder, folder.parent / FROZEN]
     have = {place: _weights_in(place) for place in places}
-    there = {parameter_group(key) for keys in have.values() for key in keys}
-    absent = sorted(set(new) - there)
+    there = {_group(key) for keys in have.values() for key in keys}
+    absent = sorted({*new, _ADAPTERS} - there)
     wanted = {
-        name: {key: entry for key, entry in part.items() if parameter_group(key) not in absent}
-        for name, part in state.items()
+        name: {key: entry for key, entry in part.items() if _group(key) not in absent} for name, part in state.items()
     }
     held = {key: shape for keys in have.values() for key, shape in keys.items()}
     _refuse(folder, _differences(_shapes(wanted), held))
@@ -68,8 +70,12 @@ def load_weights(parts: Sequence[VisionLanguageModel], folder: Path, new: Sequen
         loaded = {name: part | tensors.get(name, {}) for name, part in loaded.items()}
     for number, part in enumerate(parts):
         missing = part.load_state_dict(loaded[f"model{number}"], strict=False).missing_keys
-        assert all(parameter_group(key) in absent for key in missing), missing
-    return absent
+        assert all(_group(key) in absent for key in missing), missing
+    return [group for group in absent if group != _ADAPTERS]
+
+
+def _group(key: str) -> str:
+    return _ADAPTERS if is_adapter(key) else parameter_group(key)
 
 
 def _verify(folder: Path) -> None:

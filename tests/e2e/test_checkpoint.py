@@ -90,6 +90,17 @@ def test_frozen_weights_are_stored_once_or_every_time(whole, tmp_path):
     train(tmp_path, "name=whole", "resume=auto", *PRETRAIN)  # its last step is done: loading is all that is left
 
 
+def test_a_resumed_run_drops_what_the_whole_one_would(tmp_path):
+    options = ("name=lora", "peft=lora", "peft.dropout=0.5", "arch=decoder")
+    train(tmp_path, *options)
+    run = tmp_path / "runs" / "lora"
+    before = losses(run)
+    assert (run / "checkpoints" / "frozen").is_dir() and len(set(before)) == 6
+    (run / "checkpoints" / "latest").write_text("step_00000003\n")
+    train(tmp_path, *options, "resume=auto")
+    assert losses(run) == before
+
+
 def test_a_damaged_checkpoint_is_refused_and_the_way_out_works(whole, tmp_path):
     checkpoints = copy_of(whole, tmp_path)
     data = checkpoints / "step_00000006" / "__0_0.distcp"

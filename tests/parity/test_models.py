@@ -26,6 +26,7 @@ from nvlm.data.chat import first_question
 from nvlm.data.encode import build_encoder, encode
 from nvlm.data.pack import collate
 from nvlm.data.tokenizer import load_tokenizer
+from nvlm.llm.adapters import Linears
 from nvlm.parallel import distributed
 from nvlm.registry import build_architecture
 from nvlm.train.optim import freeze
@@ -285,7 +286,8 @@ def test_with_closed_gates_it_is_the_text_model_on_the_same_stream(arch, gates):
 def test_fresh_gates_are_closed_and_learn():
     twins = build_twins(small_config("arch=xattn"))
     gate = next(m for m in twins.model.modules() if isinstance(m, GatedCrossAttention)).gate
-    fresh = GatedCrossAttention(twins.model.config, 1, twins.model.decoder.pg_collection, init_std=0.1)
+    groups, linears = twins.model.decoder.pg_collection, Linears(None, 0, 0)
+    fresh = GatedCrossAttention(twins.model.config, 1, groups, init_std=0.1, linears=linears)
     assert fresh.gate.tolist() == [0.0] and fresh.gate.shape == gate.shape
     _, gradients = loss_and_gradients(build_twins(small_config("arch=xattn"), gates=0.0), batch_of([[ONE]], twins))
     for name, gradient in gradients.items():

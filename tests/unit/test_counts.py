@@ -52,6 +52,24 @@ def test_all_recipes_build_with_exact_counts(configured, groups, letter, size, s
     assert all(not parameter.requires_grad for parameter in encoder.parameters())
 
 
+@pytest.mark.parametrize("arch", ["decoder", "hybrid"])
+def test_adapters_are_counted_exactly(configured, groups, arch):
+    from nvlm.arch.stages import build_parts
+    from nvlm.counts import adapter_parameters
+    from nvlm.train.optim import freeze
+
+    config = configured(f"arch={arch}", "llm=yi-34b", "dry_run=true", "peft=lora", "peft.rank=8")
+    whole = dataclasses.replace(config, parallel=configured().parallel)
+    with torch.device("meta"):
+        (model,) = build_parts(whole)
+    freeze(model, whole.stage, whole.peft.adapted)
+    learning = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "projector" not in name)
+    assert learning == sum(adapter_parameters(config).values()) > 0
+    assert sum(p.numel() for p in model.parameters()) == sum(parameters(config).values()) - parameters(config)["vision"]
+    full = configured(f"arch={arch}", "llm=yi-34b", "dry_run=true")
+    assert gpus_needed(config) < gpus_needed(full)
+
+
 def test_gpus_needed_fall_with_more_shards(configured):
     def needed(*overrides):
         return gpus_needed(configured("llm=qwen2-72b", "dry_run=true", *overrides))

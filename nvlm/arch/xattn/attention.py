@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import init_method_normal
 from torch import Tensor, nn
 
+from nvlm.llm.adapters import Linears
 from nvlm.llm.attention import attend, for_kernel
 from nvlm.llm.cache import KeepsKeys
 
@@ -24,7 +24,9 @@ from nvlm.llm.cache import KeepsKeys
 class GatedCrossAttention(MegatronModule, KeepsKeys):
     """tanh(gate) * Wo attention(Wq x, Wk keys, Wv keys): no bias, no rotary, heads as the language model's."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, pg_collection, init_std: float, **_) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, pg_collection, init_std: float, linears: Linears, **_
+    ) -> None:
         super().__init__(config=config)
         self.heads = config.num_attention_heads // pg_collection.tp.size()
         self.groups = config.num_query_groups // pg_collection.tp.size()
@@ -33,7 +35,8 @@ class GatedCrossAttention(MegatronModule, KeepsKeys):
         init = init_method_normal(init_std)
         config = dataclasses.replace(config, perform_initialization=True)  # it may be new where others are read
         column = dict(init_method=init, bias=False, gather_output=False, tp_group=pg_collection.tp)
-        self.linear_q = ColumnParallelLinear(config.hidden_size, width, config=config, **column)
+        build_q = linears.column("cross_attention.linear_q")
+        self.linear_q = build_q(config.hidden_size, width, config=config, **column)
         # Keys are whole on every rank, never split along the sequence nor over context-parallel ranks: the attention
         # of this rank's queries to them is complete, and the sum over ranks completes the keys' gradient.
         whole = dataclasses.replace(
@@ -44,8 +47,10 @@ class GatedCrossAttention(MegatronModule, KeepsKeys):
             cp_comm_type=None,
         )
         kv_width = 2 * config.num_query_groups * config.kv_channels
-        self.linear_kv = ColumnParallelLinear(config.hidden_size, kv_width, config=whole, **column)
-        self.linear_proj = RowParallelLinear(
+        build_kv = linears.column("cross_attention.linear_kv")
+        self.linear_kv = build_kv(config.hidden_size, kv_width, config=whole, **column)
+        build_proj = linears.row("cross_attention.linear_proj")
+        self.linear_proj = build_proj(
             width,
             config.hidden_size,
             config=config,

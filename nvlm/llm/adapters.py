@@ -1,0 +1,178 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on Megatron's tensor-parallel linears.
+
+An adapted linear computes W x + alpha / rank * up(down(x)). Its `up` begins at zero, so a fresh one computes what W
+does. Names: `weight` stays the base's, `adapter.down.weight` [rank, in] and `adapter.up.weight` [out, rank] are new.
+
+Only `rank` numbers a token cross tensor-parallel ranks. Column-parallel: `down` is whole on each rank, `up` is split as
+the base is. Row-parallel: `down` is split as the base is, its output is summed, `up` is whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    get_cuda_rng_tracker,
+    get_data_parallel_rng_tracker_name,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import sharded_state_dict_default
+from torch import Tensor, nn
+
+from nvlm.config import Config, PeftConfig
+from nvlm.weights.merge import ADAPTER, merge
+
+
+@dataclass(frozen=True, slots=True)
+class Linears:
+    """Builders of the linears of one layer: Megatron's own, or with adapters where there is a `peft`."""
+
+    peft: PeftConfig | None
+    seed: int
+    layer: int  # from 0
+
+    def column(self, name: str) -> Callable[..., ColumnParallelLinear]:
+        """For the linear `name`, split along its output."""
+        return self._adapted(AdaptedColumnLinear, name) if self.peft else ColumnParallelLinear
+
+    def row(self, name: str) -> Callable[..., RowParallelLinear]:
+        """For the linear `name`, split along its input."""
+        return self._adapted(AdaptedRowLinear, name) if self.peft else RowParallelLinear
+
+    def _adapted(self, kind: type, name: str) -> Callable:
+        return functools.partial(kind, peft=self.peft, seed=f"{self.seed} adapter {self.layer} {name}")
+
+
+def linears_of(config: Config, group: str, layer: int) -> Linears:
+    """The linears that layer `layer` (from 0) has in the module group `group`."""
+    return Linears(config.peft if group in config.peft.adapted else None, config.seed, layer)
+
+
+class _Whole(nn.Linear):
+    """A linear that stands whole on each rank. `partial`: each rank's gradient comes from a part of the sequence."""
+
+    def __init__(self, inputs: int, outputs: int, config: TransformerConfig, partial: bool) -> None:
+        super().__init__(inputs, outputs, bias=False, device="meta")
+        self.weight = nn.Parameter(torch.zeros(outputs, inputs, dtype=config.params_dtype))
+        self.weight.sequence_parallel = partial  # Megatron sums the gradients of such weights
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return super().forward(x), None
+
+
+class Adapter(nn.Module):
+    """alpha / rank * up(down(dropout(x))). `split`: the tensor-parallel ranks have different parts of x."""
+
+    def __init__(self, down: nn.Module, up: nn.Module, peft: PeftConfig, split: bool) -> None:
+        super().__init__()
+        self.down, self.up = down, up
+        self.scale, self.dropout, self.split = peft.scale, peft.dropout, split
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.up(self.down(self._drop(x))[0])[0]
+
+    def _drop(self, x: Tensor) -> Tensor:
+        if not self.training or not self.dropout:
+            return x
+        # All ranks are to leave out the same of what they all have, and each its own of what it alone has.
+        with get_cuda_rng_tracker().fork("model-parallel-rng" if self.split else get_data_parallel_rng_tracker_name()):
+            return nn.functional.dropout(x, self.dropout)
+
+
+class AdaptedColumnLinear(ColumnParallelLinear):
+    """A column-parallel linear with an adapter; `seed` names its first weights."""
+
+    def __init__(self, inputs: int, outputs: int, *, config: TransformerConfig, peft: PeftConfig, seed: str, **kwargs):
+        super().__init__(inputs, outputs, config=config, **kwargs)
+        self.gated = kwargs.get("stride", 1) == 2  # each rank holds its part of the gate, then its part of up
+        split = config.sequence_parallel
+        shared = {key: kwargs[key] for key in ("stride", "tp_group") if key in kwargs}
+        up = ColumnParallelLinear(
+            peft.rank, outputs, config=config, init_method=nn.init.zeros_, bias=False, gather_output=False, **shared
+        )
+        self.adapter = Adapter(_Whole(inputs, peft.rank, config, partial=split), up, peft, split)
+        nn.init.zeros_(up.weight)  # also where Megatron is told to leave weights as they come
+        _begin(self.adapter.down.weight, inputs, seed)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """As the base's."""
+        output, bias = super().forward(x, *args, **kwargs)
+        return output + self.adapter(x), bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """As the base's. A gated linear's `up` is stored gate before up, as its weight is."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state |= _sharded_adapter(self, prefix, sharded_offsets, metadata)
+        if self.gated:
+            name = f"{prefix}{ADAPTER}.up.weight"
+            state[name] = apply_swiglu_sharded_factory(
+                state[name], sharded_offsets, tp_group=self.tp_group, dp_group=metadata["dp_cp_group"]
+            )
+        return state
+
+
+class AdaptedRowLinear(RowParallelLinear):
+    """A row-parallel linear with an adapter; `seed` names its first weights."""
+
+    def __init__(self, inputs: int, outputs: int, *, config: TransformerConfig, peft: PeftConfig, seed: str, **kwargs):
+        super().__init__(inputs, outputs, config=config, **kwargs)
+        down = RowParallelLinear(
+            inputs,
+            peft.rank,
+            config=config,
+            init_method=nn.init.zeros_,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=self.tp_group,
+        )
+        up = _Whole(peft.rank, outputs, config, partial=config.sequence_parallel)
+        self.adapter = Adapter(down, up, peft, split=True)
+        _begin(down.weight, inputs, seed, self.tp_group)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As the base's."""
+        output, bias = super().forward(x)
+        return output + self.adapter(x), bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """As the base's."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return state | _sharded_adapter(self, prefix, sharded_offsets, metadata)
+
+
+def _sharded_adapter(linear: nn.Module, prefix: str, sharded_offsets: tuple, metadata: dict | None) -> dict:
+    # The base takes all that stands below it for whole, while each linear of the adapter knows how it is split.
+    state = {}
+    for name, child in linear.adapter.named_children():
+        below = f"{prefix}{ADAPTER}.{name}."
+        state |= sharded_state_dict_default(child, below, sharded_offsets, metadata, tp_group=linear.tp_group)
+    return state
+
+
+@torch.no_grad()
+def _begin(down: nn.Parameter, inputs: int, seed: str, group=None) -> None:
+    """Uniform in +-1 / sqrt(inputs), the part of this rank of `group`: the same in every layout, and without a
+    number taken from the generators that the base's weights come from."""
+    if down.is_meta:
+        return
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(seed.encode()))
+    whole = torch.empty(len(down), inputs, device="cpu").uniform_(-1, 1, generator=generator) * inputs**-0.5
+    down.copy_(whole if group is None else whole.chunk(group.size(), dim=1)[group.rank()])
+
+
+@torch.no_grad()
+def merge_in_place(model: nn.Module) -> None:
+    """Merge the adapters of `model` into its weights; they stay, with an `up` of zero."""
+    for linear in model.modules():
+        if isinstance(linear, AdaptedColumnLinear | AdaptedRowLinear):
+            down, up = linear.adapter.down.weight, linear.adapter.up.weight
+            linear.weight.copy_(merge(linear.weight, down, up, linear.adapter.scale))
+            up.zero_()

@@ -1,0 +1,117 @@
+"""Low-rank adapters in one process: silent at first, then as the reference with merged weights; what learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from nvlm.arch.base import parameter_group
+from nvlm.arch.stages import build_parts
+from nvlm.llm.adapters import merge_in_place
+from nvlm.parallel import distributed
+from nvlm.train.optim import freeze
+from nvlm.weights.merge import is_adapter, merge, merge_state
+from tests.models import adapter_gradients, batch_of, build_twins, reference_sample, small_config
+from tests.parity.test_models import INPUTS, ONE, TEXT, assert_gradients_near
+
+LORA = ("peft=lora", "peft.rank=3", "peft.alpha=5")
+ARCHITECTURES = ("decoder", "xattn", "hybrid")
+ROWS = INPUTS["packed rows"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def megatron() -> Iterator[None]:
+    """Process groups of one, for the whole module."""
+    threads = torch.get_num_threads()
+    with distributed(small_config().parallel, seed=0, threads=1):
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_fresh_one_is_the_base_bit_for_bit(arch, dropout):
+    config = small_config(f"arch={arch}", *LORA, f"peft.dropout={dropout}")
+    (base,), (adapted,) = build_parts(small_config(f"arch={arch}")), build_parts(config)
+    weights = {name: p for name, p in adapted.named_parameters() if not is_adapter(name)}
+    assert weights.keys() == dict(base.named_parameters()).keys()
+    for name, parameter in base.named_parameters():
+        assert torch.equal(weights[name], parameter), name
+    adapters = {name: p for name, p in adapted.named_parameters() if is_adapter(name)}
+    per_layer, crossed = 8, 6
+    layers, carriers = config.llm.layers, config.llm.layers // config.arch.cross_every if arch != "decoder" else 0
+    assert len(adapters) == per_layer * layers + crossed * carriers
+    for name, parameter in adapters.items():
+        assert parameter.any() == name.endswith(".down.weight"), name
+    firsts = {round(float(p.flatten()[0] * p.shape[1] ** 0.5), 6) for n, p in adapters.items() if ".down." in n}
+    assert len(firsts) == len(adapters) // 2  # each has numbers of its own
+    batch = batch_of(ROWS, build_twins(small_config(f"arch={arch}")))
+    with torch.no_grad():
+        assert torch.equal(adapted(batch), base(batch))
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("projector", ["true", "false"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_adapters_alone_learn_in_their_groups_and_as_the_reference(arch, projector, recompute):
+    options = (f"stage.train_projector={projector}", f"train.recompute={recompute}")
+    twins = build_twins(small_config(f"arch={arch}", *LORA, *options))
+    freeze(twins.model, twins.config.stage, twins.config.peft.adapted)
+    twins.model(batch_of(ROWS, twins)).sum().backward()
+    for name, parameter in twins.model.named_parameters():
+        learns = is_adapter(name) or (projector == "true" and parameter_group(name) == "projector")
+        assert (parameter.grad is not None) == learns, name
+    for story in (story for row in ROWS for story in row):
+        twins.reference(reference_sample(story, twins.config)).sum().backward()
+    named = {name: p for name, p in twins.reference.named_parameters() if p.requires_grad}
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
+    got = {name: p.grad for name, p in twins.model.named_parameters() if is_adapter(name)}
+    assert_gradients_near(got, adapter_gradients(twins, gradients))
+
+
+@pytest.mark.parametrize("targets", [["llm"], ["xattn"]], ids=lambda targets: targets[0])
+def test_groups_that_are_no_target_learn_as_the_stage_says(targets):
+    config = small_config("arch=hybrid", *LORA, f"peft.targets=[{targets[0]}]")
+    (model,) = build_parts(config)
+    freeze(model, config.stage, config.peft.adapted)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (is_adapter(name) or parameter_group(name) not in targets), name
+        assert not is_adapter(name) or parameter_group(name) in targets
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_merged_weights_give_the_adapted_logits(arch):
+    config = small_config(f"arch={arch}", *LORA)
+    twins, (plain,) = build_twins(config), build_parts(small_config(f"arch={arch}"))
+    batch = batch_of([[ONE], [TEXT]], twins)
+    with torch.no_grad():
+        expected = twins.model.logits(twins.model.hidden(batch))
+        state = merge_state(dict(twins.model.named_parameters()), config.peft.scale)
+        assert state.keys() == dict(plain.named_parameters()).keys()
+        plain.load_state_dict(state, strict=False)
+        merge_in_place(twins.model)
+        for model in (plain, twins.model):
+            logits = model.logits(model.hidden(batch))
+            assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    again = merge_state(dict(twins.model.named_parameters()), config.peft.scale)
+    assert all(torch.equal(again[name], state[name]) for name in state)  # nothing is merged twice
+
+
+def test_merging_sums_in_fp32_and_keeps_the_type():
+    weight = torch.full((2, 3), 256.0, dtype=torch.bfloat16)
+    down, up = torch.full((4, 3), 0.5, dtype=torch.bfloat16), torch.full((2, 4), 0.75, dtype=torch.bfloat16)
+    merged = merge(weight, down, up, 0.9)
+    assert merged.dtype == torch.bfloat16 and (merged == 258).all()  # 256 + 1.35; each rank's 0.34 alone would be lost
+
+
+def test_dropout_is_for_training_alone():
+    rows = [[ONE]]
+    dropping = build_twins(small_config("arch=hybrid", *LORA, "peft.dropout=0.5"))
+    plain = build_twins(small_config("arch=hybrid", *LORA))
+    with torch.no_grad():
+        expected = plain.model(batch_of(rows, plain))
+        trained = [dropping.model.train()(batch_of(rows, dropping)) for _ in range(2)]
+        assert torch.equal(dropping.model.eval()(batch_of(rows, dropping)), expected)
+    assert not torch.equal(trained[0], expected) and not torch.equal(trained[0], trained[1])
