@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -38,17 +37,14 @@ def main(arguments: Sequence[str]) -> int:
 def work(request: Request) -> int:
     """Hold the conversation in this process, which is one of the layout's."""
     launch.quiet()
-    from nvlm import parallel
     from nvlm.batch import BadRecord
-    from nvlm.generate.generator import Conversation, build_generator, check
+    from nvlm.generate.generator import Conversation, check, opened
 
     config = request.config
     try:
         if request.prompt:  # before the weights are read
             check(config, Conversation([user_turn(request.prompt, request.images)], request.images), request.sampling)
-        with parallel.distributed(config.parallel, config.seed, config.train.threads) as device:
-            with contextlib.redirect_stdout(sys.stderr):  # standard output is for the model's words
-                generator = build_generator(config, device)
+        with opened(config) as generator:
             converse(generator, request)
     except (ConfigError, BadRecord) as error:  # raised by all processes alike
         report(f"error: {error}")

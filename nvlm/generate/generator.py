@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -102,9 +104,6 @@ def _record(number: int, conversation: Conversation) -> Record:
 
 def build_generator(config: Config, device: torch.device) -> Generator:
     """This process's part of the model of `config` with the weights that config.init names. Raises ConfigError."""
-    if parallel.world_size() != config.parallel.replica:
-        expected = f"{config.parallel.replica} (tensor x pipeline)"
-        raise problem("number of processes", parallel.world_size(), expected, f"start {config.parallel.replica}")
     check_vocabulary(config)
     vision = build_vision(config, device)
     parts = [part.to(device) for part in build_parts(config)]
@@ -114,12 +113,25 @@ def build_generator(config: Config, device: torch.device) -> Generator:
 
 
 @contextmanager
-def load(checkpoint: str | Path, *overrides: str) -> Iterator[Generator]:
-    """The model of a run's folder or of one of its step folders, in process groups that end with the block.
+def opened(config: Config) -> Iterator[Generator]:
+    """The model of `config` in process groups that end with the block. Raises ConfigError.
+
+    What is told while weights are read goes to standard error.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes != config.parallel.replica:
+        expected = f"{config.parallel.replica} (tensor x pipeline)"
+        raise problem("number of processes", processes, expected, f"start {config.parallel.replica}")
+    with parallel.distributed(config.parallel, config.seed, config.train.threads) as device:
+        with contextlib.redirect_stdout(sys.stderr):
+            generator = build_generator(config, device)
+        yield generator
+
+
+def load(checkpoint: str | Path, *overrides: str) -> AbstractContextManager[Generator]:
+    """The model of a run's folder or of one of its step folders: `with load("runs/NAME") as generator`.
 
     `overrides`: "key=value" of the run's configuration; its layout is one process unless they say otherwise, and
     with several each calls `load` under torchrun. Raises ConfigError.
     """
-    config = read_config(checkpoint, overrides)
-    with parallel.distributed(config.parallel, config.seed, config.train.threads) as device:
-        yield build_generator(config, device)
+    return opened(read_config(checkpoint, overrides))
