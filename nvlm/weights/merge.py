@@ -11,6 +11,7 @@ ADAPTER = "adapter"
 _ROWS = 4096  # merged at once: fp32 copies of a whole weight of a 72B model are gigabytes
 
 
+@torch.no_grad()
 def merge(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """The weight [out, in] of one linear that does what base and adapter do; summed in fp32. Parts of a split linear
     merge as the whole does: column-parallel ones with their part of `up`, row-parallel ones with theirs of `down`."""

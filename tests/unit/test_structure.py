@@ -41,7 +41,11 @@ def imports(folder: str) -> dict[str, set[str]]:
         ("train", ("nvlm.arch.decoder", "nvlm.arch.xattn", "nvlm.arch.hybrid")),
         ("evaluate", ("nvlm.arch.decoder", "nvlm.arch.xattn", "nvlm.arch.hybrid", "nvlm.train")),
         ("generate", ("nvlm.arch.decoder", "nvlm.arch.xattn", "nvlm.arch.hybrid", "nvlm.evaluate")),
+        ("weights", ("megatron", "nvlm.arch", "nvlm.train", "nvlm.llm", "nvlm.vision", "nvlm.data", "nvlm.export")),
+        ("export", ("megatron", "nvlm.arch", "nvlm.llm", "nvlm.vision", "nvlm.train.loop", "nvlm.parallel")),
+        ("export/modeling_nvlm", ("nvlm", "megatron", "transformers")),
         ("config", ("torch", "megatron", "hydra")),
+        ("runs", ("torch", "megatron", "hydra")),
         ("counts", ("torch", "megatron", "hydra")),
     ],
 )
