@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -35,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 SLACK = 2e9
+PROCESS = 0.7e9  # Python, torch and Megatron; with a GPU the shard is there and not in the host's memory
 # Frozen, so that the checkpoint holds weights alone; the tiny encoder.
 BASE = "arch=decoder llm=qwen2-72b vision=tiny parallel=one stage=pretrain precision=bf16 tiling=single".split()
 TENSOR = ("parallel.tensor=2",)
@@ -209,6 +211,34 @@ def main() -> None:
         measure(options, Path(scratch))
 
 
+def arithmetic() -> None:
+    """The same for all 80 layers and InternViT-6B by counting: what the fullest rank holds, and maps at one time."""
+    import re
+
+    from nvlm.weights import internvit, llm
+    from nvlm.weights.parts import Part
+
+    def count(slices) -> int:
+        return math.prod(one.stop - one.start for one in slices)
+
+    def stage_of(part: Part, stages: int) -> int:
+        layer = re.search(r"decoder\.layers\.(\d+)", part.ours)
+        return int(layer[1]) * stages // 80 if layer else 0 if "embedding" in part.ours else stages - 1
+
+    config = compose(80, "vision=internvit-6b", "init.vision=null", "dry_run=true")
+    language, encoder = llm.parts(config.llm), internvit.parts(config.vision)
+    largest = 2 * max(math.prod(part.shape) for part in language)
+    whole = 2 * sum(count(part.extent) for part in encoder)
+    print(f"{'Qwen2-72B and InternViT-6B, GB':32} {'shard':>7} {'peak':>7} {'bound':>7}")
+    for tensor, stages in ((8, 1), (8, 4), (1, 1)):
+        held = [0] * stages
+        for part in language:
+            held[stage_of(part, stages)] += 2 * count(part.source(0, tensor))
+        shard = whole + max(held)
+        row = (shard, shard + largest + PROCESS, shard + largest + SLACK)
+        print(f"{f'tensor {tensor} x pipeline {stages}':32} " + " ".join(f"{size / 1e9:7.2f}" for size in row))
+
+
 def measure(options, scratch: Path) -> None:
     from nvlm.weights.published import read_headers
 
@@ -253,6 +283,7 @@ def measure(options, scratch: Path) -> None:
     both = in_process("--load-together", str(options.shared_layers), str(folder), *TENSOR, count=2)
     fetched = sum(got["fetched"] for got in both)
     print(f"two processes, a folder of {size / 1e9:.2f} GB: {fetched / 1e9:.2f} GB fetched from the disk")
+    arithmetic()
 
 
 if __name__ == "__main__":
