@@ -107,6 +107,8 @@ def _own(config: Config) -> dict:
         "tag": config.tiling.tag,
         "thumbnail_tag": config.llm.thumbnail_tag,
         "system": config.data.system,
+        "bos": config.llm.bos,
+        "tokenize": config.data.tokenize,
         "rope_scaling": dict(config.llm.rope_scaling) if config.llm.rope_scaling else None,
     }
 

@@ -442,30 +442,36 @@ class NVLM(nn.Module):
         """
         c, special, encode = self.config.nvlm, self.tokenizer.token_to_id, self.encode
         start, end = (special(name) for name in ("<|im_start|>", "<|im_end|>"))
-        stream, keys, tiles, image = [], [], [], -1
+        stream, keys, tiles, image = [Piece((special(c.bos),))] if c.bos else [], [], [], -1
         for role, text in turns_of(messages, len(images), c.system):
-            stream.append(Piece((start, *encode(f"{role}\n")), image))
-            for number, fragment in enumerate(text.split(MARK)):
-                if number:
-                    stream.append(Piece(encode("<Image>"), image))
-                    image += 1
-                    pixels, tags = self.tile(images[image], max_tiles)
-                    in_stream, in_keys = lay_out(self.arch, image, sum(map(len, tiles)), tags)
-                    stream += [*in_stream, Piece(encode("</Image>"), image)]
-                    keys += in_keys
-                    tiles.append(pixels)
-                stream.append(Piece(encode(fragment), image))
-            stream.append(Piece((end, *encode("\n")), image))
+            stream.append(Piece((start,), image))
+            first, *others = text.split(MARK)
+            joined = c.tokenize == "joined" and role != "assistant"
+            words = [f"{role}\n{first}"] if joined else [f"{role}\n", first]
+            for fragment in others:
+                pixels, names = self.tile(images[image + 1], max_tiles)
+                tags = [encode(name) for name in names]
+                if joined:  # one text with the first tag
+                    words, tags[0] = [f"{words[0]}<Image>{names[0]}"], ()
+                else:
+                    words.append("<Image>")
+                stream += [Piece(encode(text), image) for text in words]
+                image += 1
+                in_stream, in_keys = lay_out(self.arch, image, sum(map(len, tiles)), tags)
+                stream, keys = stream + in_stream, keys + in_keys
+                tiles.append(pixels)
+                words = [f"</Image>{fragment}"] if joined else ["</Image>", fragment]
+            stream += [*(Piece(encode(text), image) for text in words), Piece((end, *encode("\n")), image)]
         stream += [Piece((start, *encode("assistant\n")), image)] if reply else []
         size = self.config.force_image_size
         return Inputs(stream, keys, torch.cat([torch.zeros(0, 3, size, size, dtype=torch.uint8), *tiles]))
 
-    def tile(self, image, max_tiles: int | None = None) -> tuple[Tensor, list[tuple[int, ...]]]:
-        """A picture's tiles, uint8 [T, 3, px, px], and the ids of each one's tag."""
+    def tile(self, image, max_tiles: int | None = None) -> tuple[Tensor, list[str]]:
+        """A picture's tiles, uint8 [T, 3, px, px], and each one's tag."""
         c, rgb = self.config, open_rgb(image)
         grid = choose_grid(*rgb.size, max_tiles or c.max_dynamic_patch, c.force_image_size)
         names = tag_names(c.nvlm.tag, *grid, c.max_dynamic_patch, c.nvlm.thumbnail_tag)
-        return cut(rgb, *grid, c.force_image_size), [self.encode(name) for name in names]
+        return cut(rgb, *grid, c.force_image_size), names
 
     def words(self, ids: Sequence[int]) -> Tensor:
         """[len(ids), H]."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -13,6 +17,8 @@ from nvlm.config import ConfigError
 from nvlm.data import chat
 from nvlm.data.encode import build_encoder, encode
 from nvlm.data.tokenizer import load_tokenizer
+from nvlm.export.describe import describe
+from nvlm.export.modeling_nvlm import NVLM
 
 PAD_TEXT = "<|vision_pad|>"
 SPECIAL = ["<|startoftext|>", "<|im_start|>", "<|im_end|>", PAD_TEXT]
@@ -180,3 +186,21 @@ def test_a_tokenizer_that_does_not_read_is_refused_in_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"llm.tokenizer: got .*which does not read") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("data.tokenize=joined",), ("data.tokenize=joined", "tiling.tag=none"), ("llm.bos='<|startoftext|>'",)],
+    ids=["apart", "joined", "joined without tags", "a first token"],
+)
+def test_the_exported_file_tokenises_alike(configured, encoder, folder, overrides):
+    """modeling_nvlm.py, which is copied beside exported weights and uses nothing of this package."""
+    config = configured("arch=decoder", f"llm.tokenizer={folder}", "data.system=Answer.", *overrides)
+    values = json.dumps(describe(config, 4))
+    with torch.device("meta"):
+        model = NVLM(json.loads(values, object_hook=lambda keys: SimpleNamespace(**keys)), folder)
+    inputs = model.inputs(record().messages, PICTURES, reply=True)
+    ids = [i for piece in inputs.stream for i in ([IMAGE] * model.tile_tokens if piece.ids is None else piece.ids)]
+    trainer = encode(record(), encoder("data.system=Answer.", *overrides), generate=True)
+    assert ids == trainer.tokens.tolist()
+    assert torch.equal(inputs.pixels, encode(record(), encoder("tiling.resize=exact"), generate=True).pixels)
