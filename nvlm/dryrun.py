@@ -72,10 +72,11 @@ def _parameters(config: Config) -> Table:
     table.add_column("parameters", justify="right")
     table.add_column("in training")
     for count in counts:
-        learns = "-" if not count.parameters else "trainable" if count.learns else "frozen"
+        known = {0: "frozen", count.parameters: "trainable"}
+        learns = known.get(count.learning, f"{count.learning:,} in adapters") if count.parameters else "-"
         table.add_row(count.name, f"{count.parameters:,}", learns)
     table.add_section()
-    learning = sum(count.parameters for count in counts if count.learns)
+    learning = sum(count.learning for count in counts)
     table.add_row("total", f"{sum(count.parameters for count in counts):,}", f"{learning:,} trainable")
     return table
 

@@ -121,10 +121,10 @@ def print_groups(counts: list[GroupCount], stage: str, lr: float, origins: Mappi
         ("peak lr", "right"),
         *([("weights", "left")] if origins else []),
     ):
-        table.add_column(heading, justify=justify)
+        table.add_column(heading, justify=justify, overflow="fold")
     for count in counts:
         if count.parameters:
-            learns = "yes" if count.learns else "frozen"
+            learns = {0: "frozen", count.parameters: "yes"}.get(count.learning, f"{count.learning:,} in adapters")
             origin = [origins[count.name]] if origins else []
-            table.add_row(count.name, f"{count.parameters:,}", learns, f"{lr:g}" if count.learns else "", *origin)
+            table.add_row(count.name, f"{count.parameters:,}", learns, f"{lr:g}" if count.learning else "", *origin)
     Console().print(table)

@@ -26,7 +26,7 @@ class GroupCount:
 
     name: str
     parameters: int
-    learns: bool
+    learning: int  # of them: all, none, or with adapters some
 
 
 def freeze(model: VisionLanguageModel, stage: StageConfig, adapted: Sequence[str] = ()) -> None:
@@ -49,7 +49,7 @@ def count_groups(parts: Sequence[VisionLanguageModel], encoder: torch.nn.Module)
     stages: list[Counter] = [Counter()] * pipeline.size()
     dist.all_gather_object(stages, own, group=pipeline)
     total = sum(stages, Counter()) + Counter({("vision", False): sum(p.numel() for p in encoder.parameters())})
-    return [GroupCount(group, total[group, True] + total[group, False], total[group, True] > 0) for group in GROUPS]
+    return [GroupCount(group, total[group, True] + total[group, False], total[group, True]) for group in GROUPS]
 
 
 def _shards(parameter: torch.nn.Parameter) -> int:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from nvlm.arch.base import parameter_group
 from nvlm.arch.stages import build_parts
 from nvlm.llm.adapters import merge_in_place
-from nvlm.parallel import distributed
 from nvlm.train.optim import freeze
 from nvlm.weights.merge import is_adapter, merge, merge_state
 from tests.models import adapter_gradients, batch_of, build_twins, reference_sample, small_config
@@ -20,14 +17,7 @@ LORA = ("peft=lora", "peft.rank=3", "peft.alpha=5")
 ARCHITECTURES = ("decoder", "xattn", "hybrid")
 ROWS = INPUTS["packed rows"]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def megatron() -> Iterator[None]:
-    """Process groups of one, for the whole module."""
-    threads = torch.get_num_threads()
-    with distributed(small_config().parallel, seed=0, threads=1):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("megatron")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

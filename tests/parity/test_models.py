@@ -27,7 +27,6 @@ from nvlm.data.encode import build_encoder, encode
 from nvlm.data.pack import collate
 from nvlm.data.tokenizer import load_tokenizer
 from nvlm.llm.adapters import Linears
-from nvlm.parallel import distributed
 from nvlm.registry import build_architecture
 from nvlm.train.optim import freeze
 from nvlm.vision.reduce import pixel_shuffle
@@ -109,12 +108,9 @@ INPUTS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def megatron() -> Iterator[None]:
-    """Process groups of one, for the whole module."""
-    threads = torch.get_num_threads()
-    with distributed(small_config().parallel, seed=0, threads=1):
-        yield
-    torch.set_num_threads(threads)
+def clean(megatron: None) -> Iterator[None]:
+    """What is built once for all tests here goes with their process groups."""
+    yield
     for cached in (twins_of, reference_result):
         cached.cache_clear()
 

@@ -32,7 +32,6 @@ from nvlm.data.encode import build_encoder, encode
 from nvlm.data.pack import collate
 from nvlm.data.tokenizer import TINY
 from nvlm.export.describe import describe
-from nvlm.parallel import distributed
 from nvlm.registry import build_architecture
 from nvlm.vision.encoder import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
@@ -74,12 +73,9 @@ STORIES = (ONE, ONE_TILE, TWO, SIDE_BY_SIDE, TEXT, SAYING)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def megatron() -> Iterator[None]:
-    """Process groups of one, for the whole module."""
-    threads = torch.get_num_threads()
-    with distributed(small_config().parallel, seed=0, threads=1):
-        yield
-    torch.set_num_threads(threads)
+def clean(megatron: None) -> Iterator[None]:
+    """What is built once for all tests here goes with their process groups."""
+    yield
     built_of.cache_clear()
 
 

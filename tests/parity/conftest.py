@@ -1,0 +1,20 @@
+"""What the parity tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from nvlm.parallel import distributed
+from tests.models import small_config
+
+
+@pytest.fixture(scope="module")
+def megatron() -> Iterator[None]:
+    """Process groups of one and one thread, for a whole module."""
+    threads = torch.get_num_threads()
+    with distributed(small_config().parallel, seed=0, threads=1):
+        yield
+    torch.set_num_threads(threads)
