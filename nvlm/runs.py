@@ -11,6 +11,8 @@ from omegaconf import OmegaConf
 
 from nvlm.config import Config, from_mapping, problem
 
+FROZEN = "frozen"
+
 
 def latest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""

@@ -22,8 +22,8 @@ from nvlm.export.cli import ExportOptions
 from nvlm.export.describe import describe, preprocessor, readme
 from nvlm.export.shards import DTYPES, Planned, ShardWriter
 from nvlm.export.trained import TrainedWeights
-from nvlm.runs import find_checkpoint, read_run_config
-from nvlm.train.digests import own_faults
+from nvlm.runs import FROZEN, find_checkpoint, read_run_config
+from nvlm.train.digests import checkpoint_faults, frozen_digest, own_faults
 from nvlm.weights.parts import Part, shapes
 from nvlm.weights.sources import VISION, Source, vision_source, whole_model
 
@@ -40,10 +40,10 @@ def export(options: ExportOptions) -> Path:
         raise problem("out", f"{out}, which exists", "a new folder", "out=OTHER, or delete it")
     step = find_checkpoint(Path(options.checkpoint), "checkpoint")
     config = _at_hand(read_run_config(step), options)
-    folders = _folders(step)
     # Before and not beside the writing: a disk that does all three at once takes longer.
-    if wrong := [fault for folder in folders for fault in own_faults(folder)]:
+    if wrong := checkpoint_faults(step, own_faults):
         raise problem(f"checkpoint {step}", "; ".join(wrong), "the files as they were written", "take another one")
+    folders = [step] if frozen_digest(step) is None else [step, step.parent / FROZEN]
     weights, vision = TrainedWeights(folders, config.peft.scale), vision_source(config)
     parts = whole_model(config, dummy_heads(config, vision))
     _check(weights, parts, step)
@@ -77,11 +77,6 @@ def _at_hand(config: Config, options: ExportOptions) -> Config:
     if options.tokenizer:
         config = replace(config, llm=replace(config.llm, tokenizer=options.tokenizer))
     return validate(config)
-
-
-def _folders(step: Path) -> list[Path]:
-    frozen = step.parent / "frozen"
-    return [step, frozen] if frozen.is_dir() else [step]
 
 
 def _check(weights: TrainedWeights, parts: Sequence[Part], step: Path) -> None:

@@ -21,14 +21,12 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from nvlm import parallel
 from nvlm.config import ConfigError, TrainConfig, problem
 from nvlm.files import write_whole
-from nvlm.runs import latest, steps_of
+from nvlm.runs import FROZEN, latest, steps_of
 from nvlm.train.digests import MANIFEST, digest, write_manifest
 from nvlm.train.guard import BrokenRun
 from nvlm.train.state import adam_step, model_state, optimizer_state
 from nvlm.train.step import Trainer
 from nvlm.train.writer import Writer
-
-FROZEN = "frozen"
 
 
 class Checkpoints:

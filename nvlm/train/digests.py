@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from nvlm.files import write_whole
+from nvlm.runs import FROZEN
 
 MANIFEST = "digests.json"
 
@@ -55,6 +57,18 @@ def faults(folder: Path) -> list[str]:
     parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, mine)
     return sorted({fault for part in parts for fault in part})
+
+
+def checkpoint_faults(step: Path, check: Callable[[Path], list[str]]) -> list[str]:
+    """What `check` (`faults` or `own_faults`) finds in a step folder and in the frozen weights that it goes with."""
+    if wrong := check(step):
+        return wrong
+    if (bound := frozen_digest(step)) is None:
+        return []
+    frozen = step.parent / FROZEN
+    if wrong := check(frozen):
+        return [f"{FROZEN}: {fault}" for fault in wrong]
+    return [] if digest(frozen / MANIFEST).sha256 == bound else [f"{FROZEN} holds the weights of another run"]
 
 
 def own_faults(folder: Path, rank: int = 0, size: int = 1) -> list[str]:

@@ -13,9 +13,8 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
 from nvlm.arch.base import VisionLanguageModel, parameter_group
 from nvlm.config import problem
-from nvlm.runs import steps_of
-from nvlm.train.checkpoint import FROZEN
-from nvlm.train.digests import MANIFEST, digest, faults, frozen_digest
+from nvlm.runs import FROZEN, steps_of
+from nvlm.train.digests import checkpoint_faults, faults, frozen_digest
 from nvlm.train.state import metadata, model_state, optimizer_state, restore_optimizer
 from nvlm.train.step import Trainer
 from nvlm.weights.merge import is_adapter
@@ -79,29 +78,17 @@ def _group(key: str) -> str:
 
 
 def _verify(folder: Path) -> None:
-    wrong = _wrong(folder)
+    wrong = checkpoint_faults(folder, faults)
     if not wrong:
         return
     mark = folder.parent / "latest"
     for other in reversed(steps_of(folder.parent)):
-        if other.name < folder.name and not _wrong(other):
+        if other.name < folder.name and not checkpoint_faults(other, faults):
             fix = f"write {other.name}, which is whole, into {mark} and go on from there with resume=auto"
             break
     else:
         fix = f"restore it from a copy (no older checkpoint is whole), or delete {mark} to begin anew"
     raise problem(f"checkpoint {folder}", "; ".join(wrong), "the files as they were written", fix)
-
-
-def _wrong(folder: Path) -> list[str]:
-    """Faults of a step folder and of the frozen weights that it goes with."""
-    if wrong := faults(folder):
-        return wrong
-    if (bound := frozen_digest(folder)) is None:
-        return []
-    frozen = folder.parent / FROZEN
-    if wrong := faults(frozen):
-        return [f"{FROZEN}: {fault}" for fault in wrong]
-    return [] if digest(frozen / MANIFEST).sha256 == bound else [f"{FROZEN} holds the weights of another run"]
 
 
 def _read_all(folder: Path, wanted: dict) -> dict:
