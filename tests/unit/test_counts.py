@@ -47,7 +47,7 @@ def test_all_recipes_build_with_exact_counts(configured, groups, letter, size, s
     if letter == "d":
         total = sum(count.parameters for count in counts.values())
         assert total == {"34b": 40_334_383_488, "72b": 78_863_416_704}[size]
-    learning = {name for name, count in counts.items() if count.learns}
+    learning = {name for name, count in counts.items() if count.learning}
     assert learning == set(config.stage.trainable) - ({"xattn"} if letter == "d" else set())
     assert all(not parameter.requires_grad for parameter in encoder.parameters())
 
