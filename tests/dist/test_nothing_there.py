@@ -73,7 +73,7 @@ def test_gradients_are_exact(arch, world, models, tmp_path):
     }
     for (step, stage, layout), ranks, out in zip(CASES[world], outcomes, outs):
         loss, gradients = expected[step]
-        learns = mask_of(twins, StageConfig(name="", **STAGES[stage]))
+        learns = mask_of(twins, StageConfig(name="", new=(), **STAGES[stage]))
         for rank in ranks:
             assert rank.loss == pytest.approx(loss, rel=1e-5), (step, stage, layout)
         assert_gradients_near(gradients_of(twins, out), {name: g * learns[name] for name, g in gradients.items()})
