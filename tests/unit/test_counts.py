@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nvlm import parallel
-from nvlm.counts import gpus_needed, parameters
+from nvlm.counts import gpus_needed, llm_parameters, parameters
 
 PUBLISHED = {  # llm, projector of D and H, projector of X without its norm
     "34b": (34_388_917_248, 408_970_240),
@@ -78,3 +78,8 @@ def test_gpus_needed_fall_with_more_shards(configured):
     assert needed("parallel.pipeline=4") < needed()
     assert needed("parallel.tensor=1", "parallel.sequence=false") is None
     assert needed("stage=pretrain") < needed()
+
+
+def test_a_preset_has_its_published_number_of_parameters(configured):
+    assert llm_parameters(configured("llm=llama3.1-8b", "arch=decoder").llm) == 8_030_261_248
+    assert llm_parameters(configured("llm=qwen2-7b", "arch=decoder").llm) == 7_615_616_512
