@@ -5,10 +5,12 @@ Tensor by tensor, on CPU, whatever layout trained it. The folder gets its name w
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,18 +42,24 @@ def export(options: ExportOptions) -> Path:
         raise problem("out", f"{out}, which exists", "a new folder", "out=OTHER, or delete it")
     step = find_checkpoint(Path(options.checkpoint), "checkpoint")
     config = _at_hand(read_run_config(step), options)
-    # Before and not beside the writing: a disk that does all three at once takes longer.
-    if wrong := checkpoint_faults(step, own_faults):
-        raise problem(f"checkpoint {step}", "; ".join(wrong), "the files as they were written", "take another one")
+    _refuse(step, checkpoint_faults(step, functools.partial(own_faults, tensors=False)))
     folders = [step] if frozen_digest(step) is None else [step, step.parent / FROZEN]
     weights, vision = TrainedWeights(folders, config.peft.scale), vision_source(config)
     parts = whole_model(config, dummy_heads(config, vision))
     _check(weights, parts, step)
+    parts.sort(key=lambda part: () if part.name.startswith(VISION) else weights.place(part.ours))
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _write(partial, config, weights, vision, parts, options)
+        # Verified beside the writing, which goes through the files in the same order: the disk is read once. What a
+        # damaged file gave never gets its name.
+        with ThreadPoolExecutor(1) as beside:
+            wrong = beside.submit(checkpoint_faults, step, own_faults)
+            try:
+                _write(partial, config, weights, vision, parts, options)
+            finally:  # also where a damaged file is why it could not be written
+                _refuse(step, wrong.result())
         partial.rename(out)
     except OSError as error:
         free = shutil.disk_usage(partial.parent if partial.parent.exists() else Path.cwd()).free
@@ -77,6 +85,11 @@ def _at_hand(config: Config, options: ExportOptions) -> Config:
     if options.tokenizer:
         config = replace(config, llm=replace(config.llm, tokenizer=options.tokenizer))
     return validate(config)
+
+
+def _refuse(step: Path, wrong: Sequence[str]) -> None:
+    if wrong:
+        raise problem(f"checkpoint {step}", "; ".join(wrong), "the files as they were written", "take another one")
 
 
 def _check(weights: TrainedWeights, parts: Sequence[Part], step: Path) -> None:

@@ -40,6 +40,12 @@ class TrainedWeights:
         """What it is stored as."""
         return self.places[name].tensors[name].properties.dtype
 
+    def place(self, name: str) -> tuple:
+        """Sorts names in the order in which the files hold them."""
+        folder = self.places[name]
+        item = folder.items[MetadataIndex(name, folder.tensors[name].chunks[0].offsets)]
+        return self.folders.index(folder), item.relative_path, item.offset
+
     def read(self, name: str) -> Tensor:
         """The whole tensor. The last one is kept: several published tensors may be parts of it."""
         if self.last is None or self.last[0] != name:

@@ -63,7 +63,7 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Names, dtypes and every bit."""
-    assert list(got) == list(expected)
+    assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
 
