@@ -18,6 +18,7 @@ from safetensors import safe_open
 from nvlm.cli import compose_config
 from nvlm.config import ConfigError
 from nvlm.export.cli import main, parse
+from nvlm.export.describe import describe, readme
 from nvlm.export.export import export
 from nvlm.export.shards import ShardWriter
 from nvlm.launch import _prepare_folder
@@ -106,8 +107,6 @@ def test_an_encoder_keeps_its_precision_and_gets_dummy_heads(tmp_path):
 
 def test_config_json_is_in_the_form_of_the_release(tmp_path):
     """Full-size NVLM-D-72B: the entries of the published file, as facts of it are known."""
-    from nvlm.export.describe import describe
-
     config = compose_config("arch=decoder", "llm=qwen2-72b", "dry_run=true")
     got = describe(config, 7)
     whole = dict(
@@ -131,6 +130,21 @@ def test_config_json_is_in_the_form_of_the_release(tmp_path):
     assert got["llm_config"].items() >= language.items()
     assert got["vision_config"].items() >= vision.items()
     assert got["auto_map"]["AutoModelForCausalLM"] == "modeling_nvlm_d.NVLM_D_Model"
+
+
+def test_who_can_load_a_folder_is_said_in_it():
+    """The release's own class takes Qwen2 alone, so a Yi variant is not for it; nobody else knows NVLM-X and -H."""
+    qwen, yi, hybrid = (
+        compose_config(f"arch={arch}", f"llm={llm}", "dry_run=true")
+        for arch, llm in (("decoder", "qwen2-72b"), ("decoder", "yi-34b"), ("hybrid", "qwen2-72b"))
+    )
+    assert describe(yi, 7)["llm_config"]["architectures"] == ["LlamaForCausalLM"]
+    assert describe(yi, 7)["llm_config"]["attention_bias"] is False
+    assert describe(yi, 7)["nvlm"]["bos"] == "<|startoftext|>"
+    assert "its own class is meant to" in readme(qwen) and "refuses such a model" not in readme(qwen)
+    assert "refuses such a model: it takes Qwen2ForCausalLM alone" in readme(yi)
+    assert "No other library knows this architecture" in readme(hybrid)
+    assert describe(hybrid, 7)["architectures"] == ["NVLM_H"] and "auto_map" not in describe(hybrid, 7)
 
 
 def test_the_release_has_the_published_names_and_shapes():
