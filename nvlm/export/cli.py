@@ -17,6 +17,7 @@ HELP = """python launch/export_hf.py checkpoint=RUN out=DIR [key=value ...]
 checkpoint=RUN   a run folder (its newest checkpoint), or one of its checkpoints/step_N
 out=DIR          the folder to be written: safetensors, config.json, tokenizer, modeling_nvlm.py, README.md
 vision=DIR       where the encoder is, if no longer where the run read it; tokenizer=DIR likewise
+like=DIR         store each tensor as wide as this folder does (NVLM-D-72B holds some in fp32), not as the run held it
 shard_gb=5       the largest file, GB"""
 
 
@@ -28,6 +29,7 @@ class ExportOptions:
     out: str
     vision: str | None
     tokenizer: str | None
+    like: str | None
     shard_gb: float
 
 
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> ExportOptions:
     """The options, checked for their types. Raises ConfigError."""
-    defaults = {"vision": None, "tokenizer": None, "shard_gb": 5.0}
+    defaults = {"vision": None, "tokenizer": None, "like": None, "shard_gb": 5.0}
     try:
         given = OmegaConf.to_container(OmegaConf.from_dotlist(list(arguments)))
     except OmegaConfBaseException as error:

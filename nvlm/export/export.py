@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from nvlm.export.trained import TrainedWeights
 from nvlm.runs import FROZEN, find_checkpoint, read_run_config
 from nvlm.train.digests import checkpoint_faults, frozen_digest, own_faults
 from nvlm.weights.parts import Part, shapes
+from nvlm.weights.published import Stored, read_headers
 from nvlm.weights.sources import VISION, Source, vision_source, whole_model
 
 CODE = Path(__file__).with_name("modeling_nvlm.py")
@@ -47,6 +48,7 @@ def export(options: ExportOptions) -> Path:
     weights, vision = TrainedWeights(folders, config.peft.scale), vision_source(config)
     parts = whole_model(config, dummy_heads(config, vision))
     _check(weights, parts, step)
+    like = read_headers(options.like, "like") if options.like else {}
     parts.sort(key=lambda part: () if part.name.startswith(VISION) else weights.place(part.ours))
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -57,7 +59,7 @@ def export(options: ExportOptions) -> Path:
         with ThreadPoolExecutor(1) as beside:
             wrong = beside.submit(checkpoint_faults, step, own_faults)
             try:
-                _write(partial, config, weights, vision, parts, options)
+                _write(partial, config, weights, vision, parts, options, like)
             finally:  # also where a damaged file is why it could not be written
                 _refuse(step, wrong.result())
         partial.rename(out)
@@ -106,18 +108,17 @@ def _write(
     vision: Source,
     parts: Sequence[Part],
     options: ExportOptions,
+    like: Mapping[str, Stored],
 ) -> None:
-    stored = {part.name: vision.stored[own.name].dtype for part, own in _vision_pairs(parts, vision)}
-    ours = {part.name: part.ours for part in parts}
-    planned = [
-        Planned(name, stored[name] if name in stored else _NAMES[weights.dtype(ours[name])], shape)
-        for name, shape in shapes(parts).items()
-    ]
+    dtypes = {part.name: _NAMES[weights.dtype(part.ours)] for part in parts if not part.name.startswith(VISION)}
+    dtypes |= {part.name: vision.stored[own.name].dtype for part, own in _vision_pairs(parts, vision)}
+    dtypes |= {name: one.dtype for name, one in like.items() if name in dtypes and one.dtype in DTYPES}
+    planned = [Planned(name, dtypes[name], shape) for name, shape in shapes(parts).items()]
     columns = (BarColumn(20), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("export"))
     with Progress(*columns) as progress, ShardWriter(folder, planned, int(options.shard_gb * 1e9)) as writer:
         task = progress.add_task("export", total=sum(one.bytes for one in planned))
         for name, tensor in _tensors(parts, weights, vision):
-            writer.write(name, tensor)
+            writer.write(name, tensor.to(DTYPES[dtypes[name]]))
             progress.advance(task, tensor.nbytes)
     _describe(folder, config, dummy_heads(config, vision))
 

@@ -27,7 +27,7 @@ from nvlm.train.loop import build_trainer
 from nvlm.weights.parts import shapes
 from nvlm.weights.sources import whole_model
 from tests.dist.run import joined, run_distributed
-from tests.published import SMALL, write_release
+from tests.published import SMALL, write_release, write_shards
 
 OPTIONS = ("llm.cross_every=2", "train.steps=2", "optim.warmup=0", "init.vision=null", "llm.tokenizer=tiny")
 LAYOUTS = {
@@ -83,6 +83,16 @@ def test_load_then_export_is_bit_equal(tmp_path, arch, stage, world):
     assert_same(tensors_in(out), held)
     assert len(list(out.glob("*.safetensors"))) > 3
     assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_mixed_precisions_are_bit_equal_too(tmp_path):
+    """As NVLM-D-72B, whose size says that some of its tensors are fp32: what bf16 can hold, stored wider."""
+    shape = ("arch=decoder", "precision=bf16")
+    held = write_release(tmp_path / "release", compose_config(*SMALL, *OPTIONS, *shape), 3, torch.bfloat16)
+    wide = {name: t.float() if number % 3 == 0 else t for number, (name, t) in enumerate(held.items())}
+    write_shards(tmp_path / "release", wide, 3)
+    run_distributed(train_nothing, 1, (*shape, f"init.release={tmp_path / 'release'}"), tmp_path / "run")
+    assert_same(tensors_in(exported(tmp_path / "run", tmp_path / "out", f"like={tmp_path / 'release'}")), wide)
 
 
 def test_an_encoder_keeps_its_precision_and_gets_dummy_heads(tmp_path):
