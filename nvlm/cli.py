@@ -22,8 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nvlm import launch
-from nvlm.config import Config, ConfigError, from_mapping, problem, validate
+from nvlm.config import Config, ConfigError, from_mapping, problem
 from nvlm.lengths import check_lengths
+from nvlm.rules import validate
 from nvlm.train.guard import BrokenRun
 from nvlm.workers import report
 

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from nvlm.config import Config, ConfigError, from_mapping, problem, validate
+from nvlm.config import Config, ConfigError, from_mapping, problem
 from nvlm.counts import fewest_gpus, gpus_needed, parameters
 from nvlm.files import write_whole
+from nvlm.rules import validate
 from nvlm.runs import check_same_model, find_checkpoint, latest
 from nvlm.train.guard import BrokenRun
 from nvlm.weights.sources import model_source, vision_source

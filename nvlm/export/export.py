@@ -18,12 +18,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors import safe_open
 from torch import Tensor
 
-from nvlm.config import Config, problem, validate
+from nvlm.config import Config, problem
 from nvlm.data.tokenizer import TINY as TINY_TOKENIZER
 from nvlm.export.cli import ExportOptions
 from nvlm.export.describe import describe, preprocessor, readme
 from nvlm.export.shards import DTYPES, Planned, ShardWriter
 from nvlm.export.trained import TrainedWeights
+from nvlm.rules import validate
 from nvlm.runs import FROZEN, find_checkpoint, read_run_config
 from nvlm.train.digests import checkpoint_faults, frozen_digest, own_faults
 from nvlm.weights.parts import Part, shapes

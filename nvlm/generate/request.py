@@ -15,10 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nvlm.cli import check_overrides, unknown_key
-from nvlm.config import Config, ConfigError, from_mapping, problem, validate
+from nvlm.config import Config, ConfigError, from_mapping, problem
 from nvlm.generate.sampling import Sampling
 from nvlm.launch import check_weights, flat
 from nvlm.lengths import check_lengths
+from nvlm.rules import validate
 from nvlm.runs import find_checkpoint, read_run_config
 
 HELP = """python launch/generate.py checkpoint=DIR [image=PATH] prompt="..." [key=value ...]

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from nvlm import parallel, registry
 from nvlm.arch.stages import build_parts, build_stages, tile_use_of_rank
-from nvlm.config import Config, check_world
+from nvlm.config import Config
 from nvlm.data.encode import build_encoder
 from nvlm.data.loader import StepData, Steps, load_steps
 from nvlm.data.sources import build_records
 from nvlm.evaluate.heldout import evaluate
 from nvlm.lengths import check_vocabulary
+from nvlm.rules import check_world
 from nvlm.runs import latest
 from nvlm.train.begin import begin
 from nvlm.train.checkpoint import Checkpoints

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nvlm import parallel
-from nvlm.config import Config, validate
+from nvlm.config import Config
+from nvlm.rules import validate
 from nvlm.data.pack import collate
 from nvlm.train.loop import build_trainer
 from nvlm.train.step import Trainer, forward_backward

@@ -8,7 +8,8 @@ import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from nvlm.config import ConfigError, validate
+from nvlm.config import ConfigError
+from nvlm.rules import validate
 from nvlm.llm.attention import attend, causal_mask
 from nvlm.llm.context import ContextAttention, all_columns, attended_columns, own_columns, zigzag
 from nvlm.parallel import distributed

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from nvlm.cli import check_overrides
-from nvlm.config import ConfigError, check_world, cross_layers
+from nvlm.config import ConfigError, cross_layers
 from nvlm.lengths import most_image_tokens
+from nvlm.rules import check_world
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ def imports(folder: str) -> dict[str, set[str]]:
         ("export/modeling_nvlm", ("nvlm", "megatron", "transformers")),
         ("config", ("torch", "megatron", "hydra")),
         ("runs", ("torch", "megatron", "hydra")),
+        ("rules", ("torch", "megatron", "hydra")),
         ("counts", ("torch", "megatron", "hydra")),
     ],
 )

@@ -1,0 +1,187 @@
+"""Every rule that spans several fields of a configuration, one message each. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from difflib import get_close_matches
+
+from nvlm.config import Config, problem
+from nvlm.tiling.tags import TAG_STYLES
+
+
+def _one_of(what: str, got: str, known: tuple[str, ...]) -> None:
+    if got not in known:
+        near = get_close_matches(got, known, n=1)
+        raise problem(what, repr(got), f"one of {', '.join(known)}", f"{what}={near[0] if near else known[0]}")
+
+
+def _positive(config: Config) -> None:
+    counts = {
+        "llm.vocab_multiple": config.llm.vocab_multiple,
+        "parallel.tensor": config.parallel.tensor,
+        "parallel.pipeline": config.parallel.pipeline,
+        "parallel.virtual": config.parallel.virtual,
+        "parallel.context": config.parallel.context,
+        "parallel.context_heads": config.parallel.context_heads,
+        "vision.tiles_per_call": config.vision.tiles_per_call,
+        "parallel.data": config.parallel.data,
+        "train.steps": config.train.steps,
+        "train.global_batch": config.train.global_batch,
+        "train.micro_batch": config.train.micro_batch,
+        "train.log_every": config.train.log_every,
+        "train.save_every": config.train.save_every,
+        "train.keep": config.train.keep,
+        "train.max_bad_steps": config.train.max_bad_steps,
+        "tiling.max_tiles": config.tiling.max_tiles,
+        "data.records": config.data.records,
+        "data.window": config.data.window,
+    }
+    for what, got in counts.items():
+        if got < 1:
+            raise problem(what, got, "at least 1", f"{what}=1")
+
+
+def _names(config: Config) -> None:
+    _one_of("arch.name", config.arch.name, ("decoder", "xattn", "hybrid"))
+    _one_of("tiling.tag", config.tiling.tag, TAG_STYLES)
+    _one_of("tiling.resize", config.tiling.resize, ("fast", "exact"))
+    _one_of("data.source", config.data.source, ("pages", "jsonl"))
+    _one_of("data.tokenize", config.data.tokenize, ("apart", "joined"))
+    _one_of("precision", config.precision, ("fp32", "bf16"))
+    _one_of("resume", config.resume, ("never", "auto"))
+    _one_of("vision.norm", config.vision.norm, ("rms", "layer"))
+    for group in config.stage.new:
+        _one_of("stage.new", group, ("projector", "xattn"))
+    _one_of("vision.balance", config.vision.balance, ("replica", "global"))
+    _one_of("train.recompute", config.train.recompute, ("none", "full"))
+    if config.data.tokenize == "joined" and config.arch.name != "decoder":
+        # Tags of the others are bound to their tiles one by one.
+        raise problem("data.tokenize", "joined", f"apart for arch={config.arch.name}", "data.tokenize=apart")
+    if config.data.source == "jsonl" and not config.data.path and not config.dry_run:
+        raise problem("data.path", "nothing", "a .jsonl file", "data.path=records.jsonl")
+
+
+def _shapes(config: Config) -> None:
+    llm, vision, tensor = config.llm, config.vision, config.parallel.tensor
+    if llm.heads % llm.kv_heads:
+        raise problem("llm.heads", llm.heads, f"a multiple of llm.kv_heads={llm.kv_heads}", "change one of them")
+    if vision.hidden % vision.heads:
+        raise problem("vision.hidden", vision.hidden, f"a multiple of vision.heads={vision.heads}", "change one")
+    cell = vision.patch * vision.downsample
+    if vision.tile_size % cell:
+        fix = f"vision.tile_size={max(1, vision.tile_size // cell) * cell}"
+        raise problem("vision.tile_size", vision.tile_size, f"a multiple of patch x downsample = {cell}", fix)
+    split = {"llm.heads": llm.heads, "llm.kv_heads": llm.kv_heads, "llm.ffn": llm.ffn}
+    largest = math.gcd(*split.values())
+    for what, size in split.items():
+        if size % tensor:
+            raise problem("parallel.tensor", tensor, f"a divisor of {what}={size}", f"parallel.tensor={largest}")
+    if llm.padded_vocab % tensor:
+        got = f"{llm.padded_vocab} rows (a multiple of llm.vocab_multiple={llm.vocab_multiple})"
+        raise problem(
+            "llm.vocab",
+            got,
+            f"a multiple of parallel.tensor={tensor}",
+            f"llm.vocab_multiple={128 if 128 % tensor == 0 else tensor}",
+        )
+    if config.arch.name == "decoder":
+        if config.arch.cross_every:
+            raise problem("arch.cross_every", config.arch.cross_every, "0 for arch=decoder", "arch.cross_every=0")
+    elif not 1 <= config.arch.cross_every <= llm.layers:
+        fix = f"arch.cross_every={llm.cross_every}"
+        raise problem("arch.cross_every", config.arch.cross_every, f"1 to llm.layers={llm.layers}", fix)
+
+
+def _layout(config: Config) -> None:
+    p, llm = config.parallel, config.llm
+    if p.sequence and p.tensor == 1:
+        raise problem("parallel.sequence", True, "parallel.tensor above 1", "parallel.sequence=false")
+    if p.virtual > 1 and p.pipeline == 1:
+        raise problem("parallel.virtual", p.virtual, "1 without pipeline stages", "parallel.pipeline=2")
+    if llm.layers % p.stages:
+        fix = f"parallel.pipeline={math.gcd(llm.layers, p.pipeline)} parallel.virtual=1"
+        raise problem("parallel.pipeline x virtual", p.stages, f"a divisor of llm.layers={llm.layers}", fix)
+    if p.context % p.context_heads:
+        expected = f"a divisor of parallel.context={p.context}"
+        raise problem("parallel.context_heads", p.context_heads, expected, "parallel.context_heads=1")
+    groups = llm.kv_heads // p.tensor
+    if groups % p.context_heads:
+        expected = f"a divisor of llm.kv_heads / parallel.tensor = {groups}"
+        fix = f"parallel.context_heads={math.gcd(groups, p.context)}"
+        raise problem("parallel.context_heads", p.context_heads, expected, fix)
+
+
+def _init(config: Config) -> None:
+    given = [name for name in ("llm", "release", "checkpoint") if getattr(config.init, name)]
+    if len(given) > 1:
+        both = " and ".join(f"init.{name}" for name in given)
+        raise problem(both, "several sources of the language model", "one of them", f"leave init.{given[0]} out")
+    if config.init.release and config.init.vision:
+        fix = "leave init.vision out, or take init.llm with it"
+        raise problem("init.release and init.vision", "two encoders", "one of them", fix)
+
+
+def _schedule(config: Config) -> None:
+    if config.optim.warmup >= config.train.steps:
+        raise problem("optim.warmup", config.optim.warmup, f"fewer than train.steps={config.train.steps}", "lower it")
+
+
+def _faults(config: Config) -> None:
+    factor = config.train.spike_factor
+    if factor != 0 and factor <= 1:
+        raise problem("train.spike_factor", factor, "above 1, or 0 for none", "train.spike_factor=3")
+    for what, got in (
+        ("train.stop_seconds", config.train.stop_seconds),
+        ("parallel.timeout_minutes", config.parallel.timeout_minutes),
+    ):
+        if got <= 0:
+            raise problem(what, got, "above 0", f"{what}=10")
+
+
+def _stage(config: Config) -> None:
+    groups = set(config.stage.trainable)
+    if config.arch.name == "decoder":
+        groups -= {"xattn"}
+    if not groups:
+        raise problem(
+            "stage", "nothing to train", "at least one module group that learns", "stage.train_projector=true"
+        )
+
+
+def _peft(config: Config) -> None:
+    peft = config.peft
+    _one_of("peft", peft.name, ("none", "lora"))
+    if peft.name == "none":
+        return
+    if peft.rank < 1:
+        raise problem("peft.rank", peft.rank, "at least 1", "peft.rank=16")
+    if not 0 <= peft.dropout < 1:
+        raise problem("peft.dropout", peft.dropout, "at least 0 and below 1", "peft.dropout=0")
+    for target in peft.targets:
+        _one_of("peft.targets", target, ("llm", "xattn"))
+    learns = set(config.stage.trainable) - ({"xattn"} if config.arch.name == "decoder" else set())
+    if learns.isdisjoint(peft.targets):
+        known = ", ".join(sorted(learns & {"llm", "xattn"})) or "but it trains neither"
+        expected = f"at least one that stage={config.stage.name} trains ({known})"
+        raise problem("peft.targets", list(peft.targets), expected, "stage=sft, or peft=none")
+
+
+def validate(config: Config) -> Config:
+    """Check every cross-field rule (token lengths: nvlm.lengths); return `config` or raise ConfigError, one message."""
+    for rule in (_positive, _names, _shapes, _layout, _init, _schedule, _faults, _stage, _peft):
+        rule(config)
+    return config
+
+
+def check_world(config: Config, world: int) -> int:
+    """The data-parallel size of `world` processes under `config`; raises ConfigError where it does not divide."""
+    replica = config.parallel.replica
+    if world % replica:
+        expected = f"a multiple of {replica} (tensor x pipeline x context)"
+        raise problem("number of processes", world, expected, f"start {max(1, world // replica) * replica}")
+    data = world // replica
+    if config.train.global_batch % data:
+        expected = f"a multiple of the {data} data-parallel replicas"
+        fix = f"train.global_batch={max(1, config.train.global_batch // data) * data}"
+        raise problem("train.global_batch", config.train.global_batch, expected, fix)
+    return data
