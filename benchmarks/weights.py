@@ -174,8 +174,8 @@ def in_process(*arguments: str, count: int = 1) -> list[dict]:
 
 def export_as(run: str, out: str) -> dict:
     """What the command does, in this process; seconds without the imports."""
-    from nvlm.export.cli import parse
     from nvlm.export.export import export
+    from nvlm.export.options import parse
     from nvlm.launch import quiet
 
     quiet()

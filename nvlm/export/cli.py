@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from nvlm.config import ConfigError, from_mapping, problem
+from nvlm.config import ConfigError
+from nvlm.export.options import parse
 from nvlm.launch import quiet
 
 HELP = """python launch/export_hf.py checkpoint=RUN out=DIR [key=value ...]
@@ -19,18 +16,6 @@ out=DIR          the folder to be written: safetensors, config.json, tokenizer, 
 vision=DIR       where the encoder is, if no longer where the run read it; tokenizer=DIR likewise
 like=DIR         store each tensor as wide as this folder does (NVLM-D-72B holds some in fp32), not as the run held it
 shard_gb=5       the largest file, GB"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportOptions:
-    """What the command takes."""
-
-    checkpoint: str
-    out: str
-    vision: str | None
-    tokenizer: str | None
-    like: str | None
-    shard_gb: float
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -48,16 +33,3 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def parse(arguments: Sequence[str]) -> ExportOptions:
-    """The options, checked for their types. Raises ConfigError."""
-    defaults = {"vision": None, "tokenizer": None, "like": None, "shard_gb": 5.0}
-    try:
-        given = OmegaConf.to_container(OmegaConf.from_dotlist(list(arguments)))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"command line: {str(error).splitlines()[0]}. Fix: write key=value") from None
-    options = from_mapping(ExportOptions, defaults | given)
-    if options.shard_gb <= 0:
-        raise problem("shard_gb", options.shard_gb, "above 0", "shard_gb=5")
-    return options

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from nvlm.config import Config, problem
 from nvlm.data.tokenizer import TINY as TINY_TOKENIZER
-from nvlm.export.cli import ExportOptions
 from nvlm.export.describe import describe, preprocessor, readme
+from nvlm.export.options import ExportOptions
 from nvlm.export.shards import DTYPES, Planned, ShardWriter
 from nvlm.export.trained import TrainedWeights
 from nvlm.rules import validate

@@ -19,7 +19,7 @@ from nvlm.cli import compose_config
 from nvlm.data.encode import build_encoder, encode
 from nvlm.data.pack import collate
 from nvlm.data.sources import build_records
-from nvlm.export.cli import parse
+from nvlm.export.options import parse
 from nvlm.export.export import export
 from nvlm.export.modeling_nvlm import NVLM
 from nvlm.launch import _prepare_folder

@@ -17,9 +17,10 @@ from safetensors import safe_open
 
 from nvlm.cli import compose_config
 from nvlm.config import ConfigError
-from nvlm.export.cli import main, parse
+from nvlm.export.cli import main
 from nvlm.export.describe import describe, readme
 from nvlm.export.export import export
+from nvlm.export.options import parse
 from nvlm.export.shards import ShardWriter
 from nvlm.launch import _prepare_folder
 from nvlm.train.checkpoint import Checkpoints
