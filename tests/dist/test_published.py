@@ -32,7 +32,7 @@ from tests.published import (
     write_release,
 )
 
-NEAR = dict(rtol=1e-4, atol=1e-4)  # worst seen 4e-6
+NEAR = dict(rtol=1e-4, atol=1e-4)  # worst seen 2.2e-6, of logits up to 3.8
 LENGTHS = (13, 29, 22)
 LAYOUTS = {
     1: {"one process": ()},
