@@ -27,7 +27,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
 from nvlm.config import Config, PeftConfig
-from nvlm.weights.merge import ADAPTER, merge
+from nvlm.weights.merge import ADAPTER
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,13 +166,3 @@ def _begin(down: nn.Parameter, inputs: int, seed: str, group=None) -> None:
     generator = torch.Generator("cpu").manual_seed(zlib.crc32(seed.encode()))
     whole = torch.empty(len(down), inputs, device="cpu").uniform_(-1, 1, generator=generator) * inputs**-0.5
     down.copy_(whole if group is None else whole.chunk(group.size(), dim=1)[group.rank()])
-
-
-@torch.no_grad()
-def merge_in_place(model: nn.Module) -> None:
-    """Merge the adapters of `model` into its weights; they stay, with an `up` of zero."""
-    for linear in model.modules():
-        if isinstance(linear, AdaptedColumnLinear | AdaptedRowLinear):
-            down, up = linear.adapter.down.weight, linear.adapter.up.weight
-            linear.weight.copy_(merge(linear.weight, down, up, linear.adapter.scale))
-            up.zero_()

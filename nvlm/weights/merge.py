@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -18,16 +16,6 @@ def merge(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     merged = torch.empty_like(weight)
     for out, base, rows in zip(merged.split(_ROWS), weight.split(_ROWS), up.split(_ROWS)):
         out.copy_(base.float() + scale * rows.float() @ down.float())
-    return merged
-
-
-def merge_state(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """`state`, by name, with its adapters merged into the weights beside them."""
-    merged = {name: tensor for name, tensor in state.items() if not is_adapter(name)}
-    for name, tensor in merged.items():
-        down, up = adapter_names(name)
-        if down in state:
-            merged[name] = merge(tensor, state[down], state[up], scale)
     return merged
 
 

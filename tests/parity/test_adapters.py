@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
+from torch import Tensor
 
 from nvlm.arch.base import parameter_group
 from nvlm.arch.stages import build_parts
-from nvlm.llm.adapters import merge_in_place
+from nvlm.llm.adapters import AdaptedColumnLinear, AdaptedRowLinear
 from nvlm.train.optim import freeze
-from nvlm.weights.merge import is_adapter, merge, merge_state
+from nvlm.weights.merge import adapter_names, is_adapter, merge
 from tests.models import adapter_gradients, batch_of, build_twins, reference_sample, small_config
 from tests.parity.test_models import INPUTS, ONE, TEXT, assert_gradients_near
 
@@ -18,6 +21,26 @@ ARCHITECTURES = ("decoder", "xattn", "hybrid")
 ROWS = INPUTS["packed rows"]
 
 pytestmark = pytest.mark.usefixtures("megatron")
+
+
+def merge_state(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """`state`, by name, with its adapters merged into the weights beside them."""
+    merged = {name: tensor for name, tensor in state.items() if not is_adapter(name)}
+    for name, tensor in merged.items():
+        down, up = adapter_names(name)
+        if down in state:
+            merged[name] = merge(tensor, state[down], state[up], scale)
+    return merged
+
+
+@torch.no_grad()
+def merge_in_place(model: torch.nn.Module) -> None:
+    """Merge the adapters of `model` into its weights; they stay, with an `up` of zero."""
+    for linear in model.modules():
+        if isinstance(linear, AdaptedColumnLinear | AdaptedRowLinear):
+            down, up = linear.adapter.down.weight, linear.adapter.up.weight
+            linear.weight.copy_(merge(linear.weight, down, up, linear.adapter.scale))
+            up.zero_()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
