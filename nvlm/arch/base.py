@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from nvlm.batch import IGNORE, Batch, check_placeholders
 from nvlm.config import Config, cross_layers, stage_layers
 from nvlm.layout import LayoutRule, TileUse
-from nvlm.llm.attention import causal_mask, rotary_angles, unseen_keys
+from nvlm.llm.attention import causal_mask, rotary_angles, rotary_frequencies, unseen_keys
 from nvlm.llm.build import block_submodules, llm_config
 from nvlm.llm.context import attended_columns, gather_columns, own_columns
+from nvlm.llm.layer import project
 from nvlm.llm.norm import LayerNorm
 from nvlm.parallel import seeded
 
@@ -114,6 +115,7 @@ class VisionLanguageModel(MegatronModule):
         self.first_layer = stage_layers(config, stage).start
         self.borrowed: Callable[[Tensor], Tensor] | None = None  # embeds tags on a stage without the embedding
         virtual = stage // config.parallel.pipeline if config.parallel.virtual > 1 else None
+        self.register_buffer("frequencies", rotary_frequencies(config.llm), persistent=False)
         self.shared: dict[str, nn.Module] = {}  # a plain dictionary: what others own is not registered here
         if self.use:
             with seeded(config.seed, "projector"):
@@ -185,7 +187,7 @@ class VisionLanguageModel(MegatronModule):
             attention_mask=causal_mask(batch.sample, queries, keys),
             context=self._keys(batch) if self.use.keys and not start else None,
             context_mask=unseen_keys(batch, columns_S) if self.use.keys else None,
-            rotary_pos_emb=rotary_angles(batch.positions[:, columns_S], self.llm),
+            rotary_pos_emb=rotary_angles(batch.positions[:, columns_S], self.frequencies),
         )
 
     def _keys(self, batch: Batch) -> Tensor:
@@ -205,7 +207,7 @@ class VisionLanguageModel(MegatronModule):
     def logits(self, hidden_SBH: Tensor) -> Tensor:
         """[S, B, vocabulary / tensor parallel size]."""
         weight = self.embedding.word_embeddings.weight if self.llm.tied else None
-        logits = self.output_layer(hidden_SBH, weight=weight)[0]
+        logits = project(self.output_layer, hidden_SBH, weight)
         columns = logits.shape[-1]
         real = self.llm.vocab - columns * parallel_state.get_tensor_model_parallel_rank()
         if real >= columns:
@@ -238,8 +240,10 @@ class VisionLanguageModel(MegatronModule):
             hidden_SBH = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH)
         hidden_LBH = gather_columns(hidden_SBH)
         rows = torch.arange(len(last_B), device=last_B.device)
-        logits = self.logits(hidden_LBH[last_B, rows][None])
-        return tensor_parallel.gather_from_tensor_model_parallel_region(logits)[0]
+        logits = self.logits(hidden_LBH[last_B, rows][None] if len(hidden_LBH) > 1 else hidden_LBH)
+        if parallel_state.get_tensor_model_parallel_world_size() > 1:
+            logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+        return logits[0]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Megatron's sharded state; of a parameter that stands on several stages the first copy is the one written."""

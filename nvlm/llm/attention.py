@@ -82,13 +82,16 @@ def unseen_keys(batch: Batch, columns_S: Tensor) -> Tensor:
     return ~visible(*queries, batch.cross_sample, batch.cross_image, batch.cross_tile)[:, None]
 
 
-def rotary_angles(positions_BS: Tensor, llm: LLMConfig) -> Tensor:
-    """[S, B, 1, D] rotary angles in radians, from each token's position within its own sample."""
-    steps = torch.arange(0, llm.head_dim, 2, dtype=torch.float32, device=positions_BS.device) / llm.head_dim
+def rotary_frequencies(llm: LLMConfig) -> Tensor:
+    """[D / 2] rotary frequencies in radians a position."""
+    steps = torch.arange(0, llm.head_dim, 2, dtype=torch.float32, device="cpu") / llm.head_dim
     frequencies = llm.rope_theta**-steps
-    if llm.rope_scaling is not None:
-        frequencies = scaled(frequencies, **llm.rope_scaling)
-    angles = positions_BS.t().float()[..., None] * frequencies
+    return frequencies if llm.rope_scaling is None else scaled(frequencies, **llm.rope_scaling)
+
+
+def rotary_angles(positions_BS: Tensor, frequencies: Tensor) -> Tensor:
+    """[S, B, 1, D] rotary angles in radians, from each token's position within its own sample."""
+    angles = positions_BS.t()[..., None] * frequencies
     return torch.cat((angles, angles), dim=-1)[:, :, None, :]
 
 

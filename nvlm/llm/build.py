@@ -9,7 +9,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.utils import init_method_normal
 
 from nvlm import device
@@ -17,8 +17,8 @@ from nvlm.config import Config, cross_layers
 from nvlm.llm.adapters import linears_of
 from nvlm.llm.attention import CoreAttention
 from nvlm.llm.context import ContextAttention
+from nvlm.llm.layer import DecoderLayer
 from nvlm.llm.norm import RMSNorm
-from nvlm.parallel import seeded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -84,14 +84,6 @@ def llm_config(config: Config) -> TransformerConfig:
     )
 
 
-class SeededLayer(TransformerLayer):
-    """A decoder layer whose first weights depend on the seed and its `number` alone, not on the layout."""
-
-    def __init__(self, config: TransformerConfig, submodules, seed: int, number: int, **kwargs) -> None:
-        with seeded(seed, f"layer {number}"):
-            super().__init__(config, submodules, **kwargs)
-
-
 def layer_spec(config: Config, number: int, cross_attention: ModuleSpec | None = None) -> ModuleSpec:
     """Decoder layer `number`; `cross_attention` stands between self-attention and the MLP, behind its own norm."""
     cross, linears = {}, linears_of(config, "llm", number)
@@ -103,7 +95,7 @@ def layer_spec(config: Config, number: int, cross_attention: ModuleSpec | None =
             cross_attn_bda=get_bias_dropout_add,
         )
     return ModuleSpec(
-        module=SeededLayer,
+        module=DecoderLayer,
         params={"seed": config.seed, "number": number},
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,

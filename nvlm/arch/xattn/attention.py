@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nvlm.llm.adapters import Linears
 from nvlm.llm.attention import attend, for_kernel
 from nvlm.llm.cache import KeepsKeys
+from nvlm.llm.layer import project
 
 
 class GatedCrossAttention(MegatronModule, KeepsKeys):
@@ -68,9 +69,9 @@ class GatedCrossAttention(MegatronModule, KeepsKeys):
     ) -> tuple[Tensor, None]:
         """[S, B, H] to be added to the residual. `attention_mask` [B, 1, S, X] is True where a query must not look;
         `key_value_states` is [X, B, H], None where a cache holds what was made of it."""
-        query_SBND = self.linear_q(hidden_SBH)[0].unflatten(-1, (self.heads, self.head_dim))
+        query_SBND = project(self.linear_q, hidden_SBH).unflatten(-1, (self.heads, self.head_dim))
         attended = attend(query_SBND, *self._key_values(key_value_states), attention_mask, scale=None)
-        return torch.tanh(self.gate) * self.linear_proj(attended)[0], None
+        return torch.tanh(self.gate) * project(self.linear_proj, attended), None
 
     def _key_values(self, states_XBH: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values [X, B, G, D]."""
