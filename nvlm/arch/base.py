@@ -144,7 +144,7 @@ class VisionLanguageModel(MegatronModule):
                 self.output_layer = ColumnParallelLinear(
                     config.llm.hidden,
                     config.llm.padded_vocab,
-                    config=megatron,
+                    config=dataclasses.replace(megatron, sequence_parallel=False),  # it gets the trained tokens alone
                     init_method=megatron.embedding_init_method if config.llm.tied else megatron.init_method,
                     bias=False,
                     gather_output=False,
@@ -204,10 +204,10 @@ class VisionLanguageModel(MegatronModule):
             stream_SBH = tensor_parallel.scatter_to_sequence_parallel_region(stream_SBH)
         return stream_SBH
 
-    def logits(self, hidden_SBH: Tensor) -> Tensor:
-        """[S, B, vocabulary / tensor parallel size]."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H], not split along the sequence, to [..., vocabulary / tensor parallel size]."""
         weight = self.embedding.word_embeddings.weight if self.llm.tied else None
-        logits = project(self.output_layer, hidden_SBH, weight)
+        logits = project(self.output_layer, hidden, weight)
         columns = logits.shape[-1]
         real = self.llm.vocab - columns * parallel_state.get_tensor_model_parallel_rank()
         if real >= columns:
@@ -224,14 +224,23 @@ class VisionLanguageModel(MegatronModule):
         return {whole(name): parameter.data for name, parameter in self.named_parameters()}
 
     def forward(self, batch: Batch) -> Tensor:
-        """Per-token loss [B, S], zero where there is no label; hidden states on stages before the last."""
+        """Per-token loss [B, S], zero where there is no label; hidden states on stages before the last.
+
+        Logits are made of the N tokens with a label alone: of instructions most have none, and the vocabulary is large.
+        """
         hidden_SBH = self.hidden(batch)
         if not self.post_process:
             return hidden_SBH
-        labels_BS = batch.labels[:, own_columns(batch.labels.shape[1]).to(batch.labels.device)]
-        labels_SB = labels_BS.clamp(min=0).t().contiguous()
-        loss_SB = tensor_parallel.vocab_parallel_cross_entropy(self.logits(hidden_SBH).float(), labels_SB)
-        return loss_SB.t() * (labels_BS != IGNORE)
+        if self.config.sequence_parallel:  # the output layer's own backward sums over the ranks
+            hidden_SBH = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_SBH, tensor_parallel_output_grad=False
+            )
+        labels_SB = batch.labels[:, own_columns(batch.labels.shape[1]).to(batch.labels.device)].t()
+        trained_N = (labels_SB.flatten() != IGNORE).nonzero()[:, 0]
+        logits_NV = self.logits(hidden_SBH.flatten(0, 1).index_select(0, trained_N)).float()
+        loss_N = tensor_parallel.vocab_parallel_cross_entropy(logits_NV, labels_SB.flatten()[trained_N])
+        loss_SB = loss_N.new_zeros(labels_SB.numel()).index_copy(0, trained_N, loss_N).view_as(labels_SB)
+        return loss_SB.t()
 
     @torch.no_grad()
     def last_logits(self, hidden_SBH: Tensor, last_B: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from nvlm.llm.attention import CoreAttention
 from nvlm.llm.context import ContextAttention
 from nvlm.llm.layer import DecoderLayer
 from nvlm.llm.norm import RMSNorm
+from nvlm.llm.swiglu import SwiGLU
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -54,6 +55,7 @@ def llm_config(config: Config) -> TransformerConfig:
         ffn_hidden_size=llm.ffn,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
+        use_te_activation_func=not device.has_cuda(),  # Megatron's name for: the spec brings one, here SwiGLU
         normalization="RMSNorm",
         layernorm_epsilon=llm.norm_eps,
         add_bias_linear=False,
@@ -114,6 +116,7 @@ def layer_spec(config: Config, number: int, cross_attention: ModuleSpec | None =
                 MLP,
                 submodules=MLPSubmodules(
                     linear_fc1=linears.column("mlp.linear_fc1"),
+                    activation_func=SwiGLU,
                     linear_fc2=linears.row("mlp.linear_fc2"),
                 ),
             ),
