@@ -27,14 +27,18 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
-from nvlm.batch import IGNORE, Batch, check_placeholders
+from nvlm.batch import IGNORE, Batch, check_placeholders, in_line, without_padding
 from nvlm.config import Config, cross_layers, stage_layers
 from nvlm.layout import LayoutRule, TileUse
-from nvlm.llm.attention import causal_mask, rotary_angles, rotary_frequencies, unseen_keys
-from nvlm.llm.build import block_submodules, llm_config
+from nvlm.llm.attention import rotary_angles, rotary_frequencies
+from nvlm.llm.backend import uses_te
+from nvlm.llm.build import FUSED_NORMS, block_submodules, llm_config
 from nvlm.llm.context import attended_columns, gather_columns, own_columns
-from nvlm.llm.layer import project
+from nvlm.llm.layer import learns, project
+from nvlm.llm.loss import token_losses
+from nvlm.llm.masks import causal_mask, unseen_keys
 from nvlm.llm.norm import LayerNorm
+from nvlm.llm.packing import Packing, runs, samples_in_line, seen_columns, seen_keys
 from nvlm.parallel import seeded
 
 Project = Callable[[Tensor], Tensor]
@@ -79,6 +83,7 @@ class Projector(MegatronModule):
             sequence_parallel=False,  # tiles are not split along the sequence
             gated_linear_unit=False,
             activation_func=nn.functional.gelu,
+            bias_activation_fusion=False,  # Megatron's fused GELU is an approximation
             add_qkv_bias=False,
             perform_initialization=True,  # it may be new where others are read
         )
@@ -113,6 +118,9 @@ class VisionLanguageModel(MegatronModule):
         self.pre_process, self.post_process = stage == 0, stage == config.parallel.stages - 1
         self.architecture, self.use = architecture, tile_use(config, architecture, stage)
         self.first_layer = stage_layers(config, stage).start
+        self.in_line = uses_te(config) and config.parallel.context == 1
+        self.whole_rows, self.row_multiple = config.parallel.context == 1, config.row_multiple
+        self.longest = max(config.data.seq_length, config.data.row_length)
         self.borrowed: Callable[[Tensor], Tensor] | None = None  # embeds tags on a stage without the embedding
         virtual = stage // config.parallel.pipeline if config.parallel.virtual > 1 else None
         self.register_buffer("frequencies", rotary_frequencies(config.llm), persistent=False)
@@ -184,11 +192,28 @@ class VisionLanguageModel(MegatronModule):
             queries, keys = (columns.to(device) for columns in attended_columns(length, self.inner))
         return self.decoder(
             self._stream(batch, columns_S, tiles=self.use.stream and not start) if self.pre_process else None,
-            attention_mask=causal_mask(batch.sample, queries, keys),
             context=self._keys(batch) if self.use.keys and not start else None,
-            context_mask=unseen_keys(batch, columns_S) if self.use.keys else None,
             rotary_pos_emb=rotary_angles(batch.positions[:, columns_S], self.frequencies),
+            **self._masks(batch, columns_S, queries, keys),
         )
+
+    def packs(self, batch: Batch) -> bool:
+        """Whether attention gets packed rows without a dense mask: on a GPU where the model learns."""
+        return batch.tokens.is_cuda and learns(self)
+
+    def _masks(self, batch: Batch, columns_S: Tensor, queries: Tensor, keys: Tensor) -> dict[str, object]:
+        if not self.packs(batch):
+            unseen = unseen_keys(batch, columns_S) if self.use.keys else None
+            if self.whole_rows and learns(self):
+                packing = Packing(columns=runs(batch.sample), keys=unseen)
+                return dict(attention_mask=None, context_mask=None, packed_seq_params=packing)
+            return dict(attention_mask=causal_mask(batch.sample, queries, keys), context_mask=unseen)
+        packing = Packing(
+            samples=samples_in_line(batch.sample[0], self.longest) if self.in_line else None,
+            columns=None if self.in_line else seen_columns(batch.sample, queries, keys),
+            keys=seen_keys(batch, columns_S) if self.use.keys else None,
+        )
+        return dict(attention_mask=None, context_mask=None, packed_seq_params=packing)
 
     def _keys(self, batch: Batch) -> Tensor:
         return self.shared["fusion"](batch, self.shared["projector"], self.embed)
@@ -219,6 +244,8 @@ class VisionLanguageModel(MegatronModule):
         """Parameters by their names in the whole model, where layers are counted from the first stage's."""
 
         def whole(name: str) -> str:
+            for fused, norm in FUSED_NORMS.items():
+                name = name.replace(fused, norm)
             return re.sub(r"(?<=^decoder\.layers\.)\d+", lambda m: str(int(m[0]) + self.first_layer), name)
 
         return {whole(name): parameter.data for name, parameter in self.named_parameters()}
@@ -226,8 +253,23 @@ class VisionLanguageModel(MegatronModule):
     def forward(self, batch: Batch) -> Tensor:
         """Per-token loss [B, S], zero where there is no label; hidden states on stages before the last.
 
-        Logits are made of the N tokens with a label alone: of instructions most have none, and the vocabulary is large.
+        Transformer Engine's attention takes the samples of one row: it gets all rows in a line, and gives [1, B x S].
         """
+        if not self.drops_padding(batch):
+            return self._losses(in_line(batch) if self.in_line else batch)
+        line, columns_T = without_padding(batch, self.row_multiple)
+        losses_1T = self._losses(line)
+        if not self.post_process:
+            return losses_1T
+        return losses_1T.new_zeros(batch.tokens.numel()).index_copy(0, columns_T, losses_1T[0]).view_as(batch.tokens)
+
+    def drops_padding(self, batch: Batch) -> bool:
+        """Whether padding is not computed: on CPU where the model learns. Cross-attention's masks need the rows."""
+        plain = self.architecture.keys is None and self.whole_rows
+        return plain and learns(self) and not batch.tokens.is_cuda
+
+    def _losses(self, batch: Batch) -> Tensor:
+        """As `forward`. Logits are made of the N tokens with a label alone: of instructions most have none."""
         hidden_SBH = self.hidden(batch)
         if not self.post_process:
             return hidden_SBH
@@ -237,10 +279,9 @@ class VisionLanguageModel(MegatronModule):
             )
         labels_SB = batch.labels[:, own_columns(batch.labels.shape[1]).to(batch.labels.device)].t()
         trained_N = (labels_SB.flatten() != IGNORE).nonzero()[:, 0]
-        logits_NV = self.logits(hidden_SBH.flatten(0, 1).index_select(0, trained_N)).float()
-        loss_N = tensor_parallel.vocab_parallel_cross_entropy(logits_NV, labels_SB.flatten()[trained_N])
-        loss_SB = loss_N.new_zeros(labels_SB.numel()).index_copy(0, trained_N, loss_N).view_as(labels_SB)
-        return loss_SB.t()
+        logits_N1V = self.logits(hidden_SBH.flatten(0, 1).index_select(0, trained_N)[:, None])
+        loss_N = token_losses(logits_N1V, labels_SB.flatten()[trained_N, None])[:, 0]
+        return loss_N.new_zeros(labels_SB.numel()).index_copy(0, trained_N, loss_N).view_as(labels_SB).t()
 
     @torch.no_grad()
     def last_logits(self, hidden_SBH: Tensor, last_B: Tensor) -> Tensor:

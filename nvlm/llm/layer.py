@@ -15,6 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from nvlm.llm.packing import Packing
 from nvlm.parallel import seeded
 
 
@@ -24,6 +25,22 @@ class SeededLayer(TransformerLayer):
     def __init__(self, config: TransformerConfig, submodules, seed: int, number: int, **kwargs) -> None:
         with seeded(seed, f"layer {number}"):
             super().__init__(config, submodules, **kwargs)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        packed_seq_params: Packing | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(hidden states, context). The masks of a `packed_seq_params` take the others' place."""
+        if packed_seq_params is not None:
+            attention_mask, context_mask = packed_seq_params.columns, packed_seq_params.keys
+        return super().forward(
+            hidden_states, attention_mask, context, context_mask, packed_seq_params=packed_seq_params, **kwargs
+        )
 
 
 class DecoderLayer(SeededLayer):

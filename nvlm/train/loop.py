@@ -16,6 +16,7 @@ from nvlm.data.loader import StepData, Steps, load_steps
 from nvlm.data.sources import build_records
 from nvlm.evaluate.heldout import evaluate
 from nvlm.lengths import check_vocabulary
+from nvlm.llm.backend import check_precision, describe
 from nvlm.rules import check_world
 from nvlm.runs import latest
 from nvlm.train.begin import begin
@@ -38,6 +39,7 @@ def run(config: Config, run_dir: Path, started: float) -> None:
         Watchdog(60 * config.parallel.timeout_minutes, parallel.rank(), parallel.world_size()) as watch,
     ):
         check_world(config, parallel.world_size())
+        check_precision(config)
         steps = build_steps(config)
         goes_on = config.resume == "auto" and latest(run_dir) is not None
         trainer = build_trainer(config, device, begins=not goes_on)
@@ -45,6 +47,7 @@ def run(config: Config, run_dir: Path, started: float) -> None:
         counts = count_groups(trainer.stages.parts, trainer.vision.path.encoder)
         if parallel.is_first_rank():
             print_groups(counts, config.stage.name, config.optim.lr, trainer.origins)
+            print(describe(config))
         if not train(trainer, config, steps, first, run_dir, guard, watch.mark):
             return
         heldout = build_records(config.data, config.seed, heldout=True) if config.evaluate.questions else None
@@ -128,7 +131,7 @@ def build_steps(config: Config) -> Steps:
         window=config.data.window,
         data_rank=rank,
         data_size=size,
-        multiple=config.parallel.row_multiple,
+        multiple=config.row_multiple,
         groups=config.parallel.pipeline if config.parallel.virtual > 1 else 1,  # interleaved stages take turns
     )
 
@@ -144,6 +147,8 @@ def build_trainer(config: Config, device, begins: bool = True) -> Trainer:
     optimizer, schedule = build_optimizer(chunks, config)
     megatron = parts[0].config
     megatron.grad_scale_func, megatron.finalize_model_grads_func = optimizer.scale_loss, stages.finalize
+    if config.parallel.overlap:
+        megatron.no_sync_func = chunks[0].no_sync  # gradients are reduced behind the last micro-batch alone
     team = build_team(tile_use_of_rank(config, parallel.pipeline_rank()), config.vision.balance)
     vision = BalancedVision(build_vision(config, device), team)
     return Trainer(chunks, stages, vision, optimizer, schedule, device, origins)
