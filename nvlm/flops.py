@@ -14,9 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from nvlm.config import Config, VisionConfig, cross_layers
-from nvlm.lengths import tag_ids
-from nvlm.registry import layout_rule
-from nvlm.tiling.grid import TilePlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +64,7 @@ class _Linear:
     outputs: int
     learns: bool
     rank: int = 0  # of the adapter beside it; 0: none
+    adapts: bool = False  # the adapter learns
 
     @property
     def forward(self) -> int:
@@ -74,12 +72,14 @@ class _Linear:
 
     def backward(self, flows: bool) -> int:
         """`flows`: something learns behind its input."""
-        base = 2 * self.inputs * self.outputs * (flows + self.learns)
-        return base + 2 * self.rank * (self.inputs * (flows + 1) + self.outputs * 2)
+        base = self.inputs * self.outputs * (flows + self.learns)
+        down = self.inputs * (flows + self.adapts)
+        up = self.outputs * ((flows or self.adapts) + self.adapts)
+        return 2 * (base + self.rank * (down + up))
 
     def passes(self, flows: bool) -> bool:
         """Whether a gradient comes to its output."""
-        return flows or self.learns or self.rank > 0
+        return flows or self.learns or self.adapts
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +99,15 @@ class _Model:
 
 
 def _model(config: Config) -> _Model:
-    llm, stage, adapted = config.llm, config.stage, config.peft.adapted
+    llm, stage, peft = config.llm, config.stage, config.peft
     q, kv, h = llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim, llm.hidden
     width = config.vision.hidden * config.vision.downsample**2
-    learns = {group: group in stage.trainable and group not in adapted for group in ("llm", "xattn")}
-    rank = {group: config.peft.rank * (group in stage.trainable and group in adapted) for group in ("llm", "xattn")}
+    learns = {group: group in stage.trainable and group not in peft.adapted for group in ("llm", "xattn")}
 
     def linear(inputs: int, outputs: int, group: str) -> _Linear:
-        return _Linear(inputs, outputs, learns[group], rank[group])
+        if group not in peft.adapted:
+            return _Linear(inputs, outputs, learns[group])
+        return _Linear(inputs, outputs, False, peft.rank, adapts=group in stage.trainable)
 
     inner = (width, h) if config.arch.name == "xattn" else (width, llm.ffn, h)
     return _Model(
@@ -211,27 +212,3 @@ def hardware_flops(config: Config, work: Work) -> Flops:
     first, how = forward(config, work), config.train.recompute
     again = Flops(**{part: getattr(first, part) for part in _AGAIN[how]})
     return first + backward(config, work, whole=how == "full") + again
-
-
-def sample_work(config: Config, text: int, regular: int) -> Work:
-    """A sample of one image of `regular` tiles (with its thumbnail and tags), then `text` tokens that see all of it.
-
-    Without an image: 0 tiles.
-    """
-    if not regular:
-        return Work(tokens=text, pairs=text * (text + 1) // 2, outputs=text)
-    plan, per_tile = TilePlan(regular, 1, config.vision.tile_size), config.vision.tile_tokens
-    layout = layout_rule(config.arch.name)(plan, tag_ids(config, plan))
-    stream, keys = layout.tokens(per_tile)
-    of_tile = [sum(p.length(per_tile) for p in layout.cross if p.tile == tile) for tile in range(plan.num_tiles)]
-    seen = sum(p.length(per_tile) * (of_tile[p.tile] if p.own_tile else keys) for p in layout.stream)
-    tokens = stream + text
-    return Work(
-        tokens=tokens,
-        pairs=tokens * (tokens + 1) // 2,
-        outputs=tokens,
-        tiles=plan.num_tiles,
-        projected=sum(p.ids is None for p in (*layout.stream, *layout.cross)),
-        keys=keys,
-        cross_pairs=seen + text * keys,
-    )
