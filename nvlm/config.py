@@ -263,6 +263,7 @@ class Config:
     seed: int
     resume: str
     dry_run: bool
+    profile: bool  # a few early steps of the first process
     precision: str
     init: InitConfig
     arch: ArchConfig
