@@ -304,6 +304,7 @@ class Config:
     seed: int
     resume: str
     dry_run: bool
+    profile: bool  # a few early steps of the first process
     init: InitConfig
     arch: ArchConfig
     llm: LLMConfig

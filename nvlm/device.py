@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -31,6 +32,36 @@ def backend() -> str:
 def device() -> torch.device:
     """The device that this process computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def gpu_name() -> str | None:
+    """What the driver calls this process's GPU; None on CPU."""
+    return torch.cuda.get_device_name() if has_cuda() else None
+
+
+class Moment:
+    """A point in this process's work: on a GPU where its queue comes to it, not where it was put in."""
+
+    def __init__(self) -> None:
+        if has_cuda():
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+        else:
+            self._time = time.perf_counter()
+
+    def since(self, earlier: Moment) -> float:
+        """Seconds. Waits until this moment has come."""
+        if not has_cuda():
+            return self._time - earlier._time
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1000
+
+
+@contextlib.contextmanager
+def named_range(name: str) -> Iterator[None]:
+    """A block that torch's profiler, and with a GPU Nsight, show under `name`."""
+    with torch.profiler.record_function(name), torch.cuda.nvtx.range(name) if has_cuda() else contextlib.nullcontext():
+        yield
 
 
 def prepare(local_rank: int = 0, threads: int | None = None) -> torch.device:

@@ -1,9 +1,13 @@
-"""How many tokens an image takes, before any is made: exact with a tokenizer, by the preset's tag length without."""
+"""How many tokens an image takes, before any is made: exact with a tokenizer, by the preset's tag length without.
+
+And what a sample with one is made of, for whoever plans.
+"""
 
 from __future__ import annotations
 
 from nvlm.config import Config, problem
 from nvlm.data.tokenizer import load_tokenizer
+from nvlm.flops import Work
 from nvlm.registry import layout_rule
 from nvlm.tiling.grid import TilePlan, ratios
 from nvlm.tiling.tags import tile_tags
@@ -23,6 +27,30 @@ def tag_ids(config: Config, plan: TilePlan) -> list[tuple[int, ...]]:
 def image_tokens(config: Config, plan: TilePlan) -> tuple[int, int]:
     """Tokens of an image in the text stream, its `<Image>` marks not counted, and cross-attended ones."""
     return layout_rule(config.arch.name)(plan, tag_ids(config, plan)).tokens(config.vision.tile_tokens)
+
+
+def sample_work(config: Config, text: int, regular: int) -> Work:
+    """A sample of one image of `regular` tiles (with its thumbnail and tags), then `text` tokens that see all of it.
+
+    Without an image: 0 tiles.
+    """
+    if not regular:
+        return Work(tokens=text, pairs=text * (text + 1) // 2, outputs=text)
+    plan, per_tile = TilePlan(regular, 1, config.vision.tile_size), config.vision.tile_tokens
+    layout = layout_rule(config.arch.name)(plan, tag_ids(config, plan))
+    stream, keys = layout.tokens(per_tile)
+    of_tile = [sum(p.length(per_tile) for p in layout.cross if p.tile == tile) for tile in range(plan.num_tiles)]
+    seen = sum(p.length(per_tile) * (of_tile[p.tile] if p.own_tile else keys) for p in layout.stream)
+    tokens = stream + text
+    return Work(
+        tokens=tokens,
+        pairs=tokens * (tokens + 1) // 2,
+        outputs=tokens,
+        tiles=plan.num_tiles,
+        projected=sum(p.ids is None for p in (*layout.stream, *layout.cross)),
+        keys=keys,
+        cross_pairs=seen + text * keys,
+    )
 
 
 def most_image_tokens(config: Config) -> tuple[int, int]:

@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from nvlm.config import FP8_RECIPES, Config, problem
 from nvlm.tiling.tags import TAG_STYLES
 
+PROFILED = 6  # steps until a trace is whole
+
 
 def _one_of(what: str, got: str, known: tuple[str, ...]) -> None:
     if got not in known:
@@ -124,6 +126,8 @@ def _init(config: Config) -> None:
 def _schedule(config: Config) -> None:
     if config.optim.warmup >= config.train.steps:
         raise problem("optim.warmup", config.optim.warmup, f"fewer than train.steps={config.train.steps}", "lower it")
+    if config.profile and config.train.steps < PROFILED:
+        raise problem("profile", True, f"train.steps of at least {PROFILED}, its last ones are traced", "profile=false")
 
 
 def _faults(config: Config) -> None:

@@ -18,6 +18,8 @@ from nvlm.batch import BadRecord, Batch, Sample
 from nvlm.data.encode import Encoder, encode, outline
 from nvlm.data.pack import collate, deal, pack
 from nvlm.data.sources import Records
+from nvlm.data.work import count_work
+from nvlm.flops import Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class StepData:
     micro_batches: tuple[Batch, ...]
     records: int
     skipped: tuple[tuple[str, str], ...]  # (name, reason)
+    work: Work  # of all micro-batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ class Steps(Dataset):
         records = sum(map(len, planned)) + len(skipped)
         rows = [row for row in (self._decode(row, skipped) for row in planned) if row]
         batches = tuple(collate(part, self.encoder.tile_size, self.multiple) for part in self._micro_batches(rows))
-        return StepData(batches, records, tuple(skipped))
+        return StepData(batches, records, tuple(skipped), sum(map(count_work, batches), Work()))
 
     def _decode(self, row: Sequence[Planned], skipped: list[tuple[str, str]]) -> list[Sample]:
         """The samples of a row; one whose pixels turn out to be broken is left out and added to `skipped`."""

@@ -24,6 +24,7 @@ from nvlm.train.checkpoint import Checkpoints
 from nvlm.train.guard import Guard, broken
 from nvlm.train.metrics import Metrics, append_skipped, print_groups
 from nvlm.train.optim import build_optimizer, count_groups, freeze, wrap
+from nvlm.train.phases import Phases, build_profiler
 from nvlm.train.restore import load
 from nvlm.train.step import Trainer, train_step
 from nvlm.train.watch import Watchdog
@@ -66,15 +67,20 @@ def train(
     first: int,
     run_dir: Path,
     guard: Guard,
-    mark: Callable[[int, str], None],
+    told: Callable[[int, str], None],
 ) -> bool:
-    """The loop. False where SIGTERM or SIGINT ended it, with a checkpoint. BrokenRun: too many bad steps in a row."""
+    """The loop. False where SIGTERM or SIGINT ended it, with a checkpoint. BrokenRun: too many bad steps in a row.
+
+    `told`: hears of each step's phases as they begin.
+    """
     settings, due = config.train, False
     active = parallel.is_first_rank()
+    profiler = build_profiler(run_dir) if config.profile and active else None
     with (
         Signals() as signals,
         Metrics(config, run_dir, first, active) as metrics,
         Checkpoints(settings, run_dir) as checkpoints,
+        Phases(told, profiler) as mark,
     ):
         mark(first + 1, "data")
         for step, data in enumerate(load_steps(steps, first, config.data.workers), start=first + 1):
@@ -82,7 +88,8 @@ def train(
                 append_skipped(run_dir, data.skipped)
             parallel.seed_step(config.seed, step)
             result = train_step(trainer, data, guard, signals.came, functools.partial(mark, step))
-            metrics.record(result)
+            mark(step, "log")
+            metrics.record(result, mark.lap())
             checkpoints.poll()
             guard = result.guard
             if guard.bad_in_row >= settings.max_bad_steps:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
@@ -14,10 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
+from nvlm import device, parallel
 from nvlm.config import Config, ConfigError
 from nvlm.files import write_whole
+from nvlm.flops import model_flops
+from nvlm.hardware import known_gpu
 from nvlm.train.optim import GroupCount
 from nvlm.train.step import StepResult
+from nvlm.vision.balance import shares
 
 _MIN_RECORDS = 1000  # the share of bad records is judged against at least this many
 
@@ -29,7 +32,8 @@ class Metrics:
         self.config, self.active, self.first = config, active, first_step
         self.run_dir, self.step = run_dir, first_step
         self.records = self.skipped = 0
-        self.clock = time.perf_counter()
+        gpu = known_gpu(device.gpu_name() or "")
+        self.peak = gpu and gpu.peak(config.precision.name)
 
     def __enter__(self) -> Metrics:
         if self.active:
@@ -54,15 +58,16 @@ class Metrics:
             self.board.close()
             self.file.close()
 
-    def record(self, result: StepResult) -> None:
-        """Log one step. Raises ConfigError when too many records were bad."""
+    def record(self, result: StepResult, phases: Mapping[str, float]) -> None:
+        """Log one step. `phases`: seconds of each in this process since the step before was logged, its save included.
+
+        Raises ConfigError when too many records were bad.
+        """
         self.step += 1
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
         self.records += result.records
         self.skipped += result.skipped
         if self.active:
-            self._write(result, seconds)
+            self._write(result, phases)
         limit = self.config.data.max_skipped
         if self.skipped > limit * max(self.records, _MIN_RECORDS):
             raise ConfigError(
@@ -70,22 +75,23 @@ class Metrics:
                 f"Fix: {self.run_dir / 'skipped.jsonl'} names each with its reason; data.max_skipped raises the limit"
             )
 
-    def _write(self, result: StepResult, seconds: float) -> None:
-        rates = {
-            "tokens_per_second": result.tokens / seconds,
-            "tiles_per_second": result.tiles / seconds,
-            "padding": 1 - result.tokens / result.positions,
-            "seconds": seconds,
-        }
-        row = {"step": self.step, **asdict(result), **rates, "skipped_updates": result.guard.skipped}
-        del row["guard"], row["stop"]
+    def _write(self, result: StepResult, phases: Mapping[str, float]) -> None:
+        rates = self._rates(result, phases)
+        counts = asdict(result) | asdict(result.work)
+        row = {"step": self.step, **counts, **rates, "phases": dict(phases), "skipped_updates": result.guard.skipped}
+        del row["guard"], row["stop"], row["work"], row["tiles_by_replica"]
         self.file.write(json.dumps(row) + "\n")
         for name in ("loss", "grad_norm", "lr", *rates):
             self.board.add_scalar(name, row[name], self.step)
+        for phase, seconds in phases.items():
+            self.board.add_scalar(f"seconds/{phase}", seconds, self.step)
         text = (
             f"loss {result.loss:6.3f}  {rates['tokens_per_second']:7,.0f} tokens/s  "
-            f"{rates['tiles_per_second']:5,.0f} tiles/s  padding {rates['padding']:4.0%}"
+            f"{rates['tiles_per_second']:5,.0f} tiles/s  padding {rates['padding']:4.0%}  "
+            f"{rates['tflops']:.3g} TFLOP/s"
         )
+        if "mfu" in rates:
+            text += f"  MFU {rates['mfu']:.1%}"
         if result.guard.skipped:
             text += f"  updates skipped {result.guard.skipped}"
         if not result.updated:
@@ -93,7 +99,30 @@ class Metrics:
             self.console.print(told, highlight=False)
         self.bar.update(self.task, completed=self.step, description=text)
         if not self.console.is_terminal and self.step % self.config.train.log_every == 0:
-            self.console.print(f"step {self.step}/{self.config.train.steps}  {text}", highlight=False)
+            self.console.print(f"step {self.step}/{self.config.train.steps}  {text}", highlight=False, soft_wrap=True)
+
+    def _rates(self, result: StepResult, phases: Mapping[str, float]) -> dict[str, float]:
+        """What a row says beside counts. Speeds are over the whole step; FLOP/s are those of one process's GPU."""
+        seconds, work = sum(phases.values()), result.work
+        flops = model_flops(self.config, work).total / seconds / parallel.world_size()
+        encoded = shares(result.tiles_by_replica, self.config.parallel.replica, self.config.vision.balance)
+        rates = {
+            "tokens_per_second": work.tokens / seconds,
+            "tiles_per_second": work.tiles / seconds,
+            "tflops": flops / 1e12,
+            "padding": 1 - work.tokens / result.positions,
+            "key_padding": 1 - work.keys / result.key_positions if work.keys else 0.0,
+            "imbalance_replicas": _imbalance(result.tiles_by_replica),
+            "imbalance_ranks": _imbalance(encoded),
+            "waiting": phases["data"] / seconds,
+            "seconds": seconds,
+        }
+        return rates | ({"mfu": flops / self.peak} if self.peak else {})
+
+
+def _imbalance(tiles: Sequence[int]) -> float:
+    """The most tiles over their mean; 1 where there are none."""
+    return max(tiles) * len(tiles) / sum(tiles) if any(tiles) else 1.0
 
 
 def _continue(path: Path, step: int) -> TextIO:

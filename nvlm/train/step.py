@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -18,6 +18,7 @@ from nvlm import parallel
 from nvlm.arch.stages import Stages
 from nvlm.batch import IGNORE, Batch
 from nvlm.data.loader import StepData
+from nvlm.flops import Work
 from nvlm.llm.context import own_columns
 from nvlm.train.guard import NAN_ONLY, Guard, after, is_bad
 from nvlm.train.optim import prepare, update
@@ -50,11 +51,12 @@ class StepResult:
 
     loss: float  # mean over trained tokens
     trained_tokens: int
-    tokens: int  # real positions of the text stream
-    positions: int  # positions computed, padding included
-    tiles: int
+    positions: int  # of the text stream, padding included
+    key_positions: int  # cross-attended, padding included
     records: int
     skipped: int
+    work: Work
+    tiles_by_replica: tuple[int, ...]
     grad_norm: float
     lr: float
     updated: bool
@@ -115,7 +117,8 @@ def train_step(
     grad_norm = prepare(trainer.optimizer)
     numbers = [not math.isfinite(part + grad_norm), bool(stop), part * parallel.is_loss_rank(), *_counts(data)]
     sums = parallel.sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=trainer.device))
-    broken, stops, loss, trained, *counts = sums.tolist()
+    broken, stops, loss, *counts = sums.tolist()
+    trained, positions, key_positions, records, skipped, *rest = map(int, counts)
     loss /= max(trained, 1)
     bad = is_bad(guard, loss, finite=not broken)
     if not bad:
@@ -124,8 +127,13 @@ def train_step(
     trainer.schedule.step(increment=1)
     return StepResult(
         loss,
-        int(trained),
-        *map(int, counts),
+        trained,
+        positions,
+        key_positions,
+        records,
+        skipped,
+        work=Work(**dict(zip(_WORK, rest))),
+        tiles_by_replica=tuple(rest[len(_WORK) :]),
         grad_norm=grad_norm,
         lr=lr,
         updated=not bad,
@@ -134,16 +142,20 @@ def train_step(
     )
 
 
+_WORK = tuple(field.name for field in fields(Work))
+
+
 def _counts(data: StepData) -> list[int]:
     """What a replica's step is made of, told by one of its processes."""
-    if not parallel.is_replica_writer():
-        return [0] * 6
+    replica, replicas = parallel.data_rank()
     batches = data.micro_batches
-    return [
+    counts = [
         sum(batch.num_trained for batch in batches),
-        sum(batch.num_tokens for batch in batches),
         sum(batch.sample.numel() for batch in batches),
-        sum(len(batch.pixels) for batch in batches),
+        sum(batch.cross_sample.numel() for batch in batches),
         data.records,
         len(data.skipped),
+        *astuple(data.work),
+        *(data.work.tiles * (r == replica) for r in range(replicas)),
     ]
+    return counts if parallel.is_replica_writer() else [0] * len(counts)

@@ -56,6 +56,14 @@ def spread(own: Sequence[int]) -> list[list[int]]:
     return sent
 
 
+def shares(counts: Sequence[int], seats: int, balance: str) -> list[int]:
+    """Tiles that each rank encodes, all ranks of all replicas; `counts` are tiles by replica, before."""
+    if balance != "global":
+        return [len(tiles) for count in counts for s in range(seats) for tiles in seat_tiles([count], seats, s)]
+    columns = (spread([len(tiles) for tiles in seat_tiles(counts, seats, seat)]) for seat in range(seats))
+    return [sum(received) for sent in columns for received in zip(*sent)]
+
+
 @dataclass(frozen=True, slots=True)
 class Team:
     """Who encodes with whom, seen from one rank."""

@@ -47,7 +47,17 @@ def skipped(where, name):
 def test_two_replicas_train_on_the_rows_of_one(unbroken):
     train(unbroken, "name=two", "parallel.data=2", "data.workers=1", *WINDOW)
     one, two = (rows(unbroken / "runs" / name) for name in ("whole", "two"))
-    for count in ("records", "skipped", "tokens", "tiles", "trained_tokens"):
+    for count in (
+        "records",
+        "skipped",
+        "tokens",
+        "tiles",
+        "trained_tokens",
+        "pairs",
+        "keys",
+        "cross_pairs",
+        "projected",
+    ):
         assert [row[count] for row in one] == [row[count] for row in two]
     assert sum(row["records"] for row in one) == 6 * 4
     assert losses(unbroken / "runs" / "two") == pytest.approx(losses(unbroken / "runs" / "whole"), rel=1e-4)

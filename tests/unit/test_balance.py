@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvlm.vision.balance import seat_tiles, spread
+from nvlm.vision.balance import seat_tiles, shares, spread
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=6)
 
@@ -39,6 +39,17 @@ def test_a_tile_moves_only_away_from_a_replica_with_more_than_its_share(own):
         assert moved <= max(0, own[replica] - share + 1)
         if moved:  # who sends does not receive
             assert all(other[replica] == 0 for number, other in enumerate(sent) if number != replica)
+
+
+@given(COUNTS, st.integers(1, 8))
+def test_shares_are_even_where_they_can_be(counts, seats):
+    everywhere, at_home = (shares(counts, seats, balance) for balance in ("global", "replica"))
+    assert len(everywhere) == len(at_home) == seats * len(counts)
+    assert sum(everywhere) == sum(at_home) == sum(counts)
+    assert max(everywhere) - min(everywhere) <= 1
+    for replica, count in enumerate(counts):
+        own = at_home[replica * seats : (replica + 1) * seats]
+        assert sum(own) == count and max(own) - min(own) <= 1
 
 
 def test_seven_tiles_beside_none():

@@ -48,6 +48,8 @@ def imports(folder: str) -> dict[str, set[str]]:
         ("runs", ("torch", "megatron", "hydra")),
         ("rules", ("torch", "megatron", "hydra")),
         ("counts", ("torch", "megatron", "hydra")),
+        ("hardware", ("torch", "megatron", "hydra", "nvlm")),
+        ("flops", ("torch", "megatron", "hydra", "nvlm.lengths", "nvlm.data")),
     ],
 )
 def test_imports_run_one_way(folder, never):

@@ -1,0 +1,40 @@
+"""What a batch is made of, counted: real tokens, tiles, keys, and the pairs of them that see each other."""
+
+from __future__ import annotations
+
+import torch
+
+from nvlm.batch import ALL_TILES, PAD, Batch
+from nvlm.flops import Work
+
+
+def count_work(batch: Batch) -> Work:
+    """Of all rows, padding left out."""
+    real = batch.sample != PAD
+    tokens = int(real.sum())
+    return Work(
+        tokens=tokens,
+        pairs=int((batch.positions[real] + 1).sum()),  # a token sees itself and those before it in its sample
+        outputs=tokens,
+        tiles=len(batch.pixels),
+        projected=len(batch.stream_tiles) + len(batch.cross_tiles),
+        keys=int((batch.cross_sample != PAD).sum()),
+        cross_pairs=_cross_pairs(batch),
+    )
+
+
+def _cross_pairs(batch: Batch) -> int:
+    """Pairs that nvlm.llm.masks.visible allows, counted without looking at each pair."""
+    keys = (batch.cross_sample != PAD).nonzero(as_tuple=True)
+    queries = ((batch.sample != PAD) & (batch.image != PAD)).nonzero(as_tuple=True)
+    if not len(keys[0]) or not len(queries[0]):
+        return 0
+    stream, cross = (batch.sample, batch.image, batch.tile), (batch.cross_sample, batch.cross_image, batch.cross_tile)
+    sizes = [1 + max(int(q[queries].max()), int(k[keys].max())) for q, k in zip(stream, cross)]
+    of_tile = batch.sample.new_zeros(len(batch.sample), *sizes)  # keys by row, sample, image, tile
+    places = (keys[0], *(numbers[keys] for numbers in cross))
+    of_tile.index_put_(places, torch.ones_like(keys[0]), accumulate=True)
+    begun = of_tile.sum(-1).cumsum(-1)  # keys of the sample's images up to each
+    row, (sample, image, tile) = queries[0], (numbers[queries] for numbers in stream)
+    seen = torch.where(tile == ALL_TILES, begun[row, sample, image], of_tile[row, sample, image, tile])
+    return int(seen.sum())

@@ -1,0 +1,68 @@
+"""A step's phases: how long each takes, and what profilers call it.
+
+Phases follow one another without a gap: data (waiting for the loader), vision, forward-backward, optimizer, log, save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from nvlm import device
+from nvlm.rules import PROFILED
+
+_WAIT, _WARM = 2, 1  # steps: until caches have settled, until the profiler has
+
+
+class Phases:
+    """Context manager around a training loop; called with the step and the phase that begins.
+
+    `told`: hears of each phase, too. `profiler`: is taken along from step to step.
+    """
+
+    def __init__(self, told: Callable[[int, str], None], profiler: torch.profiler.profile | None = None) -> None:
+        self.told, self.profiler = told, profiler
+        self.step: int | None = None
+        self.begun: list[tuple[str, device.Moment]] = []
+        self.range = contextlib.ExitStack()
+
+    def __enter__(self) -> Phases:
+        if self.profiler is not None:
+            self.profiler.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.range.close()
+        if self.profiler is not None:
+            self.profiler.stop()
+
+    def __call__(self, step: int, phase: str) -> None:
+        self.told(step, phase)
+        self.range.close()
+        if self.profiler is not None and self.step not in (None, step):
+            self.profiler.step()
+        self.step = step
+        self.range.enter_context(device.named_range(phase))
+        self.begun.append((phase, device.Moment()))
+
+    def lap(self) -> dict[str, float]:
+        """Seconds by phase since the last lap; the phase that is on goes on."""
+        ends = [moment for _, moment in self.begun[1:]] + [device.Moment()]
+        seconds: dict[str, float] = {}
+        for (phase, moment), end in zip(self.begun, ends):
+            seconds[phase] = seconds.get(phase, 0.0) + end.since(moment)
+        self.begun = [(self.begun[-1][0], ends[-1])]
+        return seconds
+
+
+def build_profiler(run_dir: Path) -> torch.profiler.profile:
+    """A profiler that writes one trace, profile/trace.json, of the steps behind the first few."""
+    folder = run_dir / "profile"
+    folder.mkdir(exist_ok=True)
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=_WAIT, warmup=_WARM, active=PROFILED - _WAIT - _WARM, repeat=1),
+        on_trace_ready=lambda done: done.export_chrome_trace(str(folder / "trace.json")),
+    )
