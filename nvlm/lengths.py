@@ -32,7 +32,7 @@ def image_tokens(config: Config, plan: TilePlan) -> tuple[int, int]:
 def sample_work(config: Config, text: int, regular: int) -> Work:
     """A sample of one image of `regular` tiles (with its thumbnail and tags), then `text` tokens that see all of it.
 
-    Without an image: 0 tiles.
+    Without an image: 0 tiles. All text is trained, as after a caption's or a question's few words nearly all is.
     """
     if not regular:
         return Work(tokens=text, pairs=text * (text + 1) // 2, outputs=text)
@@ -45,7 +45,7 @@ def sample_work(config: Config, text: int, regular: int) -> Work:
     return Work(
         tokens=tokens,
         pairs=tokens * (tokens + 1) // 2,
-        outputs=tokens,
+        outputs=text,
         tiles=plan.num_tiles,
         projected=sum(p.ids is None for p in (*layout.stream, *layout.cross)),
         keys=keys,

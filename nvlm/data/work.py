@@ -11,11 +11,10 @@ from nvlm.flops import Work
 def count_work(batch: Batch) -> Work:
     """Of all rows, padding left out."""
     real = batch.sample != PAD
-    tokens = int(real.sum())
     return Work(
-        tokens=tokens,
+        tokens=int(real.sum()),
         pairs=int((batch.positions[real] + 1).sum()),  # a token sees itself and those before it in its sample
-        outputs=tokens,
+        outputs=batch.num_trained,
         tiles=len(batch.pixels),
         projected=len(batch.stream_tiles) + len(batch.cross_tiles),
         keys=int((batch.cross_sample != PAD).sum()),

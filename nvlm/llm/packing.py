@@ -21,7 +21,6 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from nvlm.batch import PAD, Batch
 from nvlm.llm.masks import follows, sees
 
-
 Runs = tuple[int, ...]
 """Lengths of the samples of whole rows, row behind row; the padding of a row counts as one, nobody looks at it."""
 
