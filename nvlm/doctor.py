@@ -53,7 +53,7 @@ class Probe:
 QUESTIONS = {
     "torch": {
         "version": "m.__version__",
-        "cuda": "m.version.cuda",
+        "built_for": "m.version.cuda",
         "usable": "m.cuda.is_available()",
         "cudnn": "m.backends.cudnn.version()",
         "nccl": "'.'.join(map(str, m.cuda.nccl.version()))",
@@ -203,7 +203,7 @@ def gpu_row(torch: Probe, has_torch: bool) -> Row:
     found = f"{count} x {first}"
     match = re.search(r"CUDA Version:\s*(\d+)\.(\d+)", _nvidia_smi())
     driver = (int(match[1]), int(match[2])) if match else None
-    built = str(torch.values.get("cuda") or "")
+    built = str(torch.values.get("built_for") or "")
     if not has_torch or torch.reason:
         return Row("GPU and driver", OK, found)
     if not built:
@@ -215,7 +215,7 @@ def gpu_row(torch: Probe, has_torch: bool) -> Row:
         costs = f"the driver knows CUDA up to {driver[0]}.{driver[1]}, torch is built for {built}: the GPU is not used"
         fix = f"update the driver to one of CUDA {built}, or install a torch built for CUDA {driver[0]}.x"
         return Row("GPU and driver", COSTS, found, costs, fix)
-    fix = 'echo "$CUDA_VISIBLE_DEVICES"; nvidia-smi; python -c "import torch; torch.cuda.init()"  # says why'
+    fix = "echo \"$CUDA_VISIBLE_DEVICES\"; python -c \"import torch; torch.zeros(1).cuda()\"  # says why"
     return Row("GPU and driver", COSTS, f"{found}; torch sees none", "the GPU is not used", fix)
 
 
@@ -230,7 +230,7 @@ def _nvidia_smi(*arguments: str) -> str:
 def library_row(name: str, torch: Probe, key: str, without: str) -> Row:
     """NCCL or cuDNN, which come with torch's CUDA build."""
     version = torch.values.get(key)
-    if version and torch.values.get("cuda"):
+    if version and torch.values.get("built_for"):
         return Row(name, OK, str(version))
     return Row(name, COSTS, "not in this torch", without, install("torch") + ", a CUDA build")
 
