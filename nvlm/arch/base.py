@@ -151,7 +151,7 @@ class VisionLanguageModel(MegatronModule):
                 self.output_layer = ColumnParallelLinear(
                     config.llm.hidden,
                     config.llm.padded_vocab,
-                    config=megatron,
+                    config=dataclasses.replace(megatron, sequence_parallel=False),  # it gets positions picked out
                     init_method=megatron.embedding_init_method if config.llm.tied else megatron.init_method,
                     bias=False,
                     gather_output=False,
@@ -259,16 +259,22 @@ class VisionLanguageModel(MegatronModule):
         if not self.post_process:
             return hidden_SBH
         labels_BS = batch.labels[:, own_columns(batch.labels.shape[1]).to(batch.labels.device)]
-        labels_SB = labels_BS.clamp(min=0).t().contiguous()
-        loss_SB = token_losses(self.logits(hidden_SBH), labels_SB)
-        return loss_SB.t() * (labels_BS != IGNORE)
+        learned_BS = labels_BS != IGNORE
+        # An answer is a small part of its row: logits of the rest would cost as much, and most of the memory.
+        logits_N1V = self.logits(self._whole(hidden_SBH).transpose(0, 1)[learned_BS][:, None])
+        loss_N1 = token_losses(logits_N1V, labels_BS[learned_BS][:, None])
+        return loss_N1.new_zeros(labels_BS.shape).masked_scatter(learned_BS, loss_N1)
+
+    def _whole(self, hidden_SBH: Tensor) -> Tensor:
+        if not self.config.sequence_parallel:
+            return hidden_SBH
+        # The output layer sums gradients over tensor-parallel ranks by itself.
+        return tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
 
     @torch.no_grad()
     def last_logits(self, hidden_SBH: Tensor, last_B: Tensor) -> Tensor:
         """Logits [B, vocabulary] behind column `last_B[b]` of each row's computed ones. Last stage only."""
-        if self.config.sequence_parallel:
-            hidden_SBH = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH)
-        hidden_LBH = gather_columns(hidden_SBH)
+        hidden_LBH = gather_columns(self._whole(hidden_SBH))
         rows = torch.arange(len(last_B), device=last_B.device)
         logits = self.logits(hidden_LBH[last_B, rows][None] if len(hidden_LBH) > 1 else hidden_LBH)
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
