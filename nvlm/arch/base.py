@@ -9,7 +9,6 @@ T tiles, K tokens per tile, C feature width, H model width.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from nvlm.config import Config, cross_layers, stage_layers
 from nvlm.layout import LayoutRule, TileUse
 from nvlm.llm.attention import rotary_angles, rotary_frequencies
 from nvlm.llm.backend import uses_te
-from nvlm.llm.build import FUSED_NORMS, block_submodules, llm_config
+from nvlm.llm.build import FUSED_NORMS, block_submodules, llm_config, of_megatron
 from nvlm.llm.context import attended_columns, gather_columns, own_columns
 from nvlm.llm.layer import learns, project
 from nvlm.llm.loss import token_losses
@@ -78,7 +77,7 @@ class Projector(MegatronModule):
     """
 
     def __init__(self, config: Config, kind: str) -> None:
-        llm = dataclasses.replace(
+        llm = of_megatron(
             llm_config(config),
             sequence_parallel=False,  # tiles are not split along the sequence
             gated_linear_unit=False,
@@ -151,7 +150,7 @@ class VisionLanguageModel(MegatronModule):
                 self.output_layer = ColumnParallelLinear(
                     config.llm.hidden,
                     config.llm.padded_vocab,
-                    config=dataclasses.replace(megatron, sequence_parallel=False),  # it gets positions picked out
+                    config=of_megatron(megatron, sequence_parallel=False),  # it gets positions picked out
                     init_method=megatron.embedding_init_method if config.llm.tied else megatron.init_method,
                     bias=False,
                     gather_output=False,
