@@ -30,9 +30,10 @@ def image_tokens(config: Config, plan: TilePlan) -> tuple[int, int]:
 
 
 def sample_work(config: Config, text: int, regular: int) -> Work:
-    """A sample of one image of `regular` tiles (with its thumbnail and tags), then `text` tokens that see all of it.
+    """A sample of one image of `regular` tiles (with its thumbnail and tags), then `text` tokens that see all of it and
+    are all learned from.
 
-    Without an image: 0 tiles. All text is trained, as after a caption's or a question's few words nearly all is.
+    Without an image: 0 tiles.
     """
     if not regular:
         return Work(tokens=text, pairs=text * (text + 1) // 2, outputs=text)

@@ -11,8 +11,9 @@ from nvlm.flops import Work
 def count_work(batch: Batch) -> Work:
     """Of all rows, padding left out."""
     real = batch.sample != PAD
+    tokens = int(real.sum())
     return Work(
-        tokens=int(real.sum()),
+        tokens=tokens,
         pairs=int((batch.positions[real] + 1).sum()),  # a token sees itself and those before it in its sample
         outputs=batch.num_trained,
         tiles=len(batch.pixels),
