@@ -179,8 +179,8 @@ def package_row(package: str, specifier: str, told: Mapping[str, Probe]) -> Row:
     module = MODULES.get(package, package)
     version = installed(package) or (str(told[module].values.get("version", "")) if module in told else "")
     fix, costs = install(f"{package}{specifier}"), COSTS_OF.get(package, "training does not start")
-    if not version and not there(module.split(".")[0]):
-        return Row(package, STOPS, "missing", costs, fix)
+    if not there(module.split(".")[0]):
+        return Row(package, STOPS, f"{version}, but no module {module}" if version else "missing", costs, fix)
     if reason := told[module].reason if module in told else "":
         found = f"{version or 'installed'}, does not load: {reason}"
         return Row(package, STOPS, found, costs, f"{fix} --force-reinstall --no-deps")
