@@ -240,8 +240,9 @@ def engine_row(told: Probe, torch: Probe) -> Row:
     version = installed("transformer-engine") or installed("transformer_engine")
     costs = "no FP8, slower attention and norms; training runs on torch's own"
     broken = f"{version}, does not load: {told.reason}"
-    if version is None and not there("transformer_engine"):
-        return Row("transformer-engine", COSTS, "missing", costs, TE_INSTALL)
+    if not there("transformer_engine"):
+        found = f"{version}, but no module" if version else "missing"
+        return Row("transformer-engine", COSTS, found, costs, TE_INSTALL)
     if told.reason:
         parts = " ".join(f"transformer-engine{end}" for end in ("", "-cu12", "-cu13", "-torch"))
         return Row("transformer-engine", COSTS, broken, costs, f"pip uninstall -y {parts}; {TE_INSTALL}")
@@ -256,7 +257,7 @@ def flash_row(told: Probe, engine: Row) -> Row:
     version = installed("flash-attn")
     fix = "pip install --no-build-isolation flash-attn"
     costs = "little: Transformer Engine has cuDNN's attention to choose from, too"
-    if version is None and not there("flash_attn"):
+    if not there("flash_attn"):
         return Row("flash-attn", OK if engine.state == OK else COSTS, "missing", costs, fix)
     if told.reason:
         broken = "Transformer Engine and others that import it fail with it"
