@@ -228,7 +228,7 @@ def make_batches(config, tiles: list[int]) -> list:
         talk = [{"role": "user", "content": "<image> what is it?"}, {"role": "assistant", "content": "one two " * 12}]
         sample = encode(Record(str(number), talk, [picture]), encoder)
         assert len(sample.pixels) == count
-        batches.append(collate([[sample]], side, config.parallel.row_multiple))
+        batches.append(collate([[sample]], side, config.row_multiple))
     return batches
 
 

@@ -106,6 +106,29 @@ class Batch:
         return int((self.labels != IGNORE).sum())
 
 
+def in_line(batch: Batch) -> Batch:
+    """`batch` as one row, its rows one behind the other with their padding: no token sees more or less."""
+    counts = torch.tensor([0, *(len(row) for row in batch.ids)], device=batch.tokens.device)
+    first_B = counts.cumsum(0)[:-1]  # the number of each row's first sample
+
+    def numbered(sample_BS: Tensor) -> Tensor:
+        return torch.where(sample_BS == PAD, PAD, sample_BS + first_B[:, None]).view(1, -1)
+
+    def owned(owners: Tensor) -> Tensor:
+        return torch.stack((torch.zeros_like(owners[:, 0]), owners[:, 1] + first_B[owners[:, 0]]), dim=1)
+
+    flat = ("tokens", "labels", "positions", "image", "tile", "cross_tokens", "cross_image", "cross_tile")
+    return replace(
+        batch,
+        ids=(tuple(name for row in batch.ids for name in row),),
+        sample=numbered(batch.sample),
+        cross_sample=numbered(batch.cross_sample),
+        stream_owners=owned(batch.stream_owners),
+        cross_owners=owned(batch.cross_owners),
+        **{name: getattr(batch, name).reshape(1, -1) for name in flat},
+    )
+
+
 def check_placeholders(batch: Batch, tile_tokens: int) -> None:
     """Raise ValueError with the sample's id and both counts where placeholders and tile tokens do not match."""
     if batch.features is not None and batch.features.shape[1] != tile_tokens:

@@ -178,6 +178,42 @@ class PeftConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionConfig:
+    """What products are computed in: fp32, bf16, or FP8 after one of Transformer Engine's recipes.
+
+    Norms, gates, the projector, the embedding and the output layer never are in FP8.
+    """
+
+    name: str
+    edges: int  # FP8: decoder layers at either end that compute in bf16
+    encoder: bool  # FP8: the frozen encoder's weights and products too
+    gather: bool  # FP8: the distributed optimizer hands updated weights on in FP8
+
+    @property
+    def dtype(self) -> str:
+        """Of weights and activations: fp32 or bf16."""
+        return "fp32" if self.name == "fp32" else "bf16"
+
+    @property
+    def recipe(self) -> str | None:
+        """Megatron's name of the FP8 recipe; None: no FP8."""
+        return FP8_RECIPES.get(self.name)
+
+    @property
+    def multiple(self) -> int:
+        """What the number of tokens of a linear's input must be a multiple of on each rank."""
+        return {"fp8_delayed": 16, "fp8_current": 16, "mxfp8": 32, "fp8_blockwise": 128}.get(self.name, 8)
+
+    @property
+    def width_multiple(self) -> int:
+        """What a linear's inputs and outputs must be a multiple of on each rank."""
+        return max(16, self.multiple) if self.recipe else 1
+
+
+FP8_RECIPES = {"fp8_delayed": "delayed", "fp8_current": "tensorwise", "fp8_blockwise": "blockwise", "mxfp8": "mxfp8"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
     """Sizes of the parallel dimensions of one model replica; data parallelism takes the rest."""
 
@@ -189,6 +225,7 @@ class ParallelConfig:
     sequence: bool
     data: int  # replicas that launch/train.py starts by itself
     distributed_optimizer: bool
+    overlap: bool  # its communication with forward and backward
     timeout_minutes: float  # without progress, then the run ends
 
     @property
@@ -205,11 +242,6 @@ class ParallelConfig:
     def context_mesh(self) -> tuple[int, int]:
         """Context-parallel ranks of the all-to-all over heads, and of the gather of keys."""
         return self.context_heads, self.context // self.context_heads
-
-    @property
-    def row_multiple(self) -> int:
-        """What the length of a packed row must be a multiple of, tokens."""
-        return 8 * self.tensor * (2 * self.context if self.context > 1 else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +266,7 @@ class TrainConfig:
     global_batch: int
     micro_batch: int
     recompute: str
+    offload: bool  # kept activations wait in the host's memory
     log_every: int
     save_every: int
     keep: int
@@ -264,7 +297,6 @@ class Config:
     resume: str
     dry_run: bool
     profile: bool  # a few early steps of the first process
-    precision: str
     init: InitConfig
     arch: ArchConfig
     llm: LLMConfig
@@ -273,10 +305,17 @@ class Config:
     data: DataConfig
     stage: StageConfig
     peft: PeftConfig
+    precision: PrecisionConfig
     parallel: ParallelConfig
     optim: OptimConfig
     train: TrainConfig
     evaluate: EvaluateConfig
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of a packed row must be a multiple of, tokens."""
+        context = self.parallel.context
+        return self.precision.multiple * self.parallel.tensor * (2 * context if context > 1 else 1)
 
 
 def from_mapping(cls: type, values: dict, path: str = ""):

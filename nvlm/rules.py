@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from difflib import get_close_matches
 
-from nvlm.config import Config, problem
+from nvlm.config import FP8_RECIPES, Config, problem
 from nvlm.tiling.tags import TAG_STYLES
 
 PROFILED = 6  # steps until a trace is whole
@@ -49,13 +49,13 @@ def _names(config: Config) -> None:
     _one_of("tiling.resize", config.tiling.resize, ("fast", "exact"))
     _one_of("data.source", config.data.source, ("pages", "jsonl"))
     _one_of("data.tokenize", config.data.tokenize, ("apart", "joined"))
-    _one_of("precision", config.precision, ("fp32", "bf16"))
+    _one_of("precision", config.precision.name, ("fp32", "bf16", *FP8_RECIPES))
     _one_of("resume", config.resume, ("never", "auto"))
     _one_of("vision.norm", config.vision.norm, ("rms", "layer"))
     for group in config.stage.new:
         _one_of("stage.new", group, ("projector", "xattn"))
     _one_of("vision.balance", config.vision.balance, ("replica", "global"))
-    _one_of("train.recompute", config.train.recompute, ("none", "full"))
+    _one_of("train.recompute", config.train.recompute, ("none", "selective", "full"))
     if config.data.tokenize == "joined" and config.arch.name != "decoder":
         # Tags of the others are bound to their tiles one by one.
         raise problem("data.tokenize", "joined", f"apart for arch={config.arch.name}", "data.tokenize=apart")
@@ -170,9 +170,58 @@ def _peft(config: Config) -> None:
         raise problem("peft.targets", list(peft.targets), expected, "stage=sft, or peft=none")
 
 
+def _precision(config: Config) -> None:
+    precision, llm, tensor = config.precision, config.llm, config.parallel.tensor
+    if precision.recipe is None:
+        for what in ("edges", "encoder", "gather"):
+            got = getattr(precision, what)
+            if got:
+                known = ", ".join(FP8_RECIPES)
+                raise problem(f"precision.{what}", got, f"nothing without FP8 (precision={known})", "leave it out")
+        return
+    if not 0 <= 2 * precision.edges < llm.layers:
+        expected = f"at least 0 and fewer than half of llm.layers={llm.layers}"
+        raise problem("precision.edges", precision.edges, expected, "precision.edges=1")
+    if precision.edges and precision.name == "fp8_delayed":
+        # Its scales are brought up to date once for all layers, at the end of a pass.
+        expected = "0 with fp8_delayed, which has all layers or none in FP8"
+        raise problem("precision.edges", precision.edges, expected, "precision=fp8_current")
+    if precision.gather and not config.parallel.distributed_optimizer:
+        expected = "parallel.distributed_optimizer=true, whose gather it is"
+        raise problem("precision.gather", True, expected, "precision.gather=false")
+    if config.peft.name != "none":
+        raise problem("peft", config.peft.name, "none with FP8: adapted linears compute in bf16", "precision=bf16")
+    widths = {
+        "llm.hidden": llm.hidden,
+        "llm.ffn / parallel.tensor": llm.ffn // tensor,
+        "llm.heads x llm.head_dim / parallel.tensor": llm.heads * llm.head_dim // tensor,
+        "llm.kv_heads x llm.head_dim / parallel.tensor": llm.kv_heads * llm.head_dim // tensor,
+    }
+    for what, width in widths.items():
+        if width % precision.width_multiple:
+            expected = f"a multiple of {precision.width_multiple} for precision={precision.name}"
+            raise problem(what, width, expected, "precision=bf16, or another parallel.tensor")
+
+
+def _memory(config: Config) -> None:
+    train, p = config.train, config.parallel
+    if train.offload and train.recompute != "none":
+        raise problem(
+            "train.offload", True, "train.recompute=none: what is not kept cannot be moved", "train.offload=false"
+        )
+    if train.offload and p.pipeline > 1:
+        raise problem("train.offload", True, "parallel.pipeline=1", "train.recompute=full train.offload=false")
+    if p.overlap and not p.distributed_optimizer:
+        expected = "parallel.distributed_optimizer=true, whose communication it hides"
+        raise problem("parallel.overlap", True, expected, "parallel.overlap=false")
+    if p.overlap and p.pipeline > 1:
+        # Gradients of what several stages hold are summed first, behind the whole backward.
+        raise problem("parallel.overlap", True, "parallel.pipeline=1", "parallel.overlap=false")
+
+
 def validate(config: Config) -> Config:
     """Check every cross-field rule (token lengths: nvlm.lengths); return `config` or raise ConfigError, one message."""
-    for rule in (_positive, _names, _shapes, _layout, _init, _schedule, _faults, _stage, _peft):
+    for rule in (_positive, _names, _shapes, _layout, _init, _schedule, _faults, _stage, _peft, _precision, _memory):
         rule(config)
     return config
 

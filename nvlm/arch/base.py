@@ -27,13 +27,17 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
-from nvlm.batch import IGNORE, Batch, check_placeholders
+from nvlm.batch import IGNORE, Batch, check_placeholders, in_line
 from nvlm.config import Config, cross_layers, stage_layers
 from nvlm.layout import LayoutRule, TileUse
-from nvlm.llm.attention import causal_mask, rotary_angles, unseen_keys
-from nvlm.llm.build import block_submodules, llm_config
+from nvlm.llm.attention import rotary_angles, rotary_frequencies
+from nvlm.llm.backend import uses_te
+from nvlm.llm.build import FUSED_NORMS, block_submodules, llm_config
 from nvlm.llm.context import attended_columns, gather_columns, own_columns
+from nvlm.llm.layer import learns, project
+from nvlm.llm.masks import causal_mask, unseen_keys
 from nvlm.llm.norm import LayerNorm
+from nvlm.llm.packing import Packing, samples_in_line, seen_columns, seen_keys
 from nvlm.parallel import seeded
 
 Project = Callable[[Tensor], Tensor]
@@ -112,8 +116,11 @@ class VisionLanguageModel(MegatronModule):
         self.pre_process, self.post_process = stage == 0, stage == config.parallel.stages - 1
         self.architecture, self.use = architecture, tile_use(config, architecture, stage)
         self.first_layer = stage_layers(config, stage).start
+        self.in_line = uses_te(config) and config.parallel.context == 1
+        self.longest = max(config.data.seq_length, config.data.row_length)
         self.borrowed: Callable[[Tensor], Tensor] | None = None  # embeds tags on a stage without the embedding
         virtual = stage // config.parallel.pipeline if config.parallel.virtual > 1 else None
+        self.register_buffer("frequencies", rotary_frequencies(config.llm), persistent=False)
         self.shared: dict[str, nn.Module] = {}  # a plain dictionary: what others own is not registered here
         if self.use:
             with seeded(config.seed, "projector"):
@@ -182,11 +189,23 @@ class VisionLanguageModel(MegatronModule):
             queries, keys = (columns.to(device) for columns in attended_columns(length, self.inner))
         return self.decoder(
             self._stream(batch, columns_S, tiles=self.use.stream and not start) if self.pre_process else None,
-            attention_mask=causal_mask(batch.sample, queries, keys),
             context=self._keys(batch) if self.use.keys and not start else None,
-            context_mask=unseen_keys(batch, columns_S) if self.use.keys else None,
-            rotary_pos_emb=rotary_angles(batch.positions[:, columns_S], self.llm),
+            rotary_pos_emb=rotary_angles(batch.positions[:, columns_S], self.frequencies),
+            **self._masks(batch, columns_S, queries, keys),
         )
+
+    def _masks(self, batch: Batch, columns_S: Tensor, queries: Tensor, keys: Tensor) -> dict[str, object]:
+        if not (batch.tokens.is_cuda and learns(self)):
+            return dict(
+                attention_mask=causal_mask(batch.sample, queries, keys),
+                context_mask=unseen_keys(batch, columns_S) if self.use.keys else None,
+            )
+        packing = Packing(
+            samples=samples_in_line(batch.sample[0], self.longest) if self.in_line else None,
+            columns=None if self.in_line else seen_columns(batch.sample, queries, keys),
+            keys=seen_keys(batch, columns_S) if self.use.keys else None,
+        )
+        return dict(attention_mask=None, context_mask=None, packed_seq_params=packing)
 
     def _keys(self, batch: Batch) -> Tensor:
         return self.shared["fusion"](batch, self.shared["projector"], self.embed)
@@ -205,7 +224,7 @@ class VisionLanguageModel(MegatronModule):
     def logits(self, hidden_SBH: Tensor) -> Tensor:
         """[S, B, vocabulary / tensor parallel size]."""
         weight = self.embedding.word_embeddings.weight if self.llm.tied else None
-        logits = self.output_layer(hidden_SBH, weight=weight)[0]
+        logits = project(self.output_layer, hidden_SBH, weight)
         columns = logits.shape[-1]
         real = self.llm.vocab - columns * parallel_state.get_tensor_model_parallel_rank()
         if real >= columns:
@@ -217,12 +236,19 @@ class VisionLanguageModel(MegatronModule):
         """Parameters by their names in the whole model, where layers are counted from the first stage's."""
 
         def whole(name: str) -> str:
+            for fused, norm in FUSED_NORMS.items():
+                name = name.replace(fused, norm)
             return re.sub(r"(?<=^decoder\.layers\.)\d+", lambda m: str(int(m[0]) + self.first_layer), name)
 
         return {whole(name): parameter.data for name, parameter in self.named_parameters()}
 
     def forward(self, batch: Batch) -> Tensor:
-        """Per-token loss [B, S], zero where there is no label; hidden states on stages before the last."""
+        """Per-token loss [B, S], zero where there is no label; hidden states on stages before the last.
+
+        Transformer Engine's attention takes the samples of one row: it gets all rows in a line, and gives [1, B x S].
+        """
+        if self.in_line:
+            batch = in_line(batch)
         hidden_SBH = self.hidden(batch)
         if not self.post_process:
             return hidden_SBH
@@ -238,8 +264,10 @@ class VisionLanguageModel(MegatronModule):
             hidden_SBH = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH)
         hidden_LBH = gather_columns(hidden_SBH)
         rows = torch.arange(len(last_B), device=last_B.device)
-        logits = self.logits(hidden_LBH[last_B, rows][None])
-        return tensor_parallel.gather_from_tensor_model_parallel_region(logits)[0]
+        logits = self.logits(hidden_LBH[last_B, rows][None] if len(hidden_LBH) > 1 else hidden_LBH)
+        if parallel_state.get_tensor_model_parallel_world_size() > 1:
+            logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
+        return logits[0]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Megatron's sharded state; of a parameter that stands on several stages the first copy is the one written."""

@@ -69,7 +69,7 @@ def evaluate(
             config.evaluate.max_new_tokens,
             device,
             config.vision.tile_size,
-            config.parallel.row_multiple,
+            config.row_multiple,
         )
         for (index, record, _), text in zip(chosen, got):
             expected = answers(record.messages)

@@ -44,7 +44,7 @@ def describe(config: Config, dummy_heads: int) -> dict:
 
 
 def _dtype(config: Config) -> str:
-    return {"bf16": "bfloat16", "fp32": "float32"}[config.precision]
+    return {"bf16": "bfloat16", "fp32": "float32"}[config.precision.dtype]
 
 
 def _language(config: Config) -> dict:

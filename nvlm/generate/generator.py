@@ -65,7 +65,7 @@ class Generator:
         """
         encoder, config = prompt_encoder(self.config, sampling), self.config
         samples = [encode(_record(number, one), encoder, generate=True) for number, one in enumerate(conversations)]
-        multiple = config.parallel.row_multiple
+        multiple = config.row_multiple
         batch = collate([[sample] for sample in samples], config.vision.tile_size, multiple).to(self.device)
         (batch,) = self.vision.encode([batch])
         texts = [TextStream(encoder.tokenizer) for _ in samples]

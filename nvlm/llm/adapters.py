@@ -22,29 +22,47 @@ from megatron.core.tensor_parallel import (
     get_data_parallel_rng_tracker_name,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
 from nvlm.config import Config, PeftConfig
+from nvlm.llm.backend import engine, uses_te
+from nvlm.llm.norm import RMSNorm
 from nvlm.weights.merge import ADAPTER
 
 
 @dataclass(frozen=True, slots=True)
 class Linears:
-    """Builders of the linears of one layer: Megatron's own, or with adapters where there is a `peft`."""
+    """Builders of the linears of one layer: Megatron's own, with adapters where there is a `peft`, or Transformer
+    Engine's with `te`."""
 
     peft: PeftConfig | None
     seed: int
     layer: int  # from 0
+    te: bool = False
 
-    def column(self, name: str) -> Callable[..., ColumnParallelLinear]:
+    def column(self, name: str) -> Callable[..., nn.Module]:
         """For the linear `name`, split along its output."""
+        if self.te:
+            return engine().TEColumnParallelLinear
         return self._adapted(AdaptedColumnLinear, name) if self.peft else ColumnParallelLinear
 
-    def row(self, name: str) -> Callable[..., RowParallelLinear]:
+    def normed(self, name: str) -> Callable[..., nn.Module]:
+        """For the linear `name`, split along its output, behind a norm: in one with it, or the linear alone."""
+        return engine().TELayerNormColumnParallelLinear if self.te else self.column(name)
+
+    def row(self, name: str) -> Callable[..., nn.Module]:
         """For the linear `name`, split along its input."""
+        if self.te:
+            return engine().TERowParallelLinear
         return self._adapted(AdaptedRowLinear, name) if self.peft else RowParallelLinear
+
+    @property
+    def norm(self) -> Callable[..., nn.Module]:
+        """What stands in front of a normed linear."""
+        return IdentityOp if self.te else RMSNorm
 
     def _adapted(self, kind: type, name: str) -> Callable:
         return functools.partial(kind, peft=self.peft, seed=f"{self.seed} adapter {self.layer} {name}")
@@ -52,7 +70,7 @@ class Linears:
 
 def linears_of(config: Config, group: str, layer: int) -> Linears:
     """The linears that layer `layer` (from 0) has in the module group `group`."""
-    return Linears(config.peft if group in config.peft.adapted else None, config.seed, layer)
+    return Linears(config.peft if group in config.peft.adapted else None, config.seed, layer, uses_te(config))
 
 
 class _Whole(nn.Linear):

@@ -9,35 +9,48 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.utils import init_method_normal
 
 from nvlm import device
 from nvlm.config import Config, cross_layers
 from nvlm.llm.adapters import linears_of
 from nvlm.llm.attention import CoreAttention
+from nvlm.llm.backend import engine, fp8_settings, uses_te
 from nvlm.llm.context import ContextAttention
+from nvlm.llm.layer import DecoderLayer, SeededLayer
 from nvlm.llm.norm import RMSNorm
-from nvlm.parallel import seeded
 
+# What the weight of a norm is called within the linear that it is one with, and what it is called everywhere else.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "cross_attention.linear_q.layer_norm_": "pre_cross_attn_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+# Megatron's settings by train.recompute. An MLP keeps two thirds of what a layer does.
+_RECOMPUTE = {
+    "none": {},
+    "selective": dict(recompute_granularity="selective", recompute_modules=["mlp"]),
+    "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+}
 
 
 def base_config(config: Config, **shape) -> TransformerConfig:
     """What every Megatron module of the project shares; `shape` says the rest."""
-    dtype = DTYPES[config.precision]
+    dtype, cuda = DTYPES[config.precision.dtype], device.has_cuda()
     return TransformerConfig(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        use_cpu_initialization=not device.has_cuda(),
+        use_cpu_initialization=not cuda,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        **shape,
+        **(dict(bias_activation_fusion=cuda, bias_dropout_fusion=cuda) | shape),  # compiled for minutes on CPU
     )
 
 
@@ -76,20 +89,15 @@ def llm_config(config: Config) -> TransformerConfig:
         variable_seq_lengths=p.pipeline > 1,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
-        recompute_granularity="full" if config.train.recompute == "full" else None,
-        recompute_method="uniform" if config.train.recompute == "full" else None,
-        recompute_num_layers=1 if config.train.recompute == "full" else None,
+        **_RECOMPUTE[config.train.recompute],
+        **fp8_settings(config),
+        apply_rope_fusion=uses_te(config),
+        # Moved layer by layer; the last one is needed again at once.
+        cpu_offloading=config.train.offload,
+        cpu_offloading_num_layers=llm.layers - 1 if config.train.offload else 0,
         hetereogenous_dist_checkpoint=True,  # layers with and without cross-attention
         perform_initialization=not (config.init.llm or config.init.release or config.init.checkpoint),  # read instead
     )
-
-
-class SeededLayer(TransformerLayer):
-    """A decoder layer whose first weights depend on the seed and its `number` alone, not on the layout."""
-
-    def __init__(self, config: TransformerConfig, submodules, seed: int, number: int, **kwargs) -> None:
-        with seeded(seed, f"layer {number}"):
-            super().__init__(config, submodules, **kwargs)
 
 
 def layer_spec(config: Config, number: int, cross_attention: ModuleSpec | None = None) -> ModuleSpec:
@@ -98,34 +106,35 @@ def layer_spec(config: Config, number: int, cross_attention: ModuleSpec | None =
     if cross_attention is not None:
         params = cross_attention.params | {"linears": linears_of(config, "xattn", number)}
         cross = dict(
-            pre_cross_attn_layernorm=RMSNorm,
+            pre_cross_attn_layernorm=linears.norm,
             cross_attention=ModuleSpec(cross_attention.module, params),
             cross_attn_bda=get_bias_dropout_add,
         )
     return ModuleSpec(
-        module=SeededLayer,
+        module=SeededLayer if linears.te else DecoderLayer,
         params={"seed": config.seed, "number": number},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=linears.norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.arbitrary},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=linears.column("self_attention.linear_qkv"),
-                    core_attention=ContextAttention if config.parallel.context > 1 else CoreAttention,
+                    linear_qkv=linears.normed("self_attention.linear_qkv"),
+                    core_attention=_core_attention(config, linears.te),
                     linear_proj=linears.row("self_attention.linear_proj"),
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=linears.norm,
             mlp=ModuleSpec(
                 MLP,
                 submodules=MLPSubmodules(
-                    linear_fc1=linears.column("mlp.linear_fc1"),
+                    linear_fc1=linears.normed("mlp.linear_fc1"),
                     linear_fc2=linears.row("mlp.linear_fc2"),
                 ),
             ),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=FUSED_NORMS if linears.te else {},
             **cross,
         ),
     )
@@ -136,5 +145,15 @@ def block_submodules(config: Config, layers: range, cross_attention: ModuleSpec 
     carriers = cross_layers(config)
     return TransformerBlockSubmodules(
         layer_specs=[layer_spec(config, n, cross_attention if n + 1 in carriers else None) for n in layers],
-        layer_norm=RMSNorm,
+        layer_norm=engine().TENorm if uses_te(config) else RMSNorm,
     )
+
+
+def _core_attention(config: Config, te: bool) -> type:
+    if config.parallel.context > 1:
+        return ContextAttention
+    if te:
+        from nvlm.llm.te import PackedAttention
+
+        return PackedAttention
+    return CoreAttention

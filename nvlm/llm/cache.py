@@ -78,23 +78,25 @@ def cached(parts: Sequence[nn.Module]) -> Iterator[list[KeyValues]]:
 
 @contextmanager
 def generating(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """`parts` in evaluation mode, without gradients and without sequence parallelism: one column cannot be split."""
+    """`parts` in evaluation mode, without gradients, and so that they take one column of any number of rows."""
     modules = [m for part in parts for m in part.modules()]
-    holders = {id(x): x for m in modules for x in (m, getattr(m, "config", None)) if _splits(x)}.values()
+    holders = {id(x): x for m in modules for x in (m, getattr(m, "config", None)) if x is not None}.values()
+    changed = [(x, name, getattr(x, name)) for x in holders for name in _ONE_COLUMN if getattr(x, name, None)]
     training = [part.training for part in parts]
     for part in parts:
         part.eval()
-    for holder in holders:
-        holder.sequence_parallel = False
+    for holder, name, _ in changed:
+        setattr(holder, name, _ONE_COLUMN[name])
     try:
         with torch.no_grad():
             yield
     finally:
-        for holder in holders:
-            holder.sequence_parallel = True
+        for holder, name, value in changed:
+            setattr(holder, name, value)
         for part, mode in zip(parts, training):
             part.train(mode)
 
 
-def _splits(holder: object) -> bool:
-    return getattr(holder, "sequence_parallel", None) is True
+# Settings of modules and their configurations that one column does not allow: it cannot be split, FP8 products take
+# tokens by the dozen, and the fused rotary embedding gives all rows one position.
+_ONE_COLUMN = {"sequence_parallel": False, "fp8": None, "apply_rope_fusion": False}

@@ -75,7 +75,7 @@ class ContextAttention(nn.Module):
         self.softmax_scale = softmax_scale
         self.inner, self.outer = parallel_state.get_hierarchical_context_parallel_groups()
 
-    def forward(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, attention_mask: Tensor, **_) -> Tensor:
+    def forward(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, attention_mask, **_) -> Tensor:
         """[S, B, N * D]. The mask's queries and keys are those of `attended_columns`."""
         inputs = [heads_to_columns(x, self.inner) for x in (query_SBND, key_SBGD, value_SBGD)]
         query, key, value = inputs[0], *(gather(x, self.outer) for x in inputs[1:])

@@ -25,7 +25,7 @@ from nvlm.runs import FROZEN, latest, steps_of
 from nvlm.train.digests import MANIFEST, digest, write_manifest
 from nvlm.train.guard import BrokenRun
 from nvlm.train.state import adam_step, model_state, optimizer_state
-from nvlm.train.step import Trainer
+from nvlm.train.step import Trainer, settle
 from nvlm.train.writer import Writer
 
 
@@ -57,6 +57,7 @@ class Checkpoints:
         """Begin to write the state behind `step` steps, with `extra` numbers of the loop's own."""
         self.poll(wait=True)
         self.failure = None
+        settle(trainer)
         updates = _over_ranks(adam_step(trainer))
         learns, frozen = model_state(trainer)
         if not self.config.save_frozen and not self.has_frozen and any(_over_ranks(sum(map(len, frozen.values())))):

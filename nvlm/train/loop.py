@@ -135,7 +135,7 @@ def build_steps(config: Config) -> Steps:
         window=config.data.window,
         data_rank=rank,
         data_size=size,
-        multiple=config.parallel.row_multiple,
+        multiple=config.row_multiple,
         groups=config.parallel.pipeline if config.parallel.virtual > 1 else 1,  # interleaved stages take turns
     )
 
@@ -151,6 +151,8 @@ def build_trainer(config: Config, device, begins: bool = True) -> Trainer:
     optimizer, schedule = build_optimizer(chunks, config)
     megatron = parts[0].config
     megatron.grad_scale_func, megatron.finalize_model_grads_func = optimizer.scale_loss, stages.finalize
+    if config.parallel.overlap:
+        megatron.no_sync_func = chunks[0].no_sync  # gradients are reduced behind the last micro-batch alone
     team = build_team(tile_use_of_rank(config, parallel.pipeline_rank()), config.vision.balance)
     vision = BalancedVision(build_vision(config, device), team)
     return Trainer(chunks, stages, vision, optimizer, schedule, device, origins)

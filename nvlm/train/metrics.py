@@ -33,7 +33,7 @@ class Metrics:
         self.run_dir, self.step = run_dir, first_step
         self.records = self.skipped = 0
         gpu = known_gpu(device.gpu_name() or "")
-        self.peak = gpu and gpu.peak(config.precision)
+        self.peak = gpu and gpu.peak(config.precision.name)
 
     def __enter__(self) -> Metrics:
         if self.active:

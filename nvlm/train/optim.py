@@ -63,6 +63,9 @@ def wrap(model: VisionLanguageModel, config: Config) -> DistributedDataParallel:
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_grad_reduce=config.parallel.overlap,
+        overlap_param_gather=config.parallel.overlap,
+        fp8_param_gather=config.precision.gather,
         check_for_nan_in_grad=False,  # the optimizer looks at the norm
     )
     wrapped = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=model)
@@ -74,7 +77,7 @@ def build_optimizer(
     chunks: Sequence[DistributedDataParallel], config: Config
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW over what learns, with linear warm-up and cosine decay (in steps)."""
-    optim, dtype = config.optim, DTYPES[config.precision]
+    optim, dtype = config.optim, DTYPES[config.precision.dtype]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -88,6 +91,8 @@ def build_optimizer(
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=config.parallel.distributed_optimizer,
+            overlap_param_gather=config.parallel.overlap,
+            fp8_recipe=config.precision.recipe if config.precision.gather else None,
         ),
         list(chunks),
         use_gloo_process_groups=False,

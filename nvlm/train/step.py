@@ -38,6 +38,13 @@ class Trainer:
     origins: Mapping[str, str]  # where each module group's first weights come from; empty in a resumed run
 
 
+def settle(trainer: Trainer) -> None:
+    """Have all weights on all processes: an overlapped gather brings each only when the next forward needs it."""
+    for chunk in trainer.chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """Sums over all replicas of one step."""

@@ -85,7 +85,7 @@ def own_batches(case: Case) -> list:
     rank, size = parallel.data_rank()
     config = case.config
     return [
-        collate([[sample_of(s, config) for s in row] for row in rows], TILE, config.parallel.row_multiple)
+        collate([[sample_of(s, config) for s in row] for row in rows], TILE, config.row_multiple)
         for rows in case.micro_batches[rank::size]
     ]
 

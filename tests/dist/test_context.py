@@ -10,7 +10,8 @@ from megatron.core.transformer import TransformerConfig
 
 from nvlm.config import ConfigError
 from nvlm.rules import validate
-from nvlm.llm.attention import attend, causal_mask
+from nvlm.llm.attention import attend
+from nvlm.llm.masks import causal_mask
 from nvlm.llm.context import ContextAttention, all_columns, attended_columns, own_columns, zigzag
 from nvlm.parallel import distributed
 from tests.dist.run import joined, run_distributed

@@ -41,7 +41,7 @@ MODELS = {"decoder": (), "xattn": (), "hybrid": ("llm.tied=true",)}
 
 def batch_of(config):
     samples = [[sample_of(story, config)] for story in STORIES]
-    return collate(samples, TILE, config.parallel.row_multiple)
+    return collate(samples, TILE, config.row_multiple)
 
 
 def generate_all(cases: list[Case]) -> list[list[list[list[int]]]]:
@@ -55,7 +55,7 @@ def generate(case: Case) -> list[list[list[int]]]:
         load_weights(trainer, case.folder / "weights")
         stages, config = trainer.stages, trainer.stages.parts[0].config
         (batch,) = trainer.vision.within_replica().encode([batch_of(case.config).to(device)])
-        multiple = case.config.parallel.row_multiple
+        multiple = case.config.row_multiple
         texts = [continue_rows(stages, batch, sampling, case_stop(case), multiple) for sampling in SAMPLINGS]
         assert config.sequence_parallel == case.config.parallel.sequence  # as it was
         return texts

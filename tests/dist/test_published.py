@@ -69,7 +69,7 @@ def text_batch(config: Config) -> Batch:
             cross_tiles=none, cross_tags=(), pixels=torch.zeros(0, 3, tile, tile, dtype=torch.uint8),
         )  # fmt: skip
         samples.append([sample])
-    return collate(samples, tile, config.parallel.row_multiple)
+    return collate(samples, tile, config.row_multiple)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from nvlm.arch.stages import Stages, next_logits
@@ -14,9 +15,9 @@ from nvlm.data.pack import collate
 from nvlm.generate import decode
 from nvlm.generate.decode import continue_rows
 from nvlm.generate.sampling import Sampling
-from nvlm.llm.cache import KeepsKeys
+from nvlm.llm.cache import KeepsKeys, generating
 from nvlm.parallel import distributed
-from tests.models import Twins, build_twins, sample_of, small_config
+from tests.models import TILE, Twins, build_twins, sample_of, small_config
 from tests.parity.test_models import ONE, ONE_TILE, TEXT, TWO
 
 ARCHITECTURES = ["decoder", "xattn", "hybrid"]
@@ -135,3 +136,18 @@ def test_the_model_is_as_before_also_where_generation_fails(twins):
         run(twins["hybrid"], samples, Sampling(), tell=broken)
     assert model.training and all(module.training for module in model.modules())
     assert all(module.cache is None for module in keepers)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_layers_compute_the_same_with_and_without_gradients(arch, twins, monkeypatch):
+    """The short way of a layer against Megatron's own, whose calls are counted so that each is known to be taken."""
+    batch = twins[arch].vision.encode(collate([[s] for s in prompts(twins[arch].config)], TILE))
+    model, calls = twins[arch].model, []
+    whole = TransformerLayer.forward
+    monkeypatch.setattr(TransformerLayer, "forward", lambda *a, **k: calls.append(0) or whole(*a, **k))
+    longways = model.hidden(batch)
+    assert len(calls) == len(model.decoder.layers)
+    with generating([model]):
+        shortly = model.hidden(batch)
+    assert len(calls) == len(model.decoder.layers)
+    assert (shortly - longways).abs().max() < 2e-6 * longways.abs().max()

@@ -29,7 +29,7 @@ from nvlm.rules import check_world
         (["tiling.tag=3d"], ("tiling.tag", "'3d'", "none, 1d, 2d_grid, 2d_bbox")),
         (["train.steps=many"], ("train.steps", "'many'", "int")),
         (["tiling.max_tiles=0"], ("tiling.max_tiles", "0", "at least 1")),
-        (["precision=fp8"], ("precision", "'fp8'", "fp32, bf16")),
+        (["precision=fp8"], ("precision", "'fp8'", "bf16, fp32, fp8_blockwise")),
         (["data.window=0"], ("data.window", "0", "at least 1")),
         (["data=jsonl"], ("data.path", "nothing", "data.path=")),
         (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from nvlm.batch import ALL_TILES, PAD
-from nvlm.llm.attention import CoreAttention, causal_mask, visible
+from nvlm.llm.attention import CoreAttention
+from nvlm.llm.masks import causal_mask, visible
 
 
 def matrix(*rows: str) -> torch.Tensor:

@@ -15,10 +15,12 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import init_method_normal
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from nvlm.llm.adapters import Linears
 from nvlm.llm.attention import attend, for_kernel
 from nvlm.llm.cache import KeepsKeys
+from nvlm.llm.layer import project
 
 
 class GatedCrossAttention(MegatronModule, KeepsKeys):
@@ -34,8 +36,9 @@ class GatedCrossAttention(MegatronModule, KeepsKeys):
         width = config.num_attention_heads * config.kv_channels
         init = init_method_normal(init_std)
         config = dataclasses.replace(config, perform_initialization=True)  # it may be new where others are read
-        column = dict(init_method=init, bias=False, gather_output=False, tp_group=pg_collection.tp)
-        build_q = linears.column("cross_attention.linear_q")
+        shared = dict(init_method=init, bias=False, is_expert=False, tp_group=pg_collection.tp)
+        column = dict(gather_output=False, skip_bias_add=False, **shared)
+        build_q = linears.normed("cross_attention.linear_q")
         self.linear_q = build_q(config.hidden_size, width, config=config, **column)
         # Keys are whole on every rank, never split along the sequence nor over context-parallel ranks: the attention
         # of this rank's queries to them is complete, and the sum over ranks completes the keys' gradient.
@@ -54,23 +57,21 @@ class GatedCrossAttention(MegatronModule, KeepsKeys):
             width,
             config.hidden_size,
             config=config,
-            init_method=init,  # the gate, not a smaller start, keeps a fresh layer silent
-            bias=False,
             input_is_parallel=True,
             skip_bias_add=True,
-            tp_group=pg_collection.tp,
+            **shared,  # the gate, not a smaller start, keeps a fresh layer silent
         )
         self.gate = nn.Parameter(torch.zeros(1, dtype=config.params_dtype))
         self.gate.sequence_parallel = config.sequence_parallel
 
     def forward(
-        self, hidden_SBH: Tensor, attention_mask: Tensor, key_value_states: Tensor | None, **_
+        self, hidden_SBH: Tensor, attention_mask: Tensor | BlockMask, key_value_states: Tensor | None, **_
     ) -> tuple[Tensor, None]:
-        """[S, B, H] to be added to the residual. `attention_mask` [B, 1, S, X] is True where a query must not look;
-        `key_value_states` is [X, B, H], None where a cache holds what was made of it."""
-        query_SBND = self.linear_q(hidden_SBH)[0].unflatten(-1, (self.heads, self.head_dim))
+        """[S, B, H] to be added to the residual. `attention_mask` as `mask` of `attend`; `key_value_states` is
+        [X, B, H], None where a cache holds what was made of it."""
+        query_SBND = project(self.linear_q, hidden_SBH).unflatten(-1, (self.heads, self.head_dim))
         attended = attend(query_SBND, *self._key_values(key_value_states), attention_mask, scale=None)
-        return torch.tanh(self.gate) * self.linear_proj(attended)[0], None
+        return torch.tanh(self.gate) * project(self.linear_proj, attended), None
 
     def _key_values(self, states_XBH: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values [X, B, G, D]."""

@@ -1,0 +1,88 @@
+"""How packed rows reach attention kernels on a GPU, without a dense mask.
+
+Self-attention sees the rows of a micro-batch as one line of samples, each attending to itself alone (Transformer
+Engine's kernels for sequences of many lengths), or through a block mask (FlexAttention), which is also how a token
+sees the keys that cross-attention lets it see: blocks of 128 x 128 that nobody looks through cost nothing.
+
+Shapes: S queries, X keys, B rows, L columns of a row, T tokens of a line.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from nvlm.batch import PAD, Batch
+from nvlm.llm.masks import follows, sees
+
+
+@dataclass
+class Packing(PackedSeqParams):
+    """What Megatron hands through to every layer of a micro-batch, recomputed ones too, where it keeps tensors alone.
+
+    Its own fields are left empty, so that Megatron lays nothing out anew: rotary angles come token by token.
+    """
+
+    samples: PackedSeqParams | None = None  # for Transformer Engine: where the samples of a line begin and end
+    columns: BlockMask | None = None  # for FlexAttention: what self-attention sees
+    keys: BlockMask | None = None  # for FlexAttention: what cross-attention sees
+
+
+def samples_in_line(sample_T: Tensor, longest: int) -> PackedSeqParams:
+    """Where the samples of a line begin and end, of at most `longest` tokens each.
+
+    Padding counts as samples too: nothing looks at it, and that costs less than to take it out.
+    """
+    numbers_T = torch.arange(len(sample_T), device=sample_T.device)
+    begins_T = (sample_T == PAD) & (numbers_T % longest == 0)
+    begins_T[1:] |= sample_T[1:] != sample_T[:-1]
+    begins_T[0] = True
+    ends = torch.cat((begins_T.nonzero()[:, 0], numbers_T[-1:] + 1)).int()
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+
+
+def seen_columns(sample_BL: Tensor, queries_S: Tensor, keys_X: Tensor) -> BlockMask:
+    """What `causal_mask` hides, as blocks that are looked through."""
+    sample_q, sample_k = sample_BL[:, queries_S], sample_BL[:, keys_X]
+
+    def rule(row, head, query, key):
+        return follows(sample_q[row, query], queries_S[query], sample_k[row, key], keys_X[key])
+
+    return _blocks(rule, len(sample_BL), len(queries_S), len(keys_X), sample_BL.device)
+
+
+def seen_keys(batch: Batch, columns_S: Tensor) -> BlockMask:
+    """What `unseen_keys` hides, as blocks that are looked through."""
+    sample_q, image_q, tile_q = (numbers[:, columns_S] for numbers in (batch.sample, batch.image, batch.tile))
+    sample_k, image_k, tile_k = batch.cross_sample, batch.cross_image, batch.cross_tile
+
+    def rule(row, head, query, key):
+        queries = (numbers[row, query] for numbers in (sample_q, image_q, tile_q))
+        return sees(*queries, *(numbers[row, key] for numbers in (sample_k, image_k, tile_k)))
+
+    return _blocks(rule, *sample_q.shape, sample_k.shape[1], sample_q.device)
+
+
+def attend_blocks(query_BNSD: Tensor, key_BGXD: Tensor, value_BGXD: Tensor, seen: BlockMask, scale: float | None):
+    """softmax(scale q k^T) v over what `seen` lets through, [B, N, S, D]; a query that sees no key gets zero."""
+    grouped = query_BNSD.shape[1] != key_BGXD.shape[1]
+    attend = _compiled(flex_attention) if query_BNSD.is_cuda else flex_attention
+    return attend(query_BNSD, key_BGXD, value_BGXD, block_mask=seen, scale=scale, enable_gqa=grouped)
+
+
+def _blocks(rule, rows: int, queries: int, keys: int, device: torch.device) -> BlockMask:
+    make = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+    return make(rule, rows, None, queries, keys, device=device)
+
+
+@functools.cache
+def _compiled(function):
+    # Uncompiled both write the whole mask out. Rows have any length, which must not mean a kernel each.
+    return torch.compile(function, dynamic=True)
