@@ -1,0 +1,128 @@
+"""Parameters that one rank holds, exactly, by what they cost: those that learn, and those that compute in FP8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nvlm.config import Config, cross_layers, stage_layers
+from nvlm.layout import TileUse
+from nvlm.registry import layout_rule
+from nvlm.tiling.grid import TilePlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """Parameters of one rank, the encoder left out."""
+
+    all: int
+    learning: int
+    quantized: int  # of linears that compute in FP8
+    largest: int  # of one weight that learns
+
+
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    group: str  # module group
+    size: int  # on this rank
+    quantized: bool = False
+    adapter: bool = False
+
+
+def virtual_stages(config: Config, rank: int) -> list[int]:
+    """Stages (virtual ones counted) on pipeline rank `rank`."""
+    p = config.parallel
+    return [v * p.pipeline + rank for v in range(p.virtual)]
+
+
+def uses_tiles(config: Config, stage: int) -> TileUse:
+    """What the stage does with tiles, as nvlm.arch.base.tile_use tells from the architecture's modules."""
+    plan = TilePlan(2, 1, config.vision.tile_size)
+    layout = layout_rule(config.arch.name)(plan, [()] * plan.num_tiles)
+    in_stream, in_keys = (any(piece.ids is None for piece in pieces) for pieces in (layout.stream, layout.cross))
+    return TileUse(stream=stage == 0 and in_stream, keys=in_keys and carriers_of(config, stage) > 0)
+
+
+def carriers_of(config: Config, stage: int) -> int:
+    """Layers with gated cross-attention on a stage."""
+    return sum(number - 1 in stage_layers(config, stage) for number in cross_layers(config))
+
+
+def held(config: Config, rank: int) -> Held:
+    """What a process on pipeline rank `rank` holds."""
+    weights = list(_weights(config, rank))
+    learning = [weight for weight in weights if _learns(config, weight)]
+    return Held(
+        all=sum(weight.size for weight in weights),
+        learning=sum(weight.size for weight in learning),
+        quantized=sum(weight.size for weight in weights if weight.quantized),
+        largest=max((weight.size for weight in learning), default=0),
+    )
+
+
+def _learns(config: Config, weight: _Weight) -> bool:
+    return weight.group in config.stage.trainable and (weight.group not in config.peft.adapted or weight.adapter)
+
+
+def _weights(config: Config, rank: int) -> Iterator[_Weight]:
+    llm, tensor, stages = config.llm, config.parallel.tensor, virtual_stages(config, rank)
+    last = config.parallel.stages - 1
+    words = llm.padded_vocab * llm.hidden // tensor
+    if 0 in stages or (last in stages and llm.tied):
+        yield _Weight("llm", words)
+    if last in stages:
+        yield _Weight("llm", llm.hidden)
+        if not llm.tied:
+            yield _Weight("llm", words)
+    carriers = set(cross_layers(config))
+    for stage in stages:
+        for layer in stage_layers(config, stage):
+            yield from _layer(config, layer, layer + 1 in carriers)
+    uses = [uses_tiles(config, stage) for stage in stages]
+    if any(uses):  # virtual stages of a process share one projector, and norms of keys
+        yield from _projector(config)
+    if any(use.keys for use in uses):
+        yield _Weight("xattn", llm.hidden * {"xattn": 1, "hybrid": 2}[config.arch.name])
+
+
+def _layer(config: Config, layer: int, crosses: bool) -> Iterator[_Weight]:
+    llm, tensor = config.llm, config.parallel.tensor
+    h, q, kv = llm.hidden, llm.heads * llm.head_dim // tensor, llm.kv_heads * llm.head_dim // tensor
+    ffn, fp8 = llm.ffn // tensor, computes_in_fp8(config, layer)
+    yield _Weight("llm", 2 * h)
+    if llm.qkv_bias:
+        yield _Weight("llm", q + 2 * kv)
+    yield from _linear(config, "llm", h, q + 2 * kv, fp8)
+    yield from _linear(config, "llm", q, h, fp8)
+    yield from _linear(config, "llm", h, 2 * ffn, fp8)
+    yield from _linear(config, "llm", ffn, h, fp8)
+    if crosses:
+        yield _Weight("xattn", h + 1)  # norm and gate
+        yield from _linear(config, "xattn", h, q, fp8)
+        yield from _linear(config, "xattn", h, 2 * kv, fp8)
+        yield from _linear(config, "xattn", q, h, fp8)
+
+
+def computes_in_fp8(config: Config, layer: int) -> bool:
+    """Whether decoder layer `layer` (from 0) does."""
+    edges = config.precision.edges
+    return config.precision.recipe is not None and edges <= layer < config.llm.layers - edges
+
+
+def _linear(config: Config, group: str, inputs: int, outputs: int, fp8: bool) -> Iterator[_Weight]:
+    """A linear with what the rank has of its inputs and outputs, and the adapter beside it."""
+    yield _Weight(group, inputs * outputs, fp8)
+    if group in config.peft.adapted:
+        yield _Weight(group, config.peft.rank * inputs, adapter=True)
+        yield _Weight(group, config.peft.rank * outputs, adapter=True)
+
+
+def _projector(config: Config) -> Iterator[_Weight]:
+    llm, tensor = config.llm, config.parallel.tensor
+    width = config.vision.hidden * config.vision.downsample**2
+    yield _Weight("projector", 2 * width)
+    if config.arch.name == "xattn":
+        yield _Weight("projector", width * llm.hidden // tensor)
+    else:
+        yield _Weight("projector", width * llm.ffn // tensor)
+        yield _Weight("projector", llm.ffn * llm.hidden // tensor)
