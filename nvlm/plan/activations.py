@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nvlm.config import Config, cross_layers, stage_layers
+from nvlm.config import Config, stage_layers
 from nvlm.plan.load import Load
-from nvlm.plan.parameters import computes_in_fp8, uses_tiles
+from nvlm.plan.parameters import layer_kind, learning_groups, uses_tiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +61,12 @@ class Kept:
 def kept(config: Config, stage: int, load: Load, kernels: Kernels) -> Kept:
     """What stage `stage` (virtual ones counted) keeps of a micro-batch."""
     sizes = _Sizes.of(config, load, kernels)
-    layers, whole, flows = [], 0.0, _flows_in(config, stage)
-    for layer in stage_layers(config, stage):
-        none, selective, flows = _layer(config, sizes, layer, flows)
-        by_name = {"none": none, "selective": selective, "full": sizes.hidden}
-        layers.append(by_name[config.train.recompute] + (sizes.unsplit if layer == 0 else 0))
-        whole = max(whole, none)
-    last = stage == config.parallel.stages - 1
+    layers, whole = _layers(config, sizes, stage)
+    last, learns = stage == config.parallel.stages - 1, "llm" in sizes.learns
     logits = 4 * sizes.tokens * config.llm.padded_vocab / config.parallel.tensor if last else 0.0
-    norm = sizes.norm(_learns(config, "llm")) + (sizes.hidden if _learns(config, "llm") else 0) if last else 0.0
+    norm = sizes.norm(learns) + sizes.hidden * learns if last else 0.0
     return Kept(
-        layers=tuple(layers),
+        layers=layers,
         whole=whole,
         shared=_shared(config, sizes, uses_tiles(config, stage).keys),
         fusion=_fusion(config, sizes, stage, load),
@@ -79,6 +74,22 @@ def kept(config: Config, stage: int, load: Load, kernels: Kernels) -> Kept:
         logits=logits,
         output=0.0 if last else sizes.hidden,
     )
+
+
+def _layers(config: Config, s: _Sizes, stage: int) -> tuple[tuple[float, ...], float]:
+    """What each layer keeps as train.recompute has it, and the most that one does with nothing recomputed."""
+    found, whole, flows = [], 0.0, _flows_in(config, s, stage)
+    known: dict[tuple, tuple[float, float, bool]] = {}  # layers are of few kinds
+    for layer in stage_layers(config, stage):
+        kind = (*layer_kind(config, layer), flows)
+        if kind not in known:
+            known[kind] = _layer(config, s, *kind)
+        none, selective, flows = known[kind]
+        found.append({"none": none, "selective": selective, "full": s.hidden}[config.train.recompute])
+        whole = max(whole, none)
+    if stage == 0:
+        found[0] += s.unsplit
+    return tuple(found), whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +105,8 @@ class _Sizes:
     keys: float  # X of all rows
     query_key_pairs: float  # of dense masks: self-attention's
     query_cross_pairs: float
+    learns: frozenset[str]  # module groups whose own weights do
+    adapts: frozenset[str]  # those whose adapters do
 
     @classmethod
     def of(cls, config: Config, load: Load, kernels: Kernels) -> _Sizes:
@@ -112,6 +125,8 @@ class _Sizes:
             keys=load.rows * load.keys,
             query_key_pairs=load.rows * columns * p.context_heads * load.length,
             query_cross_pairs=load.rows * columns * load.keys,
+            learns=(groups := learning_groups(config))[0],
+            adapts=groups[1],
         )
 
     def norm(self, learns: bool) -> float:
@@ -131,44 +146,33 @@ def _shared(config: Config, s: _Sizes, keys: bool) -> float:
     return angles + (masks if again and s.kernels.dense else 0)
 
 
-def _learns(config: Config, group: str) -> bool:
-    """Whether the group's own weights do."""
-    return group in config.stage.trainable and group not in config.peft.adapted
-
-
-def _adapts(config: Config, group: str) -> bool:
-    return group in config.stage.trainable and group in config.peft.adapted
-
-
-def _flows_in(config: Config, stage: int) -> bool:
+def _flows_in(config: Config, s: _Sizes, stage: int) -> bool:
     """Whether a gradient passes through the input of the stage's first layer."""
     if stage > 0 or config.train.recompute != "none":  # received and recomputed inputs ask for one
         return True
-    return _learns(config, "llm") or (config.stage.train_projector and uses_tiles(config, 0).stream)
+    return "llm" in s.learns or ("projector" in s.learns and uses_tiles(config, 0).stream)
 
 
-def _layer(config: Config, s: _Sizes, layer: int, flows: bool) -> tuple[float, float, bool]:
-    """What layer `layer` (from 0) keeps, with its MLP recomputed, and whether a gradient passes its output."""
-    attention, flows = _attention(config, s, layer, flows)
-    cross = 0.0
-    if layer + 1 in cross_layers(config):
-        cross, flows = _cross_attention(config, s, layer, flows)
-    mlp, first, flows = _mlp(config, s, layer, flows)
+def _layer(config: Config, s: _Sizes, crosses: bool, fp8: bool, flows: bool) -> tuple[float, float, bool]:
+    """What a layer keeps, the same with its MLP recomputed, and whether a gradient passes its output."""
+    attention, flows = _attention(config, s, fp8, flows)
+    cross, flows = _cross_attention(config, s, fp8, flows) if crosses else (0.0, flows)
+    mlp, first, flows = _mlp(config, s, fp8, flows)
     return attention + cross + mlp, attention + cross + first, flows
 
 
-def _input(config: Config, s: _Sizes, group: str, layer: int, elements: float) -> float:
+def _input(config: Config, s: _Sizes, group: str, fp8: bool, elements: float) -> float:
     """What a linear keeps: its input, where a weight beside it learns, and the middle of its adapter."""
-    if _learns(config, group):
-        return elements * (1 if computes_in_fp8(config, layer) else s.element)
-    if _adapts(config, group):
+    if group in s.learns:
+        return elements * (1 if fp8 else s.element)
+    if group in s.adapts:
         return (elements + s.own * config.peft.rank) * s.element
     return 0.0
 
 
-def _attention(config: Config, s: _Sizes, layer: int, flows: bool) -> tuple[float, bool]:
+def _attention(config: Config, s: _Sizes, fp8: bool, flows: bool) -> tuple[float, bool]:
     llm, p, k = config.llm, config.parallel, s.kernels
-    learns, adapts = _learns(config, "llm"), _adapts(config, "llm")
+    learns, adapts = "llm" in s.learns, "llm" in s.adapts
     if not (flows or learns or adapts):
         return 0.0, False
     q, kv = llm.heads * llm.head_dim / p.tensor, llm.kv_heads * llm.head_dim / p.tensor
@@ -178,20 +182,16 @@ def _attention(config: Config, s: _Sizes, layer: int, flows: bool) -> tuple[floa
     kept = queries + keys + values + queries + 4 * s.tokens * llm.heads / p.tensor
     kept += 4 * s.tokens * llm.head_dim * s.element * k.rotary + 4 * k.dense * s.query_key_pairs
     kept += s.norm(learns) if flows or learns else 0
-    kept += _input(config, s, "llm", layer, s.own * llm.hidden)
-    behind = _input(config, s, "llm", layer, s.tokens * q)
-    return kept + (behind if _copied(config, s, layer) else max(behind - queries, 0)), True
+    kept += _input(config, s, "llm", fp8, s.own * llm.hidden)
+    behind = _input(config, s, "llm", fp8, s.tokens * q)
+    apart = k.apart or fp8 or p.context > 1  # the linear behind attention keeps a tensor of its own
+    return kept + (behind if apart else max(behind - queries, 0)), True
 
 
-def _copied(config: Config, s: _Sizes, layer: int) -> bool:
-    """Whether the linear behind attention keeps a tensor of its own."""
-    return s.kernels.apart or config.parallel.context > 1 or computes_in_fp8(config, layer)
-
-
-def _cross_attention(config: Config, s: _Sizes, layer: int, flows: bool) -> tuple[float, bool]:
+def _cross_attention(config: Config, s: _Sizes, fp8: bool, flows: bool) -> tuple[float, bool]:
     llm, tensor, k = config.llm, config.parallel.tensor, s.kernels
-    learns, adapts = _learns(config, "xattn"), _adapts(config, "xattn")
-    if not (flows or learns or adapts or config.stage.train_projector):
+    learns, adapts = "xattn" in s.learns, "xattn" in s.adapts
+    if not (flows or learns or adapts or "projector" in s.learns):
         return 0.0, False
     q, kv = llm.heads * llm.head_dim / tensor, llm.kv_heads * llm.head_dim / tensor
     element = k.attention or s.element
@@ -199,29 +199,28 @@ def _cross_attention(config: Config, s: _Sizes, layer: int, flows: bool) -> tupl
     kept = 2 * queries + 2 * s.keys * kv * element + 4 * s.tokens * llm.heads / tensor
     kept += 4 * k.dense * s.query_cross_pairs
     kept += s.norm(learns) if flows or learns else 0
-    kept += _input(config, s, "xattn", layer, s.own * llm.hidden)
+    kept += _input(config, s, "xattn", fp8, s.own * llm.hidden)
     kept += s.keys * config.peft.rank * s.element if adapts else 0
-    behind = _input(config, s, "xattn", layer, s.tokens * q)
-    apart = k.apart or computes_in_fp8(config, layer)
-    kept += behind if apart else max(behind - queries, 0)
+    behind = _input(config, s, "xattn", fp8, s.tokens * q)
+    kept += behind if k.apart or fp8 else max(behind - queries, 0)
     return kept + (s.hidden if learns else 0), True  # the gate wants what it is multiplied with
 
 
-def _mlp(config: Config, s: _Sizes, layer: int, flows: bool) -> tuple[float, float, bool]:
+def _mlp(config: Config, s: _Sizes, fp8: bool, flows: bool) -> tuple[float, float, bool]:
     """What it keeps, what with its middle recomputed, and whether a gradient passes."""
-    learns, adapts = _learns(config, "llm"), _adapts(config, "llm")
+    learns, adapts = "llm" in s.learns, "llm" in s.adapts
     if not (flows or learns or adapts):
         return 0.0, 0.0, False
     llm, inner = config.llm, s.tokens * config.llm.ffn / config.parallel.tensor
     norm = s.norm(learns) if flows or learns else 0
-    kept = norm + _input(config, s, "llm", layer, s.own * llm.hidden)
-    kept += s.kernels.glu * inner * s.element + _input(config, s, "llm", layer, inner)
+    kept = norm + _input(config, s, "llm", fp8, s.own * llm.hidden)
+    kept += s.kernels.glu * inner * s.element + _input(config, s, "llm", fp8, inner)
     return kept, norm + (0 if s.kernels.fused_norm else s.hidden), True
 
 
 def _fusion(config: Config, s: _Sizes, stage: int, load: Load) -> float:
     """Projected tiles in the stream, and keys."""
-    use, learns = uses_tiles(config, stage), config.stage.train_projector
+    use, learns = uses_tiles(config, stage), "projector" in s.learns
     tile, h = config.vision.tile_tokens, config.llm.hidden
     kept = 0.0
     if use.stream and learns:
@@ -229,12 +228,12 @@ def _fusion(config: Config, s: _Sizes, stage: int, load: Load) -> float:
     if use.keys and load.keys:
         tokens = load.key_tiles * tile
         kept += tokens * _projected(config, s) if learns else 0
-        normed = h * s.normed(_learns(config, "xattn")) + 4
-        words = config.arch.name == "hybrid" and (_learns(config, "xattn") or _learns(config, "llm"))
-        kept += tokens * normed if learns or _learns(config, "xattn") else 0
+        normed = h * s.normed("xattn" in s.learns) + 4
+        words = config.arch.name == "hybrid" and ("xattn" in s.learns or "llm" in s.learns)
+        kept += tokens * normed if learns or "xattn" in s.learns else 0
         kept += s.keys * normed if words else 0
         # One tensor for all layers of the stage, whole on each rank.
-        kept += s.keys * h * s.element if _learns(config, "xattn") or _adapts(config, "xattn") else 0
+        kept += s.keys * h * s.element if "xattn" in s.learns or "xattn" in s.adapts else 0
     return kept
 
 

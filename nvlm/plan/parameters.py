@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from nvlm.config import Config, cross_layers, stage_layers
+from nvlm.config import Config, stage_layers
 from nvlm.layout import TileUse
 from nvlm.registry import layout_rule
 from nvlm.tiling.grid import TilePlan
@@ -27,6 +29,7 @@ class _Weight:
     size: int  # on this rank
     quantized: bool = False
     adapter: bool = False
+    count: int = 1  # of such weights
 
 
 def virtual_stages(config: Config, rank: int) -> list[int]:
@@ -37,31 +40,42 @@ def virtual_stages(config: Config, rank: int) -> list[int]:
 
 def uses_tiles(config: Config, stage: int) -> TileUse:
     """What the stage does with tiles, as nvlm.arch.base.tile_use tells from the architecture's modules."""
-    plan = TilePlan(2, 1, config.vision.tile_size)
-    layout = layout_rule(config.arch.name)(plan, [()] * plan.num_tiles)
-    in_stream, in_keys = (any(piece.ids is None for piece in pieces) for pieces in (layout.stream, layout.cross))
+    in_stream, in_keys = _places(config.arch.name)
     return TileUse(stream=stage == 0 and in_stream, keys=in_keys and carriers_of(config, stage) > 0)
+
+
+@functools.cache
+def _places(arch: str) -> tuple[bool, bool]:
+    """Whether an architecture puts tiles into the text stream, and among the keys."""
+    plan = TilePlan(2, 1, 1)
+    layout = layout_rule(arch)(plan, [()] * plan.num_tiles)
+    stream, keys = (any(piece.ids is None for piece in pieces) for pieces in (layout.stream, layout.cross))
+    return stream, keys
 
 
 def carriers_of(config: Config, stage: int) -> int:
     """Layers with gated cross-attention on a stage."""
-    return sum(number - 1 in stage_layers(config, stage) for number in cross_layers(config))
+    layers, every = stage_layers(config, stage), config.arch.cross_every
+    return layers.stop // every - layers.start // every if every else 0
 
 
 def held(config: Config, rank: int) -> Held:
     """What a process on pipeline rank `rank` holds."""
     weights = list(_weights(config, rank))
-    learning = [weight for weight in weights if _learns(config, weight)]
+    own, adapters = learning_groups(config)
+    learning = [weight for weight in weights if weight.group in (adapters if weight.adapter else own)]
     return Held(
-        all=sum(weight.size for weight in weights),
-        learning=sum(weight.size for weight in learning),
-        quantized=sum(weight.size for weight in weights if weight.quantized),
+        all=sum(weight.size * weight.count for weight in weights),
+        learning=sum(weight.size * weight.count for weight in learning),
+        quantized=sum(weight.size * weight.count for weight in weights if weight.quantized),
         largest=max((weight.size for weight in learning), default=0),
     )
 
 
-def _learns(config: Config, weight: _Weight) -> bool:
-    return weight.group in config.stage.trainable and (weight.group not in config.peft.adapted or weight.adapter)
+def learning_groups(config: Config) -> tuple[frozenset[str], frozenset[str]]:
+    """Module groups whose own weights learn, and those whose adapters do."""
+    learning, adapted = frozenset(config.stage.trainable), frozenset(config.peft.adapted)
+    return learning - adapted, learning & adapted
 
 
 def _weights(config: Config, rank: int) -> Iterator[_Weight]:
@@ -74,10 +88,10 @@ def _weights(config: Config, rank: int) -> Iterator[_Weight]:
         yield _Weight("llm", llm.hidden)
         if not llm.tied:
             yield _Weight("llm", words)
-    carriers = set(cross_layers(config))
-    for stage in stages:
-        for layer in stage_layers(config, stage):
-            yield from _layer(config, layer, layer + 1 in carriers)
+    layers = [layer for stage in stages for layer in stage_layers(config, stage)]
+    for (crosses, fp8), count in Counter(layer_kind(config, layer) for layer in layers).items():
+        for weight in _layer(config, crosses, fp8):
+            yield replace(weight, count=count)
     uses = [uses_tiles(config, stage) for stage in stages]
     if any(uses):  # virtual stages of a process share one projector, and norms of keys
         yield from _projector(config)
@@ -85,10 +99,17 @@ def _weights(config: Config, rank: int) -> Iterator[_Weight]:
         yield _Weight("xattn", llm.hidden * {"xattn": 1, "hybrid": 2}[config.arch.name])
 
 
-def _layer(config: Config, layer: int, crosses: bool) -> Iterator[_Weight]:
+def layer_kind(config: Config, layer: int) -> tuple[bool, bool]:
+    """Whether decoder layer `layer` (from 0) carries cross-attention, and whether it computes in FP8."""
+    every, edges = config.arch.cross_every, config.precision.edges
+    fp8 = config.precision.recipe is not None and edges <= layer < config.llm.layers - edges
+    return every > 0 and (layer + 1) % every == 0, fp8
+
+
+def _layer(config: Config, crosses: bool, fp8: bool) -> Iterator[_Weight]:
     llm, tensor = config.llm, config.parallel.tensor
     h, q, kv = llm.hidden, llm.heads * llm.head_dim // tensor, llm.kv_heads * llm.head_dim // tensor
-    ffn, fp8 = llm.ffn // tensor, computes_in_fp8(config, layer)
+    ffn = llm.ffn // tensor
     yield _Weight("llm", 2 * h)
     if llm.qkv_bias:
         yield _Weight("llm", q + 2 * kv)
@@ -101,12 +122,6 @@ def _layer(config: Config, layer: int, crosses: bool) -> Iterator[_Weight]:
         yield from _linear(config, "xattn", h, q, fp8)
         yield from _linear(config, "xattn", h, 2 * kv, fp8)
         yield from _linear(config, "xattn", q, h, fp8)
-
-
-def computes_in_fp8(config: Config, layer: int) -> bool:
-    """Whether decoder layer `layer` (from 0) does."""
-    edges = config.precision.edges
-    return config.precision.recipe is not None and edges <= layer < config.llm.layers - edges
 
 
 def _linear(config: Config, group: str, inputs: int, outputs: int, fp8: bool) -> Iterator[_Weight]:
