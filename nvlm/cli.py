@@ -38,6 +38,7 @@ def main(started: float) -> int:
         for config in configs:
             if not config.dry_run:
                 launch.check_devices(config)
+                launch.check_engine(config)
             if config.resume == "never":  # else only the run's folder, which Hydra names, tells what is needed
                 launch.check_weights(config)
     except ConfigError as error:

@@ -92,6 +92,7 @@ class VisionConfig:
     qk_norm: bool
     balance: str  # replica: tiles are spread over the ranks of a replica; global: over all ranks
     tiles_per_call: int  # the encoder's batch
+    graph: bool  # full batches of the encoder as a CUDA graph
 
     @property
     def tile_tokens(self) -> int:
@@ -187,7 +188,6 @@ class PrecisionConfig:
     name: str
     edges: int  # FP8: decoder layers at either end that compute in bf16
     encoder: bool  # FP8: the frozen encoder's weights and products too
-    gather: bool  # FP8: the distributed optimizer hands updated weights on in FP8
 
     @property
     def dtype(self) -> str:
@@ -210,6 +210,7 @@ class PrecisionConfig:
         return max(16, self.multiple) if self.recipe else 1
 
 
+TE_INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
 FP8_RECIPES = {"fp8_delayed": "delayed", "fp8_current": "tensorwise", "fp8_blockwise": "blockwise", "mxfp8": "mxfp8"}
 
 
@@ -225,8 +226,15 @@ class ParallelConfig:
     sequence: bool
     data: int  # replicas that launch/train.py starts by itself
     distributed_optimizer: bool
-    overlap: bool  # its communication with forward and backward
     timeout_minutes: float  # without progress, then the run ends
+
+    @property
+    def overlap(self) -> bool:
+        """Whether the distributed optimizer's communication is hidden behind forward and backward.
+
+        Not with pipeline stages: gradients of what several of them hold are summed first, behind the whole backward.
+        """
+        return self.distributed_optimizer and self.pipeline == 1
 
     @property
     def replica(self) -> int:

@@ -61,7 +61,9 @@ def _parameters(config: Config) -> Table:
         sequence=False,
         distributed_optimizer=False,
     )
-    whole = dataclasses.replace(config, parallel=one)
+    # Modules of Megatron's own, which the meta device holds; their parameters are the same in any precision.
+    plain = dataclasses.replace(config.precision, name="fp32", edges=0, encoder=False)
+    whole = dataclasses.replace(config, parallel=one, precision=plain)
     with parallel.distributed(one, config.seed), torch.device("meta"):
         (model,) = build_parts(whole)
         encoder = InternViT(whole, solo_groups()).requires_grad_(False)

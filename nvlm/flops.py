@@ -202,13 +202,12 @@ def model_flops(config: Config, work: Work) -> Flops:
     return forward(config, work) + backward(config, work)
 
 
-_SCORES = ("scores", "cross_scores")
-# What is computed again, by train.recompute: nothing, core attention, layers.
-_AGAIN = {"none": (), "selective": _SCORES, "full": (*_SCORES, "linears", "mlp", "cross_linears")}
+# What is computed again, by train.recompute.
+_AGAIN = {"none": (), "selective": ("mlp",), "full": ("linears", "scores", "mlp", "cross_linears", "cross_scores")}
 
 
 def hardware_flops(config: Config, work: Work) -> Flops:
     """`model_flops` and what `train.recompute` adds. Padding counts where `work` holds it."""
     first, how = forward(config, work), config.train.recompute
     again = Flops(**{part: getattr(first, part) for part in _AGAIN[how]})
-    return first + backward(config, work, whole=how == "full") + again
+    return first + backward(config, work, whole=how != "none") + again

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from nvlm.config import Config, ConfigError, from_mapping, problem
+from nvlm.config import TE_INSTALL, Config, ConfigError, from_mapping, problem
 from nvlm.counts import fewest_gpus, gpus_needed, parameters
 from nvlm.files import write_whole
 from nvlm.rules import validate
@@ -139,6 +140,14 @@ def check_devices(config: Config) -> None:
     check_processes(config, gpus)
 
 
+def check_engine(config: Config) -> None:
+    """FP8 needs Transformer Engine, which can be seen to be missing without loading anything."""
+    if config.precision.recipe and importlib.util.find_spec("transformer_engine") is None:
+        what = f"precision={config.precision.name}"
+        fix = f"{TE_INSTALL}, or precision=bf16"
+        raise problem(what, "no Transformer Engine", "one: FP8 products are its own", fix)
+
+
 def check_processes(config: Config, gpus: int) -> None:
     """Processes of our own on this machine are no more than its `gpus`, where it has any."""
     processes = config.parallel.replica * config.parallel.data
@@ -165,7 +174,7 @@ _FREE = ("name", "resume", "dry_run", "profile", "init.llm", "init.checkpoint", 
          "data.workers", "data.max_skipped", "train.log_every",
          "train.save_every", "train.keep", "train.async_save", "train.save_frozen", "train.threads", "train.recompute",
          "train.stop_seconds", "train.spike_factor", "train.max_bad_steps", "vision.balance",
-         "vision.tiles_per_call")  # fmt: skip
+         "vision.tiles_per_call", "vision.graph", "train.offload")  # fmt: skip
 
 
 def _prepare_folder(config: Config, run_dir: Path, writes: bool) -> None:

@@ -173,7 +173,7 @@ def _peft(config: Config) -> None:
 def _precision(config: Config) -> None:
     precision, llm, tensor = config.precision, config.llm, config.parallel.tensor
     if precision.recipe is None:
-        for what in ("edges", "encoder", "gather"):
+        for what in ("edges", "encoder"):
             got = getattr(precision, what)
             if got:
                 known = ", ".join(FP8_RECIPES)
@@ -186,9 +186,6 @@ def _precision(config: Config) -> None:
         # Its scales are brought up to date once for all layers, at the end of a pass.
         expected = "0 with fp8_delayed, which has all layers or none in FP8"
         raise problem("precision.edges", precision.edges, expected, "precision=fp8_current")
-    if precision.gather and not config.parallel.distributed_optimizer:
-        expected = "parallel.distributed_optimizer=true, whose gather it is"
-        raise problem("precision.gather", True, expected, "precision.gather=false")
     if config.peft.name != "none":
         raise problem("peft", config.peft.name, "none with FP8: adapted linears compute in bf16", "precision=bf16")
     widths = {
@@ -211,12 +208,6 @@ def _memory(config: Config) -> None:
         )
     if train.offload and p.pipeline > 1:
         raise problem("train.offload", True, "parallel.pipeline=1", "train.recompute=full train.offload=false")
-    if p.overlap and not p.distributed_optimizer:
-        expected = "parallel.distributed_optimizer=true, whose communication it hides"
-        raise problem("parallel.overlap", True, expected, "parallel.overlap=false")
-    if p.overlap and p.pipeline > 1:
-        # Gradients of what several stages hold are summed first, behind the whole backward.
-        raise problem("parallel.overlap", True, "parallel.pipeline=1", "parallel.overlap=false")
 
 
 def validate(config: Config) -> Config:

@@ -35,6 +35,7 @@ from nvlm.llm.backend import uses_te
 from nvlm.llm.build import FUSED_NORMS, block_submodules, llm_config
 from nvlm.llm.context import attended_columns, gather_columns, own_columns
 from nvlm.llm.layer import learns, project
+from nvlm.llm.loss import token_losses
 from nvlm.llm.masks import causal_mask, unseen_keys
 from nvlm.llm.norm import LayerNorm
 from nvlm.llm.packing import Packing, samples_in_line, seen_columns, seen_keys
@@ -82,6 +83,7 @@ class Projector(MegatronModule):
             sequence_parallel=False,  # tiles are not split along the sequence
             gated_linear_unit=False,
             activation_func=nn.functional.gelu,
+            bias_activation_fusion=False,  # Megatron's fused GELU is an approximation
             add_qkv_bias=False,
             perform_initialization=True,  # it may be new where others are read
         )
@@ -194,8 +196,12 @@ class VisionLanguageModel(MegatronModule):
             **self._masks(batch, columns_S, queries, keys),
         )
 
+    def packs(self, batch: Batch) -> bool:
+        """Whether attention gets packed rows without a dense mask: on a GPU where the model learns."""
+        return batch.tokens.is_cuda and learns(self)
+
     def _masks(self, batch: Batch, columns_S: Tensor, queries: Tensor, keys: Tensor) -> dict[str, object]:
-        if not (batch.tokens.is_cuda and learns(self)):
+        if not self.packs(batch):
             return dict(
                 attention_mask=causal_mask(batch.sample, queries, keys),
                 context_mask=unseen_keys(batch, columns_S) if self.use.keys else None,
@@ -254,7 +260,7 @@ class VisionLanguageModel(MegatronModule):
             return hidden_SBH
         labels_BS = batch.labels[:, own_columns(batch.labels.shape[1]).to(batch.labels.device)]
         labels_SB = labels_BS.clamp(min=0).t().contiguous()
-        loss_SB = tensor_parallel.vocab_parallel_cross_entropy(self.logits(hidden_SBH).float(), labels_SB)
+        loss_SB = token_losses(self.logits(hidden_SBH), labels_SB)
         return loss_SB.t() * (labels_BS != IGNORE)
 
     @torch.no_grad()

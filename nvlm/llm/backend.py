@@ -8,10 +8,9 @@ from __future__ import annotations
 import functools
 
 from nvlm import device
-from nvlm.config import Config, problem
+from nvlm.config import TE_INSTALL, Config, problem
 
 AMAX_HISTORY = 1024  # steps whose largest values decide a delayed scale
-INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
 
 
 def uses_te(config: Config) -> bool:
@@ -48,7 +47,7 @@ def check_precision(config: Config) -> None:
         raise problem(what, "a machine without a usable GPU", "Ada, Hopper or a later one", "precision=bf16")
     reason = why_not_te()
     if reason:
-        raise problem(what, f"no Transformer Engine ({reason})", "one that loads", f"{INSTALL}, or precision=bf16")
+        raise problem(what, f"no Transformer Engine ({reason})", "one that loads", f"{TE_INSTALL}, or precision=bf16")
     refusal = _refusal(precision.name)
     if refusal:
         raise problem(what, refusal, "a GPU and a Transformer Engine that have this recipe", "precision=bf16")
@@ -66,8 +65,22 @@ def _refusal(name: str) -> str | None:
     return None if able else why
 
 
-def te_recipe(name: str):
-    """Transformer Engine's recipe for the precision `name`, with Megatron's choices."""
+def describe(config: Config) -> str:
+    """One line about what the layers are made of, and why not of Transformer Engine."""
+    precision = config.precision.name
+    if uses_te(config):
+        from transformer_engine import __version__
+
+        return f"layers: Transformer Engine {__version__}, {precision}"
+    if not device.has_cuda():
+        return f"layers: torch on CPU, {precision}"
+    reason = why_not_te()
+    why = f"no Transformer Engine: {reason}; {TE_INSTALL} makes it faster" if reason else "as fp32 and adapters need it"
+    return f"layers: torch and Megatron-Core, {precision} ({why})"
+
+
+def te_recipe(name: str) -> object:
+    """Transformer Engine's recipe for the precision `name`, as Megatron makes it."""
     from transformer_engine.common import recipe
 
     if name == "fp8_delayed":
@@ -89,7 +102,6 @@ def fp8_settings(config: Config) -> dict:
         # Gradients need a wider range than four bits of exponent where a whole tensor shares one scale.
         fp8="e4m3" if precision.name in ("fp8_blockwise", "mxfp8") else "hybrid",
         fp8_recipe=precision.recipe,
-        fp8_param=precision.gather,
         fp8_amax_history_len=AMAX_HISTORY,
         fp8_amax_compute_algo="max",
         first_last_layers_bf16=precision.edges > 0,

@@ -10,6 +10,7 @@ Shapes: S queries, X keys, B rows, L columns of a row, T tokens of a line.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ def seen_columns(sample_BL: Tensor, queries_S: Tensor, keys_X: Tensor) -> BlockM
     def rule(row, head, query, key):
         return follows(sample_q[row, query], queries_S[query], sample_k[row, key], keys_X[key])
 
-    return _blocks(rule, len(sample_BL), len(queries_S), len(keys_X), sample_BL.device)
+    return _blocks(rule, sample_q, len(keys_X))
 
 
 def seen_keys(batch: Batch, columns_S: Tensor) -> BlockMask:
@@ -67,7 +68,7 @@ def seen_keys(batch: Batch, columns_S: Tensor) -> BlockMask:
         queries = (numbers[row, query] for numbers in (sample_q, image_q, tile_q))
         return sees(*queries, *(numbers[row, key] for numbers in (sample_k, image_k, tile_k)))
 
-    return _blocks(rule, *sample_q.shape, sample_k.shape[1], sample_q.device)
+    return _blocks(rule, sample_q, sample_k.shape[1])
 
 
 def attend_blocks(query_BNSD: Tensor, key_BGXD: Tensor, value_BGXD: Tensor, seen: BlockMask, scale: float | None):
@@ -77,12 +78,13 @@ def attend_blocks(query_BNSD: Tensor, key_BGXD: Tensor, value_BGXD: Tensor, seen
     return attend(query_BNSD, key_BGXD, value_BGXD, block_mask=seen, scale=scale, enable_gqa=grouped)
 
 
-def _blocks(rule, rows: int, queries: int, keys: int, device: torch.device) -> BlockMask:
-    make = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
-    return make(rule, rows, None, queries, keys, device=device)
+def _blocks(rule: Callable, like_BS: Tensor, keys: int) -> BlockMask:
+    make = _compiled(create_block_mask) if like_BS.is_cuda else create_block_mask
+    rows, queries = like_BS.shape
+    return make(rule, rows, None, queries, keys, device=like_BS.device)
 
 
 @functools.cache
-def _compiled(function):
+def _compiled(function: Callable) -> Callable:
     # Uncompiled both write the whole mask out. Rows have any length, which must not mean a kernel each.
     return torch.compile(function, dynamic=True)

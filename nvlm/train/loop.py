@@ -16,6 +16,7 @@ from nvlm.data.loader import StepData, Steps, load_steps
 from nvlm.data.sources import build_records
 from nvlm.evaluate.heldout import evaluate
 from nvlm.lengths import check_vocabulary
+from nvlm.llm.backend import check_precision, describe
 from nvlm.rules import check_world
 from nvlm.runs import latest
 from nvlm.train.begin import begin
@@ -39,6 +40,7 @@ def run(config: Config, run_dir: Path, started: float) -> None:
         Watchdog(60 * config.parallel.timeout_minutes, parallel.rank(), parallel.world_size()) as watch,
     ):
         check_world(config, parallel.world_size())
+        check_precision(config)
         steps = build_steps(config)
         goes_on = config.resume == "auto" and latest(run_dir) is not None
         trainer = build_trainer(config, device, begins=not goes_on)
@@ -46,6 +48,7 @@ def run(config: Config, run_dir: Path, started: float) -> None:
         counts = count_groups(trainer.stages.parts, trainer.vision.path.encoder)
         if parallel.is_first_rank():
             print_groups(counts, config.stage.name, config.optim.lr, trainer.origins)
+            print(describe(config))
         if not train(trainer, config, steps, first, run_dir, guard, watch.mark):
             return
         heldout = build_records(config.data, config.seed, heldout=True) if config.evaluate.questions else None

@@ -65,7 +65,6 @@ def wrap(model: VisionLanguageModel, config: Config) -> DistributedDataParallel:
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_grad_reduce=config.parallel.overlap,
         overlap_param_gather=config.parallel.overlap,
-        fp8_param_gather=config.precision.gather,
         check_for_nan_in_grad=False,  # the optimizer looks at the norm
     )
     wrapped = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=model)
@@ -92,7 +91,6 @@ def build_optimizer(
             params_dtype=dtype,
             use_distributed_optimizer=config.parallel.distributed_optimizer,
             overlap_param_gather=config.parallel.overlap,
-            fp8_recipe=config.precision.recipe if config.precision.gather else None,
         ),
         list(chunks),
         use_gloo_process_groups=False,

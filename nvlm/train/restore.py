@@ -9,13 +9,14 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
 from nvlm.arch.base import VisionLanguageModel, parameter_group
 from nvlm.config import problem
 from nvlm.runs import FROZEN, steps_of
 from nvlm.train.digests import checkpoint_faults, faults, frozen_digest
-from nvlm.train.state import metadata, model_state, optimizer_state, restore_optimizer
+from nvlm.train.state import is_scale, metadata, model_state, optimizer_state, restore_optimizer
 from nvlm.train.step import Trainer
 from nvlm.weights.merge import is_adapter
 
@@ -30,6 +31,11 @@ def load(trainer: Trainer, folder: Path) -> tuple[int, dict[str, float]]:
     """
     _verify(folder)
     model, frozen = model_state(trainer)
+    kept = load_sharded_metadata(str(folder))
+    model = {  # a run that goes on in another precision begins with fresh scales
+        chunk: {name: entry for name, entry in entries.items() if not is_scale(name) or entry.unique_key in kept}
+        for chunk, entries in model.items()
+    }
     wanted = model | optimizer_state(trainer, model)
     if frozen_digest(folder) is None:
         state = _read_all(folder, wanted | {name: model[name] | frozen[name] for name in model})
@@ -38,7 +44,8 @@ def load(trainer: Trainer, folder: Path) -> tuple[int, dict[str, float]]:
         state = _read_all(folder, wanted)
         state |= {name: state[name] | weights.get(name, {}) for name in model}
     for number, chunk in enumerate(trainer.chunks):
-        chunk.module.load_state_dict(state[f"model{number}"])
+        missing, unexpected = chunk.module.load_state_dict(state[f"model{number}"], strict=False)
+        assert not unexpected and all(map(is_scale, missing)), (missing, unexpected)
     run = state["run"]
     restore_optimizer(trainer, model, state, run["adam_step"])
     trainer.schedule.load_state_dict(run["schedule"])

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -29,6 +29,12 @@ def model_state(trainer: Trainer) -> tuple[dict, dict]:
     parts: tuple[dict, dict] = ({}, {})
     for number, chunk in enumerate(trainer.chunks):
         entries = chunk.module.sharded_state_dict(metadata=metadata())
+        delayed = chunk.config.fp8 and chunk.config.fp8_recipe == "delayed"
+        entries = {  # Transformer Engine's modules bring an empty state where there are no scales to remember
+            name: entry
+            for name, entry in entries.items()
+            if not is_scale(name) or (delayed and isinstance(entry, ShardedObject))
+        }
         for frozen, part in enumerate(parts):
             part[f"model{number}"] = {name: entry for name, entry in entries.items() if _is_frozen(entry) == frozen}
     return parts
@@ -54,6 +60,11 @@ def restore_optimizer(trainer: Trainer, model: dict, loaded: dict, step: int) ->
 def adam_step(trainer: Trainer) -> int:
     """Updates that Adam has made on this process; 0 where nothing learns."""
     return max((_step(part) for part in _parts(trainer.optimizer)), default=0)
+
+
+def is_scale(name: str) -> bool:
+    """Whether an entry of a module's state is the memory of its FP8 scales."""
+    return name.endswith("._extra_state")
 
 
 def metadata() -> dict:

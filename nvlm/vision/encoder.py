@@ -106,6 +106,7 @@ class InternViT(MegatronModule):
                 kv_channels=vision.hidden // vision.heads,
                 ffn_hidden_size=vision.ffn,
                 activation_func=nn.functional.gelu,
+                bias_activation_fusion=False,  # Megatron's fused GELU is an approximation
                 normalization={"rms": "RMSNorm", "layer": "LayerNorm"}[vision.norm],
                 layernorm_epsilon=vision.norm_eps,
                 qk_layernorm=vision.qk_norm,

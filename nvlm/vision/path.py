@@ -10,10 +10,12 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from nvlm import device
 from nvlm.batch import Batch
 from nvlm.config import Config
 from nvlm.tiling import normalize
 from nvlm.vision.encoder import InternViT
+from nvlm.vision.quantize import FP8Linear, quantize
 from nvlm.vision.reduce import pixel_shuffle
 from nvlm.weights.load import read
 from nvlm.weights.sources import vision_source
@@ -26,11 +28,12 @@ def solo_groups() -> ProcessGroupCollection:
 
 
 class VisionPath:
-    """Tiles to features, `tiles_per_call` at a time."""
+    """Tiles to features, `tiles_per_call` at a time; full calls as a CUDA graph with `graph`."""
 
-    def __init__(self, encoder: InternViT, downsample: int, tiles_per_call: int = 256) -> None:
+    def __init__(self, encoder: InternViT, downsample: int, tiles_per_call: int = 256, graph: bool = False) -> None:
         self.encoder = encoder.requires_grad_(False).eval()
         self.downsample, self.tiles_per_call = downsample, tiles_per_call
+        self.full = device.graphed(self.encoder) if graph else self.encoder
 
     def encode(self, batch: Batch) -> Batch:
         """`batch` with features [T, K, C] of all its tiles, encoded by this process alone."""
@@ -43,13 +46,20 @@ class VisionPath:
             patches = self.encoder.patch_embedding
             side = pixels_T3.shape[-1] // (patches.kernel_size[0] * self.downsample)
             return patches.weight.new_zeros(0, side**2, patches.out_channels * self.downsample**2)
-        calls = [self.encoder(normalize(some)) for some in pixels_T3.split(self.tiles_per_call)]
+        calls = [self._call(normalize(some)) for some in pixels_T3.split(self.tiles_per_call)]
         return pixel_shuffle(torch.cat(calls), self.downsample)
 
 
-def build_vision(config: Config, device: torch.device) -> VisionPath:
-    """The encoder of `config` with its weights, on `device`. All processes call it together."""
-    source = vision_source(config)
-    encoder = InternViT(config, solo_groups()).to(device)
+    def _call(self, pixels_T3: Tensor) -> Tensor:
+        return (self.full if len(pixels_T3) == self.tiles_per_call else self.encoder)(pixels_T3)
+
+
+def build_vision(config: Config, place: torch.device) -> VisionPath:
+    """The encoder of `config` with its weights, on `place`. All processes call it together."""
+    source, vision = vision_source(config), config.vision
+    encoder = InternViT(config, solo_groups()).to(place)
     read(source, ["vision"], {name: parameter.data for name, parameter in encoder.named_parameters()})
-    return VisionPath(encoder, config.vision.downsample, config.vision.tiles_per_call)
+    if config.precision.encoder:
+        path = VisionPath(encoder, vision.downsample, vision.tiles_per_call)
+        quantize(path, lambda linear: FP8Linear(linear, config.precision), vision.tile_size)
+    return VisionPath(encoder, vision.downsample, vision.tiles_per_call, vision.graph)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import resource
@@ -424,3 +425,46 @@ def test_a_module_group_may_be_new_only_where_it_is_said_to_be(tmp_path):
     ):
         with pytest.raises(AssertionError, match=reason):
             run_distributed(next_stage, 1, options, tmp_path / "0", tmp_path / "2", new)
+
+
+class Scales(torch.nn.Module):
+    """Has a memory that is no tensor, as Transformer Engine's modules have of FP8 scales."""
+
+    def __init__(self, memory: bytes) -> None:
+        super().__init__()
+        self.memory = memory
+
+    def get_extra_state(self) -> io.BytesIO:
+        return io.BytesIO(self.memory)
+
+    def set_extra_state(self, state: io.BytesIO) -> None:
+        self.memory = state.read()
+
+
+def scaled(device, memory: bytes, delayed: bool = True) -> tuple[Trainer, Scales]:
+    """A trainer with FP8 scales in its first layer; `delayed`: that are to be remembered."""
+    trainer, _ = built(FP32, device)
+    model, scales = trainer.chunks[0].module, Scales(memory)
+    model.decoder.layers[0].mlp.linear_fc1.scales = scales
+    if delayed:
+        trainer.chunks[0].config.fp8, trainer.chunks[0].config.fp8_recipe = "hybrid", "delayed"
+    return trainer, scales
+
+
+def scales_come_back(run: Path) -> list[bytes]:
+    """What scales are behind a load: of a checkpoint that has them, of one that has none, by a run without any."""
+    with joined(compose_config(*FP32)) as device:
+        trainer, _ = scaled(device, b"learned")
+        with_scales = saved(trainer, FP32, run / "with", 1)
+        plain, _ = scaled(device, b"none", delayed=False)
+        without = saved(plain, FP32, run / "without", 1)
+        found = []
+        for folder, delayed in ((with_scales, True), (without, True), (with_scales, False)):
+            other, scales = scaled(device, b"fresh", delayed)
+            restore.load(other, folder)
+            found.append(scales.memory)
+        return found
+
+
+def test_scales_of_delayed_fp8_travel_with_the_checkpoint(tmp_path):
+    assert run_distributed(scales_come_back, 1, tmp_path) == [[b"learned", b"fresh", b"fresh"]]

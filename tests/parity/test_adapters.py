@@ -65,7 +65,7 @@ def test_a_fresh_one_is_the_base_bit_for_bit(arch, dropout):
         assert torch.equal(adapted(batch), base(batch))
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("projector", ["true", "false"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_adapters_alone_learn_in_their_groups_and_as_the_reference(arch, projector, recompute):

@@ -20,7 +20,7 @@ from nvlm.data.pack import collate
 from nvlm.data.work import count_work
 from nvlm.flops import Work, backward, forward, hardware_flops, model_flops
 from nvlm.lengths import sample_work
-from nvlm.llm.attention import causal_mask, visible
+from nvlm.llm.masks import causal_mask, visible
 from nvlm.train.optim import freeze
 from nvlm.vision.encoder import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
@@ -36,6 +36,8 @@ STAGES = {
     "adapters": ("stage=sft", "peft=lora", "peft.rank=3"),
     "recomputed pretrain": ("stage=pretrain", "train.recompute=full"),
     "recomputed sft": ("stage=sft", "train.recompute=full"),
+    "selectively recomputed pretrain": ("stage=pretrain", "train.recompute=selective"),
+    "selectively recomputed sft": ("stage=sft", "train.recompute=selective"),
     "another encoder": ("stage=sft", "vision.norm=layer", "vision.qk_norm=false", "vision.qkv_bias=true"),
     "cross-attention in every layer": ("stage=pretrain", "arch.cross_every=1"),
     "idle adapters": ("stage=pretrain", "peft=lora", "peft.rank=3"),

@@ -9,6 +9,7 @@ weighs more (worst seen 1e-5).
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -578,7 +579,7 @@ def test_a_packed_row_holds_the_losses_of_its_samples_alone(model):
                 at += len(alone)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("model", MODELS)
 def test_what_learns_in_pretraining_gets_the_references_gradients(model, recompute):
     """Language model frozen. The encoder never learns, and encoding keeps no graph to hold activations by."""
@@ -608,20 +609,22 @@ def test_what_learns_in_pretraining_gets_the_references_gradients(model, recompu
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_recomputing_changes_nothing(arch, stage, rows):
     results, calls = [], []
-    for recompute in ("none", "full"):
+    for recompute in ("none", "selective", "full"):
         twins = build_twins(small_config(f"arch={arch}", f"stage={stage}", f"train.recompute={recompute}"))
         freeze(twins.model, twins.config.stage)
-        count = []
-        twins.model.decoder.layers[-1].register_forward_pre_hook(lambda *args, count=count: count.append(1))
+        count, last = [], twins.model.decoder.layers[-1]
+        for part in (last, last.mlp.linear_fc1):
+            part.register_forward_pre_hook(lambda module, _, count=count: count.append(type(module).__name__))
         loss = twins.model(batch_of(INPUTS[rows], twins))
         loss.sum().backward()
         gradients = {n: p.grad for n, p in twins.model.named_parameters() if p.requires_grad}
         assert gradients and all(gradient is not None for gradient in gradients.values())
         results.append({"loss": loss.detach(), **gradients})
-        calls.append(len(count))
-    assert calls == [1, 2]
-    for name, expected in results[0].items():
-        assert_near(results[1][name], expected, name, GRADIENT)
+        calls.append(Counter(count))
+    assert [(c["DecoderLayer"], c["ColumnParallelLinear"]) for c in calls] == [(1, 1), (1, 2), (2, 2)]
+    for result in results[1:]:
+        for name, expected in results[0].items():
+            assert_near(result[name], expected, name, GRADIENT)
 
 
 def test_generation_prompts_end_where_the_assistant_begins():

@@ -1,0 +1,16 @@
+"""Cross entropy over a vocabulary that is split over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+
+def token_losses(logits_SBV: Tensor, labels_SB: Tensor) -> Tensor:
+    """Losses [S, B] in fp32. On a GPU in two kernels, without a copy of the logits in fp32."""
+    if logits_SBV.is_cuda:
+        from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy  # compiles
+
+        group = parallel_state.get_tensor_model_parallel_group()
+        return fused_vocab_parallel_cross_entropy(logits_SBV, labels_SB, group)
+    return tensor_parallel.vocab_parallel_cross_entropy(logits_SBV.float(), labels_SB)

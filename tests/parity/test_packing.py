@@ -1,0 +1,117 @@
+"""Packed rows as a GPU gets them, on CPU: block masks and rows in a line show what dense masks show.
+
+FlexAttention has no backward on CPU, so its gradients are not compared here (benchmarks/gpu.py does).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_mask
+
+from nvlm.arch.base import VisionLanguageModel
+from nvlm.batch import PAD, Batch, in_line
+from nvlm.data.pack import collate
+from nvlm.llm.attention import attend
+from nvlm.llm.masks import causal_mask, unseen_keys
+from nvlm.llm.packing import samples_in_line, seen_columns, seen_keys
+from tests.models import TILE, Twins, build_twins, sample_of, small_config
+from tests.parity.test_models import ONE, ONE_TILE, TEXT, TWO
+
+ROWS = [[TWO, TEXT], [ONE], [ONE_TILE, ONE, TEXT]]  # of different lengths, so that there is padding
+ARCHITECTURES = ("decoder", "xattn", "hybrid")
+
+
+@pytest.fixture(scope="module")
+def twins(megatron):
+    return {arch: build_twins(small_config(f"arch={arch}", "tiling.tag=1d")) for arch in ARCHITECTURES}
+
+
+def batch_for(twins: Twins) -> Batch:
+    rows = [[sample_of(story, twins.config) for story in row] for row in ROWS]
+    return twins.vision.encode(collate(rows, TILE))
+
+
+def masks(batch: Batch, kind: str) -> tuple:
+    """The dense and the block mask of one kind of attention."""
+    columns = torch.arange(batch.tokens.shape[1])
+    if kind == "self":
+        return causal_mask(batch.sample, columns, columns), seen_columns(batch.sample, columns, columns)
+    return unseen_keys(batch, columns), seen_keys(batch, columns)
+
+
+@pytest.mark.parametrize("kind", ["self", "cross"])
+@pytest.mark.parametrize("arch", ["xattn", "hybrid"])
+def test_block_masks_are_the_dense_ones(arch, kind, twins):
+    dense, blocks = masks(batch_for(twins[arch]), kind)
+    rows, _, queries, keys = dense.shape
+    assert torch.equal(create_mask(blocks.mask_mod, rows, None, queries, keys, device="cpu"), ~dense)
+    # The blocks that are not empty are the ones with something in them.
+    block = blocks.BLOCK_SIZE[0]
+    padded = torch.nn.functional.pad(~dense, (0, -keys % block, 0, -queries % block))
+    some = padded.unflatten(3, (-1, block)).unflatten(2, (-1, block)).any(-1).any(3)
+    assert torch.equal(blocks.to_dense().bool(), some)
+
+
+@pytest.mark.parametrize("kind", ["self", "cross"])
+def test_attention_through_blocks_is_the_dense_one(kind, twins):
+    torch.manual_seed(0)
+    dense, blocks = masks(batch_for(twins["xattn"]), kind)
+    rows, _, queries, keys = dense.shape
+    q, k, v = torch.randn(queries, rows, 4, 8), torch.randn(keys, rows, 2, 8), torch.randn(keys, rows, 2, 8)
+    got, expected = attend(q, k, v, blocks, None), attend(q, k, v, dense, None)
+    assert (got - expected).abs().max() < 2e-6
+    blind = dense.all(-1)[:, 0].t()
+    assert blind.any() and not got[blind].any()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_rows_in_a_line_lose_and_learn_the_same(arch, twins):
+    model, batch = twins[arch].model, batch_for(twins[arch])
+    gradients = []
+    for some in (batch, in_line(batch)):
+        model.zero_grad()
+        loss = model(some)
+        loss.sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        assert loss.shape == some.labels.shape
+    plain, line = gradients
+    assert torch.allclose(model(batch).flatten(), model(in_line(batch)).flatten(), atol=1e-5)
+    assert plain.keys() == line.keys()
+    for name, gradient in plain.items():
+        assert (line[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max().clamp(min=1e-3), name
+
+
+@pytest.mark.parametrize("lined", [False, True], ids=["rows", "a line"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_whole_model_with_block_masks(arch, lined, twins, monkeypatch):
+    """Masks reach every layer beside the arguments that Megatron keeps for a recomputed one."""
+    model, batch = twins[arch].model, batch_for(twins[arch])
+    if lined:
+        batch = in_line(batch)
+    expected = model(batch)
+    monkeypatch.setattr(VisionLanguageModel, "packs", lambda self, batch: True)
+    seen = []
+    monkeypatch.setattr("nvlm.llm.attention.attend_blocks", counted(seen))
+    model.requires_grad_(False)
+    try:
+        got = model(batch)
+    finally:
+        model.requires_grad_(True)
+    layers = len(model.decoder.layers)
+    crossing = sum(hasattr(layer.cross_attention, "gate") for layer in model.decoder.layers)
+    assert len(seen) == layers + crossing
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def counted(seen: list):
+    from nvlm.llm.packing import attend_blocks
+
+    return lambda *arguments: seen.append(0) or attend_blocks(*arguments)
+
+
+def test_where_the_samples_of_a_line_begin():
+    line = torch.tensor([0, 0, 0, PAD, PAD, 1, 1, PAD, PAD, PAD, PAD, PAD, PAD, PAD, PAD, 2])
+    ends = samples_in_line(line, longest=5).cu_seqlens_q.tolist()
+    assert ends == [0, 3, 5, 7, 10, 15, 16]  # padding is cut so that none is longer than five
+    assert samples_in_line(torch.tensor([0, 0, 0, 0, 0, 0]), longest=5).cu_seqlens_q.tolist() == [0, 6]

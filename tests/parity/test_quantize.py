@@ -1,0 +1,61 @@
+"""The encoder's linears in other hands: what is replaced, what it costs, and an encoder that comes out too wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import nn
+
+from nvlm.config import ConfigError
+from nvlm.vision.path import VisionPath
+from nvlm.vision.quantize import MOST, quantize
+from tests.models import TILE, build_twins, small_config
+
+FLOATS = {"e4m3": torch.float8_e4m3fn, "bf16": torch.bfloat16}
+
+
+class Rounded(nn.Module):
+    """A linear whose weights and inputs are rounded to a format, with one scale a tensor."""
+
+    def __init__(self, linear: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.kind, self.apart, self.bias = FLOATS[kind], linear.skip_bias_add, linear.bias
+        self.weight = self.rounded(linear.weight.detach())
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().max() / torch.finfo(self.kind).max
+        return (x / scale).to(self.kind).float() * scale
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out = self.rounded(x) @ self.weight.t()
+        return (out, self.bias) if self.apart or self.bias is None else (out + self.bias, None)
+
+
+@pytest.fixture
+def path(megatron) -> VisionPath:
+    return build_twins(small_config("arch=decoder")).vision
+
+
+def test_fp8_linears_cost_a_few_percent_of_the_features(path):
+    linears = [m for m in path.encoder.modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]
+    assert 0.002 < quantize(path, lambda linear: Rounded(linear, "e4m3"), TILE) < MOST
+    replaced = [m for m in path.encoder.modules() if isinstance(m, Rounded)]
+    assert len(replaced) == len(linears) == 4 * len(path.encoder.decoder.layers)
+
+
+def test_a_finer_format_costs_less(path, megatron):
+    coarse = quantize(path, lambda linear: Rounded(linear, "e4m3"), TILE)
+    other = build_twins(small_config("arch=decoder")).vision
+    assert quantize(other, lambda linear: Rounded(linear, "bf16"), TILE) < coarse / 4
+
+
+@pytest.mark.parametrize("factor", [0.0, 3.0, float("nan")])
+def test_an_encoder_that_changes_too_much_is_refused(factor, path):
+    def broken(linear: nn.Module) -> Rounded:
+        made = Rounded(linear, "bf16")
+        made.weight *= factor
+        return made
+
+    with pytest.raises(ConfigError, match="precision.encoder: got features .* off"):
+        quantize(path, broken, TILE)
