@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nvlm.config import Config, stage_layers
 from nvlm.plan.load import Load
-from nvlm.plan.parameters import layer_kind, learning_groups, uses_tiles
+from nvlm.plan.parameters import element_bytes, layer_kind, learning_groups, uses_tiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +48,8 @@ class Kept:
     whole: float  # of the layer that keeps most, nothing recomputed
     shared: float  # by all layers: rotary angles and masks
     fusion: float  # projector, norms of keys, keys
-    head: float  # final norm and logits
-    logits: float  # of these the logits
+    head: float  # final norm, and logits of the tokens with a label
+    logits: float  # of these the logits, fp32
     output: float  # what is sent to the next stage
 
     @property
@@ -63,14 +63,15 @@ def kept(config: Config, stage: int, load: Load, kernels: Kernels) -> Kept:
     sizes = _Sizes.of(config, load, kernels)
     layers, whole = _layers(config, sizes, stage)
     last, learns = stage == config.parallel.stages - 1, "llm" in sizes.learns
-    logits = 4 * sizes.tokens * config.llm.padded_vocab / config.parallel.tensor if last else 0.0
-    norm = sizes.norm(learns) + sizes.hidden * learns if last else 0.0
+    outputs = load.work.outputs / config.parallel.context if last else 0.0
+    logits = 4 * outputs * config.llm.padded_vocab / config.parallel.tensor
+    head = sizes.norm(learns) + outputs * config.llm.hidden * sizes.element * learns if last else 0.0
     return Kept(
         layers=layers,
         whole=whole,
         shared=_shared(config, sizes, uses_tiles(config, stage).keys),
         fusion=_fusion(config, sizes, stage, load),
-        head=norm + logits,
+        head=head + logits,
         logits=logits,
         output=0.0 if last else sizes.hidden,
     )
@@ -87,7 +88,9 @@ def _layers(config: Config, s: _Sizes, stage: int) -> tuple[tuple[float, ...], f
         none, selective, flows = known[kind]
         found.append({"none": none, "selective": selective, "full": s.hidden}[config.train.recompute])
         whole = max(whole, none)
-    if stage == 0:
+    if config.train.offload:  # the others wait in the host's memory, but for one on its way
+        found = found[-2:]
+    elif stage == 0:
         found[0] += s.unsplit
     return tuple(found), whole
 
@@ -110,8 +113,8 @@ class _Sizes:
 
     @classmethod
     def of(cls, config: Config, load: Load, kernels: Kernels) -> _Sizes:
-        p, h = config.parallel, config.llm.hidden
-        element = 4 if config.precision.dtype == "fp32" else 2
+        p, h, (learns, adapts) = config.parallel, config.llm.hidden, learning_groups(config)
+        element = element_bytes(config)
         tokens = load.tokens / p.context
         own = tokens / p.tensor if p.sequence else tokens
         columns = load.length / p.context
@@ -125,8 +128,8 @@ class _Sizes:
             keys=load.rows * load.keys,
             query_key_pairs=load.rows * columns * p.context_heads * load.length,
             query_cross_pairs=load.rows * columns * load.keys,
-            learns=(groups := learning_groups(config))[0],
-            adapts=groups[1],
+            learns=learns,
+            adapts=adapts,
         )
 
     def norm(self, learns: bool) -> float:

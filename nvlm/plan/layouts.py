@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from nvlm.config import Config, ConfigError
 from nvlm.hardware import GPU
 from nvlm.plan.load import Load, step_load
-from nvlm.plan.memory import Memory, memory
+from nvlm.plan.memory import Memory, gib, memory
 from nvlm.plan.speed import Speed, bubble_share, speed
 from nvlm.rules import check_world, validate
 
@@ -78,7 +79,9 @@ def plan(
         try:
             replicas = check_world(validate(candidate), gpus)
         except ConfigError as error:
-            refused.setdefault(_reason(error), []).append(name(candidate))
+            reason = str(error).partition(". Fix: ")[0]
+            # What differs in numbers alone is one reason.
+            refused.setdefault(re.sub(r"\d+", "", reason), (reason, []))[1].append(name(candidate))
             continue
         load = step_load(candidate, replicas, tiles, text)
         needed = memory(candidate, replicas, load)
@@ -96,7 +99,7 @@ def plan(
         gpu=gpu,
         fitting=tuple(sorted(fitting, key=lambda option: -option.samples_per_second)),
         nearest=min(large, key=lambda option: option.memory.total, default=None),
-        refused=tuple(Refusal(reason=why, layouts=tuple(dict.fromkeys(names))) for why, names in refused.items())
+        refused=tuple(Refusal(reason=why, layouts=tuple(dict.fromkeys(names))) for why, names in refused.values())
         + _too_large(large, gpu),
     )
 
@@ -106,9 +109,8 @@ def name(config: Config) -> str:
     p = config.parallel
     parts = [f"tensor {p.tensor}", f"pipeline {p.pipeline}"]
     parts += [f"virtual {p.virtual}"] if p.virtual > 1 else []
-    parts += [f"context {p.context}" + (f" ({p.context_heads} over heads)" if p.context_heads > 1 else "")] * (
-        p.context > 1
-    )
+    heads = f" ({p.context_heads} over heads)" if p.context_heads > 1 else ""
+    parts += [f"context {p.context}{heads}"] if p.context > 1 else []
     return " x ".join(parts)
 
 
@@ -141,7 +143,7 @@ def candidates(config: Config, gpus: int, fixed: Sequence[str]) -> Iterator[Conf
     for tensor in choices("tensor", TENSOR):
         for pipeline in choices("pipeline", _divisors(layers, MOST_STAGES)):
             for context in choices("context", _powers_of_two(gpus)):
-                if gpus % (tensor * pipeline * context) and len(fixed) == 0:
+                if gpus % (tensor * pipeline * context) and not fixed:  # what was asked for gets an answer
                     continue
                 virtuals = _divisors(layers // math.gcd(layers, pipeline), MOST_STAGES // pipeline)
                 for virtual in choices("virtual", virtuals if pipeline > 1 else (1,)):
@@ -169,11 +171,6 @@ def _powers_of_two(most: int) -> list[int]:
     return [2**n for n in range(4) if 2**n <= most]
 
 
-def _reason(error: ConfigError) -> str:
-    """A rule's message without its advice."""
-    return str(error).partition(". Fix: ")[0]
-
-
 def _too_large(large: Sequence[Option], gpu: GPU) -> tuple[Refusal, ...]:
     """One line for each way to cut the weights."""
     by_cut: dict[tuple[int, int], list[Option]] = {}
@@ -184,19 +181,8 @@ def _too_large(large: Sequence[Option], gpu: GPU) -> tuple[Refusal, ...]:
     for (tensor, pipeline), options in sorted(by_cut.items()):
         best = min(options, key=lambda option: option.memory.total)
         reason = (
-            f"memory: tensor {tensor} x pipeline {pipeline} needs at least {gib(best.memory.total)} of "
-            f"{gib(gpu.memory)} with recompute {best.config.train.recompute}, most of it {largest_part(best.memory)}"
+            f"memory, tensor {tensor} x pipeline {pipeline}: at least {gib(best.memory.total)}, more than "
+            f"{gib(gpu.memory)}; {best.memory.largest} alone {gib(getattr(best.memory, best.memory.largest))}"
         )
         found.append(Refusal(reason=reason, layouts=tuple(dict.fromkeys(name(option.config) for option in options))))
     return tuple(found)
-
-
-def gib(size: float) -> str:
-    """Bytes in words."""
-    return f"{size / 2**30:.1f} GiB"
-
-
-def largest_part(needed: Memory) -> str:
-    """The part that takes most."""
-    part = max((f for f in Memory.__dataclass_fields__), key=lambda name: getattr(needed, name))
-    return f"{part} ({gib(getattr(needed, part))})"

@@ -1,7 +1,7 @@
 """What a replica's step is made of, for a sample that stands for all.
 
-The sample is one image of `tiles` regular tiles, with thumbnail and tags, and text. By default the tiles are the most
-that the run allows, and text fills a row. Lengths are those that are computed, padding included.
+The sample is one image of `tiles` regular tiles, with thumbnail and tags, and text, all of which has labels. By default
+the tiles are the most that the run allows, and text fills a row. Lengths are those that are computed, padding included.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nvlm.config import Config
 from nvlm.flops import Work
 from nvlm.lengths import sample_work
 from nvlm.registry import layout_rule
 from nvlm.tiling.grid import TilePlan
+
+if TYPE_CHECKING:
+    from nvlm.batch import Batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +52,7 @@ def step_load(config: Config, replicas: int, tiles: int | None = None, text: int
     if text is None:
         image = sample_work(config, 0, tiles).tokens
         text = max((data.row_length if data.row_length > image else data.seq_length) - image, 1)
-    sample = sample_work(config, text, tiles)
+    sample = dataclasses.replace(sample_work(config, text, tiles), outputs=text)
     a_row = max(1, data.row_length // sample.tokens)
     if sample.keys:
         a_row = max(1, min(a_row, data.cross_length // sample.keys))
@@ -69,6 +73,21 @@ def step_load(config: Config, replicas: int, tiles: int | None = None, text: int
         key_tiles=each * keys,
         micro_batches=micro_batches,
         samples=samples,
+    )
+
+
+def batch_load(batch: Batch, work: Work) -> Load:
+    """The load of a step of one micro-batch, as it is; `work`: what nvlm.data.work counts in it."""
+    rows, length = batch.tokens.shape
+    return Load(
+        work=work,
+        rows=rows,
+        length=length,
+        keys=batch.cross_tokens.shape[1],
+        stream_tiles=len(batch.stream_tiles),
+        key_tiles=len(batch.cross_tiles),
+        micro_batches=1,
+        samples=sum(map(len, batch.ids)),
     )
 
 

@@ -6,16 +6,17 @@ the pipeline's schedule at which most is kept, with what a backward pass works i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from nvlm.config import Config
 from nvlm.counts import vision_parameters
-from nvlm.hardware import GiB
+from nvlm.hardware import GPUS, GiB
 from nvlm.plan.activations import Kept, Kernels, kept, kernels_of
 from nvlm.plan.load import Load, step_load
-from nvlm.plan.parameters import held, uses_tiles, virtual_stages
+from nvlm.plan.parameters import element_bytes, held, uses_tiles, virtual_stages
 
-OUTSIDE = 2.5 * GiB  # CUDA's context, NCCL's buffers, workspaces of cuBLAS and cuDNN: outside torch's allocator or fixed
+OUTSIDE = 2.5 * GiB  # CUDA's context, NCCL's buffers, workspaces of cuBLAS and cuDNN
+_MOST_REPLICAS = 1024
 FRAGMENTED = 0.05  # of what comes and goes within a step: lost between its blocks
 
 
@@ -38,9 +39,19 @@ class Memory:
         return self.total - self.reserve
 
     @property
+    def largest(self) -> str:
+        """Name of the part that takes most."""
+        return max((part.name for part in fields(self)), key=lambda name: getattr(self, name))
+
+    @property
     def total(self) -> float:
         """Of all parts."""
         return sum(getattr(self, part.name) for part in fields(self))
+
+
+def gib(size: float) -> str:
+    """Bytes in words."""
+    return f"{size / GiB:.1f} GiB"
 
 
 def memory(config: Config, replicas: int, load: Load | None = None, kernels: Kernels | None = None) -> Memory:
@@ -57,11 +68,34 @@ def least_memory(config: Config, replicas: int) -> Memory:
     return Memory(**{f.name: 0.0 if f.name == "reserve" else getattr(found, f.name) for f in fields(Memory)})
 
 
+def gpus_needed(config: Config) -> int | None:
+    """Fewest GPUs of 80 GB, in whole replicas, that hold a run. None where no number of replicas helps: too few
+    shards."""
+
+    def fits(replicas: int) -> bool:
+        return memory(config, replicas).total <= GPUS["h100"].memory
+
+    low, high = 1, _MOST_REPLICAS
+    if not fits(high):
+        return None
+    while low < high:  # more replicas never need more memory each
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return low * config.parallel.replica
+
+
+def fewest_gpus(config: Config) -> tuple[int, int] | None:
+    """The fewest GPUs over some numbers of pipeline stages, and that number; None where none of them is enough."""
+    stages = [p for p in (1, 2, 4, 8) if config.llm.layers % (p * config.parallel.virtual) == 0]
+    needed = {p: gpus_needed(replace(config, parallel=replace(config.parallel, pipeline=p))) for p in stages}
+    return min(((gpus, p) for p, gpus in needed.items() if gpus is not None), default=None)
+
+
 def rank_memory(
     config: Config, replicas: int, pipeline_rank: int, load: Load, kernels: Kernels | None = None
 ) -> Memory:
     """Of the processes on one pipeline rank."""
-    parameters, element = held(config, pipeline_rank), _element(config)
+    parameters, element = held(config, pipeline_rank), element_bytes(config)
     stages = virtual_stages(config, pipeline_rank)
     chunks = [kept(config, stage, load, kernels or kernels_of(config)) for stage in stages]
     activations = most_in_flight([chunk.total for chunk in chunks], config, pipeline_rank, load.micro_batches)
@@ -78,10 +112,6 @@ def rank_memory(
         workspace=highest - activations,
         reserve=OUTSIDE + FRAGMENTED * highest,
     )
-
-
-def _element(config: Config) -> int:
-    return 4 if config.precision.dtype == "fp32" else 2
 
 
 def _optimizer(config: Config, learning: int, replicas: int) -> float:
@@ -120,12 +150,12 @@ def _features(config: Config, load: Load, stages: list[int]) -> float:
 def tile_bytes(config: Config) -> int:
     """A tile's features."""
     width = config.vision.hidden * config.vision.downsample**2
-    return config.vision.tile_tokens * width * _element(config)
+    return config.vision.tile_tokens * width * element_bytes(config)
 
 
 def _encoder_workspace(config: Config, load: Load) -> float:
     """A call of the encoder, and its share's features three times: as the calls gave them, joined, and dealt."""
-    vision, element = config.vision, _element(config)
+    vision, element = config.vision, element_bytes(config)
     share = -(-load.tiles // config.parallel.replica)
     patches = (vision.tile_size // vision.patch) ** 2 + 1
     # In an MLP: the residual, the norm's output, and the inner width before and behind GELU.
@@ -135,7 +165,7 @@ def _encoder_workspace(config: Config, load: Load) -> float:
 
 def _backward_workspace(config: Config, load: Load, chunks: list[Kept]) -> float:
     """Beside what is kept: the logits' gradient, or a layer's gradients and what it computes again."""
-    p, llm, element = config.parallel, config.llm, _element(config)
+    p, llm, element = config.parallel, config.llm, element_bytes(config)
     tokens = load.tokens / p.context
     gathered = 2 * tokens * llm.hidden * element  # under sequence parallelism: a linear's input, and its gradient
     logits = chunks[-1].logits

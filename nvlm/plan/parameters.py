@@ -32,6 +32,11 @@ class _Weight:
     count: int = 1  # of such weights
 
 
+def element_bytes(config: Config) -> int:
+    """Of a weight, and of an element that passes between layers."""
+    return 4 if config.precision.dtype == "fp32" else 2
+
+
 def virtual_stages(config: Config, rank: int) -> list[int]:
     """Stages (virtual ones counted) on pipeline rank `rank`."""
     p = config.parallel

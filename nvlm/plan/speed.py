@@ -15,7 +15,7 @@ from nvlm.hardware import GPU
 from nvlm.plan.activations import kept, kernels_of
 from nvlm.plan.load import Load
 from nvlm.plan.memory import tile_bytes
-from nvlm.plan.parameters import carriers_of, held, uses_tiles, virtual_stages
+from nvlm.plan.parameters import carriers_of, element_bytes, held, uses_tiles, virtual_stages
 
 # Of the peak, within a kernel. Whole runs of 70B and more on H100 report 38 to 43% in bf16 with communication, bubble
 # and all that is no product; large products alone reach 65 to 75%.
@@ -107,7 +107,7 @@ def speed(config: Config, replicas: int, gpu: GPU, load: Load) -> Speed:
 
 def _padded(config: Config, load: Load) -> Work:
     """A micro-batch as it is computed. Attention's kernels skip padding."""
-    return dataclasses.replace(load.work, tokens=load.tokens, outputs=load.tokens, keys=load.rows * load.keys)
+    return dataclasses.replace(load.work, tokens=load.tokens, keys=load.rows * load.keys)
 
 
 def _products(config: Config, gpu: GPU, fp8: bool) -> float:
@@ -156,7 +156,7 @@ def _encoding(config: Config, gpu: GPU, load: Load) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Spans:
-    """Bandwidth between the ranks of each group, bytes/s one way. Ranks are numbered tensor, context, data, pipeline."""
+    """Bytes/s one way within each group. Ranks are numbered tensor first, then context, data, pipeline."""
 
     tensor: float
     context: float
@@ -183,7 +183,7 @@ def _shown(config: Config) -> float:
 def _wires(config: Config, load: Load, rank: int) -> tuple[float, float, float]:
     """Bytes that a rank sends for one micro-batch: tensor, context, and hidden states to a neighbour."""
     p, llm, stages = config.parallel, config.llm, virtual_stages(config, rank)
-    element = 4 if config.precision.dtype == "fp32" else 2
+    element = element_bytes(config)
     tokens = load.tokens / p.context
     hidden = tokens * llm.hidden * element
     layers = sum(len(stage_layers(config, stage)) for stage in stages)
@@ -210,7 +210,7 @@ def _shards(config: Config, replicas: int) -> int:
 def _data_bytes(config: Config, replicas: int, learning: int) -> float:
     """Gradients in fp32 to their owners and updated weights back; without owners gradients to all."""
     ranks = replicas * config.parallel.context
-    weight = 4 if config.precision.dtype == "fp32" else 2
+    weight = element_bytes(config)
     each = 4 + weight if config.parallel.distributed_optimizer else 8
     return each * learning * (ranks - 1) / ranks
 
