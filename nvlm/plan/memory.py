@@ -22,7 +22,7 @@ FRAGMENTED = 0.05  # of what comes and goes within a step: lost between its bloc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes of one rank. All but `reserve` is what torch.cuda.max_memory_allocated tells."""
+    """Bytes of one rank. All but `reserve` is what torch allocates at its peak."""
 
     weights: float  # of the language model, cross-attention, projector
     encoder: float  # frozen, whole on each rank
@@ -42,6 +42,12 @@ class Memory:
     def largest(self) -> str:
         """Name of the part that takes most."""
         return max((part.name for part in fields(self)), key=lambda name: getattr(self, name))
+
+    @property
+    def parts(self) -> str:
+        """Those that are not nothing, GiB."""
+        sizes = {part.name: getattr(self, part.name) / GiB for part in fields(self)}
+        return ", ".join(f"{name} {size:.1f}" for name, size in sizes.items() if size)
 
     @property
     def total(self) -> float:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from nvlm.config import Config, ConfigError
-from nvlm.plan.memory import Memory, gib, least_memory
+from nvlm.plan.memory import gib, least_memory
 from nvlm.rules import check_world, validate
 
 
@@ -19,14 +19,12 @@ def check_memory(config: Config, processes: int, gpu: str, capacity: int) -> Non
     needed = least_memory(config, replicas)
     if needed.total <= capacity:
         return
-    parts = ", ".join(
-        f"{part.name} {getattr(needed, part.name) / 2**30:.1f}" for part in fields(Memory) if getattr(needed, part.name)
-    )
     gpus = config.parallel.replica * replicas
     raise ConfigError(
-        f"memory: got {gib(needed.total)} a GPU on {gpus} GPUs ({parts}; images not counted), expected at most "
+        f"memory: got {gib(needed.total)} a GPU on {gpus} GPUs ({needed.parts}; images not counted), expected at most "
         f"{gib(capacity)} of {gpu}. Fix: {_fix(config, gpus, capacity)}; "
-        f"python launch/plan.py gpus={gpus} gpu={gpu if config.gpu else 'NAME'} and this run's keys lists what fits"
+        f"python launch/plan.py gpus={gpus}{f' gpu={config.gpu}' if config.gpu else ''} with this run's keys lists all "
+        f"layouts that fit"
     )
 
 

@@ -32,10 +32,9 @@ def print_plan(found: Plan, config: Config, top: int) -> None:
         console.print(f"1 in words: {overrides(first.config, first.replicas)}", highlight=False)
     elif found.nearest:
         near, over = found.nearest, found.nearest.memory.total - found.gpu.memory
-        parts = ", ".join(f"{f.name} {gib(getattr(near.memory, f.name))}" for f in fields(Memory))
         console.print(
             f"Nothing fits {found.gpus} GPUs. Nearest: {name(near.config)}, recompute {near.config.train.recompute}, "
-            f"{gib(near.memory.total)}, {gib(over)} too much ({parts}).",
+            f"{gib(near.memory.total)}, {gib(over)} too much ({near.memory.parts}).",
             highlight=False,
         )
     else:
@@ -153,6 +152,6 @@ def _assumptions(config: Config) -> str:
         f"Assumed: every sample is like this row's; {engine}; {gib(need.OUTSIDE)} a GPU outside of what torch "
         f"allocates, and {need.FRAGMENTED:.0%} of what comes and goes lost between blocks. Of the peak: products "
         f"{pace.PRODUCTS:.0%} (FP8 {pace.FP8_PRODUCTS:.0%}), attention {pace.SCORES:.0%}, encoder {pace.ENCODER:.0%}; "
-        f"of links and network {pace.LINKS:.0%}. Tensor-parallel traffic of the backward pass hides behind products. MFU "
-        f"counts what training takes at least, not what is computed again. Predictions, not measurements."
+        f"of links and network {pace.LINKS:.0%}. Tensor-parallel traffic of the backward pass hides behind products. "
+        f"MFU counts what training takes at least, not what is computed again. Predictions, not measurements."
     )
