@@ -134,6 +134,28 @@ def test_bubble_and_traffic_are_the_schedules(configured):
     assert sent.tensor == sent.context == sent.data == 0 and sent.pipeline > 0
 
 
+L70 = "llm.layers=80 llm.hidden=8192 llm.heads=64 llm.ffn=28672 parallel.tensor=4 parallel.virtual=5"
+L405 = "llm.layers=128 llm.hidden=16384 llm.heads=128 llm.ffn=53248 parallel.tensor=8 parallel.virtual=8"
+# TFLOP/s a GPU of Llama 3 runs on H100, rows of 8192 tokens: the Llama 3 paper in bf16 (126 layers there), and
+# Megatron-Bridge's pages in FP8.
+PUBLISHED = [
+    (430, 8192, 2048, f"{L405} parallel.pipeline=16"),
+    (400, 16384, 2048, f"{L405} parallel.pipeline=16"),
+    (731, 64, 256, f"{L70} parallel.pipeline=8 precision=fp8_current"),
+    (744, 8, 128, "parallel.tensor=1 parallel.sequence=false precision=fp8_current"),
+    (827, 1024, 1024, f"{L405} parallel.pipeline=8 parallel.context=2 precision=fp8_current"),
+]
+
+
+@pytest.mark.parametrize(("published", "gpus", "batch", "keys"), PUBLISHED)
+def test_published_runs_come_out(configured, published, gpus, batch, keys):
+    rows = ("data.seq_length=8192", "data.row_length=8192", f"train.global_batch={batch}", "llm.vocab_multiple=128")
+    config = configured("arch=decoder", "llm=llama3.1-8b", "dry_run=true", *rows, *keys.split())
+    replicas = gpus // config.parallel.replica
+    found = speed(config, replicas, H100, step_load(config, replicas, tiles=0))
+    assert found.flops / found.step / gpus / 1e12 == pytest.approx(published, rel=0.12)
+
+
 # --- layouts ---
 
 
