@@ -69,8 +69,8 @@ TEXT = 1024  # tokens a sample (Table 3)
 # Wide enough for every FP8 recipe; the encoder is the one that ships with the package.
 LEARNER = """llm.hidden=512 llm.heads=8 llm.kv_heads=4 llm.head_dim=64 llm.ffn=1536 optim.lr=5e-4 optim.warmup=5
 train.global_batch=16 train.micro_batch=4 data.workers=0 data.records=400 evaluate=none""".split()
-FULL = """llm=yi-34b llm.layers=12 llm.tokenizer=tiny llm.bos=null vision.layers=9 parallel=one stage=sft data=pages evaluate=none
-tiling.tag=1d data.seq_length=4096""".split()
+FULL = """llm=yi-34b llm.layers=12 llm.tokenizer=tiny llm.bos=null vision.layers=9 parallel=one stage=sft data=pages
+evaluate=none tiling.tag=1d data.seq_length=4096""".split()
 TOY = """llm=tiny llm.layers=5 llm.cross_every=2 stage=sft tiling.tag=1d data.seq_length=512 evaluate=none
 data.workers=0""".split()
 
