@@ -52,7 +52,7 @@ def step_load(config: Config, replicas: int, tiles: int | None = None, text: int
     if text is None:
         image = sample_work(config, 0, tiles).tokens
         text = max((data.row_length if data.row_length > image else data.seq_length) - image, 1)
-    sample = dataclasses.replace(sample_work(config, text, tiles), outputs=text)
+    sample = sample_work(config, text, tiles)
     a_row = max(1, data.row_length // sample.tokens)
     if sample.keys:
         a_row = max(1, min(a_row, data.cross_length // sample.keys))
