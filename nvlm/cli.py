@@ -42,6 +42,7 @@ def main(started: float) -> int:
             if not config.dry_run and not elsewhere:
                 launch.check_devices(config)
                 launch.check_engine(config)
+            launch.check_fits(config)
             if config.resume == "never":  # else only the run's folder, which Hydra names, tells what is needed
                 launch.check_weights(config)
     except ConfigError as error:

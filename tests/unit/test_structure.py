@@ -51,6 +51,7 @@ def imports(folder: str) -> dict[str, set[str]]:
         ("rules", ("torch", "megatron", "hydra")),
         ("counts", ("torch", "megatron", "hydra")),
         ("hardware", ("torch", "megatron", "hydra", "nvlm")),
+        ("plan", ("torch", "megatron", "nvlm.arch", "nvlm.llm", "nvlm.vision", "nvlm.train", "nvlm.parallel")),
         ("flops", ("torch", "megatron", "hydra", "nvlm.lengths", "nvlm.data")),
     ],
 )
