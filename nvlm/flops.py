@@ -30,7 +30,7 @@ class Work(_Addable):
 
     tokens: int = 0  # of the text stream, tile tokens included
     pairs: int = 0  # of a token and one that it sees in self-attention: s (s + 1) / 2 for a sample of s tokens
-    outputs: int = 0  # positions that go through the output layer
+    outputs: int = 0  # positions with a label: they alone go through the output layer
     tiles: int = 0  # encoded
     projected: int = 0  # tiles that go through the projector: to the stream or to the keys
     keys: int = 0  # cross-attended tokens

@@ -30,7 +30,8 @@ def image_tokens(config: Config, plan: TilePlan) -> tuple[int, int]:
 
 
 def sample_work(config: Config, text: int, regular: int) -> Work:
-    """A sample of one image of `regular` tiles (with its thumbnail and tags), then `text` tokens that see all of it.
+    """A sample of one image of `regular` tiles (with its thumbnail and tags), then `text` tokens that see all of it and
+    are all learned from.
 
     Without an image: 0 tiles.
     """
@@ -45,7 +46,7 @@ def sample_work(config: Config, text: int, regular: int) -> Work:
     return Work(
         tokens=tokens,
         pairs=tokens * (tokens + 1) // 2,
-        outputs=tokens,
+        outputs=text,
         tiles=plan.num_tiles,
         projected=sum(p.ids is None for p in (*layout.stream, *layout.cross)),
         keys=keys,

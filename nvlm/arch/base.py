@@ -9,7 +9,6 @@ T tiles, K tokens per tile, C feature width, H model width.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from nvlm.config import Config, cross_layers, stage_layers
 from nvlm.layout import LayoutRule, TileUse
 from nvlm.llm.attention import rotary_angles, rotary_frequencies
 from nvlm.llm.backend import uses_te
-from nvlm.llm.build import FUSED_NORMS, block_submodules, llm_config
+from nvlm.llm.build import FUSED_NORMS, block_submodules, llm_config, of_megatron
 from nvlm.llm.context import attended_columns, gather_columns, own_columns
 from nvlm.llm.layer import learns, project
 from nvlm.llm.loss import token_losses
@@ -78,7 +77,7 @@ class Projector(MegatronModule):
     """
 
     def __init__(self, config: Config, kind: str) -> None:
-        llm = dataclasses.replace(
+        llm = of_megatron(
             llm_config(config),
             sequence_parallel=False,  # tiles are not split along the sequence
             gated_linear_unit=False,
@@ -151,7 +150,7 @@ class VisionLanguageModel(MegatronModule):
                 self.output_layer = ColumnParallelLinear(
                     config.llm.hidden,
                     config.llm.padded_vocab,
-                    config=megatron,
+                    config=of_megatron(megatron, sequence_parallel=False),  # it gets positions picked out
                     init_method=megatron.embedding_init_method if config.llm.tied else megatron.init_method,
                     bias=False,
                     gather_output=False,
@@ -259,16 +258,22 @@ class VisionLanguageModel(MegatronModule):
         if not self.post_process:
             return hidden_SBH
         labels_BS = batch.labels[:, own_columns(batch.labels.shape[1]).to(batch.labels.device)]
-        labels_SB = labels_BS.clamp(min=0).t().contiguous()
-        loss_SB = token_losses(self.logits(hidden_SBH), labels_SB)
-        return loss_SB.t() * (labels_BS != IGNORE)
+        learned_BS = labels_BS != IGNORE
+        # An answer is a small part of its row: logits of the rest would cost as much, and most of the memory.
+        logits_N1V = self.logits(self._whole(hidden_SBH).transpose(0, 1)[learned_BS][:, None])
+        loss_N1 = token_losses(logits_N1V, labels_BS[learned_BS][:, None])
+        return loss_N1.new_zeros(labels_BS.shape).masked_scatter(learned_BS, loss_N1)
+
+    def _whole(self, hidden_SBH: Tensor) -> Tensor:
+        if not self.config.sequence_parallel:
+            return hidden_SBH
+        # The output layer sums gradients over tensor-parallel ranks by itself.
+        return tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
 
     @torch.no_grad()
     def last_logits(self, hidden_SBH: Tensor, last_B: Tensor) -> Tensor:
         """Logits [B, vocabulary] behind column `last_B[b]` of each row's computed ones. Last stage only."""
-        if self.config.sequence_parallel:
-            hidden_SBH = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH)
-        hidden_LBH = gather_columns(hidden_SBH)
+        hidden_LBH = gather_columns(self._whole(hidden_SBH))
         rows = torch.arange(len(last_B), device=last_B.device)
         logits = self.logits(hidden_LBH[last_B, rows][None] if len(hidden_LBH) > 1 else hidden_LBH)
         if parallel_state.get_tensor_model_parallel_world_size() > 1:

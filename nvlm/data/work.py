@@ -15,7 +15,7 @@ def count_work(batch: Batch) -> Work:
     return Work(
         tokens=tokens,
         pairs=int((batch.positions[real] + 1).sum()),  # a token sees itself and those before it in its sample
-        outputs=tokens,
+        outputs=batch.num_trained,
         tiles=len(batch.pixels),
         projected=len(batch.stream_tiles) + len(batch.cross_tiles),
         keys=int((batch.cross_sample != PAD).sum()),

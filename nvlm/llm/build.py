@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer import ModuleSpec, TransformerConfig
@@ -48,9 +50,9 @@ def base_config(config: Config, **shape) -> TransformerConfig:
         use_cpu_initialization=not cuda,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        **(dict(bias_activation_fusion=cuda, bias_dropout_fusion=cuda) | shape),  # compiled for minutes on CPU
+        # Fusions are compiled, for minutes on CPU; of Megatron's own linears they need Apex.
+        **(dict(bias_activation_fusion=cuda, bias_dropout_fusion=cuda, gradient_accumulation_fusion=False) | shape),
     )
 
 
@@ -92,12 +94,18 @@ def llm_config(config: Config) -> TransformerConfig:
         **_RECOMPUTE[config.train.recompute],
         **fp8_settings(config),
         apply_rope_fusion=uses_te(config),
+        gradient_accumulation_fusion=uses_te(config),
         # Moved layer by layer; the last one is needed again at once.
         cpu_offloading=config.train.offload,
         cpu_offloading_num_layers=llm.layers - 1 if config.train.offload else 0,
         hetereogenous_dist_checkpoint=True,  # layers with and without cross-attention
         perform_initialization=not (config.init.llm or config.init.release or config.init.checkpoint),  # read instead
     )
+
+
+def of_megatron(te: TransformerConfig, **changes) -> TransformerConfig:
+    """The configuration of a part that is never made of Transformer Engine's modules, beside layers that may be."""
+    return dataclasses.replace(te, gradient_accumulation_fusion=False, **changes)
 
 
 def layer_spec(config: Config, number: int, cross_attention: ModuleSpec | None = None) -> ModuleSpec:

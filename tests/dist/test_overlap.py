@@ -9,6 +9,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from nvlm.data.loader import StepData
+from nvlm.flops import Work
 from nvlm.parallel import distributed
 from nvlm.train.checkpoint import Checkpoints, latest
 from nvlm.train.loop import build_trainer
@@ -33,7 +34,7 @@ def steps_in_layout(case, out) -> list[tuple[float, float]]:
         trainer = build_trainer(case.config, device)
         results = []
         for micro_batches in STEPS:
-            data = StepData(tuple(own_batches(replace(case, micro_batches=micro_batches))), 4, ())
+            data = StepData(tuple(own_batches(replace(case, micro_batches=micro_batches))), 4, (), Work())
             result = train_step(trainer, data)
             results.append((result.loss, result.grad_norm))
         with Checkpoints(case.config.train, out) as checkpoints:

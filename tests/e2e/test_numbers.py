@@ -46,7 +46,7 @@ def test_phases_fill_a_step(run):
         assert set(row["phases"]) == {*PHASES, *(["save"] if row["step"] == 6 else [])}
         assert sum(row["phases"].values()) == pytest.approx(row["seconds"])
         assert row["waiting"] == pytest.approx(row["phases"]["data"] / row["seconds"])
-        assert row["phases"]["forward-backward"] > row["phases"]["log"]
+        assert min(row["phases"].values()) > 0
 
 
 def test_the_line_tells_the_speed(run):

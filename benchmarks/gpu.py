@@ -1,0 +1,442 @@
+"""Everything that only a GPU can tell, in one command: is it right in each precision, how fast, in how much memory.
+
+    python benchmarks/gpu.py [--out gpu.json] [--tiles 1 2 3 4 5 6] [--only accuracy attention throughput peers] [--toy]
+
+Under eight minutes on one Hopper GPU with 80 GB or more. Without a GPU, or with --toy, the same code runs at toy size:
+its figures then say that it works, nothing about speed.
+
+accuracy    A small model of each architecture learns the embedded pages, the same steps in fp32 and in each precision
+            that this machine has: means of the losses over all steps, at most 1% apart.
+attention   Packed self- and cross-attention through the kernels that training uses, against dense masks in fp32:
+            outputs and gradients, and the times of both.
+throughput  Forward and backward of NVLM-D, -X and -H at Yi-34B's and InternViT-6B's full widths with a fifth of their
+            layers (12 of 60, 9 of 45, 2 of 10 with cross-attention), so that the work is the paper's in proportion
+            (Table 3: 1,024 text tokens a sample, all of the language model learning). One row of packed samples a
+            step. No optimizer: its state does not fit one GPU, and in training it is shared out over replicas.
+            TFLOP/s and MFU count what is real (nvlm.flops); `forecast` is the planner's memory over the measured peak.
+peers       The same NVLM-D samples by Megatron-Core's LLaVAModel and by transformers (benchmarks/peers.py).
+
+Figures are medians. Exit status 1 where something is wrong, not where it is slow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from nvlm import launch, parallel, registry
+from nvlm.arch.stages import build_parts, build_stages, tile_use_of_rank
+from nvlm.batch import Record, Sample
+from nvlm.cli import compose_config
+from nvlm.config import FP8_RECIPES, Config, ConfigError
+from nvlm.data.encode import build_encoder, encode, outline
+from nvlm.data.loader import load_steps
+from nvlm.data.pack import collate
+from nvlm.data.work import count_work
+from nvlm.flops import model_flops
+from nvlm.hardware import known_gpu
+from nvlm.llm.attention import attend
+from nvlm.llm.backend import check_precision, describe, uses_te
+from nvlm.llm.masks import causal_mask, unseen_keys
+from nvlm.llm.packing import samples_in_line, seen_columns, seen_keys
+from nvlm.train.loop import build_steps, build_trainer
+from nvlm.train.optim import freeze, wrap
+from nvlm.train.step import Trainer, forward_backward, train_step
+from nvlm.vision.balance import BalancedVision, build_team
+from nvlm.vision.encoder import InternViT
+from nvlm.vision.path import VisionPath, solo_groups
+
+ARCHITECTURES = ("decoder", "xattn", "hybrid")
+SECTIONS = ("accuracy", "attention", "throughput", "peers")
+CLOSE = 0.01  # relative difference of the mean losses
+TEXT = 1024  # tokens a sample (Table 3)
+# Wide enough for every FP8 recipe; the encoder is the one that ships with the package.
+LEARNER = """llm.hidden=512 llm.heads=8 llm.kv_heads=4 llm.head_dim=64 llm.ffn=1536 optim.lr=5e-4 optim.warmup=5
+train.global_batch=16 train.micro_batch=4 data.workers=0 data.records=400 evaluate=none""".split()
+FULL = """llm=yi-34b llm.layers=12 llm.tokenizer=tiny llm.bos=null vision.layers=9 parallel=one stage=sft data=pages
+evaluate=none tiling.tag=1d data.seq_length=4096""".split()
+TOY = """llm=tiny llm.layers=5 llm.cross_every=2 stage=sft tiling.tag=1d data.seq_length=512 evaluate=none
+data.workers=0""".split()
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large everything is. `text`: tokens a sample; `row`: tokens of a packed row."""
+
+    overrides: tuple[str, ...]
+    learner: tuple[str, ...]
+    steps: int
+    text: int
+    row: int
+    repeats: int
+
+
+def size_of(toy: bool) -> Size:
+    """The real one, with rows as long as the memory allows; or a toy's."""
+    if toy:
+        learner = (*TOY, "train.global_batch=4", "train.micro_batch=2", "data.records=16", "optim.warmup=2")
+        return Size(tuple(TOY), learner, steps=4, text=64, row=256, repeats=2)
+    roomy = torch.cuda.get_device_properties(0).total_memory > 100e9
+    return Size(tuple(FULL), tuple(LEARNER), steps=50, text=TEXT, row=8192 if roomy else 4096, repeats=5)
+
+
+def main() -> int:
+    """Run the sections, print the tables, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tiles", type=int, nargs="+", default=[1, 2, 3, 4, 5, 6])
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--toy", action="store_true")
+    options = parser.parse_args()
+    launch.quiet()
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for benchmarks.peers
+    began, cuda = time.time(), torch.cuda.is_available()
+    size = size_of(options.toy or not cuda)
+    results: dict = {"machine": machine(), "toy": options.toy or not cuda}
+    console = Console(width=150)
+    console.print(" ".join(f"{key}: {value}" for key, value in results["machine"].items()), highlight=False)
+    able, results["refused"] = precisions(size)
+    for name, reason in results["refused"].items():
+        console.print(f"{name}: not here: {reason}", highlight=False)
+    sections = {
+        "accuracy": lambda: accuracy(size, able),
+        "attention": lambda: attention(size),
+        "throughput": lambda: throughput(size, able, options.tiles),
+        "peers": lambda: peers(size, options.tiles),
+    }
+    wrong = False
+    for name in options.only:
+        started = time.time()
+        rows = results[name] = sections[name]()
+        wrong |= any(row.get("right") is False for row in rows)
+        console.print(as_table(f"{name}, {time.time() - started:.0f} s", rows))
+    results["seconds"] = round(time.time() - began, 1)
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    console.print(f"{'wrong' if wrong else 'right'}, {results['seconds']:.0f} s", highlight=False)
+    return int(wrong)
+
+
+def machine() -> dict[str, str]:
+    """What the figures belong to."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent.parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    return {"device": name, "torch": torch.__version__, "commit": commit}
+
+
+def precisions(size: Size) -> tuple[list[str], dict[str, str]]:
+    """Those that this machine has beside fp32, and why it has no others."""
+    able, refused = [], {}
+    for name in ("bf16", *FP8_RECIPES):
+        try:
+            check_precision(compose_config(*size.learner, f"precision={name}"))
+            able.append(name)
+        except ConfigError as error:
+            refused[name] = str(error)
+    return able, refused
+
+
+# --- accuracy ---
+
+
+def accuracy(size: Size, able: Sequence[str]) -> list[dict]:
+    """Mean losses over the same steps in each precision, against fp32."""
+    rows = []
+    for arch in ARCHITECTURES:
+        exact = losses(size, arch, "fp32")
+        for name in able:
+            got = losses(size, arch, name)
+            apart = abs(statistics.mean(got) / statistics.mean(exact) - 1)
+            worst = max(abs(a / b - 1) for a, b in zip(got, exact, strict=True))
+            row = {"arch": arch, "precision": name, "steps": size.steps, "fp32 mean": statistics.mean(exact)}
+            rows.append(row | {"apart": apart, "worst step": worst, "last loss": got[-1], "right": apart < CLOSE})
+    return rows
+
+
+def losses(size: Size, arch: str, precision: str) -> list[float]:
+    """Of the first steps of a run."""
+    config = compose_config(*size.learner, f"arch={arch}", f"precision={precision}", "seed=7")
+    with parallel.distributed(config.parallel, config.seed) as device:
+        trainer = build_trainer(config, device)
+        data = load_steps(build_steps(config), 0, 0)
+        found = [train_step(trainer, next(data)).loss for _ in range(size.steps)]
+    forget()
+    return found
+
+
+# --- attention ---
+
+
+def attention(size: Size) -> list[dict]:
+    """Packed attention of the architectures' rows, by the kernels of training against dense masks."""
+    rows = []
+    for arch in ("decoder", "xattn", "hybrid"):
+        config = compose_config(*size.overrides, f"arch={arch}", "precision=bf16")
+        with parallel.distributed(config.parallel, config.seed) as device:
+            samples = some_samples(config, size, tiles=6)
+            batch = collate([samples], config.vision.tile_size, config.row_multiple).to(device)
+            columns = torch.arange(batch.tokens.shape[1], device=device)
+            length = len(columns)
+            if arch == "decoder":
+                dense = causal_mask(batch.sample, columns, columns)
+                rows.append(
+                    compared(
+                        "self, blocks",
+                        config,
+                        length,
+                        length,
+                        dense,
+                        blocks_of(seen_columns(batch.sample, columns, columns)),
+                        device,
+                    )
+                )
+                if uses_te(config):
+                    rows.append(
+                        compared(
+                            "self, Transformer Engine",
+                            config,
+                            length,
+                            length,
+                            dense,
+                            te_of(config, batch.sample[0]),
+                            device,
+                        )
+                    )
+            else:
+                rows.append(
+                    compared(
+                        f"cross, {arch}, blocks",
+                        config,
+                        length,
+                        batch.cross_tokens.shape[1],
+                        unseen_keys(batch, columns),
+                        blocks_of(seen_keys(batch, columns)),
+                        device,
+                    )
+                )
+        forget()
+    return rows
+
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def blocks_of(mask) -> Attend:
+    """Attention through a block mask."""
+    return lambda q, k, v: attend(q, k, v, mask, None)
+
+
+def te_of(config: Config, sample_T: torch.Tensor) -> Attend:
+    """Transformer Engine's attention of a line of samples, as a decoder layer has it."""
+    from nvlm.llm.packing import Packing
+
+    (model,) = build_parts(replace(config, llm=replace(config.llm, layers=1), arch=replace(config.arch, cross_every=0)))
+    core = model.decoder.layers[0].self_attention.core_attention
+    packing = Packing(samples=samples_in_line(sample_T, len(sample_T)))
+    return lambda q, k, v: core(q, k, v, None, packed_seq_params=packing)
+
+
+def compared(
+    name: str, config: Config, queries: int, keys: int, dense: torch.Tensor, packed: Attend, device: torch.device
+) -> dict:
+    """Errors of `packed`, which computes in bf16, as shares of the largest value of fp32 attention; both times.
+
+    FlexAttention has no backward on CPU: there only outputs are compared.
+    """
+    generator = torch.Generator(device).manual_seed(3)
+    llm, dtype = config.llm, torch.bfloat16 if device.type == "cuda" else torch.float32
+    shapes = ((queries, 1, llm.heads), (keys, 1, llm.kv_heads), (keys, 1, llm.kv_heads))
+    inputs = [torch.randn(*shape, llm.head_dim, generator=generator, device=device).to(dtype) for shape in shapes]
+    learns = device.type == "cuda"
+
+    def run(function: Attend, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        leaves = [x.detach().clone().requires_grad_(learns) for x in inputs]
+        out = function(*leaves)
+        if not learns:
+            return [out]
+        out.backward(torch.ones_like(out) * torch.linspace(-1, 1, len(out), device=device).to(out.dtype)[:, None, None])
+        return [out, *(leaf.grad for leaf in leaves)]
+
+    exact = run(lambda q, k, v: attend(q, k, v, dense, None), [x.float() for x in inputs])
+    got = run(packed, inputs)
+    errors = [float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, exact, strict=True)]
+    blind = dense.all(-1)[0, 0]
+    zero = not blind.any() or not got[0][blind].any()
+    seconds = (
+        timed(lambda: run(packed, inputs), 5),
+        timed(lambda: run(lambda q, k, v: attend(q, k, v, dense, None), inputs), 5),
+    )
+    return {
+        "attention": name, "queries": queries, "keys": keys, "seen": float((~dense).float().mean()),
+        "error": errors[0], "gradient error": max(errors[1:], default=None), "blind get zero": bool(zero),
+        "ms": 1e3 * seconds[0], "dense ms": 1e3 * seconds[1], "right": zero and max(errors) < 0.02,
+    }  # fmt: skip
+
+
+# --- throughput ---
+
+
+def throughput(size: Size, able: Sequence[str], tiles: Sequence[int]) -> list[dict]:
+    """Each architecture and precision at each number of tiles."""
+    rows = []
+    for arch in ARCHITECTURES:
+        for name in [p for p in able if p in ("bf16", "fp8_current", "mxfp8")]:
+            config = compose_config(*size.overrides, f"arch={arch}", f"precision={name}")
+            with learner(config) as trainer:
+                for count in tiles:
+                    samples = some_samples(config, size, count)
+                    rows.append(measured(config, size, count, samples, trainer))
+            forget()
+    best = {(row["arch"], row["precision"], row["tiles"]): row["samples/s"] for row in rows}
+    for row in rows:
+        row["vs decoder"] = row["samples/s"] / best["decoder", row["precision"], row["tiles"]]
+    return rows
+
+
+@contextlib.contextmanager
+def learner(config: Config) -> Iterator[Trainer]:
+    """A trainer of `config` with gradient buffers, without an optimizer."""
+    with parallel.distributed(config.parallel, config.seed) as device:
+        check_precision(config)
+        parts = [part.to(device) for part in build_parts(config)]
+        for part in parts:
+            freeze(part, config.stage)
+        stages = build_stages(config, parts)
+        chunks = tuple(wrap(part, config) for part in parts)
+        parts[0].config.finalize_model_grads_func = stages.finalize
+        fresh = replace(config, init=replace(config.init, vision=None))
+        path = VisionPath(
+            InternViT(fresh, solo_groups()).to(device), config.vision.downsample, config.vision.tiles_per_call
+        )
+        vision = BalancedVision(path, build_team(tile_use_of_rank(config, 0), config.vision.balance))
+        yield Trainer(chunks, stages, vision, SimpleNamespace(zero_grad=lambda: None), None, device, {})
+
+
+def measured(config: Config, size: Size, tiles: int, samples: Sequence[Sample], trainer: Trainer) -> dict:
+    """One row of the table."""
+    batch = collate([samples], config.vision.tile_size, config.row_multiple)
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = timed(lambda: forward_backward(trainer, [batch]), size.repeats)
+    flops = model_flops(config, count_work(batch)).total / seconds
+    row = {
+        "arch": config.arch.name, "precision": config.precision.name, "engine": "TE" if uses_te(config) else "torch",
+        "tiles": tiles, "samples": len(samples), "tokens": batch.num_tokens, "keys": int(batch.cross_tokens.shape[1]),
+        "ms": 1e3 * seconds, "samples/s": len(samples) / seconds, "TFLOP/s": flops / 1e12,
+    }  # fmt: skip
+    if trainer.device.type == "cuda":
+        gpu = known_gpu(torch.cuda.get_device_name())
+        row["MFU"] = flops / gpu.peak(config.precision.name) if gpu else None
+        row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
+    return row
+
+
+def some_samples(config: Config, size: Size, tiles: int) -> list[Sample]:
+    """As many alike as fill a row: an image of `tiles` tiles and `size.text` tokens of text, half of it answers."""
+    encoder = replace(build_encoder(config, registry.layout_rule(config.arch.name)), cross_length=10**6)
+    image = Image.new("RGB", (config.vision.tile_size * tiles, config.vision.tile_size), "gray")
+    letters = size.text // 2
+    while True:
+        words = "".join(chr(97 + n * 7 % 26) for n in range(letters))
+        messages = [dict(role="user", content="<image>\n" + words), dict(role="assistant", content=words)]
+        record = Record(f"{tiles} tiles", messages, [image])
+        sketch = outline(record, replace(encoder, seq_length=10**6))
+        text = sum(len(run.ids) for run in sketch.runs)
+        if text >= size.text:
+            break
+        letters += max(1, (size.text - text) // 2)
+    sample = encode(record, replace(encoder, seq_length=10**6))
+    count = max(1, size.row // len(sample.tokens))
+    return [replace(sample, id=f"{sample.id} {number}") for number in range(count)]
+
+
+# --- peers ---
+
+
+def peers(size: Size, tiles: Sequence[int]) -> list[dict]:
+    """Ours and others at the most tiles, on the same samples without tags, in bf16."""
+    from benchmarks.peers import llava_model, transformers_model
+
+    config = compose_config(*size.overrides, "arch=decoder", "precision=bf16", "tiling.tag=none")
+    samples = some_samples(config, size, max(tiles))
+    batch = collate([samples], config.vision.tile_size, config.row_multiple)
+    with learner(config) as trainer:
+        ours = timed(lambda: forward_backward(trainer, [batch]), size.repeats)
+    forget()
+    rows = [
+        {
+            "trainer": f"ours ({describe(config)})",
+            "ms": 1e3 * ours,
+            "samples/s": len(samples) / ours,
+            "ours over it": 1.0,
+        }
+    ]
+    for build in (llava_model, transformers_model):
+        with parallel.distributed(config.parallel, config.seed) as device:
+            peer = build(config, device)
+            seconds = timed(lambda peer=peer: peer.step(samples), size.repeats)
+            rows.append({"trainer": peer.name, "ms": 1e3 * seconds, "samples/s": len(samples) / seconds,
+                         "ours over it": seconds / ours})  # fmt: skip
+            del peer
+        forget()
+    return rows
+
+
+# --- what they share ---
+
+
+def timed(function: Callable[[], object], repeats: int) -> float:
+    """Median seconds of a call, behind two that warm up."""
+    seconds = []
+    for number in range(repeats + 2):
+        wait()
+        began = time.perf_counter()
+        function()
+        wait()
+        if number >= 2:
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def wait() -> None:
+    """Until the GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def forget() -> None:
+    """Give the memory of what is gone back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def as_table(title: str, rows: Sequence[dict]) -> Table:
+    """Rows of one kind."""
+    table = Table(title=title, title_justify="left")
+    for heading in rows[0] if rows else ():
+        table.add_column(heading, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The model of Transformer Engine's modules has the parameters of ours. Runs where Transformer Engine is installed.
+
+Without a GPU its modules can be made but not called: what they compute is benchmarks/gpu.py's business.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from nvlm.arch.stages import build_parts
+from nvlm.cli import compose_config
+from nvlm.llm.backend import fp8_settings
+from nvlm.llm.norm import RMSNorm
+from nvlm.train.state import is_scale, metadata
+from tests.models import small_config
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"
+)
+# Wherever the choice is asked for.
+CHOICES = [f"nvlm.{room}.uses_te" for room in ("llm.backend", "llm.build", "llm.adapters", "arch.base")]
+
+
+def built(config, monkeypatch):
+    """The model of `config` in Transformer Engine's modules, which insist on a GPU."""
+    with monkeypatch.context() as patch:
+        for choice in CHOICES:
+            patch.setattr(choice, lambda config: True)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        return build_parts(config)[0]
+
+
+@pytest.mark.parametrize("arch", ["decoder", "xattn", "hybrid"])
+def test_names_and_shapes_are_ours(arch, monkeypatch, megatron):
+    config = small_config(f"arch={arch}", "precision=bf16", "llm.hidden=32", "llm.ffn=64", "llm.head_dim=8")
+    ours, theirs = build_parts(config)[0], built(config, monkeypatch)
+    assert not any(isinstance(m, RMSNorm) for m in theirs.decoder.modules())
+    shapes = [{name: w.shape for name, w in model.weights().items()} for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    stored = []
+    for model in (ours, theirs):
+        state = model.sharded_state_dict(metadata=metadata())
+        entries = [entry for name, entry in state.items() if not is_scale(name)]
+        stored.append({(e.key, tuple(getattr(e, "global_shape", e.data.shape))) for e in entries})
+    assert stored[0] == stored[1]
+
+
+@pytest.mark.parametrize("name", ["fp8_delayed", "fp8_current", "mxfp8"])
+def test_recipes_are_megatrons(name, monkeypatch, megatron):
+    config = compose_config("arch=hybrid", f"precision={name}")
+    model = built(config, monkeypatch)
+    assert (model.config.fp8_recipe, bool(model.config.fp8)) == (config.precision.recipe, True)
+    assert fp8_settings(config) == {}  # without a GPU
