@@ -2,7 +2,8 @@
 
 A peer has the shapes of a configuration (layers, widths, grouped queries, rotary base, projector, frozen encoder) and
 takes the same samples. tests/parity/test_peers.py shows that with the same weights it has our loss and gradients.
-One process, no optimizer; a step is one forward and one backward, with all tiles in one call of the encoder.
+One process, no optimizer; a step is one forward and one backward, with all tiles in one call of the encoder. Both
+compute the logits of all positions, as they do by themselves.
 
 LLaVAModel: a sample a row, rows padded to the longest. Transformer Engine's layers and FP8 where ours have them, and in
 FP8 the projector too; without Transformer Engine core's attention writes all scores to memory, which is no measure of
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX, LLaVAModel
 from megatron.core.models.vision import vit_layer_specs
 from megatron.core.pipeline_parallel.schedules import custom_backward
@@ -41,7 +42,7 @@ from nvlm.batch import IGNORE, IMAGE, Sample
 from nvlm.config import Config
 from nvlm.data.pack import collate
 from nvlm.llm.backend import engine, uses_te
-from nvlm.llm.build import DTYPES, FUSED_NORMS, llm_config
+from nvlm.llm.build import DTYPES, FUSED_NORMS, llm_config, of_megatron
 from nvlm.llm.norm import FullWidthRMSNorm, LayerNorm
 from nvlm.tiling import normalize
 from nvlm.train.optim import wrap
@@ -77,12 +78,12 @@ def llava_model(config: Config, device: torch.device, weights: Weights | None = 
     """
     te, dtype = uses_te(config), DTYPES[config.precision.dtype]
     fused, scaling = device.type == "cuda", config.llm.rope_scaling
-    language = dataclasses.replace(llm_config(config), cross_entropy_loss_fusion=fused, perform_initialization=True)
+    language = of_megatron(llm_config(config), cross_entropy_loss_fusion=fused, perform_initialization=True)
     vision = dataclasses.replace(encoder_config(config), perform_initialization=True)
     vision.vision_model_type = "internvit"
     model = LLaVAModel(
         language,
-        _language_spec(te),
+        get_gpt_decoder_block_spec(language, use_transformer_engine=te, normalization="RMSNorm"),
         config.llm.padded_vocab,
         config.llm.max_positions,
         vision,
@@ -106,6 +107,10 @@ def llava_model(config: Config, device: torch.device, weights: Weights | None = 
     ours = {**_ours("", model.language_model), **_ours("projector.", model.vision_projection)}
     one = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, distributed_optimizer=False))
     wrapped = wrap(model, one)
+    # As ours. The setting is for the output layer too, which is core's own, and refuses it where there is no Apex.
+    for module in (*model.language_model.decoder.modules(), *model.vision_projection.modules()):
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
     def step(samples: Sequence[Sample]) -> float:
         wrapped.zero_grad_buffer()
@@ -119,12 +124,6 @@ def llava_model(config: Config, device: torch.device, weights: Weights | None = 
         return published(_learning_parts(config), {name: p.main_grad for name, p in ours.items()})
 
     return Peer("Megatron-Core LLaVAModel", step, gradients)
-
-
-def _language_spec(te: bool) -> ModuleSpec:
-    if te:
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
-    return gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
 
 
 def _vision_spec(te: bool, qk_norm: bool) -> ModuleSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,3 +121,25 @@ def test_a_peer_begins_with_random_weights_of_its_own(kind, megatron):
     assert abs(first - math.log(config.llm.vocab)) < 0.5
     assert peer.step(samples) == first
     assert all(bool(gradient.any()) for name, gradient in peer.gradients().items())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine")
+@pytest.mark.parametrize("precision", ["bf16", "fp8_delayed", "fp8_current"])
+def test_of_transformer_engines_layers_it_is_made_of_the_same_weights(precision, monkeypatch, megatron):
+    """They can be made without a GPU, but not called."""
+    widths = ("llm.hidden=32", "llm.ffn=64", "llm.head_dim=8", "vision.hidden=32", "vision.heads=4", "vision.ffn=64")
+    ours, made = ours_of(f"precision={precision}", *widths), []
+    monkeypatch.setattr("benchmarks.peers.wrap", lambda model, config: made.append(model))
+    for choice in ("nvlm.llm.backend", "nvlm.llm.build", "benchmarks.peers"):
+        monkeypatch.setattr(f"{choice}.uses_te", lambda config: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        llava_model(ours.config, CPU, ours.weights)  # all of the weights, each in its place by name and shape
+    [model] = made
+    recipes = [m.config.fp8_recipe if m.config.fp8 else None for m in (model.language_model, model.vision_projection)]
+    assert recipes == [ours.config.precision.recipe] * 2 and not model.vision_model.config.fp8
+    fused = [m.fuse_wgrad_accumulation for m in model.modules() if hasattr(m, "fuse_wgrad_accumulation")]
+    config = ours.config
+    assert fused.count(True) == 4 * config.llm.layers + 2 and fused.count(False) == 4 * config.vision.layers
+    norm = model.vision_projection.encoder.linear_fc1.layer_norm_bias
+    assert torch.equal(norm, ours.weights["mlp1.0.bias"].bfloat16())
