@@ -55,6 +55,9 @@ from nvlm.llm.attention import attend
 from nvlm.llm.backend import check_precision, describe, uses_te
 from nvlm.llm.masks import causal_mask, unseen_keys
 from nvlm.llm.packing import samples_in_line, seen_columns, seen_keys
+from nvlm.plan.activations import ENGINE, TORCH
+from nvlm.plan.load import batch_load
+from nvlm.plan.memory import memory
 from nvlm.train.loop import build_steps, build_trainer
 from nvlm.train.optim import freeze, wrap
 from nvlm.train.step import Trainer, forward_backward, train_step
@@ -335,7 +338,10 @@ def measured(config: Config, size: Size, tiles: int, samples: Sequence[Sample], 
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = timed(lambda: forward_backward(trainer, [batch]), size.repeats)
-    flops = model_flops(config, count_work(batch)).total / seconds
+    work = count_work(batch)
+    flops = model_flops(config, work).total / seconds
+    foretold = memory(config, 1, batch_load(batch, work), ENGINE if uses_te(config) else TORCH)
+    foretold_bytes = foretold.allocated - foretold.optimizer
     row = {
         "arch": config.arch.name, "precision": config.precision.name, "engine": "TE" if uses_te(config) else "torch",
         "tiles": tiles, "samples": len(samples), "tokens": batch.num_tokens, "keys": int(batch.cross_tokens.shape[1]),
@@ -345,6 +351,7 @@ def measured(config: Config, size: Size, tiles: int, samples: Sequence[Sample], 
         gpu = known_gpu(torch.cuda.get_device_name())
         row["MFU"] = flops / gpu.peak(config.precision.name) if gpu else None
         row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
+        row["forecast"] = foretold_bytes / torch.cuda.max_memory_allocated()
     return row
 
 

@@ -305,6 +305,7 @@ class Config:
     resume: str
     dry_run: bool
     profile: bool  # a few early steps of the first process
+    gpu: str | None  # whose memory a run is to fit, by the names of nvlm.hardware; None: the machine's own
     init: InitConfig
     arch: ArchConfig
     llm: LLMConfig

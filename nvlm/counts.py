@@ -1,12 +1,8 @@
-"""Parameters and memory by arithmetic, without building anything or importing torch."""
+"""Parameters by arithmetic, without building anything or importing torch."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from nvlm.config import Config, LLMConfig, VisionConfig, cross_layers
-
-GPU_BYTES = 80 * 10**9
 
 
 def llm_parameters(llm: LLMConfig) -> int:
@@ -63,27 +59,3 @@ def parameters(config: Config) -> dict[str, int]:
     }
     adapters = adapter_parameters(config)
     return {group: count + adapters.get(group, 0) for group, count in counts.items()}
-
-
-def gpus_needed(config: Config) -> int | None:
-    """Fewest GPUs of 80 GB, in whole replicas, that hold bf16 weights, fp32 gradients and sharded AdamW state.
-
-    The encoder stands whole on each GPU in bf16; a tenth of the memory is left for activations. None where no number
-    of replicas helps: too few shards.
-    """
-    counts = parameters(config)
-    learning = sum((counts | adapter_parameters(config))[group] for group in config.stage.trainable)
-    frozen = sum(counts[group] for group in ("projector", "xattn", "llm")) - learning
-    shards = config.parallel.tensor * config.parallel.pipeline
-    for replicas in range(1, 1025):
-        each = 2 * counts["vision"] + (2 * frozen + (6 + 12 / replicas) * learning) / shards
-        if each <= 0.9 * GPU_BYTES:
-            return replicas * config.parallel.replica
-    return None
-
-
-def fewest_gpus(config: Config) -> tuple[int, int] | None:
-    """The fewest GPUs over some numbers of pipeline stages, and that number; None where none of them is enough."""
-    stages = [p for p in (1, 2, 4, 8) if config.llm.layers % (p * config.parallel.virtual) == 0]
-    needed = {p: gpus_needed(replace(config, parallel=replace(config.parallel, pipeline=p))) for p in stages}
-    return min(((gpus, p) for p, gpus in needed.items() if gpus is not None), default=None)

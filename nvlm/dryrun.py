@@ -10,7 +10,9 @@ from rich.table import Table
 
 from nvlm import parallel
 from nvlm.config import Config, cross_layers
+from nvlm.hardware import GPUS
 from nvlm.lengths import image_tokens
+from nvlm.plan.memory import gib, memory
 from nvlm.tiling.grid import TilePlan
 from nvlm.weights.sources import Source, model_source, vision_source
 
@@ -36,6 +38,18 @@ def dry_run(config: Config) -> None:
     console.print(
         f"layout: tensor {p.tensor} x pipeline {p.pipeline} x context {p.context} = {p.replica} processes a replica; "
         f"text stream {config.data.seq_length} tokens, cross-attended {config.data.cross_length}"
+    )
+    if config.gpu:
+        console.print(_memory(config))
+
+
+def _memory(config: Config) -> str:
+    replicas = config.parallel.data
+    needed = memory(config, replicas)
+    return (
+        f"memory: {gib(needed.total)} of {gib(GPUS[config.gpu].memory)} on the fullest of "
+        f"{replicas * config.parallel.replica} {config.gpu}, every row full, every sample with an image of "
+        f"{config.tiling.max_tiles} tiles ({needed.parts})"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -19,8 +20,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from nvlm.config import TE_INSTALL, Config, ConfigError, from_mapping, problem
-from nvlm.counts import fewest_gpus, gpus_needed, parameters
+from nvlm.counts import parameters
 from nvlm.files import write_whole
+from nvlm.hardware import GPUS, known_gpu
+from nvlm.plan.memory import fewest_gpus, gpus_needed
+from nvlm.plan.refuse import check_memory
 from nvlm.rules import validate
 from nvlm.runs import check_same_model, find_checkpoint, latest
 from nvlm.train.guard import BrokenRun
@@ -112,19 +116,22 @@ def launched() -> bool:
     return False
 
 
-def count_gpus() -> int:
-    """GPUs that this machine shows, asked without importing torch."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return 0
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return len(listing.stdout.splitlines()) if listing.returncode == 0 else 0
+@functools.cache
+def gpus_here() -> tuple[tuple[str, int], ...]:
+    """Name and memory in bytes of each GPU that this machine shows, asked without importing torch."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or shutil.which("nvidia-smi") is None:
+        return ()
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    listing = subprocess.run(query, capture_output=True, text=True)
+    lines = listing.stdout.splitlines() if listing.returncode == 0 else []
+    rows = [line.rsplit(",", 1) for line in lines if "," in line]
+    # A GPU that shares the machine's memory tells none.
+    return tuple((name.strip(), int(size) * 2**20 if size.strip().isdecimal() else 0) for name, size in rows)
 
 
 def check_devices(config: Config) -> None:
     """A full-size model does not train on CPU: say what it needs instead."""
-    gpus = count_gpus()
+    gpus = len(gpus_here())
     total = sum(parameters(config).values())
     if gpus == 0 and total > 2e9:
         needed, fewest = gpus_needed(config), fewest_gpus(config)
@@ -133,11 +140,25 @@ def check_devices(config: Config) -> None:
         raise ConfigError(
             f"devices: got a machine without GPUs, expected {wanted} of 80 GB or more for "
             f"{total / 1e9:.1f}B parameters ({config.parallel.tensor} tensor x {config.parallel.pipeline} pipeline x "
-            f"{config.parallel.context} context = {config.parallel.replica} a replica; weights, gradients and "
-            f"optimizer state alone){better}. Fix: start it there under torchrun or srun; here, dry_run=true builds "
-            f"and counts it"
+            f"{config.parallel.context} context = {config.parallel.replica} a replica){better}. Fix: start it there "
+            f"under torchrun or srun; here, dry_run=true builds and counts it, and launch/plan.py lists what fits"
         )
     check_processes(config, gpus)
+
+
+def check_fits(config: Config) -> None:
+    """Raise ConfigError where the run cannot fit the GPU that config.gpu names, or else this machine's largest."""
+    if config.gpu:
+        name, capacity = config.gpu, GPUS[config.gpu].memory
+    else:
+        if config.dry_run or not gpus_here():
+            return
+        name, capacity = max(gpus_here(), key=lambda gpu: gpu[1])
+        known = known_gpu(name)
+        capacity = known.memory if known else capacity
+    processes = int(os.environ["WORLD_SIZE"]) if launched() else config.parallel.replica * config.parallel.data
+    if capacity:
+        check_memory(config, processes, name, capacity)
 
 
 def check_engine(config: Config) -> None:
@@ -170,8 +191,8 @@ def check_weights(config: Config, run_dir: Path | None = None) -> None:
 
 
 # What a resumed run may change; the rest decides what its steps compute.
-_FREE = ("name", "resume", "dry_run", "profile", "init.llm", "init.checkpoint", "stage.new", "parallel.", "evaluate.",
-         "data.workers", "data.max_skipped", "train.log_every",
+_FREE = ("name", "resume", "dry_run", "profile", "gpu", "init.llm", "init.checkpoint", "stage.new", "parallel.",
+         "evaluate.", "data.workers", "data.max_skipped", "train.log_every",
          "train.save_every", "train.keep", "train.async_save", "train.save_frozen", "train.threads", "train.recompute",
          "train.stop_seconds", "train.spike_factor", "train.max_bad_steps", "vision.balance",
          "vision.tiles_per_call", "vision.graph", "train.offload")  # fmt: skip

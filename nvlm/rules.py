@@ -6,6 +6,7 @@ import math
 from difflib import get_close_matches
 
 from nvlm.config import FP8_RECIPES, Config, problem
+from nvlm.hardware import GPUS
 from nvlm.tiling.tags import TAG_STYLES
 
 PROFILED = 6  # steps until a trace is whole
@@ -50,6 +51,8 @@ def _names(config: Config) -> None:
     _one_of("data.source", config.data.source, ("pages", "jsonl"))
     _one_of("data.tokenize", config.data.tokenize, ("apart", "joined"))
     _one_of("precision", config.precision.name, ("fp32", "bf16", *FP8_RECIPES))
+    if config.gpu is not None:
+        _one_of("gpu", config.gpu, tuple(GPUS))
     _one_of("resume", config.resume, ("never", "auto"))
     _one_of("vision.norm", config.vision.norm, ("rms", "layer"))
     for group in config.stage.new:

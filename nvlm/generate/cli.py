@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever interrupts wants no traceback
     try:
         request = parse(arguments)
-        launch.check_processes(request.config, launch.count_gpus())
+        launch.check_processes(request.config, len(launch.gpus_here()))
     except ConfigError as error:
         report(f"error: {error}")
         return 2

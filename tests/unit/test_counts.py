@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nvlm import parallel
-from nvlm.counts import gpus_needed, llm_parameters, parameters
+from nvlm.counts import llm_parameters, parameters
+from nvlm.plan.memory import gpus_needed
 
 PUBLISHED = {  # llm, projector of D and H, projector of X without its norm
     "34b": (34_388_917_248, 408_970_240),

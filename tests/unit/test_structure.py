@@ -46,9 +46,12 @@ def imports(folder: str) -> dict[str, set[str]]:
         ("export/modeling_nvlm", ("nvlm", "megatron", "transformers")),
         ("config", ("torch", "megatron", "hydra")),
         ("runs", ("torch", "megatron", "hydra")),
+        ("requeue", ("torch", "megatron", "hydra", "submitit")),
+        ("doctor", ("torch", "megatron", "hydra", "omegaconf", "numpy")),
         ("rules", ("torch", "megatron", "hydra")),
         ("counts", ("torch", "megatron", "hydra")),
         ("hardware", ("torch", "megatron", "hydra", "nvlm")),
+        ("plan", ("torch", "megatron", "nvlm.arch", "nvlm.llm", "nvlm.vision", "nvlm.train", "nvlm.parallel")),
         ("flops", ("torch", "megatron", "hydra", "nvlm.lengths", "nvlm.data")),
     ],
 )

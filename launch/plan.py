@@ -1,0 +1,13 @@
+"""Plan: `python launch/plan.py gpus=64 gpu=h100 arch=hybrid llm=qwen2-72b` lists the layouts that fit.
+
+The fastest first, and why the others are refused. No GPU, no weights, no torch. `--help` lists the keys.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from nvlm.plan.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,81 @@
+"""Any rank of any layout in one process, for what depends on shapes alone: collectives are left out, so that what they
+would bring is whatever the memory holds."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nvlm import device, parallel
+from nvlm.arch.base import VisionLanguageModel
+from nvlm.arch.stages import BorrowedWords, build_parts
+from nvlm.batch import Batch
+from nvlm.config import Config
+from nvlm.train.optim import freeze
+
+
+@contextmanager
+def as_rank(config: Config, pipeline_rank: int):
+    """Process groups as the first process of a pipeline stage sees them."""
+    device.prepare(0, 1)
+    p = config.parallel
+    rank = pipeline_rank * p.tensor * p.context
+    dist.init_process_group("fake", rank=rank, world_size=p.replica, store=FakeStore())
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=p.tensor,
+            pipeline_model_parallel_size=p.pipeline,
+            virtual_pipeline_model_parallel_size=p.virtual if p.virtual > 1 else None,
+            context_parallel_size=p.context,
+            hierarchical_context_parallel_sizes=list(p.context_mesh) if p.context > 1 else None,
+            create_gloo_process_groups=False,
+        )
+        parallel._seed(0)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def frozen_parts(config: Config) -> list[VisionLanguageModel]:
+    """The parts of this rank, with what the stage freezes."""
+    parts = build_parts(config)
+    for part in parts:
+        freeze(part, config.stage, config.peft.adapted)
+    return parts
+
+
+def kept_bytes(part: VisionLanguageModel, batch: Batch, config: Config) -> int:
+    """Bytes that a forward pass of `part` keeps for its backward pass, parameters and the batch itself left out."""
+    if not part.pre_process:
+        p, (rows, length) = config.parallel, batch.tokens.shape
+        columns = length // p.context // (p.tensor if p.sequence else 1)
+        part.set_input_tensor(torch.randn(columns, rows, config.llm.hidden, dtype=part.config.params_dtype).requires_grad_())
+        if part.architecture.tags_in_keys:
+            words = torch.randn(1, config.llm.hidden, requires_grad=True)
+            part.borrowed = BorrowedWords(torch.zeros(1).long(), words, part.config.params_dtype)
+    there = {t.untyped_storage().data_ptr() for t in [*part.parameters(), *part.buffers()]}
+    there |= {t.untyped_storage().data_ptr() for t in vars_of(batch)}
+    sizes: dict[int, int] = {}
+    alive = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in there:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(x)  # no other tensor gets its place
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        part.train()(batch)
+    return sum(sizes.values())
+
+
+def vars_of(batch: Batch) -> list[torch.Tensor]:
+    """Its tensors."""
+    values = (getattr(batch, name) for name in batch.__dataclass_fields__)
+    return [value for value in values if torch.is_tensor(value)]
