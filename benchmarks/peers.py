@@ -77,8 +77,13 @@ def llava_model(config: Config, device: torch.device, weights: Weights | None = 
     Call it inside `nvlm.parallel.distributed`. `weights`: by the names of NVLM-D-72B's files, else random ones.
     """
     te, dtype = uses_te(config), DTYPES[config.precision.dtype]
-    fused, scaling = device.type == "cuda", config.llm.rope_scaling
-    language = of_megatron(llm_config(config), cross_entropy_loss_fusion=fused, perform_initialization=True)
+    scaling = config.llm.rope_scaling
+    language = of_megatron(
+        llm_config(config),
+        cross_entropy_loss_fusion=device.type == "cuda",
+        use_te_activation_func=False,  # core's own SwiGLU, not ours
+        perform_initialization=True,
+    )
     vision = dataclasses.replace(encoder_config(config), perform_initialization=True)
     vision.vision_model_type = "internvit"
     model = LLaVAModel(
