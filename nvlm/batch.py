@@ -129,6 +129,18 @@ def in_line(batch: Batch) -> Batch:
     )
 
 
+def without_padding(batch: Batch, multiple: int) -> tuple[Batch, Tensor]:
+    """`batch` as one row of its T real tokens and of so much padding that `multiple` divides T; and where each stood,
+    [T], counted row behind row."""
+    line = in_line(batch)
+    padding = line.sample[0] == PAD
+    real = (~padding).nonzero()[:, 0]
+    spare = -len(real) % multiple if len(real) else multiple
+    columns_T = torch.cat((real, padding.nonzero()[:spare, 0]))
+    along = ("tokens", "labels", "positions", "sample", "image", "tile")
+    return replace(line, **{name: getattr(line, name)[:, columns_T] for name in along}), columns_T
+
+
 def check_placeholders(batch: Batch, tile_tokens: int) -> None:
     """Raise ValueError with the sample's id and both counts where placeholders and tile tokens do not match."""
     if batch.features is not None and batch.features.shape[1] != tile_tokens:

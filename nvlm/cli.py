@@ -24,7 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 from nvlm import launch
 from nvlm.config import Config, ConfigError, from_mapping, problem
 from nvlm.lengths import check_lengths
+from nvlm.requeue import in_job, requeued
 from nvlm.rules import validate
+from nvlm.runs import steps_done
 from nvlm.train.guard import BrokenRun
 from nvlm.workers import report
 
@@ -35,8 +37,9 @@ def main(started: float) -> int:
     """Answer the command line; `started`: time.time() when it was given. Returns the exit status."""
     try:
         configs = check_overrides(sys.argv[1:])
+        elsewhere = any(word.startswith("hydra/launcher=") for word in sys.argv[1:])  # in jobs, on other machines
         for config in configs:
-            if not config.dry_run:
+            if not config.dry_run and not elsewhere:
                 launch.check_devices(config)
                 launch.check_engine(config)
             launch.check_fits(config)
@@ -56,9 +59,15 @@ def main(started: float) -> int:
 
     @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
     def job(composed: DictConfig) -> None:
+        run_dir = Path(HydraConfig.get().runtime.output_dir)
         try:
-            # Only a sweep's first run began with the command.
-            launch.start(to_config(composed), Path(HydraConfig.get().runtime.output_dir), next(begins, time.time()))
+            config = to_config(composed)
+            if in_job():
+                launch.check_devices(config)
+                launch.check_engine(config)
+            with requeued(lambda: steps_done(run_dir) < config.train.steps):
+                # Only a sweep's first run began with the command.
+                launch.start(config, run_dir, next(begins, time.time()))
         except ConfigError as error:  # Hydra would print a traceback
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -123,11 +132,14 @@ def _explain(error: Exception, also: Sequence[str]) -> ConfigError:
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
         return unknown_key(match[1], also)
-    if match := re.search(r"(?:In '[^']*': )?Could not find '([^'/]+)/([^']+)'", text):
+    if match := re.search(r"(?:In '[^']*': )?Could not find '([^']+)/([^'/]+)'", text):
         group, got = match[1], match[2]
         known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
         near = get_close_matches(got, known, n=1)
         return problem(group, repr(got), f"one of {', '.join(known)}", f"{group}={near[0] if near else known[0]}")
+    if "Could not load 'hydra/launcher/submitit" in text:
+        what, expected = "hydra/launcher=slurm", "it, which sends the runs of a sweep to Slurm"
+        return problem(what, "no hydra-submitit-launcher", expected, f"pip install -e '{launch.ROOT}[slurm]'")
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return problem(match[1], "nothing", "a value", f"{match[1]}=...")
     return ConfigError(f"configuration: {_first_line(error)}")
@@ -136,7 +148,7 @@ def _explain(error: Exception, also: Sequence[str]) -> ConfigError:
 def unknown_key(key: str, also: Sequence[str] = ()) -> ConfigError:
     """What to say about a key that neither the configuration has nor is one of `also`."""
     known = list(launch.flat(OmegaConf.to_container(_compose(), resolve=False)))
-    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
+    groups = [path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"]
     near = get_close_matches(key, [*also, *known, *groups], n=3, cutoff=0.5)
     if not near:
         section = key.split(".")[0]

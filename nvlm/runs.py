@@ -27,6 +27,12 @@ def latest(run_dir: Path) -> Path | None:
     return folder
 
 
+def steps_done(run_dir: Path) -> int:
+    """Steps that the newest complete checkpoint of a run holds, 0 without one."""
+    folder = latest(run_dir)
+    return int(folder.name.removeprefix("step_")) if folder else 0
+
+
 def steps_of(root: Path) -> list[Path]:
     """The step folders below `root`, oldest first."""
     return sorted(root.glob("step_*"))

@@ -26,7 +26,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
-from nvlm.batch import IGNORE, Batch, check_placeholders, in_line
+from nvlm.batch import IGNORE, Batch, check_placeholders, in_line, without_padding
 from nvlm.config import Config, cross_layers, stage_layers
 from nvlm.layout import LayoutRule, TileUse
 from nvlm.llm.attention import rotary_angles, rotary_frequencies
@@ -37,7 +37,7 @@ from nvlm.llm.layer import learns, project
 from nvlm.llm.loss import token_losses
 from nvlm.llm.masks import causal_mask, unseen_keys
 from nvlm.llm.norm import LayerNorm
-from nvlm.llm.packing import Packing, samples_in_line, seen_columns, seen_keys
+from nvlm.llm.packing import Packing, runs, samples_in_line, seen_columns, seen_keys
 from nvlm.parallel import seeded
 
 Project = Callable[[Tensor], Tensor]
@@ -118,6 +118,7 @@ class VisionLanguageModel(MegatronModule):
         self.architecture, self.use = architecture, tile_use(config, architecture, stage)
         self.first_layer = stage_layers(config, stage).start
         self.in_line = uses_te(config) and config.parallel.context == 1
+        self.whole_rows, self.row_multiple = config.parallel.context == 1, config.row_multiple
         self.longest = max(config.data.seq_length, config.data.row_length)
         self.borrowed: Callable[[Tensor], Tensor] | None = None  # embeds tags on a stage without the embedding
         virtual = stage // config.parallel.pipeline if config.parallel.virtual > 1 else None
@@ -201,10 +202,11 @@ class VisionLanguageModel(MegatronModule):
 
     def _masks(self, batch: Batch, columns_S: Tensor, queries: Tensor, keys: Tensor) -> dict[str, object]:
         if not self.packs(batch):
-            return dict(
-                attention_mask=causal_mask(batch.sample, queries, keys),
-                context_mask=unseen_keys(batch, columns_S) if self.use.keys else None,
-            )
+            unseen = unseen_keys(batch, columns_S) if self.use.keys else None
+            if self.whole_rows and learns(self):
+                packing = Packing(columns=runs(batch.sample), keys=unseen)
+                return dict(attention_mask=None, context_mask=None, packed_seq_params=packing)
+            return dict(attention_mask=causal_mask(batch.sample, queries, keys), context_mask=unseen)
         packing = Packing(
             samples=samples_in_line(batch.sample[0], self.longest) if self.in_line else None,
             columns=None if self.in_line else seen_columns(batch.sample, queries, keys),
@@ -226,10 +228,10 @@ class VisionLanguageModel(MegatronModule):
             stream_SBH = tensor_parallel.scatter_to_sequence_parallel_region(stream_SBH)
         return stream_SBH
 
-    def logits(self, hidden_SBH: Tensor) -> Tensor:
-        """[S, B, vocabulary / tensor parallel size]."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H], not split along the sequence, to [..., vocabulary / tensor parallel size]."""
         weight = self.embedding.word_embeddings.weight if self.llm.tied else None
-        logits = project(self.output_layer, hidden_SBH, weight)
+        logits = project(self.output_layer, hidden, weight)
         columns = logits.shape[-1]
         real = self.llm.vocab - columns * parallel_state.get_tensor_model_parallel_rank()
         if real >= columns:
@@ -252,8 +254,21 @@ class VisionLanguageModel(MegatronModule):
 
         Transformer Engine's attention takes the samples of one row: it gets all rows in a line, and gives [1, B x S].
         """
-        if self.in_line:
-            batch = in_line(batch)
+        if not self.drops_padding(batch):
+            return self._losses(in_line(batch) if self.in_line else batch)
+        line, columns_T = without_padding(batch, self.row_multiple)
+        losses_1T = self._losses(line)
+        if not self.post_process:
+            return losses_1T
+        return losses_1T.new_zeros(batch.tokens.numel()).index_copy(0, columns_T, losses_1T[0]).view_as(batch.tokens)
+
+    def drops_padding(self, batch: Batch) -> bool:
+        """Whether padding is not computed: on CPU where the model learns. Cross-attention's masks need the rows."""
+        plain = self.architecture.keys is None and self.whole_rows
+        return plain and learns(self) and not batch.tokens.is_cuda
+
+    def _losses(self, batch: Batch) -> Tensor:
+        """As `forward`, of rows as they are."""
         hidden_SBH = self.hidden(batch)
         if not self.post_process:
             return hidden_SBH

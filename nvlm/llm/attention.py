@@ -15,21 +15,24 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from nvlm.config import LLMConfig
 from nvlm.llm.cache import KeepsKeys
-from nvlm.llm.packing import attend_blocks
+from nvlm.llm.packing import Runs, attend_blocks, attend_runs
 
 
 def attend(
     query_SBND: Tensor,
     key_XBGD: Tensor,
     value_XBGD: Tensor,
-    mask: Tensor | BlockMask | None,
+    mask: Tensor | BlockMask | Runs | None,
     scale: float | None,
 ) -> Tensor:
     """softmax(scale q k^T) v, [S, B, N * D]. `mask`: [B, 1, S, X], True where a query must not look, or blocks of what
-    it looks at; a query that sees no key gets exactly zero. `scale`: None for 1 / sqrt(D)."""
+    it looks at, or samples whose tokens look at those before; a query that sees no key gets exactly zero. `scale`: None
+    for 1 / sqrt(D)."""
     inputs = [for_kernel(x).permute(1, 2, 0, 3) for x in (query_SBND, key_XBGD, value_XBGD)]
     if isinstance(mask, BlockMask):
         out_BNSD = attend_blocks(*inputs, mask, scale)
+    elif isinstance(mask, tuple):
+        out_BNSD = attend_runs(*inputs, mask, scale)
     else:
         out_BNSD = nn.functional.scaled_dot_product_attention(
             *inputs,
@@ -55,7 +58,7 @@ class CoreAttention(nn.Module, KeepsKeys):
         self.softmax_scale = softmax_scale
 
     def forward(
-        self, query_SBND, key_XBGD, value_XBGD, attention_mask: Tensor | BlockMask | None = None, **_
+        self, query_SBND, key_XBGD, value_XBGD, attention_mask: Tensor | BlockMask | Runs | None = None, **_
     ) -> Tensor:
         """[S, B, N * D]; `attention_mask` as `mask` of `attend`, over the keys of all columns."""
         if self.cache is not None:

@@ -22,6 +22,7 @@ from nvlm.llm.backend import engine, fp8_settings, uses_te
 from nvlm.llm.context import ContextAttention
 from nvlm.llm.layer import DecoderLayer, SeededLayer
 from nvlm.llm.norm import RMSNorm
+from nvlm.llm.swiglu import SwiGLU
 
 # What the weight of a norm is called within the linear that it is one with, and what it is called everywhere else.
 FUSED_NORMS = {
@@ -69,6 +70,7 @@ def llm_config(config: Config) -> TransformerConfig:
         ffn_hidden_size=llm.ffn,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
+        use_te_activation_func=not device.has_cuda(),  # Megatron's name for: the spec brings one, here SwiGLU
         normalization="RMSNorm",
         layernorm_epsilon=llm.norm_eps,
         add_bias_linear=False,
@@ -138,6 +140,7 @@ def layer_spec(config: Config, number: int, cross_attention: ModuleSpec | None =
                 MLP,
                 submodules=MLPSubmodules(
                     linear_fc1=linears.normed("mlp.linear_fc1"),
+                    activation_func=SwiGLU,
                     linear_fc2=linears.row("mlp.linear_fc2"),
                 ),
             ),

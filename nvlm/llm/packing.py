@@ -21,6 +21,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from nvlm.batch import PAD, Batch
 from nvlm.llm.masks import follows, sees
 
+Runs = tuple[int, ...]
+"""Lengths of the samples of whole rows, row behind row; the padding of a row counts as one, nobody looks at it."""
+
 
 @dataclass
 class Packing(PackedSeqParams):
@@ -30,8 +33,8 @@ class Packing(PackedSeqParams):
     """
 
     samples: PackedSeqParams | None = None  # for Transformer Engine: where the samples of a line begin and end
-    columns: BlockMask | None = None  # for FlexAttention: what self-attention sees
-    keys: BlockMask | None = None  # for FlexAttention: what cross-attention sees
+    columns: BlockMask | Runs | None = None  # for FlexAttention, or on CPU: what self-attention sees
+    keys: BlockMask | Tensor | None = None  # for FlexAttention, or on CPU: what cross-attention sees
 
 
 def samples_in_line(sample_T: Tensor, longest: int) -> PackedSeqParams:
@@ -76,6 +79,32 @@ def attend_blocks(query_BNSD: Tensor, key_BGXD: Tensor, value_BGXD: Tensor, seen
     grouped = query_BNSD.shape[1] != key_BGXD.shape[1]
     attend = _compiled(flex_attention) if query_BNSD.is_cuda else flex_attention
     return attend(query_BNSD, key_BGXD, value_BGXD, block_mask=seen, scale=scale, enable_gqa=grouped)
+
+
+def runs(sample_BL: Tensor) -> Runs:
+    """The runs of rows whose samples are numbered by `sample_BL`."""
+    begins_BL = torch.ones_like(sample_BL, dtype=torch.bool)
+    begins_BL[:, 1:] = sample_BL[:, 1:] != sample_BL[:, :-1]
+    begins = begins_BL.flatten().nonzero()[:, 0].tolist()
+    return tuple(end - begin for begin, end in zip(begins, [*begins[1:], sample_BL.numel()]))
+
+
+def attend_runs(query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, runs: Runs, scale: float | None) -> Tensor:
+    """softmax(scale q k^T) v of each token over itself and those before it in its own sample, [B, N, S, D].
+
+    A sample at a time: a mask over whole rows costs the square of their length, most of it for nothing.
+    """
+    rows, _, columns, _ = query_BNSD.shape
+    grouped = query_BNSD.shape[1] != key_BGSD.shape[1]
+    # In one line, then apart: of a slice the gradient would be as large as the whole.
+    lines = (x.transpose(1, 2).flatten(0, 1).split(runs) for x in (query_BNSD, key_BGSD, value_BGSD))
+    attended = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in sample), is_causal=True, scale=scale, enable_gqa=grouped
+        )[0].transpose(0, 1)
+        for sample in zip(*lines)
+    ]
+    return torch.cat(attended).unflatten(0, (rows, columns)).transpose(1, 2)
 
 
 def _blocks(rule: Callable, like_BS: Tensor, keys: int) -> BlockMask:

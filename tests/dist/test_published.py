@@ -93,6 +93,8 @@ def whole_logits(config: Config, parts: list) -> Tensor | None:
             dist.send(hidden.contiguous(), ranks[(rank + 1) % len(ranks)])
     if not part.post_process:
         return None
+    if part.config.sequence_parallel:
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden)
     logits = tensor_parallel.gather_from_tensor_model_parallel_region(part.logits(hidden))
     return gather_columns(logits).transpose(0, 1)[..., : config.llm.vocab]
 

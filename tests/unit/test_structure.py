@@ -46,6 +46,8 @@ def imports(folder: str) -> dict[str, set[str]]:
         ("export/modeling_nvlm", ("nvlm", "megatron", "transformers")),
         ("config", ("torch", "megatron", "hydra")),
         ("runs", ("torch", "megatron", "hydra")),
+        ("requeue", ("torch", "megatron", "hydra", "submitit")),
+        ("doctor", ("torch", "megatron", "hydra", "omegaconf", "numpy")),
         ("rules", ("torch", "megatron", "hydra")),
         ("counts", ("torch", "megatron", "hydra")),
         ("hardware", ("torch", "megatron", "hydra", "nvlm")),
