@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from nvlm.rules import check_world
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "slurm" / "nvlm.sbatch"
 SMALL = (
@@ -242,3 +244,9 @@ def test_interrupted_and_requeued_it_trains_as_if_nothing_had_been(tmp_path):
     assert status == 0 and "runs/job: finished" in output, output
     assert losses(broken) == losses(whole) and len(losses(whole)) == 12
     assert broken.requeues == 1
+
+
+@pytest.mark.parametrize("nodes", [8, 16, 32, 64])
+def test_the_recipe_of_the_script_fits_its_nodes(configured, nodes):
+    overrides = "+experiment=nvlm_h_72b_sft resume=auto name=job init.checkpoint=RUN init.vision=DIR"
+    check_world(configured(*overrides.split(), "data.path=FILE.jsonl"), 8 * nodes)
