@@ -22,11 +22,13 @@ class Kernels:
     norm: int = 0  # bytes an element of a norm's input; 0: as it is
     normalized: int = 0  # bytes an element, beside a norm's input where the norm learns
     attention: int = 0  # bytes an element; 0: as it is
-    apart: bool = False  # attention's output is copied for the linear behind it
+    apart: bool = False  # self-attention's output is copied for the linear behind it
+    apart_keys: bool = False  # cross-attention's
     joint: bool  # values are a view of queries, keys and values in one
     rotary: bool  # cosines and sines, of queries and keys each; else their angles, once for all layers
     glu: int = 2  # widths that the gated unit keeps between its linears
-    dense: bool = False  # masks of all pairs
+    dense: bool = False  # self-attention's mask of all pairs
+    dense_keys: bool = False  # cross-attention's
     fused_norm: bool  # a norm is one with its linear: what is recomputed begins in front of it
 
 
@@ -145,8 +147,8 @@ def _shared(config: Config, s: _Sizes, keys: bool) -> float:
     """What all layers keep together: rotary angles, and masks where whole layers are computed again."""
     again = config.train.recompute == "full"
     angles = 4 * s.tokens * config.llm.head_dim if again or not s.kernels.rotary else 0
-    masks = s.query_key_pairs + (s.query_cross_pairs if keys else 0)
-    return angles + (masks if again and s.kernels.dense else 0)
+    masks = s.kernels.dense * s.query_key_pairs + (s.kernels.dense_keys and keys) * s.query_cross_pairs
+    return angles + masks * again
 
 
 def _flows_in(config: Config, s: _Sizes, stage: int) -> bool:
@@ -200,12 +202,12 @@ def _cross_attention(config: Config, s: _Sizes, fp8: bool, flows: bool) -> tuple
     element = k.attention or s.element
     queries = s.tokens * q * element
     kept = 2 * queries + 2 * s.keys * kv * element + 4 * s.tokens * llm.heads / tensor
-    kept += 4 * k.dense * s.query_cross_pairs
+    kept += 4 * k.dense_keys * s.query_cross_pairs
     kept += s.norm(learns) if flows or learns else 0
     kept += _input(config, s, "xattn", fp8, s.own * llm.hidden)
     kept += s.keys * config.peft.rank * s.element if adapts else 0
     behind = _input(config, s, "xattn", fp8, s.tokens * q)
-    kept += behind if k.apart or fp8 else max(behind - queries, 0)
+    kept += behind if k.apart_keys or fp8 else max(behind - queries, 0)
     return kept + (s.hidden if learns else 0), True  # the gate wants what it is multiplied with
 
 

@@ -138,12 +138,12 @@ def candidates(config: Config, gpus: int, fixed: Sequence[str]) -> Iterator[Conf
     def choices(key: str, values: Sequence) -> Sequence:
         return (getattr(config.parallel, key),) if f"parallel.{key}" in fixed else values
 
-    layers = config.llm.layers
+    layers, asked = config.llm.layers, {f"parallel.{size}" for size in ("tensor", "pipeline", "context")} & set(fixed)
     recomputes = (config.train.recompute,) if "train.recompute" in fixed else ("none", "selective", "full")
     for tensor in choices("tensor", TENSOR):
         for pipeline in choices("pipeline", _divisors(layers, MOST_STAGES)):
             for context in choices("context", _powers_of_two(gpus)):
-                if gpus % (tensor * pipeline * context) and not fixed:  # what was asked for gets an answer
+                if gpus % (tensor * pipeline * context) and not asked:  # what was asked for gets an answer
                     continue
                 virtuals = _divisors(layers // math.gcd(layers, pipeline), MOST_STAGES // pipeline)
                 for virtual in choices("virtual", virtuals if pipeline > 1 else (1,)):

@@ -129,12 +129,13 @@ def _busy(config: Config, gpu: GPU, load: Load, flops: Flops, keys: Flops, rank:
     seconds = linears / p.context / rate + output / p.context / plain + carriers * keys.cross_linears / rate
     seconds += scores / p.context / (SCORES * gpu.peak(config.precision.dtype))
     seconds += _projections(config, load, stages) * flops.projector / plain
-    kept_bytes = sum(kept(_unrecomputed(config), stage, load, kernels_of(config)).total for stage in stages)
+    kept_bytes = sum(kept(_plain(config), stage, load, kernels_of(config)).total for stage in stages)
     return seconds / p.tensor + PASSES * kept_bytes / gpu.memory_bandwidth
 
 
-def _unrecomputed(config: Config) -> Config:
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, recompute="none"))
+def _plain(config: Config) -> Config:
+    """The run with all that it makes kept where it is."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, recompute="none", offload=False))
 
 
 def _projections(config: Config, load: Load, stages: list[int]) -> float:

@@ -65,6 +65,28 @@ class ScaledMLP(MLP):
         return self.layer_scale(super().forward(*args, **kwargs))
 
 
+def encoder_config(config: Config) -> TransformerConfig:
+    """The TransformerConfig of the encoder, whole on its rank."""
+    vision = config.vision
+    return base_config(
+        config,
+        num_layers=vision.layers,
+        hidden_size=vision.hidden,
+        num_attention_heads=vision.heads,
+        num_query_groups=vision.heads,
+        kv_channels=vision.hidden // vision.heads,
+        ffn_hidden_size=vision.ffn,
+        activation_func=nn.functional.gelu,
+        bias_activation_fusion=False,  # Megatron's fused GELU is an approximation
+        normalization={"rms": "RMSNorm", "layer": "LayerNorm"}[vision.norm],
+        layernorm_epsilon=vision.norm_eps,
+        qk_layernorm=vision.qk_norm,
+        add_bias_linear=True,
+        add_qkv_bias=vision.qkv_bias,
+        perform_initialization=not (config.init.vision or config.init.release),  # read instead
+    )
+
+
 def _layer_spec(vision: VisionConfig) -> ModuleSpec:
     norm = {"rms": RMSNorm, "layer": LayerNorm}[vision.norm]
     heads = dict(q_layernorm=FullWidthRMSNorm, k_layernorm=FullWidthRMSNorm) if vision.qk_norm else {}
@@ -96,25 +118,7 @@ class InternViT(MegatronModule):
 
     def __init__(self, config: Config, groups: ProcessGroupCollection) -> None:
         vision = config.vision
-        super().__init__(
-            config=base_config(
-                config,
-                num_layers=vision.layers,
-                hidden_size=vision.hidden,
-                num_attention_heads=vision.heads,
-                num_query_groups=vision.heads,
-                kv_channels=vision.hidden // vision.heads,
-                ffn_hidden_size=vision.ffn,
-                activation_func=nn.functional.gelu,
-                bias_activation_fusion=False,  # Megatron's fused GELU is an approximation
-                normalization={"rms": "RMSNorm", "layer": "LayerNorm"}[vision.norm],
-                layernorm_epsilon=vision.norm_eps,
-                qk_layernorm=vision.qk_norm,
-                add_bias_linear=True,
-                add_qkv_bias=vision.qkv_bias,
-                perform_initialization=not (config.init.vision or config.init.release),  # read instead
-            )
-        )
+        super().__init__(config=encoder_config(config))
         dtype, patches = self.config.params_dtype, (vision.tile_size // vision.patch) ** 2
         self.patch_embedding = nn.Conv2d(3, vision.hidden, vision.patch, vision.patch, dtype=dtype)
         self.class_embedding = nn.Parameter(torch.randn(1, 1, vision.hidden, dtype=dtype) * 0.02)

@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from nvlm import device, parallel
 from nvlm.arch.base import VisionLanguageModel
 from nvlm.arch.stages import BorrowedWords, build_parts
-from nvlm.batch import Batch
+from nvlm.batch import Batch, without_padding
 from nvlm.config import Config
 from nvlm.train.optim import freeze
 
@@ -49,12 +49,18 @@ def frozen_parts(config: Config) -> list[VisionLanguageModel]:
     return parts
 
 
+def computed(part: VisionLanguageModel, batch: Batch) -> Batch:
+    """The batch as `part` computes it."""
+    return without_padding(batch, part.row_multiple)[0] if part.train().drops_padding(batch) else batch
+
+
 def kept_bytes(part: VisionLanguageModel, batch: Batch, config: Config) -> int:
     """Bytes that a forward pass of `part` keeps for its backward pass, parameters and the batch itself left out."""
     if not part.pre_process:
-        p, (rows, length) = config.parallel, batch.tokens.shape
+        p, (rows, length) = config.parallel, computed(part, batch).tokens.shape
         columns = length // p.context // (p.tensor if p.sequence else 1)
-        part.set_input_tensor(torch.randn(columns, rows, config.llm.hidden, dtype=part.config.params_dtype).requires_grad_())
+        received = torch.randn(columns, rows, config.llm.hidden, dtype=part.config.params_dtype)
+        part.set_input_tensor(received.requires_grad_())
         if part.architecture.tags_in_keys:
             words = torch.randn(1, config.llm.hidden, requires_grad=True)
             part.borrowed = BorrowedWords(torch.zeros(1).long(), words, part.config.params_dtype)
