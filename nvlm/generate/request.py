@@ -6,6 +6,7 @@ Imports no torch, so that a mistake is answered at once.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nvlm.cli import check_overrides, unknown_key
-from nvlm.config import Config, ConfigError, from_mapping, problem
+from nvlm.config import Config, ConfigError, PrecisionConfig, from_mapping, problem
 from nvlm.generate.sampling import Sampling
 from nvlm.launch import check_weights, flat
 from nvlm.lengths import check_lengths
@@ -120,13 +121,16 @@ def read_config(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Config
     encoder = values["init"]["vision"] or values["init"]["release"]
     values["init"] = {"llm": None, "release": None, "vision": encoder, "checkpoint": str(folder)}
     values["stage"]["new"] = []
+    # FP8 products take tokens by the dozen, and weights are kept in bf16.
+    values["precision"] = {"name": PrecisionConfig(**values["precision"]).dtype, "edges": 0, "encoder": False}
     known = flat(values)
-    for word in overrides:
+    changes = [re.sub("^precision=", "precision.name=", word) for word in overrides]  # as for a run it names all of it
+    for word in changes:
         key = word.partition("=")[0]
         if key not in known:
             raise unknown_key(key, OPTIONS)
     try:
-        changed = OmegaConf.to_container(OmegaConf.merge(values, OmegaConf.from_dotlist(list(overrides))))
+        changed = OmegaConf.to_container(OmegaConf.merge(values, OmegaConf.from_dotlist(changes)))
     except (OmegaConfBaseException, ValueError, YAMLError) as error:
         raise ConfigError(f"command line: {str(error).splitlines()[0]}. Fix: write key=value") from None
     return _checked(check_lengths(validate(from_mapping(Config, changed))))
