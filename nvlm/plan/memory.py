@@ -16,7 +16,6 @@ from nvlm.plan.load import Load, step_load
 from nvlm.plan.parameters import element_bytes, held, uses_tiles, virtual_stages
 
 OUTSIDE = 2.5 * GiB  # CUDA's context, NCCL's buffers, workspaces of cuBLAS and cuDNN
-_MOST_REPLICAS = 1024
 FRAGMENTED = 0.05  # of what comes and goes within a step: lost between its blocks
 
 
@@ -77,17 +76,10 @@ def least_memory(config: Config, replicas: int) -> Memory:
 def gpus_needed(config: Config) -> int | None:
     """Fewest GPUs of 80 GB, in whole replicas, that hold a run. None where no number of replicas helps: too few
     shards."""
-
-    def fits(replicas: int) -> bool:
-        return memory(config, replicas).total <= GPUS["h100"].memory
-
-    low, high = 1, _MOST_REPLICAS
-    if not fits(high):
-        return None
-    while low < high:  # more replicas never need more memory each
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return low * config.parallel.replica
+    batch = config.train.global_batch  # which replicas share evenly
+    numbers = (n for n in range(1, batch + 1) if batch % n == 0)
+    found = next((n for n in numbers if memory(config, n).total <= GPUS["h100"].memory), None)
+    return None if found is None else found * config.parallel.replica
 
 
 def fewest_gpus(config: Config) -> tuple[int, int] | None:

@@ -183,7 +183,7 @@ def test_the_real_model_without_gpus_names_what_it_needs(tmp_path):
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "expected 192 GPUs" in done.stderr
+    assert "expected 128 GPUs" in done.stderr
     assert "with parallel.pipeline=2 32 GPUs" in done.stderr
     assert "dry_run=true" in done.stderr
     assert not (tmp_path / "runs").exists()
@@ -195,7 +195,7 @@ def test_too_few_shards_for_the_real_model_are_said(configured):
     assert "more shards of the model" in str(caught.value)
     with pytest.raises(ConfigError) as caught:
         check_devices(configured("llm=qwen2-72b", "parallel.tensor=1", "parallel.sequence=false"))
-    assert "parallel.pipeline=8" in str(caught.value)
+    assert "more shards" in str(caught.value) and "with parallel.pipeline=" not in str(caught.value)  # eight are too few
 
 
 def test_dry_run_prints_exact_counts_in_little_time_and_memory(tmp_path):
