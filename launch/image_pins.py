@@ -11,7 +11,8 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = str(Path(__file__).resolve().parent.parent)
+sys.path.insert(0, ROOT)
 
 from nvlm.doctor import pinned, requirements  # noqa: E402
 
@@ -22,8 +23,8 @@ def canonical(name: str) -> str:
 
 
 def installed() -> dict[str, str]:
-    """Canonical name -> version of all that is installed."""
-    found = importlib.metadata.distributions()
+    """Canonical name -> version of all that is installed, but for this project itself."""
+    found = importlib.metadata.distributions(path=[place for place in sys.path if place != ROOT])
     return {canonical(one.name): one.version for one in found if one.name and one.version}
 
 
