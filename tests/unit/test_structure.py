@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,11 @@ def test_layout_rules_come_without_megatron():
         "assert not any(m.startswith('megatron') for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pytest_looks_into_every_folder_of_tests():
+    """Left to itself it passes over any folder called dist, without a word."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    folders = {part for path in (ROOT / "tests").rglob("test_*.py") for part in path.relative_to(ROOT).parts[:-1]}
+    assert {"tests", "unit", "parity", "dist", "e2e"} <= folders
+    assert not [name for name in folders for pattern in settings["norecursedirs"] if fnmatch(name, pattern)]
