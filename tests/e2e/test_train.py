@@ -195,7 +195,8 @@ def test_too_few_shards_for_the_real_model_are_said(configured):
     assert "more shards of the model" in str(caught.value)
     with pytest.raises(ConfigError) as caught:
         check_devices(configured("llm=qwen2-72b", "parallel.tensor=1", "parallel.sequence=false"))
-    assert "more shards" in str(caught.value) and "with parallel.pipeline=" not in str(caught.value)  # eight are too few
+    said = str(caught.value)
+    assert "more shards" in said and "with parallel.pipeline=" not in said  # eight stages are too few
 
 
 def test_dry_run_prints_exact_counts_in_little_time_and_memory(tmp_path):
