@@ -88,7 +88,7 @@ def generating(parts: Sequence[nn.Module]) -> Iterator[None]:
     for holder, name, _ in changed:
         setattr(holder, name, _ONE_COLUMN[name])
     try:
-        with torch.no_grad():
+        with torch.inference_mode():
             yield
     finally:
         for holder, name, value in changed:

@@ -42,7 +42,7 @@ def load(trainer: Trainer, folder: Path) -> tuple[int, dict[str, float]]:
     else:
         weights = _read_all(folder.parent / FROZEN, frozen)
         state = _read_all(folder, wanted)
-        state |= {name: state[name] | weights.get(name, {}) for name in model}
+        state |= {name: state.get(name, {}) | weights.get(name, {}) for name in model}  # an empty one is not read back
     for number, chunk in enumerate(trainer.chunks):
         missing, unexpected = chunk.module.load_state_dict(state[f"model{number}"], strict=False)
         assert not unexpected and all(map(is_scale, missing)), (missing, unexpected)
