@@ -17,6 +17,7 @@ import torch
 
 from nvlm.data.loader import Steps
 from nvlm.train import loop
+from nvlm.train.step import settle
 from tests.e2e.preloaded import alive, at, run, start, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -260,6 +261,7 @@ def report_state() -> None:
 
     def told(trainer, *arguments):
         result = step(trainer, *arguments)
+        settle(trainer)  # else the next forward brings what other ranks have updated
         digest = hashlib.sha256()
         inner = [one.optimizer for one in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])]
         state = [value for one in inner for values in one.state.values() for value in values.values()]
