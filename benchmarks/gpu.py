@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py [--out gpu.json] [--tiles 1 2 3 4 5 6] [--only accuracy attention throughput peers] [--toy]
 
-Under eight minutes on one Hopper GPU with 80 GB or more. Without a GPU, or with --toy, the same code runs at toy size:
-its figures then say that it works, nothing about speed.
+Meant for less than eight minutes on one Hopper GPU with 80 GB or more; not timed on one yet. Without a GPU, or
+with --toy, the same code runs at toy size: its figures then say that it works, nothing about speed.
 
 accuracy    A small model of each architecture learns the embedded pages, the same steps in fp32 and in each precision
             that this machine has: means of the losses over all steps, at most 1% apart.

@@ -39,10 +39,8 @@ def main(started: float) -> int:
         configs = check_overrides(sys.argv[1:])
         elsewhere = any(word.startswith("hydra/launcher=") for word in sys.argv[1:])  # in jobs, on other machines
         for config in configs:
-            if not config.dry_run and not elsewhere:
-                launch.check_devices(config)
-                launch.check_engine(config)
-            launch.check_fits(config)
+            if not elsewhere:
+                launch.check_machine(config)
             if config.resume == "never":  # else only the run's folder, which Hydra names, tells what is needed
                 launch.check_weights(config)
     except ConfigError as error:
@@ -63,8 +61,7 @@ def main(started: float) -> int:
         try:
             config = to_config(composed)
             if in_job():
-                launch.check_devices(config)
-                launch.check_engine(config)
+                launch.check_machine(config)
             with requeued(lambda: steps_done(run_dir) < config.train.steps):
                 # Only a sweep's first run began with the command.
                 launch.start(config, run_dir, next(begins, time.time()))

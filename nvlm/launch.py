@@ -129,6 +129,14 @@ def gpus_here() -> tuple[tuple[str, int], ...]:
     return tuple((name.strip(), int(size) * 2**20 if size.strip().isdecimal() else 0) for name, size in rows)
 
 
+def check_machine(config: Config) -> None:
+    """Raise ConfigError where this machine cannot run `config`; of a dry run, where the GPU that it names cannot."""
+    if not config.dry_run:
+        check_devices(config)
+        check_engine(config)
+    check_fits(config)
+
+
 def check_devices(config: Config) -> None:
     """A full-size model does not train on CPU: say what it needs instead."""
     gpus = len(gpus_here())

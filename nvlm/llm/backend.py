@@ -10,7 +10,7 @@ import functools
 from nvlm import device
 from nvlm.config import TE_INSTALL, Config, problem
 
-AMAX_HISTORY = 1024  # steps whose largest values decide a delayed scale
+_AMAX_HISTORY = 1024  # steps whose largest values decide a delayed scale
 
 
 def uses_te(config: Config) -> bool:
@@ -79,18 +79,13 @@ def describe(config: Config) -> str:
     return f"layers: torch and Megatron-Core, {precision} ({why})"
 
 
-def te_recipe(name: str) -> object:
-    """Transformer Engine's recipe for the precision `name`, as Megatron makes it."""
+def frozen_recipe(name: str) -> object:
+    """Transformer Engine's recipe for a module that never learns, under the precision `name`. A history of scales is
+    kept by backward passes: without any, each tensor gets a scale of its own."""
     from transformer_engine.common import recipe
 
-    if name == "fp8_delayed":
-        return recipe.DelayedScaling(amax_history_len=AMAX_HISTORY, amax_compute_algo="max")
-    kinds = {
-        "fp8_current": "Float8CurrentScaling",
-        "fp8_blockwise": "Float8BlockScaling",
-        "mxfp8": "MXFP8BlockScaling",
-    }
-    return getattr(recipe, kinds[name])()
+    kinds = {"fp8_blockwise": "Float8BlockScaling", "mxfp8": "MXFP8BlockScaling"}
+    return getattr(recipe, kinds.get(name, "Float8CurrentScaling"))()
 
 
 def fp8_settings(config: Config) -> dict:
@@ -102,7 +97,7 @@ def fp8_settings(config: Config) -> dict:
         # Gradients need a wider range than four bits of exponent where a whole tensor shares one scale.
         fp8="e4m3" if precision.name in ("fp8_blockwise", "mxfp8") else "hybrid",
         fp8_recipe=precision.recipe,
-        fp8_amax_history_len=AMAX_HISTORY,
+        fp8_amax_history_len=_AMAX_HISTORY,
         fp8_amax_compute_algo="max",
         first_last_layers_bf16=precision.edges > 0,
         num_layers_at_start_in_bf16=precision.edges,

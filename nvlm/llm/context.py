@@ -1,8 +1,7 @@
 """Context parallelism: a row's columns over several ranks, self-attention over all of them.
 
 The attention is two-dimensional (LongVILA, section 3.3): inside, all-to-all trades columns for heads; outside, keys
-and values are gathered from the other ranks, which is what a ring of transfers computes. On CUDA, Transformer
-Engine's "a2a+p2p" does the same with a ring.
+and values are gathered from the other ranks, which is what a ring of transfers computes.
 
 Columns lie in zigzag: of 2 P equal chunks of a row, rank p of P has chunks p and 2 P - 1 - p, so that under a causal
 mask all ranks have the same work.

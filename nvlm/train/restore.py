@@ -31,11 +31,12 @@ def load(trainer: Trainer, folder: Path) -> tuple[int, dict[str, float]]:
     """
     _verify(folder)
     model, frozen = model_state(trainer)
-    kept = load_sharded_metadata(str(folder))
-    model = {  # a run that goes on in another precision begins with fresh scales
-        chunk: {name: entry for name, entry in entries.items() if not is_scale(name) or entry.unique_key in kept}
-        for chunk, entries in model.items()
-    }
+    if any(is_scale(name) for entries in model.values() for name in entries):
+        kept = load_sharded_metadata(str(folder))
+        model = {  # a run that goes on in another precision begins with fresh scales
+            chunk: {name: entry for name, entry in entries.items() if not is_scale(name) or entry.unique_key in kept}
+            for chunk, entries in model.items()
+        }
     wanted = model | optimizer_state(trainer, model)
     if frozen_digest(folder) is None:
         state = _read_all(folder, wanted | {name: model[name] | frozen[name] for name in model})

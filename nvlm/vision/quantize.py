@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor, nn
 
 from nvlm.config import PrecisionConfig, problem
-from nvlm.llm.backend import te_recipe
+from nvlm.llm.backend import frozen_recipe
 
 if TYPE_CHECKING:
     from nvlm.vision.path import VisionPath
@@ -32,7 +32,7 @@ class FP8Linear(nn.Module):
         outputs, inputs = linear.weight.shape
         self.precision, self.apart = precision, linear.skip_bias_add
         self.bias = linear.bias
-        with torch.no_grad(), te.fp8_model_init(enabled=True, recipe=te_recipe(precision.name)):
+        with torch.no_grad(), te.fp8_model_init(enabled=True, recipe=frozen_recipe(precision.name)):
             self.linear = te.Linear(inputs, outputs, bias=False, params_dtype=linear.weight.dtype)
             self.linear.weight.copy_(linear.weight)
 
@@ -42,7 +42,7 @@ class FP8Linear(nn.Module):
 
         rows = x.flatten(0, -2)
         short = -len(rows) % self.precision.multiple
-        with te.fp8_autocast(enabled=True, fp8_recipe=te_recipe(self.precision.name)):
+        with te.fp8_autocast(enabled=True, fp8_recipe=frozen_recipe(self.precision.name)):
             out = self.linear(nn.functional.pad(rows, (0, 0, 0, short)))
         out = out[: len(rows)].unflatten(0, x.shape[:-1])
         if self.apart or self.bias is None:
