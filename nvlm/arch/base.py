@@ -203,8 +203,9 @@ class VisionLanguageModel(MegatronModule):
     def _masks(self, batch: Batch, columns_S: Tensor, queries: Tensor, keys: Tensor) -> dict[str, object]:
         if not self.packs(batch):
             unseen = unseen_keys(batch, columns_S) if self.use.keys else None
-            if self.whole_rows and learns(self):
-                packing = Packing(columns=runs(batch.sample), keys=unseen)
+            apart = runs(batch.sample) if self.whole_rows and learns(self) else None
+            if apart is not None:
+                packing = Packing(columns=apart, keys=unseen)
                 return dict(attention_mask=None, context_mask=None, packed_seq_params=packing)
             return dict(attention_mask=causal_mask(batch.sample, queries, keys), context_mask=unseen)
         packing = Packing(

@@ -22,7 +22,10 @@ from nvlm.batch import PAD, Batch
 from nvlm.llm.masks import follows, sees
 
 Runs = tuple[int, ...]
-"""Lengths of the samples of whole rows, row behind row; the padding of a row counts as one, nobody looks at it."""
+"""Lengths of the samples of whole rows, row behind row, each with the padding behind it, which nobody looks at."""
+
+WORTH_A_CALL = 2**13
+"""Pairs of tokens that a call of a kernel must spare on CPU to be quicker than the mask that hides them (measured)."""
 
 
 @dataclass
@@ -81,12 +84,15 @@ def attend_blocks(query_BNSD: Tensor, key_BGXD: Tensor, value_BGXD: Tensor, seen
     return attend(query_BNSD, key_BGXD, value_BGXD, block_mask=seen, scale=scale, enable_gqa=grouped)
 
 
-def runs(sample_BL: Tensor) -> Runs:
-    """The runs of rows whose samples are numbered by `sample_BL`."""
+def runs(sample_BL: Tensor) -> Runs | None:
+    """The runs of rows whose samples are numbered by `sample_BL`; None where samples are too short to go apart."""
+    rows, columns = sample_BL.shape
     begins_BL = torch.ones_like(sample_BL, dtype=torch.bool)
-    begins_BL[:, 1:] = sample_BL[:, 1:] != sample_BL[:, :-1]
+    begins_BL[:, 1:] = (sample_BL[:, 1:] != sample_BL[:, :-1]) & (sample_BL[:, 1:] != PAD)
     begins = begins_BL.flatten().nonzero()[:, 0].tolist()
-    return tuple(end - begin for begin, end in zip(begins, [*begins[1:], sample_BL.numel()]))
+    lengths = tuple(end - begin for begin, end in zip(begins, [*begins[1:], sample_BL.numel()]))
+    spared = rows * columns**2 - sum(length**2 for length in lengths)
+    return None if spared < WORTH_A_CALL * (len(lengths) - rows) else lengths
 
 
 def attend_runs(query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, runs: Runs, scale: float | None) -> Tensor:
@@ -96,14 +102,14 @@ def attend_runs(query_BNSD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, runs: 
     """
     rows, _, columns, _ = query_BNSD.shape
     grouped = query_BNSD.shape[1] != key_BGSD.shape[1]
+    causal = functools.partial(
+        torch.nn.functional.scaled_dot_product_attention, is_causal=True, scale=scale, enable_gqa=grouped
+    )
+    if len(runs) == rows:
+        return causal(query_BNSD, key_BGSD, value_BGSD)
     # In one line, then apart: of a slice the gradient would be as large as the whole.
     lines = (x.transpose(1, 2).flatten(0, 1).split(runs) for x in (query_BNSD, key_BGSD, value_BGSD))
-    attended = [
-        torch.nn.functional.scaled_dot_product_attention(
-            *(x.transpose(0, 1)[None] for x in sample), is_causal=True, scale=scale, enable_gqa=grouped
-        )[0].transpose(0, 1)
-        for sample in zip(*lines)
-    ]
+    attended = [causal(*(x.transpose(0, 1)[None] for x in sample))[0].transpose(0, 1) for sample in zip(*lines)]
     return torch.cat(attended).unflatten(0, (rows, columns)).transpose(1, 2)
 
 

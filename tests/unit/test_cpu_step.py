@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from nvlm.batch import IGNORE, IMAGE, PAD, without_padding
 from nvlm.data.pack import collate
+from nvlm.llm import packing
 from nvlm.llm.attention import attend
 from nvlm.llm.masks import causal_mask
 from nvlm.llm.packing import runs
@@ -20,20 +21,36 @@ TWO = Story("two", (("user", "<image> then <image>"), ("assistant", "no, no")), 
 WORDS = Story("words", (("user", "a"), ("assistant", "b")))
 
 
-def test_runs_are_samples_and_padding_row_by_row():
-    assert runs(SAMPLES) == (3, 2, 3, 1, 6, 1, 8, 8)
+@pytest.fixture
+def always_apart(monkeypatch):
+    monkeypatch.setattr(packing, "WORTH_A_CALL", 0)
+
+
+def test_short_samples_stay_behind_a_mask():
+    pairs = torch.arange(2).repeat_interleave(64)[None]  # 2 x 64 x 64 pairs are hidden, which a second call spares
+    assert runs(pairs) == (64, 64)
+    assert runs(pairs[:, 1:]) is None
+    assert runs(pairs[:, :64].expand(3, -1)) == (64, 64, 64)  # one call for all rows, and no mask
+
+
+@pytest.mark.usefixtures("always_apart")
+def test_runs_are_samples_row_by_row():
+    assert runs(SAMPLES) == (3, 5, 1, 6, 1, 8, 8)  # the padding of a row goes with what stands before it
     assert runs(torch.tensor([[0, 0], [0, 0]])) == (2, 2)  # the same number in the next row is another sample
 
 
+@pytest.mark.usefixtures("always_apart")
+@pytest.mark.parametrize("samples", [SAMPLES, SAMPLES[2:], SAMPLES[:1]], ids=["rows", "one a row", "one row"])
 @pytest.mark.parametrize("groups", [4, 2, 1])
-def test_samples_apart_attend_as_under_the_mask(groups):
+def test_samples_apart_attend_as_under_the_mask(groups, samples):
     generator = torch.Generator().manual_seed(0)
-    shapes = ((8, 4, 4, 6), (8, 4, groups, 6), (8, 4, groups, 6))
+    rows = len(samples)
+    shapes = ((8, rows, 4, 6), (8, rows, groups, 6), (8, rows, groups, 6))
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
-    columns, real = torch.arange(8), (SAMPLES != PAD).t()[..., None]
-    weights = torch.randn(8, 4, 24, generator=generator, dtype=torch.float64) * real
+    columns, real = torch.arange(8), (samples != PAD).t()[..., None]
+    weights = torch.randn(8, rows, 24, generator=generator, dtype=torch.float64) * real
     found = []
-    for mask in (causal_mask(SAMPLES, columns, columns), runs(SAMPLES)):
+    for mask in (causal_mask(samples, columns, columns), runs(samples)):
         out = attend(*inputs, mask, None)
         found.append((out * real, *torch.autograd.grad((out * weights).sum(), inputs)))
     for plain, ours in zip(*found):
