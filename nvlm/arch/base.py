@@ -23,7 +23,6 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
 from nvlm.batch import IGNORE, Batch, check_placeholders, in_line, without_padding
@@ -32,8 +31,9 @@ from nvlm.layout import LayoutRule, TileUse
 from nvlm.llm.attention import rotary_angles, rotary_frequencies
 from nvlm.llm.backend import uses_te
 from nvlm.llm.build import FUSED_NORMS, block_submodules, llm_config, of_megatron
+from nvlm.llm.cache import Past
 from nvlm.llm.context import attended_columns, gather_columns, own_columns
-from nvlm.llm.layer import learns, project
+from nvlm.llm.layer import DecoderBlock, learns, project
 from nvlm.llm.loss import token_losses
 from nvlm.llm.masks import causal_mask, unseen_keys
 from nvlm.llm.norm import LayerNorm
@@ -138,7 +138,7 @@ class VisionLanguageModel(MegatronModule):
                     "rope",
                     scatter_to_sequence_parallel=False,
                 )
-        self.decoder = TransformerBlock(
+        self.decoder = DecoderBlock(
             megatron,
             block_submodules(config, stage_layers(config, stage), architecture.cross_attention),
             pre_process=self.pre_process,
@@ -174,33 +174,31 @@ class VisionLanguageModel(MegatronModule):
             return self.borrowed(tokens.clamp(min=0))
         return self.embedding.word_embeddings(tokens.clamp(min=0))
 
-    def hidden(self, batch: Batch, start: int = 0) -> Tensor:
+    def hidden(self, batch: Batch, past: Past | None = None) -> Tensor:
         """Last hidden states [S, B, H] (split along S under sequence parallelism).
 
-        `start`: the first column to compute, without context parallelism; caches hold the earlier ones and the
-        cross-attended keys, and no tile token stands behind it.
+        `past`: the batch holds the newest column alone, with no tile token in it; caches hold what stands before it.
+        Not under context parallelism.
         """
-        if not start:
+        columns_S = slice(None)
+        if past is None:
             check_placeholders(batch, self.tile_tokens)
-        length, device = batch.tokens.shape[1], batch.tokens.device
-        if start:
-            columns_S = queries = torch.arange(start, length, device=device)
-            keys = torch.arange(length, device=device)
-        else:
-            columns_S = own_columns(length).to(device)
-            queries, keys = (columns.to(device) for columns in attended_columns(length, self.inner))
+            columns_S = own_columns(batch.tokens.shape[1]).to(batch.tokens.device)
         return self.decoder(
-            self._stream(batch, columns_S, tiles=self.use.stream and not start) if self.pre_process else None,
-            context=self._keys(batch) if self.use.keys and not start else None,
+            self._stream(batch, columns_S, tiles=self.use.stream and past is None) if self.pre_process else None,
+            context=self._keys(batch) if self.use.keys and past is None else None,
             rotary_pos_emb=rotary_angles(batch.positions[:, columns_S], self.frequencies),
-            **self._masks(batch, columns_S, queries, keys),
+            **self._masks(batch, columns_S, past),
         )
 
     def packs(self, batch: Batch) -> bool:
         """Whether attention gets packed rows without a dense mask: on a GPU where the model learns."""
         return batch.tokens.is_cuda and learns(self)
 
-    def _masks(self, batch: Batch, columns_S: Tensor, queries: Tensor, keys: Tensor) -> dict[str, object]:
+    def _masks(self, batch: Batch, columns_S: Tensor | slice, past: Past | None) -> dict[str, object]:
+        if past is not None:
+            return dict(attention_mask=past.columns, context_mask=past.keys)
+        queries, keys = (x.to(columns_S.device) for x in attended_columns(batch.tokens.shape[1], self.inner))
         if not self.packs(batch):
             unseen = unseen_keys(batch, columns_S) if self.use.keys else None
             apart = runs(batch.sample) if self.whole_rows and learns(self) else None
@@ -218,7 +216,7 @@ class VisionLanguageModel(MegatronModule):
     def _keys(self, batch: Batch) -> Tensor:
         return self.shared["fusion"](batch, self.shared["projector"], self.embed)
 
-    def _stream(self, batch: Batch, columns_S: Tensor, tiles: bool) -> Tensor:
+    def _stream(self, batch: Batch, columns_S: Tensor | slice, tiles: bool) -> Tensor:
         stream_BSH = self.embed(batch.tokens[:, columns_S])
         if tiles:
             stream_BSH = self.architecture.stream(stream_BSH, batch, columns_S, self.shared["projector"])
@@ -286,12 +284,12 @@ class VisionLanguageModel(MegatronModule):
         # The output layer sums gradients over tensor-parallel ranks by itself.
         return tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
 
-    @torch.no_grad()
     def last_logits(self, hidden_SBH: Tensor, last_B: Tensor) -> Tensor:
         """Logits [B, vocabulary] behind column `last_B[b]` of each row's computed ones. Last stage only."""
         hidden_LBH = gather_columns(self._whole(hidden_SBH))
-        rows = torch.arange(len(last_B), device=last_B.device)
-        logits = self.logits(hidden_LBH[last_B, rows][None] if len(hidden_LBH) > 1 else hidden_LBH)
+        if len(hidden_LBH) > 1:
+            hidden_LBH = hidden_LBH[last_B, torch.arange(len(last_B), device=last_B.device)][None]
+        logits = self.logits(hidden_LBH)
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
             logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
         return logits[0]

@@ -24,6 +24,7 @@ from nvlm.batch import IMAGE, PAD, Batch
 from nvlm.config import Config
 from nvlm.layout import TileUse
 from nvlm.llm.build import llm_config
+from nvlm.llm.cache import Past
 
 _COPIED = ("projector.", "fusion.", "embedding.")
 
@@ -163,22 +164,22 @@ def build_stages(config: Config, parts: list[VisionLanguageModel]) -> Stages:
 
 
 @torch.no_grad()
-def next_logits(stages: Stages, batch: Batch, last_B: Tensor, start: int = 0) -> Tensor | None:
+def next_logits(stages: Stages, batch: Batch, last_B: Tensor, past: Past | None = None) -> Tensor | None:
     """Logits [B, vocabulary] behind column `last_B[b]` of each row on the last stage, None on the others.
 
-    All stages call it together. `start`: as in `VisionLanguageModel.hidden`.
+    All stages call it together. `past`: as in `VisionLanguageModel.hidden`.
     """
-    if not start:
+    if past is None:
         stages.begin([batch])
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     ranks, rank = dist.get_process_group_ranks(pipeline), pipeline.rank()
     logits_BV = None
     for part in stages.parts:
         if not part.pre_process:
-            part.set_input_tensor(_receive(part, batch, start, ranks[rank - 1]))
-        hidden_SBH = part.hidden(batch, start)
+            part.set_input_tensor(_receive(part, batch, ranks[rank - 1]))
+        hidden_SBH = part.hidden(batch, past)
         if part.post_process:
-            logits_BV = part.last_logits(hidden_SBH, last_B - start)
+            logits_BV = part.last_logits(hidden_SBH, last_B)
         else:
             dist.send(hidden_SBH.contiguous(), ranks[(rank + 1) % len(ranks)])
     stages.borrowed = None
@@ -193,9 +194,9 @@ def share_from_last(values: Tensor) -> Tensor:
     return values
 
 
-def _receive(part: VisionLanguageModel, batch: Batch, start: int, source: int) -> Tensor:
+def _receive(part: VisionLanguageModel, batch: Batch, source: int) -> Tensor:
     rows, length = batch.tokens.shape
-    columns = (length - start) // parallel_state.get_context_parallel_world_size()
+    columns = length // parallel_state.get_context_parallel_world_size()
     if part.config.sequence_parallel:
         columns //= parallel_state.get_tensor_model_parallel_world_size()
     shape = (columns, rows, part.config.hidden_size)

@@ -22,11 +22,11 @@ from nvlm.arch.stages import Stages, next_logits, share_from_last
 from nvlm.batch import ALL_TILES, IGNORE, PAD, Batch
 from nvlm.generate.choose import Chooser
 from nvlm.generate.sampling import Sampling
-from nvlm.llm.cache import KeyValues, cached, generating
+from nvlm.llm.cache import KeyValues, Past, cached, generating
+from nvlm.llm.masks import unseen_keys
 
 # The numbers of each column, and what padding has.
 _COLUMNS = {"tokens": 0, "labels": IGNORE, "positions": 0, "sample": PAD, "image": PAD, "tile": ALL_TILES}
-_CROSS = ("cross_tokens", "cross_sample", "cross_image", "cross_tile")
 
 Tell = Callable[[int, int], None]
 """Hears of each new token: (row, id)."""
@@ -47,13 +47,12 @@ def continue_rows(
     of where rows are recomputed, as under context parallelism or with `recompute`.
     """
     recompute = recompute or parallel_state.get_context_parallel_world_size() > 1
-    rows = _Rows(batch, sampling.max_new_tokens, multiple if recompute else 1)
+    rows = _Whole(batch, sampling.max_new_tokens, multiple) if recompute else _Kept(batch)
     choose, texts = Chooser(sampling, len(batch.tokens)), [[] for _ in batch.tokens]
-    start = 0
     caching = nullcontext([]) if recompute else cached(stages.parts)
     with generating(stages.parts), device.untranslated(), caching as caches:
         while True:
-            logits_BV = next_logits(stages, rows.computed(), rows.last_B, start)
+            logits_BV = next_logits(stages, rows.batch, rows.last_B, rows.past)
             tokens_B = torch.zeros_like(rows.last_B) if logits_BV is None else choose(logits_BV, rows.numbers)
             tokens_B = share_from_last(tokens_B)
             tokens = tokens_B.tolist()
@@ -66,46 +65,71 @@ def continue_rows(
                 return texts
             rows.append(tokens_B)
             if not recompute:
-                start = rows.length - 1
                 rows.select(going, caches)
 
 
-class _Rows:
-    """The rows that are computed, with room for what will be written."""
+class _Whole:
+    """Rows that grow and are computed whole for each token, with room for what will be written."""
+
+    past = None
 
     def __init__(self, batch: Batch, room: int, multiple: int) -> None:
-        self.length, self.multiple = batch.tokens.shape[1], multiple
-        room += -(self.length + room) % multiple
+        self.last_B = _last_columns(batch)
+        self.length, self.multiple = int(self.last_B.max()) + 1, multiple
+        room += -(batch.tokens.shape[1] + room) % multiple
         wider = {name: pad(getattr(batch, name), (0, room), value=value) for name, value in _COLUMNS.items()}
-        self.batch = replace(batch, **wider)
-        self.numbers: Sequence[int] = range(len(batch.tokens))  # of the rows, in the batch as it came
-        columns_L = torch.arange(self.length, device=batch.tokens.device)
-        self.last_B = (columns_L * (batch.sample != PAD)).amax(1)  # the column of each row's last token
+        self.room, self.numbers = replace(batch, **wider), range(len(batch.tokens))
 
-    def computed(self) -> Batch:
+    @property
+    def batch(self) -> Batch:
         """The batch up to the last column written, rounded up."""
         end = self.length + -self.length % self.multiple
-        return replace(self.batch, **{name: getattr(self.batch, name)[:, :end] for name in _COLUMNS})
+        return replace(self.room, **{name: getattr(self.room, name)[:, :end] for name in _COLUMNS})
 
     def append(self, tokens_B: Tensor) -> None:
         """Write a token behind each row: all in one column, behind the padding of the shorter rows."""
-        batch, column = self.batch, self.length
+        rows, column = self.room, self.length
         before = torch.arange(len(tokens_B), device=tokens_B.device), self.last_B
-        batch.tokens[:, column] = tokens_B
-        batch.positions[:, column] = batch.positions[before] + 1
-        for numbers in (batch.sample, batch.image, batch.tile):
+        rows.tokens[:, column] = tokens_B
+        rows.positions[:, column] = rows.positions[before] + 1
+        for numbers in (rows.sample, rows.image, rows.tile):
             numbers[:, column] = numbers[before]
         self.last_B = torch.full_like(self.last_B, column)
         self.length += 1
 
+
+class _Kept:
+    """Rows of which caches keep all but the newest column, behind the prompts'."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.past, self.last_B = None, _last_columns(batch)
+        length = int(self.last_B.max()) + 1  # no further: columns that are padding in all rows would be kept too
+        self.batch = replace(batch, **{name: getattr(batch, name)[:, :length] for name in _COLUMNS})
+        self.numbers: Sequence[int] = range(len(batch.tokens))  # of the rows, in the batch as it came
+
+    def append(self, tokens_B: Tensor) -> None:
+        """Go on with one column, a token behind each row; it stands behind the padding of the shorter rows."""
+        if self.past is None:
+            padding_B11X = (self.batch.sample == PAD)[:, None, None]
+            before = torch.arange(len(tokens_B), device=tokens_B.device), self.last_B
+            self.batch = replace(self.batch, **{name: getattr(self.batch, name)[before][:, None] for name in _COLUMNS})
+            self.last_B = torch.zeros_like(self.last_B)
+            self.past = Past(padding_B11X, unseen_keys(self.batch, self.last_B[:1])).shortened()
+        self.past = self.past.grown()
+        self.batch = replace(self.batch, tokens=tokens_B[:, None], positions=self.batch.positions + 1)
+
     def select(self, going: Sequence[bool], caches: Sequence[KeyValues]) -> None:
-        """Go on with these rows alone; for rows whose tiles are behind them."""
+        """Go on with these rows alone."""
         if all(going):
             return
         kept = torch.tensor(going, device=self.last_B.device).nonzero()[:, 0]
         self.numbers = [row for row, goes in zip(self.numbers, going) if goes]
-        names = (*_COLUMNS, *_CROSS)
-        self.batch = replace(self.batch, **{name: getattr(self.batch, name).index_select(0, kept) for name in names})
-        self.last_B = self.last_B[kept]
+        self.batch = replace(self.batch, **{name: getattr(self.batch, name)[kept] for name in _COLUMNS})
+        self.last_B, self.past = self.last_B[kept], self.past.selected(kept).shortened()
         for cache in caches:
             cache.select(kept)
+
+
+def _last_columns(batch: Batch) -> Tensor:
+    """The column of each row's last token, [B]."""
+    return (torch.arange(batch.tokens.shape[1], device=batch.tokens.device) * (batch.sample != PAD)).amax(1)

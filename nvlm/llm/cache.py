@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ class KeyValues:
     def pair(self) -> tuple[Tensor, Tensor]:
         """All keys and all values so far, as views."""
         assert self.buffers is not None, "nothing is kept yet"
-        return self.buffers[0][: self.length], self.buffers[1][: self.length]
+        keys, values = self.buffers
+        return keys.narrow(0, 0, self.length), values.narrow(0, 0, self.length)
 
     def keep(self, key_XBGD: Tensor, value_XBGD: Tensor) -> tuple[Tensor, Tensor]:
         """Keep these alone: keys that never grow."""
@@ -35,12 +37,12 @@ class KeyValues:
 
     def append(self, key_SBGD: Tensor, value_SBGD: Tensor) -> tuple[Tensor, Tensor]:
         """Put these behind the others; returns all."""
-        new, before = (key_SBGD, value_SBGD), self.length
-        self.length += len(key_SBGD)
-        if self.buffers is None or len(self.buffers[0]) < self.length:
+        new, columns, before = (key_SBGD, value_SBGD), key_SBGD.shape[0], self.length
+        self.length += columns
+        if self.buffers is None or self.buffers[0].shape[0] < self.length:
             self.buffers = tuple(self._larger(number, x) for number, x in enumerate(new))
         for buffer, x in zip(self.buffers, new):
-            buffer[before : self.length] = x
+            buffer.narrow(0, before, columns).copy_(x)
         return self.pair
 
     def _larger(self, number: int, like_SBGD: Tensor) -> Tensor:
@@ -55,6 +57,26 @@ class KeyValues:
         """Go on with these rows alone."""
         if self.buffers is not None:
             self.buffers = tuple(buffer.index_select(1, rows) for buffer in self.buffers)
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What the newest column of rows must not see of what caches keep: masks as in `attend`, None for nothing."""
+
+    columns: Tensor | None  # [B, 1, 1, X], the newest counted
+    keys: Tensor | None  # [B, 1, 1, X]
+
+    def grown(self) -> Past:
+        """With one more column, which is seen."""
+        return self if self.columns is None else Past(nn.functional.pad(self.columns, (0, 1)), self.keys)
+
+    def selected(self, rows: Tensor) -> Past:
+        """Of these rows alone."""
+        return Past(*(None if mask is None else mask[rows] for mask in (self.columns, self.keys)))
+
+    def shortened(self) -> Past:
+        """Without the masks that hide nothing: kernels are quicker without."""
+        return Past(*(mask if mask is not None and mask.any() else None for mask in (self.columns, self.keys)))
 
 
 class KeepsKeys:

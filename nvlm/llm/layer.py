@@ -1,4 +1,4 @@
-"""The decoder layer of the language model, and its short way where nothing is learned.
+"""The decoder layers of the language model, and their short way where nothing is learned.
 
 Shapes: S columns, B rows, H model width, N query heads, G key-value heads, D head width.
 """
@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
@@ -44,40 +45,66 @@ class SeededLayer(TransformerLayer):
 
 
 class DecoderLayer(SeededLayer):
-    """Computes what Megatron's layer computes; in evaluation without gradients by a fifth of the calls.
+    """Megatron's layer, and the same by a fifth of the calls for evaluation without gradients.
 
     A token of a small model costs what Python costs: there the short way takes less than half the time.
     """
 
-    def forward(
+    def evaluated(
         self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        context: Tensor | None = None,
-        context_mask: Tensor | None = None,
-        rotary_pos_emb: Tensor | None = None,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(hidden states, context), as Megatron's."""
-        if learns(self):
-            return super().forward(
-                hidden_states, attention_mask, context, context_mask, rotary_pos_emb=rotary_pos_emb, **kwargs
-            )
-        x_SBH = hidden_states + self._attend(self.input_layernorm(hidden_states), attention_mask, rotary_pos_emb)
+        x_SBH: Tensor,
+        mask: Tensor | None,
+        context: Tensor | None,
+        context_mask: Tensor | None,
+        rotation: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """The layer's output [S, B, H]; masks as in `attend`, `rotation` from `rotation_of`."""
+        x_SBH = x_SBH + self._attend(self.input_layernorm(x_SBH), mask, rotation)
         if isinstance(self.pre_cross_attn_layernorm, nn.RMSNorm):
             x_SBH = x_SBH + self.cross_attention(self.pre_cross_attn_layernorm(x_SBH), context_mask, context)[0]
         gate, up = project(self.mlp.linear_fc1, self.pre_mlp_layernorm(x_SBH)).chunk(2, dim=-1)
-        return x_SBH + project(self.mlp.linear_fc2, nn.functional.silu(gate) * up), context
+        return x_SBH + project(self.mlp.linear_fc2, nn.functional.silu(gate) * up)
 
-    def _attend(self, x_SBH: Tensor, mask: Tensor, angles_SB1D: Tensor) -> Tensor:
+    def _attend(self, x_SBH: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor]) -> Tensor:
         attention = self.self_attention
         groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
-        heads_SBGHD = project(attention.linear_qkv, x_SBH).unflatten(-1, (groups, -1, width))
-        query_key, value_SBGD = heads_SBGHD[..., :-1, :], heads_SBGHD[..., -1, :]
-        query_key = rotated(query_key, angles_SB1D[..., None, :])
-        query_SBND = query_key[..., :-1, :].flatten(2, 3)
-        attended = attention.core_attention(query_SBND, query_key[..., -1, :], value_SBGD, mask)
+        heads = project(attention.linear_qkv, x_SBH)
+        heads_SBGHD = heads.view(*heads.shape[:2], groups, -1, width)
+        queries = heads_SBGHD.shape[3] - 2  # of a group, before its key and its value
+        query_key = rotated(heads_SBGHD.narrow(3, 0, queries + 1), *rotation)
+        query_SBND = query_key.narrow(3, 0, queries).flatten(2, 3)
+        key_SBGD, value_SBGD = query_key.select(3, queries), heads_SBGHD.select(3, queries + 1)
+        attended = attention.core_attention(query_SBND, key_SBGD, value_SBGD, mask)
         return project(attention.linear_proj, attended)
+
+
+class DecoderBlock(TransformerBlock):
+    """A stage's layers, which go their short way where nothing is learned."""
+
+    def forward(
+        self,
+        hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: Packing | None = None,
+    ) -> Tensor:
+        """Hidden states [S, B, H] behind the last layer, and the norm where there is one."""
+        if learns(self) or not all(isinstance(layer, DecoderLayer) for layer in self.layers):
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                context,
+                context_mask,
+                rotary_pos_emb,
+                packed_seq_params=packed_seq_params,
+            )
+        x_SBH = hidden_states if self.pre_process else self.input_tensor
+        rotation = rotation_of(rotary_pos_emb, x_SBH.dtype)
+        for layer in self.layers:
+            x_SBH = layer.evaluated(x_SBH, attention_mask, context, context_mask, rotation)
+        return x_SBH if self.final_layernorm is None else self.final_layernorm(x_SBH)
 
 
 def learns(module: nn.Module) -> bool:
@@ -95,7 +122,13 @@ def project(linear: nn.Module, x: Tensor, weight: Tensor | None = None) -> Tenso
     return reduce_from_tensor_model_parallel_region(out, linear.tp_group) if row and linear.tp_group.size() > 1 else out
 
 
-def rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """`x` [..., D] turned by `angles`, which broadcast to it (rotary position embedding, halves not interleaved)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * angles.cos().to(x.dtype) + torch.cat((-second, first), dim=-1) * angles.sin().to(x.dtype)
+def rotation_of(angles_SB1D: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [S, B, 1, 1, D] for `rotated`: the first half's sines are negative."""
+    angles = angles_SB1D.unsqueeze(3)
+    first, second = angles.sin().to(dtype).chunk(2, dim=-1)
+    return angles.cos().to(dtype), torch.cat((-first, second), dim=-1)
+
+
+def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """`x` [..., D] turned (rotary position embedding, halves not interleaved)."""
+    return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, -1), sines)

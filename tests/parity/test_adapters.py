@@ -124,7 +124,7 @@ def test_dropout_is_for_training_alone():
     dropping = build_twins(small_config("arch=hybrid", *LORA, "peft.dropout=0.5"))
     plain = build_twins(small_config("arch=hybrid", *LORA))
     with torch.no_grad():
-        expected = plain.model(batch_of(rows, plain))
+        expected = plain.model.eval()(batch_of(rows, plain))
         trained = [dropping.model.train()(batch_of(rows, dropping)) for _ in range(2)]
         assert torch.equal(dropping.model.eval()(batch_of(rows, dropping)), expected)
     assert not torch.equal(trained[0], expected) and not torch.equal(trained[0], trained[1])

@@ -62,11 +62,11 @@ def stages_of(twins: Twins) -> Stages:
 
 
 def watched(monkeypatch) -> list[tuple[int, Tensor]]:
-    """A list that gets (first column computed, logits [B, V]) of each step."""
+    """A list that gets (number of columns computed, logits [B, V]) of each step."""
     seen: list[tuple[int, Tensor]] = []
 
-    def watching(stages, batch, last_B, start=0):
-        seen.append((start, next_logits(stages, batch, last_B, start)))
+    def watching(stages, batch, last_B, past):
+        seen.append((batch.tokens.shape[1], next_logits(stages, batch, last_B, past)))
         return seen[-1][1]
 
     monkeypatch.setattr(decode, "next_logits", watching)
@@ -82,7 +82,7 @@ def test_cached_logits_are_those_of_whole_conversations(arch, twins, monkeypatch
     texts = run(twin, samples, Sampling(max_new_tokens=12), stop)
     assert len(texts[2]) <= 3 and max(map(len, texts)) == 12
     assert [len(logits) for _, logits in seen] == [sum(len(text) > step for text in texts) for step in range(12)]
-    assert seen[0][0] == 0 and all(start for start, _ in seen[1:])
+    assert [columns for columns, _ in seen] == [max(len(sample.tokens) for sample in samples), *[1] * 11]
     for step, (_, logits) in enumerate(seen):
         going = [row for row, text in enumerate(texts) if len(text) > step]
         whole = [longer(samples[row], texts[row][:step]) for row in going]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from nvlm.batch import ALL_TILES, PAD
-from nvlm.llm.attention import CoreAttention
+from nvlm.llm.attention import CoreAttention, attend
 from nvlm.llm.masks import causal_mask, visible
 
 
@@ -95,3 +96,16 @@ def test_a_query_that_sees_nothing_gets_zeros_and_finite_gradients():
     out.sum().backward()
     assert all(tensor.grad.isfinite().all() for tensor in (query, key, value))
     assert query.grad[1].abs().max() == 0 and value.grad[1].abs().max() > 0
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("hidden", [None, [[True, False, False, True, False], [True] * 5]], ids=["all seen", "masked"])
+def test_one_column_attends_as_the_last_of_many(groups, hidden):
+    """Group by group instead of head by head; the second row sees no key."""
+    query, key, value = (torch.randn(length, 2, heads, 6) for length, heads in ((3, 4), (5, groups), (5, groups)))
+    unseen = None if hidden is None else torch.tensor(hidden)[:, None, None]
+    many = attend(query, key, value, None if unseen is None else unseen.expand(2, 1, 3, 5), scale=0.3)
+    one = attend(query[-1:], key, value, unseen, scale=0.3)
+    assert one.shape == (1, 2, 24)
+    torch.testing.assert_close(one, many[-1:], rtol=0, atol=1e-6)
+    assert hidden is None or (one[0, 1] == 0).all()

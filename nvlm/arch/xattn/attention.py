@@ -69,7 +69,8 @@ class GatedCrossAttention(MegatronModule, KeepsKeys):
     ) -> tuple[Tensor, None]:
         """[S, B, H] to be added to the residual. `attention_mask` as `mask` of `attend`; `key_value_states` is
         [X, B, H], None where a cache holds what was made of it."""
-        query_SBND = project(self.linear_q, hidden_SBH).unflatten(-1, (self.heads, self.head_dim))
+        query = project(self.linear_q, hidden_SBH)
+        query_SBND = query.view(*query.shape[:2], self.heads, self.head_dim)
         attended = attend(query_SBND, *self._key_values(key_value_states), attention_mask, scale=None)
         return torch.tanh(self.gate) * project(self.linear_proj, attended), None
 
