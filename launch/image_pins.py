@@ -24,8 +24,11 @@ def canonical(name: str) -> str:
 
 def installed() -> dict[str, str]:
     """Canonical name -> version of all that is installed, but for this project itself."""
-    found = importlib.metadata.distributions(path=[place for place in sys.path if place != ROOT])
-    return {canonical(one.name): one.version for one in found if one.name and one.version}
+    found: dict[str, str] = {}
+    for one in importlib.metadata.distributions(path=[place for place in sys.path if place != ROOT]):
+        if one.name and one.version:
+            found.setdefault(canonical(one.name), one.version)  # further down the path it is not what is imported
+    return found
 
 
 def pins() -> tuple[dict[str, str], dict[str, str]]:

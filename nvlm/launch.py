@@ -118,15 +118,30 @@ def launched() -> bool:
 
 @functools.cache
 def gpus_here() -> tuple[tuple[str, int], ...]:
-    """Name and memory in bytes of each GPU that this machine shows, asked without importing torch."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or shutil.which("nvidia-smi") is None:
+    """Name and memory in bytes of each GPU that this process may use, asked without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible == "" or shutil.which("nvidia-smi") is None:
         return ()
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits"]
     listing = subprocess.run(query, capture_output=True, text=True)
     lines = listing.stdout.splitlines() if listing.returncode == 0 else []
-    rows = [line.rsplit(",", 1) for line in lines if "," in line]
+    rows = [[word.strip() for word in line.split(",")] for line in lines if line.count(",") == 2]
+    if visible is not None:
+        rows = _visible(rows, visible.split(","))
     # A GPU that shares the machine's memory tells none.
-    return tuple((name.strip(), int(size) * 2**20 if size.strip().isdecimal() else 0) for name, size in rows)
+    return tuple((name, int(size) * 2**20 if size.isdecimal() else 0) for _, name, size in rows)
+
+
+def _visible(rows: list[list[str]], wanted: list[str]) -> list[list[str]]:
+    """Those of `rows` that CUDA_VISIBLE_DEVICES names by number or by the beginning of their UUID, up to one that it
+    names wrongly, as CUDA has it. A part of a GPU (MIG) is looked up by nobody here: it stands for a whole one."""
+    found = []
+    for name in map(str.strip, wanted):
+        named = [row for number, row in enumerate(rows) if name == str(number) or (name and row[0].startswith(name))]
+        if not named and not name.startswith("MIG-"):
+            break
+        found += named[:1] or rows[:1]
+    return found
 
 
 def check_machine(config: Config) -> None:
@@ -170,11 +185,15 @@ def check_fits(config: Config) -> None:
 
 
 def check_engine(config: Config) -> None:
-    """FP8 needs Transformer Engine, which can be seen to be missing without loading anything."""
-    if config.precision.recipe and importlib.util.find_spec("transformer_engine") is None:
-        what = f"precision={config.precision.name}"
-        fix = f"{TE_INSTALL}, or precision=bf16"
+    """FP8 and offload need Transformer Engine, which can be seen to be missing without loading anything."""
+    if importlib.util.find_spec("transformer_engine") is not None:
+        return
+    if config.precision.recipe:
+        what, fix = f"precision={config.precision.name}", f"{TE_INSTALL}, or precision=bf16"
         raise problem(what, "no Transformer Engine", "one: FP8 products are its own", fix)
+    if config.train.offload:
+        fix = f"{TE_INSTALL}, or train.offload=false"
+        raise problem("train.offload=true", "no Transformer Engine", "one: it does the moving", fix)
 
 
 def check_processes(config: Config, gpus: int) -> None:

@@ -135,8 +135,13 @@ def subgroups(own: list[int]) -> dist.ProcessGroup:
     return made.get(tuple(own))
 
 
-def from_first_rank(value):
-    """The first process's `value`, on all of them."""
+def from_first_rank(value, group: dist.ProcessGroup | None = None):
+    """The first process's `value`, on all of them (of `group`, where that holds all)."""
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=group)
     return values[0]
+
+
+def patient_group() -> dist.ProcessGroup:
+    """All processes, of which one may wait for a person: other groups' timeouts are for what should not take long."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=30))

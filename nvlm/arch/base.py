@@ -221,8 +221,9 @@ class VisionLanguageModel(MegatronModule):
         if tiles:
             stream_BSH = self.architecture.stream(stream_BSH, batch, columns_S, self.shared["projector"])
         stream_SBH = stream_BSH.transpose(0, 1).contiguous()
-        if self.training and self.config.recompute_granularity:
-            stream_SBH.requires_grad_()  # a recomputed layer passes gradients on only where its input asks for one
+        if self.training and (self.config.recompute_granularity or self.config.cpu_offloading):
+            # A recomputed layer passes gradients on only where its input asks for one; offload refuses another.
+            stream_SBH.requires_grad_()
         if self.config.sequence_parallel:
             stream_SBH = tensor_parallel.scatter_to_sequence_parallel_region(stream_SBH)
         return stream_SBH

@@ -5,6 +5,7 @@ Tensor by tensor, on CPU, whatever layout trained it. The folder gets its name w
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -18,8 +19,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors import safe_open
 from torch import Tensor
 
-from nvlm.config import Config, problem
+from nvlm.config import Config, ConfigError, problem
 from nvlm.data.tokenizer import TINY as TINY_TOKENIZER
+from nvlm.data.tokenizer import load_tokenizer
 from nvlm.export.describe import describe, preprocessor, readme
 from nvlm.export.options import ExportOptions
 from nvlm.export.shards import DTYPES, Planned, ShardWriter
@@ -40,16 +42,21 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def export(options: ExportOptions) -> Path:
     """Write the folder `options.out` and return it. Raises ConfigError, and then leaves no folder."""
     out = Path(options.out)
-    if out.exists():
+    if os.path.lexists(out):
         raise problem("out", f"{out}, which exists", "a new folder", "out=OTHER, or delete it")
     step = find_checkpoint(Path(options.checkpoint), "checkpoint")
     config = _at_hand(read_run_config(step), options)
     _refuse(step, checkpoint_faults(step, functools.partial(own_faults, tensors=False)))
     folders = [step] if frozen_digest(step) is None else [step, step.parent / FROZEN]
+    _check_tokenizer(config)
     weights, vision = TrainedWeights(folders, config.peft.scale), vision_source(config)
     parts = whole_model(config, dummy_heads(config, vision))
     _check(weights, parts, step)
     like = read_headers(options.like, "like") if options.like else {}
+    if like and not any(part.name in like for part in parts):
+        raise problem(
+            f"like={options.like}", f"no {parts[0].name}", "a folder in the exported layout", "leave like out"
+        )
     parts.sort(key=lambda part: () if part.name.startswith(VISION) else weights.place(part.ours))
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -65,11 +72,17 @@ def export(options: ExportOptions) -> Path:
                 _refuse(step, wrong.result())
         partial.rename(out)
     except OSError as error:
-        free = shutil.disk_usage(partial.parent if partial.parent.exists() else Path.cwd()).free
-        raise problem(f"out={out}", f"{error.strerror}; {free / 1e9:.1f} GB free", "room for it", "make room") from None
+        raise _refused(out, error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _refused(out: Path, error: OSError) -> ConfigError:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return problem(f"out={out}", str(error), "a place to write to, and files to read", "out=OTHER")
+    free = shutil.disk_usage(out.parent if out.parent.exists() else Path.cwd()).free
+    return problem(f"out={out}", f"{error.strerror}; {free / 1e9:.1f} GB free", "room for it", "make room")
 
 
 def dummy_heads(config: Config, vision: Source) -> int:
@@ -165,19 +178,28 @@ def _describe(folder: Path, config: Config, dummies: int) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor(config), indent=2) + "\n")
     (folder / "README.md").write_text(readme(config))
     shutil.copyfile(CODE, folder / CODE.name)
-    for file in _beside(config):
-        shutil.copyfile(file, folder / file.name)
+    for name, file in _beside(config).items():
+        shutil.copyfile(file, folder / name)
     for file in folder.iterdir():
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
 
 
-def _beside(config: Config) -> list[Path]:
-    """Tokenizer files, and the release's own modelling code where the run began with a release."""
+def _check_tokenizer(config: Config) -> None:
+    """Raise ConfigError where the run's tokenizer, which the folder is of no use without, does not read."""
+    where = config.llm.tokenizer
+    if where and where != "tiny" and not Path(where).exists():
+        raise problem("tokenizer", f"{where}, which is not here", "the run's own", "tokenizer=DIR")
+    if where:
+        load_tokenizer(where, config.llm.bos)
+
+
+def _beside(config: Config) -> dict[str, Path]:
+    """Tokenizer files, and the release's own modelling code where the run began with a release: files by new names."""
     where = TINY_TOKENIZER if config.llm.tokenizer == "tiny" else Path(config.llm.tokenizer or "")
-    found = [where / name for name in _TOKENIZER_FILES] if where.is_dir() and config.llm.tokenizer else [where]
-    code = (
-        sorted(Path(config.init.release).glob("*.py")) if config.init.release and config.arch.name == "decoder" else []
-    )
-    own = [file for file in code if file.name != "modeling_nvlm.py"]
-    return [file for file in found + own if file.is_file()]
+    names = _TOKENIZER_FILES if config.llm.tokenizer else []
+    found = {name: where / name for name in names} if where.is_dir() else {name: where for name in names[:1]}
+    if config.init.release and config.arch.name == "decoder":
+        code = Path(config.init.release).glob("*.py")
+        found |= {file.name: file for file in sorted(code) if file.name != CODE.name}
+    return {name: file for name, file in found.items() if file.is_file()}

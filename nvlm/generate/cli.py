@@ -100,8 +100,9 @@ def _lines(request: Request) -> Iterator[str]:
 
     if request.prompt:
         yield request.prompt
+    patient = parallel.patient_group() if request.chat else None
     while request.chat:
-        line = parallel.from_first_rank(_read() if parallel.is_first_rank() else None)
+        line = parallel.from_first_rank(_read() if parallel.is_first_rank() else None, patient)
         if not line:
             return
         if line.strip():

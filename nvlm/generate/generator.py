@@ -15,7 +15,7 @@ import torch
 
 from nvlm import parallel, registry
 from nvlm.arch.stages import Stages, build_parts, build_stages, tile_use_of_rank
-from nvlm.batch import Record
+from nvlm.batch import BadRecord, Record
 from nvlm.config import Config, problem
 from nvlm.data.encode import Encoder, build_encoder, encode, outline
 from nvlm.data.pack import collate
@@ -52,6 +52,7 @@ class Generator:
     stages: Stages
     vision: BalancedVision
     device: torch.device
+    untrained: tuple[str, ...] = ()  # module groups with random weights: an image means nothing to them
 
     def generate(
         self,
@@ -61,8 +62,11 @@ class Generator:
     ) -> list[str]:
         """The assistant's next words in each conversation.
 
-        Raises BadRecord for an unreadable image or a conversation that is too long, ConfigError for max_new_tokens.
+        Raises BadRecord for an unreadable image, for any image where the weights of what reads images are random, and
+        for a conversation that is too long, ConfigError for max_new_tokens.
         """
+        if self.untrained and any(one.images for one in conversations):
+            raise BadRecord(f"no image can be answered: the weights of {' and '.join(self.untrained)} are random")
         encoder, config = prompt_encoder(self.config, sampling), self.config
         samples = [encode(_record(number, one), encoder, generate=True) for number, one in enumerate(conversations)]
         multiple = config.row_multiple
@@ -107,9 +111,11 @@ def build_generator(config: Config, device: torch.device) -> Generator:
     check_vocabulary(config)
     vision = build_vision(config, device)
     parts = [part.to(device) for part in build_parts(config)]
-    begin(parts, config)
+    origins = begin(parts, config)
+    needed = ("projector",) if config.arch.name == "decoder" else ("projector", "xattn")
     team = build_team(tile_use_of_rank(config, parallel.pipeline_rank()), "replica")
-    return Generator(config, build_stages(config, parts), BalancedVision(vision, team), device)
+    untrained = tuple(group for group in needed if origins[group] == "random")
+    return Generator(config, build_stages(config, parts), BalancedVision(vision, team), device, untrained)
 
 
 @contextmanager

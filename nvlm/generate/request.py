@@ -121,6 +121,7 @@ def read_config(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Config
     encoder = values["init"]["vision"] or values["init"]["release"]
     values["init"] = {"llm": None, "release": None, "vision": encoder, "checkpoint": str(folder)}
     values["stage"]["new"] = []
+    values["train"] |= {"offload": False, "recompute": "none"}  # nothing is kept for a backward pass
     # FP8 products take tokens by the dozen, and weights are kept in bf16.
     values["precision"] = {"name": PrecisionConfig(**values["precision"]).dtype, "edges": 0, "encoder": False}
     known = flat(values)

@@ -38,8 +38,11 @@ def why_not_te() -> str | None:
 
 def check_precision(config: Config) -> None:
     """Raise ConfigError where this machine cannot compute in config.precision: no GPU, no Transformer Engine, or a
-    recipe that one of them does not have."""
+    recipe that one of them does not have. Offload needs both, too."""
     precision = config.precision
+    if config.train.offload and (why_not_te() or not device.has_cuda()):
+        got = f"no Transformer Engine ({why_not_te()})" if why_not_te() else "a machine without a usable GPU"
+        raise problem("train.offload=true", got, "Transformer Engine on a GPU", f"{TE_INSTALL}, or train.offload=false")
     if precision.recipe is None:
         return
     what = f"precision={precision.name}"

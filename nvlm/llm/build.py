@@ -44,11 +44,12 @@ _RECOMPUTE = {
 def base_config(config: Config, **shape) -> TransformerConfig:
     """What every Megatron module of the project shares; `shape` says the rest."""
     dtype, cuda = DTYPES[config.precision.dtype], device.has_cuda()
+    meta = torch.empty(0).is_meta  # in a meta device's block, which Megatron's initialization on a GPU passes over
     return TransformerConfig(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        use_cpu_initialization=not cuda,
+        use_cpu_initialization=meta or not cuda,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         masked_softmax_fusion=False,
@@ -95,7 +96,7 @@ def llm_config(config: Config) -> TransformerConfig:
         calculate_per_token_loss=True,
         **_RECOMPUTE[config.train.recompute],
         **fp8_settings(config),
-        apply_rope_fusion=uses_te(config),
+        apply_rope_fusion=uses_te(config) and p.context == 1,  # the kernel takes one row: elsewhere rows are one line
         gradient_accumulation_fusion=uses_te(config),
         # Moved layer by layer; the last one is needed again at once.
         cpu_offloading=config.train.offload,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
 
 def token_losses(logits_SBV: Tensor, labels_SB: Tensor) -> Tensor:
-    """Losses [S, B] in fp32. On a GPU in two kernels, without a copy of the logits in fp32."""
-    if logits_SBV.is_cuda:
+    """Losses [S, B] in fp32. In bf16 on a GPU in two kernels, without a copy of the logits in fp32; those give the
+    gradient in bf16, whatever the logits are in."""
+    if logits_SBV.is_cuda and logits_SBV.dtype == torch.bfloat16:
         from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy  # compiles
 
         group = parallel_state.get_tensor_model_parallel_group()

@@ -121,5 +121,8 @@ def _blocks(rule: Callable, like_BS: Tensor, keys: int) -> BlockMask:
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    # Uncompiled both write the whole mask out. Rows have any length, which must not mean a kernel each.
+    # Uncompiled both write the whole mask out. Rows have any length, which must not mean a kernel each. But self- and
+    # cross-attention, with and without gradients, one row and many are kernels of their own, and behind the limit
+    # (8 by default) torch goes on uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(function, dynamic=True)

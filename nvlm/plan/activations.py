@@ -153,7 +153,8 @@ def _shared(config: Config, s: _Sizes, keys: bool) -> float:
 
 def _flows_in(config: Config, s: _Sizes, stage: int) -> bool:
     """Whether a gradient passes through the input of the stage's first layer."""
-    if stage > 0 or config.train.recompute != "none":  # received and recomputed inputs ask for one
+    # Received, recomputed and offloaded inputs ask for one.
+    if stage > 0 or config.train.recompute != "none" or config.train.offload:
         return True
     return "llm" in s.learns or ("projector" in s.learns and uses_tiles(config, 0).stream)
 

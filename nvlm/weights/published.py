@@ -97,7 +97,10 @@ def _header(file: Path, key: str) -> dict[str, Stored]:
                 name: Stored(file, piece.get_dtype(), tuple(piece.get_shape()), place)
                 for place, (name, piece) in enumerate(slices.items())
             }
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        fix = "make it readable, or download it again"
+        raise problem(f"{key}: {file}", error.strerror or str(error), "a file that can be read", fix) from None
+    except SafetensorError as error:
         with open(file, "rb") as opened:
             start = opened.read(2)
         pickled = start in (b"PK", b"\x80\x02", b"\x80\x04") or file.suffix in _PICKLES

@@ -63,7 +63,7 @@ def _vision(vision: VisionConfig, folder: str, key: str) -> Source:
         stored = {name: one for name, one in stored.items() if name.startswith(VISION)}
     prefix = VISION if inside else ""
     parts = below(prefix, internvit.parts(vision, _dummy_heads(vision, stored, prefix)))
-    check_values(values.get("vision_config", values), _vision_values(vision), key)
+    check_values(values.get("vision_config") or values, _vision_values(vision), key)
     check_tensors(parts, stored, key)
     return Source(key, folder, {"vision": parts}, stored)
 
@@ -81,10 +81,10 @@ def _llm(config: Config, folder: str) -> Source:
 def _release(config: Config, folder: str) -> Source:
     stored = read_headers(folder, "init.release")
     values = read_config(folder, "init.release", RELEASE_CODE) or {}
-    _check_language(values.get("llm_config", {}), config.llm, "init.release")
-    check_values(values.get("vision_config", {}), _vision_values(config.vision), "init.release")
+    _check_language(values.get("llm_config") or {}, config.llm, "init.release")
+    check_values(values.get("vision_config") or {}, _vision_values(config.vision), "init.release")
     check_values(values, _whole_values(config), "init.release")
-    own = values.get("nvlm", {})
+    own = values.get("nvlm") or {}
     if own.get("arch") == config.arch.name == "hybrid":  # what no tensor's name or shape shows
         check_values(own, {"bind_tags": ("arch.bind_tags", config.arch.bind_tags)}, "init.release")
     groups = {
@@ -177,13 +177,17 @@ def _check_language(values: Mapping, language: LLMConfig, key: str) -> None:
 
 def _scaling(rope: Mapping, key: str) -> dict[str, float] | None:
     """Llama 3.1's rotary scaling, or None: `dynamic` changes nothing within the positions that it was trained on."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
     if kind in ("default", "dynamic"):
         return None
     if kind != "llama3":
         known = "default, dynamic or llama3"
         raise problem(f"{key}: config.json: rope_scaling", repr(kind), known, "take another model")
-    return {name: float(rope[name]) for name in _LLAMA3}
+    try:
+        return {name: float(rope[name]) for name in _LLAMA3}
+    except (KeyError, TypeError, ValueError):
+        numbers = ", ".join(_LLAMA3)
+        raise problem(f"{key}: config.json: rope_scaling", dict(rope), f"{numbers}", "download it again") from None
 
 
 def _whole_values(config: Config) -> dict[str, tuple[str, object]]:

@@ -420,7 +420,11 @@ def test_a_module_group_may_be_new_only_where_it_is_said_to_be(tmp_path):
     assert run_distributed(next_stage, 1, hybrid, tmp_path / "0", tmp_path / "1", ("xattn",)) == [["xattn"]]
     for options, new, reason in (
         (hybrid, (), r"no decoder.layers.1.cross_attention.gate"),
-        ((*FP32, "arch=decoder", "llm.ffn=256"), (), r"linear_fc1.weight of shape \(768, 128\) instead of \(512, 128\)"),
+        (
+            (*FP32, "arch=decoder", "llm.ffn=256"),
+            (),
+            r"linear_fc1.weight of shape \(768, 128\) instead of \(512, 128\)",
+        ),
         ((*FP32, "arch=xattn"), ("xattn",), r"projector.layers.encoder.linear_fc1.weight, which this run does not"),
     ):
         with pytest.raises(AssertionError, match=reason):
@@ -464,6 +468,25 @@ def scales_come_back(run: Path) -> list[bytes]:
             restore.load(other, folder)
             found.append(scales.memory)
         return found
+
+
+def only_weights_come_back(run: Path) -> list[bool]:
+    """Whether a model with scales begins with the weights of a checkpoint that has scales, and of one that has none."""
+    with joined(compose_config(*FP32)) as device:
+        found = []
+        for name, delayed in (("with", True), ("without", False)):
+            trainer, _ = scaled(device, b"learned", delayed)
+            with torch.no_grad():
+                next(trainer.stages.parts[0].parameters()).fill_(0.5)
+            folder = saved(trainer, FP32, run / name, 1)
+            other, _ = scaled(device, b"fresh", delayed)
+            restore.load_weights(other.stages.parts, folder)
+            found.append(bool((next(other.stages.parts[0].parameters()) == 0.5).all()))
+        return found
+
+
+def test_the_next_stage_needs_no_scales(tmp_path):
+    assert run_distributed(only_weights_come_back, 1, tmp_path) == [[True, True]]
 
 
 def test_scales_of_delayed_fp8_travel_with_the_checkpoint(tmp_path):

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from nvlm.cli import compose_config
 from nvlm.config import ConfigError
+from nvlm.data.tokenizer import TINY
 from nvlm.export.cli import main
 from nvlm.export.describe import describe, readme
 from nvlm.export.export import export
@@ -200,7 +202,9 @@ FAULTS = {
     "no tensors": (lambda run: data_file(run).unlink(), r"\.distcp is missing"),
     "no configuration": (lambda run: (run / "config.yaml").unlink(), "config.yaml: got no such file"),
     "another model": (
-        lambda run: (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("layers: 4", "layers: 6", 1)),
+        lambda run: (run / "config.yaml").write_text(
+            (run / "config.yaml").read_text().replace("layers: 4", "layers: 6", 1)
+        ),
         r"no decoder.layers.4",
     ),
     "no checkpoint": (lambda run: shutil.rmtree(run / "checkpoints"), "a run folder with a checkpoint"),
@@ -220,6 +224,10 @@ def test_what_cannot_be_exported_is_named_and_leaves_nothing(tmp_path, run, faul
 
 def test_the_command_refuses_in_one_line(tmp_path, run, capsys):
     (tmp_path / "there").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    other = tmp_path / "model.safetensors"
+    save_file({"model.norm.weight": torch.ones(1)}, other)
     for words, reason in (
         ([f"checkpoint={run}"], "out: got nothing"),
         ([f"checkpoint={run}", f"out={tmp_path / 'there'}"], "which exists"),
@@ -227,11 +235,22 @@ def test_the_command_refuses_in_one_line(tmp_path, run, capsys):
         ([f"checkpoint={run}", f"out={tmp_path / 'o'}", "shard_gb=0"], "shard_gb: got 0"),
         ([f"checkpoint={run}", f"out={tmp_path / 'o'}", f"vision={tmp_path / 'no'}"], "init.vision: got"),
         ([f"checkpoint={tmp_path}", f"out={tmp_path / 'o'}"], "a run folder with a checkpoint"),
+        ([f"checkpoint={run}", f"out={tmp_path / 'link'}"], "which exists"),
+        ([f"checkpoint={run}", f"out={tmp_path / 'file' / 'o'}"], "Not a directory"),
+        ([f"checkpoint={run}", f"out={tmp_path / 'o'}", f"tokenizer={tmp_path / 'no'}"], "tokenizer: got"),
+        ([f"checkpoint={run}", f"out={tmp_path / 'o'}", f"like={other}"], "a folder in the exported layout"),
     ):
         assert main(words) == 2
         told = capsys.readouterr().err
         assert told.startswith("error: ") and told.count("\n") == 1 and reason in told
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "model.safetensors", "there"]
+
+
+def test_a_tokenizer_s_file_gets_the_name_that_readers_look_for(tmp_path, run):
+    file = tmp_path / "chatml-v2.json"
+    shutil.copyfile(TINY, file)
+    folder = exported(run, tmp_path / "out", f"tokenizer={file}")
+    assert (folder / "tokenizer.json").read_bytes() == file.read_bytes() and not (folder / file.name).exists()
 
 
 def killed_midway(run: Path, out: Path) -> None:

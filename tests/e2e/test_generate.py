@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from nvlm.cli import compose_config
 from nvlm.config import ConfigError
 from nvlm.generate.cli import main
 from nvlm.generate.generator import Conversation, load
+from nvlm.generate.request import read_config
 from nvlm.generate.sampling import Sampling
+from nvlm.runs import read_run_config
 from tests.e2e.test_train import train
+from tests.published import SMALL, language_model
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "How many, in (row 1), are 7's?"  # signs that a configuration's grammar would stumble over
@@ -112,6 +118,38 @@ def test_a_turn_that_cannot_be_read_is_left_out(folder):
     assert "gone.png: no such image" in done.stderr
     assert "1 <image> marks, but 0 images" in done.stderr
     assert done.stdout == generate(folder, "checkpoint=runs/run", "prompt=Hi", "max_new_tokens=4").stdout
+
+
+def test_images_are_refused_where_nothing_has_learned_to_read_them(tmp_path, folder, monkeypatch, capfd):
+    """A language model alone answers words; its projector is random."""
+    monkeypatch.chdir(folder)
+    language_model(compose_config(*SMALL)).save_pretrained(tmp_path / "llm")
+    small = [word for word in SMALL if not word.startswith("vision.")]
+    words = [*small, f"init.llm={tmp_path / 'llm'}", "prompt=Hi", "max_new_tokens=2"]
+    assert main(words) == 0
+    assert main([*words, "image=a.png"]) == 2
+    assert "error: no image can be answered: the weights of projector are random" in capfd.readouterr().err
+
+
+def test_what_training_kept_or_moved_is_nothing_to_generation(tmp_path, folder):
+    shutil.copytree(folder / "runs" / "run", tmp_path / "run")
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("offload: false", "offload: true"))
+    assert read_run_config(tmp_path / "run" / "checkpoints" / "step_00000002").train.offload
+    assert not read_config(tmp_path / "run").train.offload
+
+
+@pytest.mark.slow
+def test_two_processes_wait_for_a_person_longer_than_for_each_other(folder):
+    """Their groups give up behind 4 x 0.1 minutes."""
+    words = ("checkpoint=runs/run", "chat=true", "max_new_tokens=4")
+    layout = ("parallel.tensor=2", "parallel.timeout_minutes=0.1")
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(*words, *layout), cwd=folder, env=environment(), **pipes)
+    time.sleep(75)
+    said, told = process.communicate("Hi\n", timeout=120)
+    assert process.returncode == 0, told
+    assert said == generate(folder, "checkpoint=runs/run", "prompt=Hi", "max_new_tokens=4").stdout
 
 
 WRONG = {

@@ -1,4 +1,5 @@
-"""launch/slurm/nvlm.sbatch with a Slurm of one machine: `srun` starts local tasks, `scontrol requeue` is written down.
+"""launch/slurm/nvlm.sbatch with a Slurm of one machine: `srun` starts local tasks, and kills them at its own SIGTERM;
+`scancel` signals them; `scontrol requeue` is written down.
 
 The script itself, its signals and its requeues are real; in the slow test the trainer is, too.
 """
@@ -32,10 +33,10 @@ SRUN = """
     while arguments[0].startswith("--"):
         print("srun option", arguments.pop(0))
     tasks = []
-    def forward(number, frame):
+    def end(number, frame):  # as Slurm's: no task gets to save
         for task in tasks:
-            task.send_signal(number)
-    signal.signal(signal.SIGTERM, forward)
+            task.kill()
+    signal.signal(signal.SIGTERM, end)
     for rank in range(int(os.environ["SLURM_NTASKS"])):
         ranks = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
         tasks.append(subprocess.Popen(arguments, env=os.environ | ranks))
@@ -51,6 +52,12 @@ SCONTROL = """
     else:
         assert sys.argv[1] == "requeue" and sys.argv[2] == os.environ["SLURM_JOB_ID"]
         open("requeued", "a").write("x")
+"""
+SCANCEL = """
+    import os, signal, sys
+    assert sys.argv[1:] == ["--signal=TERM", os.environ["SLURM_JOB_ID"]]
+    for task in map(int, open("tasks").read().split()):
+        os.kill(task, signal.SIGTERM)
 """
 # As much of the trainer as the script looks at: a step each tenth of a second, saved at the end or at a signal.
 TRAINER = """
@@ -79,7 +86,7 @@ class Cluster:
     def __init__(self, where: Path, tasks: int) -> None:
         self.where, self.bin, self.tasks = where, where / "bin", tasks
         self.bin.mkdir()
-        for name, code in (("srun", SRUN), ("scontrol", SCONTROL)):
+        for name, code in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
             self.command(name, code)
 
     def command(self, name: str, code: str) -> Path:

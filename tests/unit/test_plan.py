@@ -287,8 +287,8 @@ def test_the_change_is_enough(configured, keys, processes, fix):
 
 
 SMI = """#!/bin/sh
-echo "NVIDIA H100 80GB HBM3, {memory}"
-echo "NVIDIA H100 80GB HBM3, {memory}"
+echo "GPU-aa11, NVIDIA H100 80GB HBM3, {memory}"
+echo "GPU-bb22, NVIDIA H200, {memory}"
 """
 
 
@@ -327,6 +327,24 @@ def test_gpus_are_known_without_torch(tmp_path, monkeypatch, told, gpus):
     assert tuple(size for _, size in launch.gpus_here.__wrapped__()) == gpus
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert launch.gpus_here.__wrapped__() == ()
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        ("1", ["H200"]),
+        ("1,0", ["H200", "H100"]),
+        ("GPU-b", ["H200"]),
+        ("0,-1,1", ["H100"]),
+        ("7", []),
+        ("MIG-x", ["H100"]),
+    ],
+)
+def test_gpus_that_are_hidden_do_not_count(tmp_path, monkeypatch, visible, names):
+    for key, value in with_gpus(tmp_path, "81559").items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [name.split()[1] for name, _ in launch.gpus_here.__wrapped__()] == names
 
 
 def test_a_dry_run_is_held_to_the_gpu_that_it_names(configured, monkeypatch):

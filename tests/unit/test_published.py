@@ -96,6 +96,17 @@ def config_of(folder: Path, **values) -> None:
     edit(folder / "config.json", **values)
 
 
+def lead_nowhere(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("pruned")
+
+
+def alone_and_nowhere(folder: Path) -> None:
+    for file in folder.glob("model*"):
+        file.unlink()
+    (folder / "model.safetensors").symlink_to("pruned")
+
+
 FAULTS = {
     "a missing file": (lambda f: files_of(f)[2].unlink(), r"no model-00003-of-\d+.safetensors"),
     "a truncated file": (lambda f: truncate(files_of(f)[1]), r"model-00002-of-.*a damaged file"),
@@ -133,6 +144,13 @@ FAULTS = {
         lambda f: config_of(f, rope_scaling={"type": "yarn", "factor": 4.0}),
         "rope_scaling: got 'yarn'",
     ),
+    "rotary scaling without its numbers": (
+        lambda f: config_of(f, rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+        "rope_scaling: got .*, expected factor, low_freq_factor",
+    ),
+    "rotary scaling that is a list": (lambda f: config_of(f, rope_scaling=[8.0]), r"rope_scaling: got \[8.0\]"),
+    "a file that leads nowhere": (lambda f: lead_nowhere(files_of(f)[1]), r"no model-00002-of-"),
+    "one file that leads nowhere": (alone_and_nowhere, "model.safetensors: got No such file or directory"),
     "a sliding window": (lambda f: config_of(f, use_sliding_window=True), "use_sliding_window: got True"),
     "other heads": (lambda f: config_of(f, num_attention_heads=2), "num_attention_heads: got 2"),
 }  # fmt: skip
