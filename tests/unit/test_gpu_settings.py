@@ -1,0 +1,55 @@
+"""What is chosen for a GPU and for Transformer Engine, asked for where neither is."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from nvlm import device, launch
+from nvlm.config import ConfigError
+from nvlm.llm import backend, build
+from nvlm.llm.packing import _compiled
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that says it has one, and layers that are said to be Transformer Engine's."""
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    monkeypatch.setattr(build, "uses_te", lambda config: True)
+
+
+def test_a_meta_model_is_not_allocated_on_the_gpu(configured, gpu):
+    """Megatron's initialization on a GPU names the device, which wins over the meta device's block."""
+    config = configured("arch=decoder", "parallel.context=2")
+    assert not build.base_config(config, num_layers=1, hidden_size=8, num_attention_heads=1).use_cpu_initialization
+    with torch.device("meta"):
+        assert build.base_config(config, num_layers=1, hidden_size=8, num_attention_heads=1).use_cpu_initialization
+
+
+def test_rows_that_are_no_line_turn_without_the_fused_kernel(configured, gpu, monkeypatch):
+    made = []
+    monkeypatch.setattr(build, "base_config", lambda config, **shape: made.append(shape["apply_rope_fusion"]))
+    for context in (1, 2):
+        build.llm_config(configured("arch=decoder", f"parallel.context={context}"))
+    assert made == [True, False]
+
+
+def test_offload_without_transformer_engine_is_refused(configured, monkeypatch):
+    config = configured("arch=decoder", "train.offload=true")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="train.offload=true: got no Transformer Engine, .* or train.offload=false"):
+        launch.check_engine(config)
+    monkeypatch.setattr(backend, "why_not_te", lambda: "ImportError: not here")
+    with pytest.raises(ConfigError, match=r"train.offload=true: got no Transformer Engine \(ImportError: not here\)"):
+        backend.check_precision(config)
+    monkeypatch.setattr(backend, "why_not_te", lambda: None)
+    with pytest.raises(ConfigError, match="train.offload=true: got a machine without a usable GPU"):
+        backend.check_precision(config)
+
+
+def test_compiled_attention_may_have_more_kinds_than_torch_s_limit(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    _compiled.__wrapped__(torch.add)
+    assert torch._dynamo.config.recompile_limit >= 64
