@@ -36,7 +36,7 @@ def attend(
         key_value = (for_kernel(x).permute(1, 2, 0, 3) for x in (key_XBGD, value_XBGD))
         seen = None if mask is None else ~mask
         out_BGnD = nn.functional.scaled_dot_product_attention(query_BGnD, *key_value, attn_mask=seen, scale=scale)
-        return out_BGnD.reshape(1, rows, heads * width).to(query_SBND.dtype)
+        return _blind(out_BGnD, mask).reshape(1, rows, heads * width).to(query_SBND.dtype)
     inputs = [for_kernel(x).permute(1, 2, 0, 3) for x in (query_SBND, key_XBGD, value_XBGD)]
     if isinstance(mask, BlockMask):
         out_BNSD = attend_blocks(*inputs, mask, scale)
@@ -49,7 +49,15 @@ def attend(
             scale=scale,
             enable_gqa=heads != groups,
         )
+        out_BNSD = _blind(out_BNSD, mask)
     return out_BNSD.permute(2, 0, 1, 3).flatten(2).to(query_SBND.dtype)
+
+
+def _blind(out_BNSD: Tensor, mask: Tensor | None) -> Tensor:
+    """`out_BNSD`, with zeros where a query sees no key: torch's kernels give those on CPU, on a GPU not all of them."""
+    if mask is None or out_BNSD.device.type == "cpu":
+        return out_BNSD
+    return out_BNSD.masked_fill(mask.all(-1, keepdim=True), 0.0)
 
 
 def for_kernel(x: Tensor) -> Tensor:
