@@ -37,24 +37,24 @@ class ChatTokenizer:
 
 
 @lru_cache(maxsize=4)
-def load_tokenizer(where: str, bos: str | None = None) -> ChatTokenizer:
+def load_tokenizer(where: str, bos: str | None = None, key: str = "llm.tokenizer") -> ChatTokenizer:
     """Read `where`: a folder with tokenizer.json, such a file, or "tiny" for the one in this package.
 
-    `bos`: the token that begins every conversation. Raises ConfigError.
+    `bos`: the token that begins every conversation; `key`: the setting that named it. Raises ConfigError.
     """
     path = TINY if where == "tiny" else Path(where)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
-        raise problem("llm.tokenizer", repr(where), "a folder with tokenizer.json", "llm.tokenizer=DIR")
+        raise problem(key, repr(where), "a folder with tokenizer.json", f"{key}=DIR")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library's own error type is Exception itself
         reason = f"{path}, which does not read: {error}"
-        raise problem("llm.tokenizer", reason, "a tokenizer.json of the tokenizers library", "fetch it anew") from None
+        raise problem(key, reason, "a tokenizer.json of the tokenizers library", "fetch it anew") from None
     marks = {name: tokenizer.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>")}
     for name, number in marks.items():
         if number is None:
-            raise problem(f"llm.tokenizer={where}", f"no token {name}", "a ChatML tokenizer", "use a chat model's")
+            raise problem(f"{key}={where}", f"no token {name}", "a ChatML tokenizer", "use a chat model's")
     first = None if bos is None else tokenizer.token_to_id(bos)
     if bos is not None and first is None:
         raise problem("llm.bos", repr(bos), f"a token of {path}", "llm.bos=null for none")

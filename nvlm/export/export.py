@@ -48,7 +48,8 @@ def export(options: ExportOptions) -> Path:
     config = _at_hand(read_run_config(step), options)
     _refuse(step, checkpoint_faults(step, functools.partial(own_faults, tensors=False)))
     folders = [step] if frozen_digest(step) is None else [step, step.parent / FROZEN]
-    _check_tokenizer(config)
+    if config.llm.tokenizer:  # a folder is of no use without
+        load_tokenizer(config.llm.tokenizer, config.llm.bos, "tokenizer")
     weights, vision = TrainedWeights(folders, config.peft.scale), vision_source(config)
     parts = whole_model(config, dummy_heads(config, vision))
     _check(weights, parts, step)
@@ -183,15 +184,6 @@ def _describe(folder: Path, config: Config, dummies: int) -> None:
     for file in folder.iterdir():
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
-
-
-def _check_tokenizer(config: Config) -> None:
-    """Raise ConfigError where the run's tokenizer, which the folder is of no use without, does not read."""
-    where = config.llm.tokenizer
-    if where and where != "tiny" and not Path(where).exists():
-        raise problem("tokenizer", f"{where}, which is not here", "the run's own", "tokenizer=DIR")
-    if where:
-        load_tokenizer(where, config.llm.bos)
 
 
 def _beside(config: Config) -> dict[str, Path]:

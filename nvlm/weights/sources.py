@@ -186,8 +186,8 @@ def _scaling(rope: Mapping, key: str) -> dict[str, float] | None:
     try:
         return {name: float(rope[name]) for name in _LLAMA3}
     except (KeyError, TypeError, ValueError):
-        numbers = ", ".join(_LLAMA3)
-        raise problem(f"{key}: config.json: rope_scaling", dict(rope), f"{numbers}", "download it again") from None
+        what = f"{key}: config.json: rope_scaling"
+        raise problem(what, dict(rope), ", ".join(_LLAMA3), "download it again") from None
 
 
 def _whole_values(config: Config) -> dict[str, tuple[str, object]]:
