@@ -25,8 +25,8 @@ Runs = tuple[int, ...]
 """Lengths of the samples of whole rows, row behind row, each with the padding behind it, which nobody looks at."""
 
 WORTH_A_CALL = 2**13
-"""Pairs of tokens that a call of a kernel must spare on CPU to be quicker than the mask that hides them. Where it spares
-7200 (rows of two samples of 60 tokens, 4 heads of 32) it took 1.08 times as long, where 16200 (of 90) 0.86 times."""
+"""Pairs of tokens that a call of a kernel must spare on CPU to be quicker than the mask that hides them. Sparing 7200
+(rows of two samples of 60 tokens, 4 heads of 32) took 1.08 times as long, sparing 16200 (of 90) 0.86 times."""
 
 
 @dataclass
