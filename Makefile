@@ -24,6 +24,8 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, 3.12 is tested")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -e '.[test,demo]' -c constraints.txt
+# Transformer Engine's Python alone, for tests: out of sight, because without its libraries it does not load.
+	$(VENV)/bin/pip install --quiet --no-deps --upgrade --target $(VENV)/engine transformer-engine -c constraints.txt
 	touch $@
 
 clean:

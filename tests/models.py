@@ -104,9 +104,15 @@ def to_reference(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     return theirs | {theirs: state[name] for theirs, name in projector_names(config.arch.name).items()}
 
 
+def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """By their names in the whole model, whatever modules it is made of."""
+    whole = module.whole_name if isinstance(module, VisionLanguageModel) else str
+    return {whole(name): parameter for name, parameter in module.named_parameters()}
+
+
 def load(module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy `tensors` into the parameters of `module`: all of them and no others, shapes equal."""
-    parameters = dict(module.named_parameters())
+    parameters = parameters_of(module)
     assert parameters.keys() == tensors.keys(), parameters.keys() ^ tensors.keys()
     for name, parameter in parameters.items():
         assert parameter.shape == tensors[name].shape, name
@@ -178,9 +184,9 @@ def adapter_gradients(twins: Twins, gradients: dict[str, Tensor]) -> dict[str, T
 def loss_and_gradients(twins: Twins, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Our loss of each token [B, S], and the gradients of its sum under the reference's names."""
     twins.model.zero_grad(set_to_none=True)
-    loss_BS = twins.model(batch)
-    loss_BS.sum().backward()
-    gradients = {name: parameter.grad for name, parameter in twins.model.named_parameters()}
+    loss_BS = twins.model(batch).view_as(batch.tokens)  # rows may come in a line
+    torch.autograd.backward(loss_BS.sum())  # unlike a tensor's own method, within the modes that are on
+    gradients = {name: parameter.grad for name, parameter in parameters_of(twins.model).items()}
     return loss_BS.detach(), to_reference(gradients, twins.config)
 
 

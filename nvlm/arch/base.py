@@ -240,14 +240,15 @@ class VisionLanguageModel(MegatronModule):
         return nn.functional.pad(logits[..., : max(real, 0)], (0, columns - max(real, 0)), value=-torch.inf)
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters by their names in the whole model, where layers are counted from the first stage's."""
+        """Parameters by their names in the whole model."""
+        return {self.whole_name(name): parameter.data for name, parameter in self.named_parameters()}
 
-        def whole(name: str) -> str:
-            for fused, norm in FUSED_NORMS.items():
-                name = name.replace(fused, norm)
-            return re.sub(r"(?<=^decoder\.layers\.)\d+", lambda m: str(int(m[0]) + self.first_layer), name)
-
-        return {whole(name): parameter.data for name, parameter in self.named_parameters()}
+    def whole_name(self, name: str) -> str:
+        """The whole model's name for the parameter `name`: there layers are counted from the first stage's, and a norm
+        has its own name, also where it is one with the linear behind it."""
+        for fused, norm in FUSED_NORMS.items():
+            name = name.replace(fused, norm)
+        return re.sub(r"(?<=^decoder\.layers\.)\d+", lambda m: str(int(m[0]) + self.first_layer), name)
 
     def forward(self, batch: Batch) -> Tensor:
         """Per-token loss [B, S], zero where there is no label; hidden states on stages before the last.

@@ -156,7 +156,8 @@ def gradients_of(twins: Twins, out: Path) -> dict[str, Tensor]:
     """What a layout wrote, under the reference's names. In one process."""
     state = twins.model.sharded_state_dict(metadata=metadata())
     loaded = dist_checkpointing.load({"part0": state}, str(out))["part0"]
-    return to_reference({n: t for n, t in loaded.items() if torch.is_tensor(t)}, twins.config)
+    named = {twins.model.whole_name(n): t for n, t in loaded.items() if torch.is_tensor(t)}
+    return to_reference(named, twins.config)
 
 
 def run_cases(cases: Sequence[tuple[Case, Path]]) -> list[Outcome]:

@@ -30,7 +30,7 @@ from nvlm.parallel import distributed
 _PORTS = 64  # process groups that one call of `run_distributed` may build one after another
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["nvlm.train.loop", "tests.models"])
+_context.set_forkserver_preload([*os.environ.get("NVLM_TEST_PRELOAD", "").split(), "nvlm.train.loop", "tests.models"])
 
 
 def run_distributed(fn: Callable, world: int, *args, timeout: float = 300) -> list:

@@ -14,7 +14,7 @@ from nvlm.parallel import distributed
 from tests.dist.layouts import gradients_of, prepare, reference_gradients, run_cases
 from tests.dist.run import run_distributed
 from tests.dist.test_layouts import SIX
-from tests.models import small_config, to_reference
+from tests.models import parameters_of, small_config, to_reference
 from tests.parity.test_models import ONE, TEXT, assert_gradients_near
 
 T, I, S = ((TEXT,),), ((ONE,),), ((SIX,),)  # micro-batches: text, an image, seven tiles
@@ -81,7 +81,7 @@ def test_gradients_are_exact(arch, world, models, tmp_path):
 
 def mask_of(twins, stage: StageConfig) -> dict[str, torch.Tensor]:
     """1 where a parameter learns, under the reference's names."""
-    named = twins.model.named_parameters()
+    named = parameters_of(twins.model).items()
     return to_reference(
         {name: torch.full_like(p, parameter_group(name) in stage.trainable) for name, p in named}, twins.config
     )

@@ -22,7 +22,7 @@ from nvlm.vision.path import VisionPath, solo_groups
 from nvlm.weights import internvit, llm, projector
 from nvlm.weights.parts import below, joined, published, shapes
 from nvlm.weights.sources import LANGUAGE, VISION, whole_model
-from tests.models import STD, TILE, load, sample_of, small_config
+from tests.models import STD, TILE, load, parameters_of, sample_of, small_config
 from tests.parity.test_models import ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ class Ours:
         batch = self.vision.encode(collate([samples], TILE))
         loss = self.model(batch).sum() / batch.num_trained
         loss.backward()
-        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.model.named_parameters()}
+        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters_of(self.model).items()}
         return float(loss), published(learning(self.config), gradients)
 
 

@@ -1,0 +1,51 @@
+"""A process whose layers are Transformer Engine's although there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from tests.engine import kernels
+
+PACKAGES = Path(sys.prefix, "engine")
+"""Where `make install` puts the Python part of Transformer Engine, out of sight of everything else."""
+
+
+def prepare(fused_gradients: bool = True) -> None:
+    """Have `nvlm` choose Transformer Engine's layers wherever there are no adapters, also in fp32, where results can be
+    compared to rounding, and pack rows as on a GPU. Before Megatron's first import.
+
+    `fused_gradients`: weight gradients are added to Megatron's buffers, which a model must have then.
+    """
+    assert "megatron.core" not in sys.modules
+    kernels.install(PACKAGES)
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask, create_mask
+
+    import benchmarks.peers
+    from nvlm.arch import base
+    from nvlm.llm import adapters, attention, backend, build
+    from nvlm.llm.layer import learns
+
+    for room in (backend, build, adapters, base, benchmarks.peers):
+        room.uses_te = lambda config: config.peft.name == "none"
+    if not fused_gradients:
+        plain = build.base_config
+        build.base_config = lambda config, **shape: plain(config, **shape | {"gradient_accumulation_fusion": False})
+    base.VisionLanguageModel.packs = lambda model, batch: learns(model)
+    base.VisionLanguageModel.drops_padding = lambda model, batch: False
+
+    def attend_blocks(query_BNSD, key_BGXD, value_BGXD, seen: BlockMask, scale):
+        # What the blocks say, in a dense mask: FlexAttention has no backward pass on CPU.
+        mask = create_mask(seen.mask_mod, len(query_BNSD), None, query_BNSD.shape[2], key_BGXD.shape[2], device="cpu")
+        return torch.nn.functional.scaled_dot_product_attention(
+            query_BNSD, key_BGXD, value_BGXD, attn_mask=mask, scale=scale, enable_gqa=True
+        )
+
+    attention.attend_blocks = attend_blocks
+
+
+def prepare_forked() -> None:
+    """The same for the server that tests.dist.run forks processes from."""
+    os.environ["NVLM_TEST_PRELOAD"] = "tests.engine.server"
