@@ -188,6 +188,7 @@ class PrecisionConfig:
     name: str
     edges: int  # FP8: decoder layers at either end that compute in bf16
     encoder: bool  # FP8: the frozen encoder's weights and products too
+    param_gather: bool  # FP8: weights of the decoder's linears that learn are kept, and gathered over replicas, in FP8
 
     @property
     def dtype(self) -> str:

@@ -76,7 +76,7 @@ def _parameters(config: Config) -> Table:
         distributed_optimizer=False,
     )
     # Modules of Megatron's own, which the meta device holds; their parameters are the same in any precision.
-    plain = dataclasses.replace(config.precision, name="fp32", edges=0, encoder=False)
+    plain = dataclasses.replace(config.precision, name="fp32", edges=0, encoder=False, param_gather=False)
     whole = dataclasses.replace(config, parallel=one, precision=plain)
     with parallel.distributed(one, config.seed), torch.device("meta"):
         (model,) = build_parts(whole)

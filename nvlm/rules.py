@@ -176,7 +176,7 @@ def _peft(config: Config) -> None:
 def _precision(config: Config) -> None:
     precision, llm, tensor = config.precision, config.llm, config.parallel.tensor
     if precision.recipe is None:
-        for what in ("edges", "encoder"):
+        for what in ("edges", "encoder", "param_gather"):
             got = getattr(precision, what)
             if got:
                 known = ", ".join(FP8_RECIPES)
@@ -189,6 +189,13 @@ def _precision(config: Config) -> None:
         # Its scales are brought up to date once for all layers, at the end of a pass.
         expected = "0 with fp8_delayed, which has all layers or none in FP8"
         raise problem("precision.edges", precision.edges, expected, "precision=fp8_current")
+    if precision.param_gather and not config.parallel.distributed_optimizer:
+        expected = "parallel.distributed_optimizer=true, which keeps the weights in fp32"
+        raise problem("precision.param_gather", True, expected, "add it, or precision.param_gather=false")
+    if precision.param_gather and precision.name == "mxfp8":
+        # Megatron gathers its weights through the gradients' buffer, in bf16.
+        expected = "a recipe whose weights can be gathered in FP8: fp8_delayed, fp8_current or fp8_blockwise"
+        raise problem("precision.param_gather", True, expected, "precision.param_gather=false")
     if config.peft.name != "none":
         raise problem("peft", config.peft.name, "none with FP8: adapted linears compute in bf16", "precision=bf16")
     widths = {

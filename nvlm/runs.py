@@ -5,6 +5,7 @@ It holds `config.yaml` and `checkpoints/`: step folders, `frozen/` beside them, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -36,6 +37,19 @@ def steps_done(run_dir: Path) -> int:
 def steps_of(root: Path) -> list[Path]:
     """The step folders below `root`, oldest first."""
     return sorted(root.glob("step_*"))
+
+
+MASTER = "optimizer.state.param."
+"""What the fp32 copies of weights are called in a checkpoint, before the weight's name."""
+
+
+def weight_keys(keys: Iterable[str]) -> dict[str, str]:
+    """By a weight's name the key that it stands under in a checkpoint of tensors `keys`: its name, or that of its fp32
+    copy where the weight itself was kept in FP8, and is not there."""
+    keys = set(keys)
+    weights = {key: key for key in keys if not key.startswith("optimizer.")}
+    masters = {key.removeprefix(MASTER): key for key in keys if key.startswith(MASTER)}
+    return masters | weights
 
 
 def find_checkpoint(path: Path, key: str) -> Path:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from nvlm.runs import weight_keys
 from nvlm.weights.merge import adapter_names, merge
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
@@ -37,13 +38,13 @@ class TrainedWeights:
         return name in self.places
 
     def dtype(self, name: str) -> torch.dtype:
-        """What it is stored as."""
-        return self.places[name].tensors[name].properties.dtype
+        """What it is to the model."""
+        return self.places[name].dtype(name)
 
     def place(self, name: str) -> tuple:
         """Sorts names in the order in which the files hold them."""
         folder = self.places[name]
-        item = folder.items[MetadataIndex(name, folder.tensors[name].chunks[0].offsets)]
+        item = folder.items[MetadataIndex(folder.keys[name], folder.tensors[name].chunks[0].offsets)]
         return self.folders.index(folder), item.relative_path, item.offset
 
     def read(self, name: str) -> Tensor:
@@ -64,18 +65,21 @@ class _Folder:
         self.folder, self.reader = folder, FileSystemReader(folder)
         metadata = self.reader.read_metadata()
         self.items = metadata.storage_data
-        self.tensors = {
-            name: entry
-            for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
-        }
+        entries = metadata.state_dict_metadata.items()
+        tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+        self.keys = weight_keys(tensors)
+        self.tensors = {name: tensors[key] for name, key in self.keys.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        # Of a weight that was kept in FP8 the fp32 copy alone is stored, of which bf16 was meant.
+        return torch.bfloat16 if self.keys[name] != name else self.tensors[name].properties.dtype
 
     def read(self, name: str) -> Tensor:
-        entry = self.tensors[name]
-        pieces = ((chunk, self._map(MetadataIndex(name, chunk.offsets))) for chunk in entry.chunks)
+        entry, dtype = self.tensors[name], self.dtype(name)
+        pieces = ((chunk, self._map(MetadataIndex(self.keys[name], chunk.offsets))) for chunk in entry.chunks)
         if len(entry.chunks) == 1:
-            return next(pieces)[1]
-        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+            return next(pieces)[1].to(dtype)
+        whole = torch.empty(entry.size, dtype=dtype)
         for chunk, piece in pieces:
             region = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes))
             whole[region] = piece

@@ -123,7 +123,8 @@ def read_config(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Config
     values["stage"]["new"] = []
     values["train"] |= {"offload": False, "recompute": "none"}  # nothing is kept for a backward pass
     # FP8 products take tokens by the dozen, and weights are kept in bf16.
-    values["precision"] = {"name": PrecisionConfig(**values["precision"]).dtype, "edges": 0, "encoder": False}
+    plain = {"edges": 0, "encoder": False, "param_gather": False}
+    values["precision"] = plain | {"name": PrecisionConfig(**plain | values["precision"]).dtype}
     known = flat(values)
     changes = [re.sub("^precision=", "precision.name=", word) for word in overrides]  # as for a run it names all of it
     for word in changes:

@@ -101,7 +101,8 @@ def rank_memory(
     encoding = _encoder_workspace(config, load)
     highest = max(working, encoding)
     return Memory(
-        weights=element * parameters.all + 2 * parameters.quantized,  # FP8 copies: rows and columns
+        # In FP8 rows and columns: copies, or all there is.
+        weights=element * (parameters.all - parameters.kept_in_fp8) + 2 * parameters.quantized,
         encoder=(1 if config.precision.encoder else element) * vision_parameters(config.vision),
         gradients=4 * parameters.learning,
         optimizer=_optimizer(config, parameters.learning, replicas),

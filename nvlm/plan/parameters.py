@@ -20,6 +20,7 @@ class Held:
     all: int
     learning: int
     quantized: int  # of linears that compute in FP8
+    kept_in_fp8: int  # of those: with precision.param_gather what learns, of which there is nothing but FP8
     largest: int  # of one weight that learns
 
 
@@ -69,10 +70,12 @@ def held(config: Config, rank: int) -> Held:
     weights = list(_weights(config, rank))
     own, adapters = learning_groups(config)
     learning = [weight for weight in weights if weight.group in (adapters if weight.adapter else own)]
+    gathers = config.precision.param_gather
     return Held(
         all=sum(weight.size * weight.count for weight in weights),
         learning=sum(weight.size * weight.count for weight in learning),
         quantized=sum(weight.size * weight.count for weight in weights if weight.quantized),
+        kept_in_fp8=sum(weight.size * weight.count for weight in learning if weight.quantized and gathers),
         largest=max((weight.size for weight in learning), default=0),
     )
 

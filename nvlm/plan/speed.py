@@ -16,7 +16,7 @@ from nvlm.hardware import GPU
 from nvlm.plan.activations import kept, kernels_of
 from nvlm.plan.load import Load
 from nvlm.plan.memory import tile_bytes
-from nvlm.plan.parameters import carriers_of, element_bytes, held, uses_tiles, virtual_stages
+from nvlm.plan.parameters import Held, carriers_of, element_bytes, held, uses_tiles, virtual_stages
 
 # Of the peak, while large products are computed.
 PRODUCTS = 0.58
@@ -80,8 +80,8 @@ def speed(config: Config, replicas: int, gpu: GPU, load: Load) -> Speed:
     wires = [_wires(config, load, rank) for rank in ranks]
     tensor, context, hidden = (count * max(wire[part] for wire in wires) for part in range(3))
     sent = 2 * p.virtual * hidden if p.pipeline > 1 else 0.0
-    learning = max(held(config, rank).learning for rank in ranks)
-    gathered = _data_bytes(config, replicas, learning)
+    most = max((held(config, rank) for rank in ranks), key=lambda held: held.learning)
+    learning, gathered = most.learning, _data_bytes(config, replicas, most)
     spans = _Spans.of(config, replicas, gpu)
     vision_bytes = _vision_bytes(config, load)
     tensor_time = tensor * _shown(config) / (LINKS * spans.tensor)
@@ -208,12 +208,12 @@ def _shards(config: Config, replicas: int) -> int:
     return replicas * config.parallel.context if config.parallel.distributed_optimizer else 1
 
 
-def _data_bytes(config: Config, replicas: int, learning: int) -> float:
+def _data_bytes(config: Config, replicas: int, parameters: Held) -> float:
     """Gradients in fp32 to their owners and updated weights back; without owners gradients to all."""
-    ranks = replicas * config.parallel.context
-    weight = element_bytes(config)
-    each = 4 + weight if config.parallel.distributed_optimizer else 8
-    return each * learning * (ranks - 1) / ranks
+    ranks, learning, in_fp8 = replicas * config.parallel.context, parameters.learning, parameters.kept_in_fp8
+    weights = element_bytes(config) * (learning - in_fp8) + in_fp8
+    back = weights if config.parallel.distributed_optimizer else 4 * learning
+    return (4 * learning + back) * (ranks - 1) / ranks
 
 
 def _vision_bytes(config: Config, load: Load) -> float:

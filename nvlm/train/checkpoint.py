@@ -24,7 +24,7 @@ from nvlm.files import write_whole
 from nvlm.runs import FROZEN, latest, steps_of
 from nvlm.train.digests import MANIFEST, digest, write_manifest
 from nvlm.train.guard import BrokenRun
-from nvlm.train.state import adam_step, model_state, optimizer_state
+from nvlm.train.state import adam_step, model_state, optimizer_state, stored
 from nvlm.train.step import Trainer, settle
 from nvlm.train.writer import Writer
 
@@ -65,9 +65,9 @@ class Checkpoints:
             self.has_frozen = self.failure is None
         if self.failure is not None:
             return
-        state = learns | optimizer_state(trainer, learns)
+        state = stored(learns) | optimizer_state(trainer, learns)
         if self.config.save_frozen:
-            state |= {name: chunk | frozen[name] for name, chunk in learns.items()}
+            state |= {name: chunk | frozen[name] for name, chunk in stored(learns).items()}
         state["run"] = {
             "step": step,
             "adam_step": max(updates),

@@ -66,9 +66,15 @@ def wrap(model: VisionLanguageModel, config: Config) -> DistributedDataParallel:
         overlap_grad_reduce=config.parallel.overlap,
         overlap_param_gather=config.parallel.overlap,
         check_for_nan_in_grad=False,  # the optimizer looks at the norm
+        fp8_param_gather=config.precision.param_gather,
     )
+    if config.precision.param_gather:
+        from nvlm.llm.fp8 import keep_in_fp8
+
+        keep_in_fp8(model.decoder)
     wrapped = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=model)
-    wrapped.broadcast_params()
+    if not config.precision.param_gather:  # FP8 tensors cannot be broadcast; replicas read or draw the same anyhow
+        wrapped.broadcast_params()
     return wrapped
 
 
@@ -91,6 +97,7 @@ def build_optimizer(
             params_dtype=dtype,
             use_distributed_optimizer=config.parallel.distributed_optimizer,
             overlap_param_gather=config.parallel.overlap,
+            fp8_recipe=config.precision.recipe if config.precision.param_gather else None,
         ),
         list(chunks),
         use_gloo_process_groups=False,

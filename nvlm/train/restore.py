@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,9 +15,17 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
 from nvlm.arch.base import VisionLanguageModel, parameter_group
 from nvlm.config import problem
-from nvlm.runs import FROZEN, steps_of
+from nvlm.runs import FROZEN, steps_of, weight_keys
 from nvlm.train.digests import checkpoint_faults, faults, frozen_digest
-from nvlm.train.state import is_scale, metadata, model_state, optimizer_state, restore_optimizer
+from nvlm.train.state import (
+    is_scale,
+    metadata,
+    model_state,
+    optimizer_state,
+    restore_optimizer,
+    stored,
+    unpickling_scales,
+)
 from nvlm.train.step import Trainer
 from nvlm.weights.merge import is_adapter
 
@@ -37,16 +46,24 @@ def load(trainer: Trainer, folder: Path) -> tuple[int, dict[str, float]]:
             chunk: {name: entry for name, entry in entries.items() if not is_scale(name) or entry.unique_key in kept}
             for chunk, entries in model.items()
         }
-    wanted = model | optimizer_state(trainer, model)
+    keys = weight_keys(_shapes_in(folder))
+    weights = {  # a run that no longer keeps them in FP8 finds their fp32 copies
+        chunk: {name: replace(entry, key=keys.get(entry.key, entry.key)) for name, entry in entries.items()}
+        for chunk, entries in stored(model).items()
+    }
+    made = {entry.key for chunk in model for name, entry in model[chunk].items() if name not in weights[chunk]}
+    wanted = weights | optimizer_state(trainer, model)
     if frozen_digest(folder) is None:
-        state = _read_all(folder, wanted | {name: model[name] | frozen[name] for name in model})
+        state = _read_all(folder, wanted | {name: weights[name] | frozen[name] for name in model}, made)
     else:
-        weights = _read_all(folder.parent / FROZEN, frozen)
-        state = _read_all(folder, wanted)
-        state |= {name: state.get(name, {}) | weights.get(name, {}) for name in model}  # an empty one is not read back
+        still = _read_all(folder.parent / FROZEN, frozen)
+        state = _read_all(folder, wanted, made)
+        state |= {name: state.get(name, {}) | still.get(name, {}) for name in model}  # an empty one is not read back
     for number, chunk in enumerate(trainer.chunks):
-        missing, unexpected = chunk.module.load_state_dict(state[f"model{number}"], strict=False)
-        assert not unexpected and all(map(is_scale, missing)), (missing, unexpected)
+        with unpickling_scales():
+            missing, unexpected = chunk.module.load_state_dict(state[f"model{number}"], strict=False)
+        known = model[f"model{number}"].keys() - weights[f"model{number}"].keys()  # made of what the optimizer keeps
+        assert not unexpected and all(is_scale(name) or name in known for name in missing), (missing, unexpected)
     run = state["run"]
     restore_optimizer(trainer, model, state, run["adam_step"])
     trainer.schedule.load_state_dict(run["schedule"])
@@ -68,11 +85,14 @@ def load_weights(parts: Sequence[VisionLanguageModel], folder: Path, new: Sequen
     wanted = {
         name: {key: entry for key, entry in part.items() if _group(key) not in absent} for name, part in state.items()
     }
-    held = {key: shape for keys in have.values() for key, shape in keys.items()}
+    held = {key: shape for keys in have.values() for key, (_, shape) in keys.items()}
     _refuse(folder, _differences(_shapes(wanted), held))
     loaded: dict[str, dict] = {name: {} for name in state}
     for place, keys in have.items():
-        here = {name: {key: e for key, e in part.items() if _key(e) in keys} for name, part in wanted.items()}
+        here = {
+            name: {key: replace(e, key=keys[e.key][0]) for key, e in part.items() if _key(e) in keys}
+            for name, part in wanted.items()
+        }
         tensors = _read(place, here)
         loaded = {name: part | tensors.get(name, {}) for name, part in loaded.items()}
     for number, part in enumerate(parts):
@@ -99,9 +119,10 @@ def _verify(folder: Path) -> None:
     raise problem(f"checkpoint {folder}", "; ".join(wrong), "the files as they were written", fix)
 
 
-def _read_all(folder: Path, wanted: dict) -> dict:
-    """Everything that `folder` holds, which is to be what is wanted."""
-    _refuse(folder, _differences(_shapes(wanted), _shapes_in(folder)))
+def _read_all(folder: Path, wanted: dict, made: Collection[str] = ()) -> dict:
+    """Everything that `folder` holds, which is to be what is wanted; but for weights `made` of others."""
+    have = {key: shape for key, shape in _shapes_in(folder).items() if key not in made}
+    _refuse(folder, _differences(_shapes(wanted), have))
     return _read(folder, wanted)
 
 
@@ -127,9 +148,10 @@ def _shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
     return {key: tuple(entry.global_shape) for key, entry in metadata.items()}
 
 
-def _weights_in(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The model's tensors in `folder`, without Adam's."""
-    return {key: shape for key, shape in _shapes_in(folder).items() if not key.startswith("optimizer.")}
+def _weights_in(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The model's tensors in `folder`: by name the key that each stands under, and its shape."""
+    shapes = _shapes_in(folder)
+    return {name: (key, shapes[key]) for name, key in weight_keys(shapes).items()}
 
 
 def _differences(want: dict[str, tuple[int, ...]], have: dict[str, tuple[int, ...]]) -> list[str]:

@@ -9,13 +9,16 @@ Adam's step is one number.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -40,6 +43,14 @@ def model_state(trainer: Trainer) -> tuple[dict, dict]:
     return parts
 
 
+def stored(model: dict) -> dict:
+    """`model` without weights that are kept in FP8: what they are made of, fp32, stands in Adam's state."""
+    return {
+        chunk: {name: entry for name, entry in entries.items() if not is_float8tensor(getattr(entry, "data", None))}
+        for chunk, entries in model.items()
+    }
+
+
 def optimizer_state(trainer: Trainer, model: dict) -> dict:
     """Places of Adam's state for the weights of `model` that learn."""
     return {
@@ -54,7 +65,12 @@ def restore_optimizer(trainer: Trainer, model: dict, loaded: dict, step: int) ->
         state = loaded.get(f"optimizer{number}", {})  # an empty one is not read back
         if not _is_distributed(part):  # whose places were views, filled by the load itself
             _restore_plain(part, model, state)
+        elif part.ddp_config.fp8_param_gather:
+            part._copy_main_params_to_model_params()
         _set_step(part, step)
+    for chunk in trainer.chunks:
+        if chunk.ddp_config.fp8_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def adam_step(trainer: Trainer) -> int:
@@ -65,6 +81,22 @@ def adam_step(trainer: Trainer) -> int:
 def is_scale(name: str) -> bool:
     """Whether an entry of a module's state is the memory of its FP8 scales."""
     return name.endswith("._extra_state")
+
+
+@contextmanager
+def unpickling_scales() -> Iterator[None]:
+    """A block in which Transformer Engine takes back the scales of delayed FP8, which it stores as a pickle. New ones
+    refuse that unless told to trust it: call it for a checkpoint whose files are known to be as they were written."""
+    before = os.environ.get(_UNPICKLE)
+    os.environ[_UNPICKLE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_UNPICKLE]
+        os.environ.update({_UNPICKLE: before} if before is not None else {})
+
+
+_UNPICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def metadata() -> dict:

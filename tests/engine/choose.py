@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import types
 from pathlib import Path
 
 from tests.engine import kernels
@@ -44,6 +46,29 @@ def prepare(fused_gradients: bool = True) -> None:
         )
 
     attention.attend_blocks = attend_blocks
+    _gather_one_by_one()
+
+
+def _gather_one_by_one() -> None:
+    """Weights of two types, FP8 and bf16, are gathered in one call, which NCCL can do; gloo mixes their bytes up."""
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    together, start = buffers._coalescing_manager, buffers._ParamAndGradBucketGroup.start_param_sync
+    gather = buffers.dist_all_gather_func
+
+    @contextlib.contextmanager
+    def apart(group, async_ops=False):
+        yield types.SimpleNamespace(wait=lambda: None)
+
+    def start_apart(*args, **kwargs):
+        buffers._coalescing_manager = apart
+        buffers.dist_all_gather_func = lambda *args, async_op, **kwargs: gather(*args, **kwargs)
+        try:
+            return start(*args, **kwargs)
+        finally:
+            buffers._coalescing_manager, buffers.dist_all_gather_func = together, gather
+
+    buffers._ParamAndGradBucketGroup.start_param_sync = start_apart
 
 
 def prepare_forked() -> None:

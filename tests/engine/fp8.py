@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+import torch
+from megatron.core.fp8_utils import is_float8tensor
+
+from nvlm.arch.stages import build_parts, next_logits
 from nvlm.cli import compose_config
+from nvlm.data.loader import load_steps
+from nvlm.export.trained import TrainedWeights
+from nvlm.llm.cache import generating
+from nvlm.plan.load import step_load
+from nvlm.plan.memory import rank_memory
+from nvlm.train import restore
+from nvlm.train.checkpoint import latest
+from nvlm.train.loop import build_steps
+from nvlm.train.step import settle
 from tests.dist.run import joined, run_distributed
-from tests.dist.test_checkpoint import built
+from tests.dist.test_checkpoint import built, saved, tensors_in
 from tests.engine import kernels
 
 SMALL = (
@@ -54,3 +68,115 @@ def test_losses_stay_near_those_in_bf16(arch):
         assert losses != plain and abs(mean / expected - 1) < 0.005, (name, mean, expected)  # 0.002 at worst
         for (loss, norm), (near, near_norm) in zip(losses, plain):
             assert loss == pytest.approx(near, rel=0.01) and norm == pytest.approx(near_norm, rel=0.05), name
+
+
+GATHER = (*SMALL, "arch=hybrid", "parallel.distributed_optimizer=true")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("name", RECIPES)
+def test_weights_kept_in_fp8_give_the_same_steps(name, world):
+    overrides = (*GATHER, f"precision={name}", f"parallel.data={world}")
+    plain, kept = [
+        run_distributed(curve, world, (*overrides, f"precision.param_gather={gather}"), 6)[0]
+        for gather in ("false", "true")
+    ]
+    assert kept[1] == plain[1] > 0
+    assert kept[0] == [pytest.approx(step, rel=1e-6) for step in plain[0]]
+
+
+def held(trainer) -> dict[str, torch.Tensor]:
+    """What multiplies, bit by bit: bytes and scales of weights in FP8."""
+    found = {}
+    for name, weight in trainer.stages.parts[0].named_parameters():
+        if is_float8tensor(weight):
+            found |= {name: weight._data.clone(), f"{name} scale": weight._scale_inv.clone()}
+    return found
+
+
+def weights_in_bytes(trainer) -> int:
+    """Of the decoder and what is beside it, as they lie there."""
+    tensors = []
+    for weight in trainer.stages.parts[0].parameters():
+        tensors += [weight._data, weight._transpose] if is_float8tensor(weight) else [weight]
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def save(overrides: tuple[str, ...], run: Path) -> tuple[dict[str, torch.Tensor], Curve]:
+    with joined(compose_config(*overrides)) as device:
+        trainer, step = built(overrides, device)
+        for _ in range(3):
+            step()
+        config = compose_config(*overrides)
+        if config.precision.param_gather:
+            planned = rank_memory(config, 2, 0, step_load(config, 2))
+            assert weights_in_bytes(trainer) == planned.weights
+        folder = saved(trainer, overrides, run, 3, mean=0.1)
+        weights = held(trainer)
+        names = {name for name in weights if not name.endswith("scale")}
+        stored = tensors_in(folder)
+        assert not stored.keys() & names and {f"optimizer.state.param.{name}" for name in names} <= stored.keys()
+        return weights, [step(), step()]
+
+
+def go_on(overrides: tuple[str, ...], run: Path) -> tuple[dict[str, torch.Tensor], Curve]:
+    with joined(compose_config(*overrides)) as device:
+        trainer, step = built(overrides, device, first=3)
+        assert restore.load(trainer, latest(run)) == (3, {"mean": 0.1})
+        return held(trainer), [step(), step()]
+
+
+def read_otherwise(overrides: tuple[str, ...], run: Path) -> int:
+    """The next stage and an export find bf16 of what the optimizer kept; the number of such weights."""
+    with joined(compose_config(*overrides)):
+        (part,) = build_parts(compose_config(*overrides))
+        assert restore.load_weights([part], latest(run)) == []
+        stored, exported, found = tensors_in(latest(run)), TrainedWeights([latest(run)]), 0
+        for name, weight in part.weights().items():
+            if name not in stored:
+                found += 1
+                expected = stored[f"optimizer.state.param.{name}"].bfloat16()
+                assert torch.equal(weight, expected) and torch.equal(exported.read(name), expected)
+                assert exported.dtype(name) == torch.bfloat16
+        return found
+
+
+@pytest.mark.parametrize("gather", ["false", "true"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_goes_on_with_the_same_bits(name, gather, tmp_path):
+    overrides = (*GATHER, f"precision={name}", f"precision.param_gather={gather}")
+    other = (*GATHER, f"precision={name}", f"precision.param_gather={'true' if gather == 'false' else 'false'}")
+    two = (*overrides, "parallel.data=2")
+    weights, steps = run_distributed(save, 2, two, tmp_path)[0]
+    assert len(weights) == (2 * (3 * 4 + 3) if gather == "true" else 0)
+    again, same = run_distributed(go_on, 2, two, tmp_path)[0]
+    assert weights.keys() == again.keys() and all(torch.equal(again[key], weights[key]) for key in weights)
+    assert same == steps
+    near = [tuple(pytest.approx(number, rel=0.01) for number in step) for step in steps]
+    assert run_distributed(go_on, 1, overrides, tmp_path)[0][1] == near
+    assert run_distributed(go_on, 1, other, tmp_path)[0][1] == near
+    assert run_distributed(read_otherwise, 1, (*SMALL, "arch=hybrid"), tmp_path)[0] == len(weights) // 2
+
+
+def logits(overrides: tuple[str, ...]) -> torch.Tensor:
+    """Behind the prompts of a step's first rows, after two steps of training: as evaluation and generation ask."""
+    config = compose_config(*overrides)
+    with joined(config) as device:
+        trainer, step = built(overrides, device)
+        step(), step()
+        settle(trainer)
+        batch = next(iter(load_steps(build_steps(config), 0, 0))).micro_batches[0].to(device)
+        (batch,) = trainer.vision.encode([batch])
+        with generating(trainer.stages.parts):
+            found = next_logits(trainer.stages, batch, torch.full((len(batch.tokens),), 5))
+        step()  # and training goes on
+        return found.float().clone()
+
+
+def test_what_is_kept_in_fp8_answers_in_bf16():
+    plain, kept = [
+        run_distributed(logits, 1, (*GATHER, "precision=fp8_current", f"precision.param_gather={gather}"))[0]
+        for gather in ("false", "true")
+    ]
+    assert kept.isfinite().all() and not torch.equal(kept, plain)
+    assert float((kept - plain).norm() / plain.norm()) < 0.05

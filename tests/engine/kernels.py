@@ -205,7 +205,8 @@ def quantize(tensor: Tensor, quantizer, output=None, noop=None):
     amax = source.abs().max().float() if source.numel() else torch.zeros(())
     if kind == "Float8Quantizer":
         scale = quantizer.scale.float().reshape(())
-        quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
+        if quantizer.amax.numel():  # none where weights are made of fp32 ones, whose largest values are known
+            quantizer.amax.copy_(torch.maximum(quantizer.amax, amax.view_as(quantizer.amax)))
     elif kind == "Float8CurrentScalingQuantizer":
         if quantizer.with_amax_reduction:
             torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, quantizer.amax_reduction_group)
@@ -216,7 +217,7 @@ def quantize(tensor: Tensor, quantizer, output=None, noop=None):
     data = (source * scale).clamp(-limit, limit).to(dtype).view(torch.uint8)
     if out._data is not None:
         out._data.copy_(data)
-    out._scale_inv.copy_((1 / scale).reshape(1))
+    out._scale_inv.copy_((1 / scale).view_as(out._scale_inv))
     if quantizer.columnwise_usage:
         transposed = data.reshape(-1, data.shape[-1]).T.reshape(data.shape[-1], *data.shape[:-1]).contiguous()
         if out._transpose is None:
@@ -432,6 +433,15 @@ def multi_tensor_l2norm(chunk_size, noop, tensor_lists, per_tensor=False):
 def multi_tensor_scale(chunk_size, noop, tensor_lists, scale) -> None:
     for source, target in zip(*tensor_lists, strict=True):
         target.copy_(source * scale)
+
+
+def multi_tensor_compute_scale_and_scale_inv(
+    chunk_size, noop, tensor_lists, limit: float, power_of_two: bool, epsilon: float
+) -> None:
+    dtype = {torch.finfo(dtype).max: dtype for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)}[limit]
+    for amax, scale, inverse in zip(*tensor_lists, strict=True):
+        scale.copy_(_scale(amax, dtype, epsilon, power_of_two))
+        inverse.copy_(1 / scale)
 
 
 def multi_tensor_adam(

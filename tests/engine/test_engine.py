@@ -16,14 +16,14 @@ from tests.engine.choose import PACKAGES
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = {
     "models": (["tests/parity/test_models.py"], 200),
-    "fp8": (["tests/engine/fp8.py"], 6),
+    "fp8": (["tests/engine/fp8.py"], 12),
     "layouts": (["tests/dist/test_layouts.py", "-m", "not slow"], 40),
     "peers": (["tests/parity/test_peers.py"], 15),
     "generation": (["tests/parity/test_generate.py", "tests/dist/test_generate.py", "-k", "not with_and_without"], 10),
     "published": (["tests/dist/test_published.py"], 8),
     "steps": (["tests/dist/test_overlap.py", "tests/dist/test_nothing_there.py", "-m", "not slow"], 6),
 }
-QUICK = ("models", "fp8")
+QUICK = ("models",)
 
 pytestmark = [
     pytest.mark.skipif(device.has_cuda(), reason="for machines without a GPU"),

@@ -56,6 +56,15 @@ from nvlm.rules import check_world
         (["peft=lora", "peft.targets=[]"], ("peft.targets", "[]", "llm, xattn")),
         (["precision=fp8_delayed", "precision.edges=1"], ("precision.edges", "all layers or none", "fp8_current")),
         (["precision=fp8_current", "precision.edges=2"], ("precision.edges", "fewer than half of llm.layers=4")),
+        (["precision=bf16", "precision.param_gather=true"], ("precision.param_gather", "nothing without FP8", "mxfp8")),
+        (
+            ["precision=fp8_current", "precision.param_gather=true"],
+            ("precision.param_gather", "parallel.distributed_optimizer=true"),
+        ),
+        (
+            ["precision=mxfp8", "precision.param_gather=true", "parallel.distributed_optimizer=true"],
+            ("precision.param_gather", "fp8_delayed, fp8_current or fp8_blockwise"),
+        ),
         (["precision=bf16", "precision.edges=1"], ("precision.edges", "nothing without FP8", "mxfp8")),
         (["precision=bf16", "precision.encoder=true"], ("precision.encoder", "nothing without FP8")),
         (["precision=fp8_blockwise"], ("llm.kv_heads", "64", "a multiple of 128", "precision=bf16")),

@@ -19,7 +19,8 @@ from nvlm.hardware import GPUS, GiB
 from nvlm.plan.cli import main
 from nvlm.plan.layouts import candidates, name, overrides, plan
 from nvlm.plan.load import step_load
-from nvlm.plan.memory import least_memory, memory, most_in_flight
+from nvlm.plan.memory import least_memory, memory, most_in_flight, rank_memory
+from nvlm.plan.parameters import held
 from nvlm.plan.refuse import check_memory
 from nvlm.plan.speed import bubble_share, speed
 from nvlm.rules import check_world, validate
@@ -94,6 +95,22 @@ def test_each_part_falls_with_what_cuts_it(configured):
     assert offloaded.activations < 0.2 * plain.activations
     least = least_memory(configured("+experiment=nvlm_h_72b_sft", "dry_run=true"), 8)
     assert least.total < plain.total and least.features == least.reserve == 0
+
+
+def test_weights_kept_in_fp8_alone_cost_half_and_travel_in_half(configured):
+    keys = ("llm=qwen2-72b", "precision=fp8_current", "parallel.tensor=8", "parallel.distributed_optimizer=true")
+    plain, kept = (configured(*keys, f"precision.param_gather={gather}") for gather in ("false", "true"))
+    linears = held(plain, 0).quantized
+    assert held(plain, 0).kept_in_fp8 == 0 and held(kept, 0).kept_in_fp8 == linears > 0.9 * held(plain, 0).all
+    load = step_load(plain, 4)
+    memory = [rank_memory(config, 4, 0, load) for config in (plain, kept)]
+    assert memory[0].weights - memory[1].weights == 2 * linears
+    assert memory[0].total - memory[1].total == 2 * linears
+    traffic = [speed(config, 4, H100, load).traffic.data for config in (plain, kept)]
+    assert traffic[0] - traffic[1] == pytest.approx(linears * 3 / 4)
+    frozen = configured(*keys, "precision.param_gather=true", "stage=pretrain", "arch=xattn")
+    own = configured(*keys, "stage=pretrain", "arch=xattn")
+    assert 0 < held(frozen, 0).kept_in_fp8 < 0.2 * held(own, 0).quantized  # cross-attention's
 
 
 def test_the_papers_layouts_of_34b_fit_its_gpus(configured):
