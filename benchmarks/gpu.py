@@ -252,7 +252,7 @@ def te_of(config: Config, sample_T: torch.Tensor) -> Attend:
 
     (model,) = build_parts(replace(config, llm=replace(config.llm, layers=1), arch=replace(config.arch, cross_every=0)))
     core = model.decoder.layers[0].self_attention.core_attention
-    packing = Packing(samples=samples_in_line(sample_T, len(sample_T)))
+    packing = Packing(samples=samples_in_line(sample_T, len(sample_T), sample_T.device))
     return lambda q, k, v: core(q, k, v, None, packed_seq_params=packing)
 
 

@@ -71,29 +71,43 @@ class Batch:
     cross_tags: Tensor  # [tiles in cross_tiles, longest tag], tag ids, PAD behind
     pixels: Tensor  # uint8 [T, 3, px, px]
     features: Tensor | None = None  # [n, K, C], from the frozen encoder: the tiles that this process uses
-    feature_rows: Tensor | None = None  # [T], each tile's row in `features`, PAD where it is not used here
+    feature_rows: Tensor | None = None  # [T], each tile's row in `features`, PAD where it is not used here; on the CPU
+    host: Batch | None = None  # where this one is on another device: the same in the CPU's memory
+
+    @property
+    def on_host(self) -> Batch:
+        """The same batch on the CPU: what is asked of its numbers there does not wait for a GPU's queue."""
+        if self.host is None:
+            return self
+        assert self.host.tokens.shape == self.tokens.shape, "a batch was changed, but not its counterpart on the host"
+        return self.host
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items() if torch.is_tensor(v)})
+        if torch.device(device) == self.tokens.device:
+            return self
+        values = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "feature_rows")
+        moved = {name: x.to(device, non_blocking=True) for name, x in values if torch.is_tensor(x)}
+        return replace(self, host=self.on_host, **moved)
 
     def with_features(self, features_TKC: Tensor) -> Batch:
         """The same batch with all its tiles encoded."""
-        return replace(
-            self, features=features_TKC, feature_rows=torch.arange(len(features_TKC), device=self.tokens.device)
-        )
+        return replace(self, features=features_TKC, feature_rows=torch.arange(len(features_TKC), device="cpu"))
 
     def with_some_features(self, features_nKC: Tensor, rows_T: Tensor) -> Batch:
-        """The same batch with features of some tiles: `rows_T` gives each tile's row, PAD where there is none."""
+        """The same batch with features of some tiles: `rows_T`, on the CPU, gives each tile's row, PAD for none."""
         return replace(self, features=features_nKC, feature_rows=rows_T)
+
+    def rows_of(self, tiles: Tensor) -> Tensor:
+        """Rows [n], on the CPU, that the tile numbers `tiles` [n] have in `features`."""
+        assert self.features is not None and self.feature_rows is not None, "the tiles are not encoded yet"
+        rows = self.feature_rows[tiles.cpu()]
+        assert bool((rows != PAD).all()), "features of a tile that this process was not to receive"
+        return rows
 
     def features_of(self, tiles: Tensor) -> Tensor:
         """Features [n, K, C] of the tile numbers `tiles` [n]."""
-        assert self.features is not None and self.feature_rows is not None, "the tiles are not encoded yet"
-        rows = self.feature_rows[tiles]
-        assert bool((rows != PAD).all()), "features of a tile that this process was not to receive"
-        return self.features[rows]
+        return self.features[self.rows_of(tiles).to(self.features.device, non_blocking=True)]
 
     @property
     def num_tokens(self) -> int:
@@ -108,8 +122,8 @@ class Batch:
 
 def in_line(batch: Batch) -> Batch:
     """`batch` as one row, its rows one behind the other with their padding: no token sees more or less."""
-    counts = torch.tensor([0, *(len(row) for row in batch.ids)], device=batch.tokens.device)
-    first_B = counts.cumsum(0)[:-1]  # the number of each row's first sample
+    counts = torch.tensor([0, *(len(row) for row in batch.ids)], device="cpu")
+    first_B = counts.cumsum(0)[:-1].to(batch.tokens.device, non_blocking=True)  # the number of each row's first sample
 
     def numbered(sample_BS: Tensor) -> Tensor:
         return torch.where(sample_BS == PAD, PAD, sample_BS + first_B[:, None]).view(1, -1)
@@ -125,6 +139,7 @@ def in_line(batch: Batch) -> Batch:
         cross_sample=numbered(batch.cross_sample),
         stream_owners=owned(batch.stream_owners),
         cross_owners=owned(batch.cross_owners),
+        host=None if batch.host is None else in_line(batch.host),
         **{name: getattr(batch, name).reshape(1, -1) for name in flat},
     )
 
@@ -133,12 +148,18 @@ def without_padding(batch: Batch, multiple: int) -> tuple[Batch, Tensor]:
     """`batch` as one row of its T real tokens and of so much padding that `multiple` divides T; and where each stood,
     [T], counted row behind row."""
     line = in_line(batch)
-    padding = line.sample[0] == PAD
+    padding = line.on_host.sample[0] == PAD
     real = (~padding).nonzero()[:, 0]
     spare = -len(real) % multiple if len(real) else multiple
     columns_T = torch.cat((real, padding.nonzero()[:spare, 0]))
+    host = None if line.host is None else _columns_of(line.host, columns_T)
+    columns_T = columns_T.to(line.tokens.device, non_blocking=True)
+    return replace(_columns_of(line, columns_T), host=host), columns_T
+
+
+def _columns_of(line: Batch, columns_T: Tensor) -> Batch:
     along = ("tokens", "labels", "positions", "sample", "image", "tile")
-    return replace(line, **{name: getattr(line, name)[:, columns_T] for name in along}), columns_T
+    return replace(line, **{name: getattr(line, name)[:, columns_T] for name in along})
 
 
 def check_placeholders(batch: Batch, tile_tokens: int) -> None:
@@ -150,6 +171,7 @@ def check_placeholders(batch: Batch, tile_tokens: int) -> None:
             f"features of samples [{names}]: got {batch.features.shape[1]} tokens a tile, "
             f"expected {tile_tokens}. Fix: the encoder and vision.tile_size, patch and downsample disagree"
         )
+    batch = batch.on_host
     for place, tokens, sample, tiles, owners in (
         ("text stream", batch.tokens, batch.sample, batch.stream_tiles, batch.stream_owners),
         ("cross-attended keys", batch.cross_tokens, batch.cross_sample, batch.cross_tiles, batch.cross_owners),

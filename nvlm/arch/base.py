@@ -180,12 +180,13 @@ class VisionLanguageModel(MegatronModule):
         `past`: the batch holds the newest column alone, with no tile token in it; caches hold what stands before it.
         Not under context parallelism.
         """
-        columns_S = slice(None)
+        own_S = columns_S = slice(None)
         if past is None:
             check_placeholders(batch, self.tile_tokens)
-            columns_S = own_columns(batch.tokens.shape[1]).to(batch.tokens.device)
+            own_S = own_columns(batch.tokens.shape[1])
+            columns_S = own_S.to(batch.tokens.device, non_blocking=True)
         return self.decoder(
-            self._stream(batch, columns_S, tiles=self.use.stream and past is None) if self.pre_process else None,
+            self._stream(batch, own_S, columns_S, tiles=self.use.stream and past is None) if self.pre_process else None,
             context=self._keys(batch) if self.use.keys and past is None else None,
             rotary_pos_emb=rotary_angles(batch.positions[:, columns_S], self.frequencies),
             **self._masks(batch, columns_S, past),
@@ -198,16 +199,18 @@ class VisionLanguageModel(MegatronModule):
     def _masks(self, batch: Batch, columns_S: Tensor | slice, past: Past | None) -> dict[str, object]:
         if past is not None:
             return dict(attention_mask=past.columns, context_mask=past.keys)
-        queries, keys = (x.to(columns_S.device) for x in attended_columns(batch.tokens.shape[1], self.inner))
+        columns = attended_columns(batch.tokens.shape[1], self.inner)
+        queries, keys = (x.to(columns_S.device, non_blocking=True) for x in columns)
         if not self.packs(batch):
             unseen = unseen_keys(batch, columns_S) if self.use.keys else None
-            apart = runs(batch.sample) if self.whole_rows and learns(self) else None
+            apart = runs(batch.on_host.sample) if self.whole_rows and learns(self) else None
             if apart is not None:
                 packing = Packing(columns=apart, keys=unseen)
                 return dict(attention_mask=None, context_mask=None, packed_seq_params=packing)
             return dict(attention_mask=causal_mask(batch.sample, queries, keys), context_mask=unseen)
+        line = batch.on_host.sample[0]
         packing = Packing(
-            samples=samples_in_line(batch.sample[0], self.longest) if self.in_line else None,
+            samples=samples_in_line(line, self.longest, batch.tokens.device) if self.in_line else None,
             columns=None if self.in_line else seen_columns(batch.sample, queries, keys),
             keys=seen_keys(batch, columns_S) if self.use.keys else None,
         )
@@ -216,10 +219,11 @@ class VisionLanguageModel(MegatronModule):
     def _keys(self, batch: Batch) -> Tensor:
         return self.shared["fusion"](batch, self.shared["projector"], self.embed)
 
-    def _stream(self, batch: Batch, columns_S: Tensor | slice, tiles: bool) -> Tensor:
+    def _stream(self, batch: Batch, own_S: Tensor | slice, columns_S: Tensor | slice, tiles: bool) -> Tensor:
+        # The same columns twice: for the batch on the host, and for this one.
         stream_BSH = self.embed(batch.tokens[:, columns_S])
         if tiles:
-            stream_BSH = self.architecture.stream(stream_BSH, batch, columns_S, self.shared["projector"])
+            stream_BSH = self.architecture.stream(stream_BSH, batch, own_S, self.shared["projector"])
         stream_SBH = stream_BSH.transpose(0, 1).contiguous()
         if self.training and (self.config.recompute_granularity or self.config.cpu_offloading):
             # A recomputed layer passes gradients on only where its input asks for one; offload refuses another.
@@ -273,12 +277,15 @@ class VisionLanguageModel(MegatronModule):
         hidden_SBH = self.hidden(batch)
         if not self.post_process:
             return hidden_SBH
-        labels_BS = batch.labels[:, own_columns(batch.labels.shape[1]).to(batch.labels.device)]
-        learned_BS = labels_BS != IGNORE
+        labels = batch.on_host.labels
+        labels_SB = labels[:, own_columns(labels.shape[1]).to(labels.device)].t()
         # An answer is a small part of its row: logits of the rest would cost as much, and most of the memory.
-        logits_N1V = self.logits(self._whole(hidden_SBH).transpose(0, 1)[learned_BS][:, None])
-        loss_N1 = token_losses(logits_N1V, labels_BS[learned_BS][:, None])
-        return loss_N1.new_zeros(labels_BS.shape).masked_scatter(learned_BS, loss_N1)
+        learned_N = (labels_SB != IGNORE).flatten().nonzero()[:, 0]
+        labels_N = labels_SB.flatten()[learned_N].to(hidden_SBH.device, non_blocking=True)
+        learned_N = learned_N.to(hidden_SBH.device, non_blocking=True)
+        logits_N1V = self.logits(self._whole(hidden_SBH).flatten(0, 1)[learned_N][:, None])
+        loss_N1 = token_losses(logits_N1V, labels_N[:, None])
+        return loss_N1.new_zeros(labels_SB.numel()).index_put((learned_N,), loss_N1[:, 0]).view_as(labels_SB).t()
 
     def _whole(self, hidden_SBH: Tensor) -> Tensor:
         if not self.config.sequence_parallel:

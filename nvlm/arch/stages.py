@@ -146,9 +146,10 @@ class Stages:
 
 def _tag_ids(batches: Sequence[Batch]) -> Tensor:
     """Sorted ids [N] of all tag tokens in the keys, and 0 for padding and placeholders."""
-    found = [batch.cross_tokens[batch.cross_tokens != IMAGE] for batch in batches]
-    found += [batch.cross_tags[batch.cross_tags != PAD] for batch in batches]
-    return torch.cat([found[0].new_zeros(1), *found]).unique()
+    hosts = [batch.on_host for batch in batches]
+    found = [host.cross_tokens[host.cross_tokens != IMAGE] for host in hosts]
+    found += [host.cross_tags[host.cross_tags != PAD] for host in hosts]
+    return torch.cat([found[0].new_zeros(1), *found]).unique().to(batches[0].tokens.device)
 
 
 def build_stages(config: Config, parts: list[VisionLanguageModel]) -> Stages:

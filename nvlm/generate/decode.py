@@ -46,6 +46,7 @@ def continue_rows(
     All processes of a replica call it together. `multiple`: what the number of a row's columns is to be a multiple
     of where rows are recomputed, as under context parallelism or with `recompute`.
     """
+    batch = replace(batch, host=None)  # rows grow here alone
     recompute = recompute or parallel_state.get_context_parallel_world_size() > 1
     rows = _Whole(batch, sampling.max_new_tokens, multiple) if recompute else _Kept(batch)
     choose, texts = Chooser(sampling, len(batch.tokens)), [[] for _ in batch.tokens]

@@ -41,8 +41,8 @@ class Packing(PackedSeqParams):
     keys: BlockMask | Tensor | None = None  # for FlexAttention, or on CPU: what cross-attention sees
 
 
-def samples_in_line(sample_T: Tensor, longest: int) -> PackedSeqParams:
-    """Where the samples of a line begin and end, of at most `longest` tokens each.
+def samples_in_line(sample_T: Tensor, longest: int, device: torch.device) -> PackedSeqParams:
+    """Where the samples of a line begin and end, of at most `longest` tokens each, for kernels on `device`.
 
     Padding counts as samples too: nothing looks at it, and that costs less than to take it out.
     """
@@ -50,7 +50,7 @@ def samples_in_line(sample_T: Tensor, longest: int) -> PackedSeqParams:
     begins_T = (sample_T == PAD) & (numbers_T % longest == 0)
     begins_T[1:] |= sample_T[1:] != sample_T[:-1]
     begins_T[0] = True
-    ends = torch.cat((begins_T.nonzero()[:, 0], numbers_T[-1:] + 1)).int()
+    ends = torch.cat((begins_T.nonzero()[:, 0], numbers_T[-1:] + 1)).int().to(device, non_blocking=True)
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
     )

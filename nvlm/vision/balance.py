@@ -111,8 +111,8 @@ class BalancedVision:
         features = self._encode_share(pixels_T3[seats[team.seat]], everyone)
         wanted = [_used(batches, counts, use) for use in team.uses]
         received, rows = _deal(features, seats, wanted, team)
-        row_of_T = torch.full((len(pixels_T3),), PAD, device=pixels_T3.device)
-        row_of_T[rows] = torch.arange(len(rows), device=pixels_T3.device)
+        row_of_T = torch.full((len(pixels_T3),), PAD, device="cpu")
+        row_of_T[rows] = torch.arange(len(rows), device="cpu")
         return [
             batch.with_some_features(received, row_of)
             for batch, row_of in zip(batches, row_of_T.split(counts), strict=True)
@@ -142,8 +142,8 @@ def _used(batches: Sequence[Batch], counts: Sequence[int], use: TileUse) -> set[
     """Numbers, over all `batches`, of the tiles that a stage with `use` needs."""
     found, start = set(), 0
     for batch, count in zip(batches, counts):
-        found |= {start + t for t in batch.stream_tiles.tolist()} if use.stream else set()
-        found |= {start + t for t in batch.cross_tiles.tolist()} if use.keys else set()
+        found |= {start + t for t in batch.on_host.stream_tiles.tolist()} if use.stream else set()
+        found |= {start + t for t in batch.on_host.cross_tiles.tolist()} if use.keys else set()
         start += count
     return found
 

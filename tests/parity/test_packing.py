@@ -112,6 +112,6 @@ def counted(seen: list):
 
 def test_where_the_samples_of_a_line_begin():
     line = torch.tensor([0, 0, 0, PAD, PAD, 1, 1, PAD, PAD, PAD, PAD, PAD, PAD, PAD, PAD, 2])
-    ends = samples_in_line(line, longest=5).cu_seqlens_q.tolist()
+    ends = samples_in_line(line, 5, line.device).cu_seqlens_q.tolist()
     assert ends == [0, 3, 5, 7, 10, 15, 16]  # padding is cut so that none is longer than five
-    assert samples_in_line(torch.tensor([0, 0, 0, 0, 0, 0]), longest=5).cu_seqlens_q.tolist() == [0, 6]
+    assert samples_in_line(torch.tensor([0, 0, 0, 0, 0, 0]), 5, torch.device("cpu")).cu_seqlens_q.tolist() == [0, 6]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from nvlm.batch import IMAGE, Batch
@@ -12,10 +13,16 @@ from nvlm.batch import IMAGE, Batch
 def fill(words_BSH: Tensor, batch: Batch, columns_S: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
     """`words_BSH`, the columns `columns_S` of the stream, with tile tokens in the place of their placeholders.
 
-    Only the tile tokens that stand in these columns are projected.
+    Only the tile tokens that stand in these columns are projected. `columns_S` is where `batch.on_host` is.
     """
-    places_BL = batch.tokens == IMAGE
+    host, device = batch.on_host, words_BSH.device
+    places_BL = host.tokens == IMAGE
     numbers_BL = places_BL.flatten().cumsum(0).view_as(places_BL) - 1  # which tile token stands here
-    places_BS = places_BL[:, columns_S]
-    features_NC = batch.features_of(batch.stream_tiles).flatten(0, 1)[numbers_BL[:, columns_S][places_BS]]
-    return words_BSH.masked_scatter(places_BS[..., None], project(features_NC).to(words_BSH.dtype))
+    places_N = places_BL[:, columns_S].flatten().nonzero()[:, 0]
+    numbers_N = numbers_BL[:, columns_S].flatten()[places_N].cpu()
+    width = batch.features.shape[1]
+    tokens = batch.rows_of(host.stream_tiles)[:, None] * width + torch.arange(width, device="cpu")
+    features_NC = batch.features.flatten(0, 1)[tokens.flatten()[numbers_N].to(device, non_blocking=True)]
+    tiles_NH = project(features_NC).to(words_BSH.dtype)
+    places_N = places_N.to(device, non_blocking=True)
+    return words_BSH.flatten(0, 1).index_put((places_N,), tiles_NH).view_as(words_BSH)

@@ -27,7 +27,7 @@ class TaggedTileKeys(TileKeys):
     def forward(self, batch: Batch, project: Callable[[Tensor], Tensor], embed: Callable[[Tensor], Tensor]) -> Tensor:
         """Keys [X, B, H]."""
         words_BXH = self.tag_norm(embed(batch.cross_tokens))
-        tiles_TKH = self.tile_norm(project(batch.features_of(batch.cross_tiles)))
+        tiles_TKH = self.tile_norm(project(batch.features_of(batch.on_host.cross_tiles)))
         if self.bind_tags and batch.cross_tags.numel():
             real_TL1 = (batch.cross_tags != PAD)[..., None]
             mean_TH = (embed(batch.cross_tags) * real_TL1).sum(1) / real_TL1.sum(1).clamp(min=1)

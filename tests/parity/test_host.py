@@ -1,0 +1,95 @@
+"""A forward and a backward pass ask nothing of the device that they run on, so that a GPU's queue never runs dry.
+
+The meta device stands for one: it has shapes but no numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nvlm.arch.stages import build_parts
+from nvlm.batch import in_line
+from nvlm.data.pack import collate
+from nvlm.llm.packing import samples_in_line
+from tests.models import TILE, sample_of, small_config
+from tests.parity.test_models import ONE, ONE_TILE, TEXT, TWO
+
+META = torch.device("meta")
+ASKING = {
+    "_local_scalar_dense", "equal", "is_nonzero", "masked_scatter_backward", "masked_select", "nonzero",
+    "repeat_interleave", "unique_consecutive", "_unique2",
+}  # fmt: skip
+
+
+class Asked(AssertionError):
+    pass
+
+
+class NothingAsked(TorchDispatchMode):
+    """Raises Asked where the host would have to wait for the meta device, were it a GPU: where a number or a shape
+    depends on numbers there, and where something is copied in a way that waits."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        there = any(x.is_meta for x in tensors)
+        if there and name in ASKING:
+            raise Asked(name)
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        if there and by_mask and not (len(args) > 2 and args[2].numel() == 1):  # one number is filled in
+            raise Asked(f"{name} by a mask")
+        out = func(*args, **kwargs)
+        if name == "_to_copy" and out.is_meta != args[0].is_meta and not kwargs.get("non_blocking"):
+            raise Asked("a copy that waits")
+        if name == "copy_" and args[0].is_meta != args[1].is_meta and not (args[2:] and args[2]):
+            raise Asked("a copy that waits")
+        return out
+
+
+def batch_on_meta(config):
+    rows = [[TEXT, TWO], [ONE, ONE_TILE], [TEXT]]
+    batch = collate([[sample_of(story, config) for story in row] for row in rows], TILE).to(META)
+    width = config.vision.hidden * config.vision.downsample**2
+    return batch.with_features(torch.empty(len(batch.pixels), config.vision.tile_tokens, width, device="meta"))
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("arch", ["decoder", "xattn", "hybrid"])
+def test_forward_and_backward_ask_for_no_number(arch, recompute, megatron):
+    config = small_config(f"arch={arch}", "tiling.tag=1d", f"train.recompute={recompute}")
+    with torch.device("meta"):
+        model = build_parts(config)[0].to(META)
+    batch = batch_on_meta(config)
+    with NothingAsked():
+        loss_BS = model(batch)
+        torch.autograd.backward(loss_BS.sum())
+    assert loss_BS.is_meta and loss_BS.shape == batch.tokens.shape
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with NothingAsked(), pytest.raises(Asked):
+        model(replace(batch, host=None))
+
+
+def test_a_line_is_cut_without_asking(megatron):
+    config = small_config("arch=hybrid")
+    batch = batch_on_meta(config)
+    with NothingAsked():
+        line = in_line(batch)
+        packed = samples_in_line(line.on_host.sample[0], 64, META)
+    assert packed.cu_seqlens_q.is_meta and len(packed.cu_seqlens_q) > 5
+    with NothingAsked(), pytest.raises(Asked):
+        samples_in_line(line.sample[0], 64, META)
+
+
+def test_a_batch_that_was_changed_alone_is_not_asked(megatron):
+    batch = batch_on_meta(small_config("arch=decoder"))
+    assert batch.on_host.tokens.device.type == "cpu" and batch.on_host.on_host is batch.on_host
+    shorter = replace(batch, tokens=batch.tokens[:, :8])
+    with pytest.raises(AssertionError, match="its counterpart on the host"):
+        _ = shorter.on_host
