@@ -38,14 +38,34 @@ def prepare(fused_gradients: bool = True) -> None:
     base.VisionLanguageModel.packs = lambda model, batch: learns(model)
     base.VisionLanguageModel.drops_padding = lambda model, batch: False
 
-    def attend_blocks(query_BNSD, key_BGXD, value_BGXD, seen: BlockMask, scale):
-        # What the blocks say, in a dense mask: FlexAttention has no backward pass on CPU.
-        mask = create_mask(seen.mask_mod, len(query_BNSD), None, query_BNSD.shape[2], key_BGXD.shape[2], device="cpu")
-        return torch.nn.functional.scaled_dot_product_attention(
-            query_BNSD, key_BGXD, value_BGXD, attn_mask=mask, scale=scale, enable_gqa=True
-        )
+    class Blocks(torch.autograd.Function):
+        """FlexAttention, which has no backward pass on CPU: what its blocks say in a dense mask, and it keeps what
+        FlexAttention keeps."""
 
-    attention.attend_blocks = attend_blocks
+        @staticmethod
+        def attend(query_BNSD, key_BGXD, value_BGXD, seen: BlockMask, scale):
+            shape = len(query_BNSD), None, query_BNSD.shape[2], key_BGXD.shape[2]
+            mask = create_mask(seen.mask_mod, *shape, device="cpu")
+            return torch.nn.functional.scaled_dot_product_attention(
+                query_BNSD, key_BGXD, value_BGXD, attn_mask=mask, scale=scale, enable_gqa=True
+            )
+
+        @staticmethod
+        def forward(ctx, query_BNSD, key_BGXD, value_BGXD, seen, scale):
+            out_BNSD = Blocks.attend(query_BNSD, key_BGXD, value_BGXD, seen, scale)
+            logsumexp_BNS = query_BNSD.new_zeros(query_BNSD.shape[:-1], dtype=torch.float32)
+            ctx.save_for_backward(query_BNSD, key_BGXD, value_BGXD, out_BNSD, logsumexp_BNS)
+            ctx.rest = seen, scale
+            return out_BNSD
+
+        @staticmethod
+        def backward(ctx, grad_BNSD):
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors[:3]]
+                out_BNSD = Blocks.attend(*leaves, *ctx.rest)
+            return *torch.autograd.grad(out_BNSD, leaves, grad_BNSD), None, None
+
+    attention.attend_blocks = Blocks.apply
     _gather_one_by_one()
 
 

@@ -70,6 +70,19 @@ def test_losses_stay_near_those_in_bf16(arch):
             assert loss == pytest.approx(near, rel=0.01) and norm == pytest.approx(near_norm, rel=0.05), name
 
 
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("arch", ["decoder", "hybrid"])
+def test_recomputing_changes_no_step(arch, name):
+    overrides = (*SMALL, f"arch={arch}", f"precision={name}")
+    plain, *again = [
+        run_distributed(curve, 1, (*overrides, f"train.recompute={what}"), 3)[0]
+        for what in ("none", "selective", "full")
+    ]
+    for (steps, products), more in zip(again, (1, 2)):
+        assert steps == [pytest.approx(step, rel=1e-5) for step in plain[0]]
+        assert products > plain[1] * (1 + 0.05 * more)
+
+
 GATHER = (*SMALL, "arch=hybrid", "parallel.distributed_optimizer=true")
 
 

@@ -122,7 +122,10 @@ def install(packages: Path) -> None:
 
     transformer_engine.common.load_framework_extension = lambda framework: None
     import transformer_engine.pytorch
+    from transformer_engine.pytorch import distributed
 
+    distributed._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    distributed._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     root.common, root.pytorch = transformer_engine.common, transformer_engine.pytorch
 
 
@@ -376,10 +379,11 @@ def fused_attn_fwd(
     max_seqlen_q, max_seqlen_kv, is_training, attn_scale, dropout, zero_fill, layout, o_format, scale_format,
     bias_type, mask_type, softmax_type, window, bottom_right, cu_seqlens_q, cu_seqlens_kv, q, k, v, *rest,
 ):  # fmt: skip
-    """[output, softmax statistics, generator state]; the last two are not looked at here."""
+    """[output, softmax statistics, generator state]; the last two are there for their size alone."""
     assert dropout == 0 and torch.equal(cu_seqlens_q, cu_seqlens_kv) and cu_seqlens_q.dtype == torch.int32
     assert max_seqlen_q >= int(cu_seqlens_q.diff().max())
-    return [_attend(q, k, v, cu_seqlens_q, attn_scale, layout, mask_type), torch.empty(0), torch.empty(0)]
+    out = _attend(q, k, v, cu_seqlens_q, attn_scale, layout, mask_type)
+    return [out, q.new_zeros(*q.shape[:-1], 1, dtype=torch.float32), torch.zeros(2, dtype=torch.int64)]
 
 
 def fused_attn_bwd(
