@@ -42,7 +42,7 @@ from rich.table import Table
 
 from nvlm import launch, parallel, registry
 from nvlm.arch.stages import build_parts, build_stages, tile_use_of_rank
-from nvlm.batch import Record, Sample
+from nvlm.batch import PAD, Record, Sample
 from nvlm.cli import compose_config
 from nvlm.config import FP8_RECIPES, Config, ConfigError
 from nvlm.data.encode import build_encoder, encode, outline
@@ -220,6 +220,7 @@ def attention(size: Size) -> list[dict]:
                             dense,
                             te_of(config, batch.sample[0]),
                             device,
+                            padding_S=batch.sample[0] == PAD,
                         )
                     )
             else:
@@ -257,21 +258,31 @@ def te_of(config: Config, sample_T: torch.Tensor) -> Attend:
 
 
 def compared(
-    name: str, config: Config, queries: int, keys: int, dense: torch.Tensor, packed: Attend, device: torch.device
+    name: str,
+    config: Config,
+    queries: int,
+    keys: int,
+    dense: torch.Tensor,
+    packed: Attend,
+    device: torch.device,
+    padding_S: torch.Tensor | None = None,
 ) -> dict:
     """Errors of `packed`, which computes in bf16, as shares of the largest value of fp32 attention; both times.
 
-    FlexAttention has no backward on CPU: there only outputs are compared.
+    FlexAttention has no backward on CPU: there only outputs are compared. `padding_S`: True where `packed` may give
+    anything, because nobody looks there.
     """
     generator = torch.Generator(device).manual_seed(3)
     llm, dtype = config.llm, torch.bfloat16 if device.type == "cuda" else torch.float32
     shapes = ((queries, 1, llm.heads), (keys, 1, llm.kv_heads), (keys, 1, llm.kv_heads))
     inputs = [torch.randn(*shape, llm.head_dim, generator=generator, device=device).to(dtype) for shape in shapes]
     learns = device.type == "cuda"
+    looked_at = torch.ones(queries, 1, 1, device=device) if padding_S is None else (~padding_S).float()[:, None, None]
 
     def run(function: Attend, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         leaves = [x.detach().clone().requires_grad_(learns) for x in inputs]
         out = function(*leaves)
+        out = out * looked_at.to(out.dtype)
         if not learns:
             return [out]
         out.backward(torch.ones_like(out) * torch.linspace(-1, 1, len(out), device=device).to(out.dtype)[:, None, None])
