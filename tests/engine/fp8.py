@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -15,10 +18,11 @@ from nvlm.export.trained import TrainedWeights
 from nvlm.llm.cache import generating
 from nvlm.plan.load import step_load
 from nvlm.plan.memory import rank_memory
-from nvlm.train import restore
+from nvlm.train import loop, restore
 from nvlm.train.checkpoint import latest
 from nvlm.train.loop import build_steps
 from nvlm.train.step import settle
+from tests.dist import run as run_module
 from tests.dist.run import joined, run_distributed
 from tests.dist.test_checkpoint import built, saved, tensors_in
 from tests.engine import kernels
@@ -193,3 +197,36 @@ def test_what_is_kept_in_fp8_answers_in_bf16():
     ]
     assert kept.isfinite().all() and not torch.equal(kept, plain)
     assert float((kept - plain).norm() / plain.norm()) < 0.05
+
+
+def whole_run(overrides: tuple[str, ...], run: Path) -> list[dict]:
+    """Its metrics by step, from a process of its own, as launch/train.py starts it."""
+    check = loop.check_precision
+    loop.check_precision = lambda config: None  # which asks for a GPU
+    os.environ["MASTER_PORT"] = str(next(run_module._ports))
+    run.mkdir(exist_ok=True)
+    try:
+        loop.run(compose_config(*overrides), run, time.time())
+    finally:
+        loop.check_precision = check
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("precision=fp8_delayed", "precision.encoder=true"),
+        (
+            "precision=fp8_current", "precision.edges=1", "llm.layers=4",
+            "precision.param_gather=true", "parallel.distributed_optimizer=true",
+        ),
+    ],
+    ids=["delayed", "current"],
+)  # fmt: skip
+def test_a_run_learns_saves_answers_and_goes_on(settings, tmp_path):
+    overrides = (*SMALL, "arch=hybrid", "evaluate.questions=6", "train.save_every=4", "train.threads=1", *settings)
+    run = tmp_path / "run"
+    first = run_distributed(whole_run, 1, (*overrides, "train.steps=6"), run)[0]
+    both = run_distributed(whole_run, 1, (*overrides, "train.steps=8", "resume=auto"), run)[0]
+    assert [line["step"] for line in both] == list(range(1, 9)) and both[:6] == first
+    assert both[-1]["loss"] < 0.8 * both[0]["loss"] and (run / "heldout.json").is_file()
