@@ -65,9 +65,10 @@ class Checkpoints:
             self.has_frozen = self.failure is None
         if self.failure is not None:
             return
-        state = stored(learns) | optimizer_state(trainer, learns)
+        weights = stored(learns)
         if self.config.save_frozen:
-            state |= {name: chunk | frozen[name] for name, chunk in stored(learns).items()}
+            weights = {name: chunk | frozen[name] for name, chunk in weights.items()}
+        state = weights | optimizer_state(trainer, learns)
         state["run"] = {
             "step": step,
             "adam_step": max(updates),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,18 +46,21 @@ def load(trainer: Trainer, folder: Path) -> tuple[int, dict[str, float]]:
             chunk: {name: entry for name, entry in entries.items() if not is_scale(name) or entry.unique_key in kept}
             for chunk, entries in model.items()
         }
-    keys = weight_keys(_shapes_in(folder))
+    have = _shapes_in(folder)
+    keys = weight_keys(have)
     weights = {  # a run that no longer keeps them in FP8 finds their fp32 copies
         chunk: {name: replace(entry, key=keys.get(entry.key, entry.key)) for name, entry in entries.items()}
         for chunk, entries in stored(model).items()
     }
     made = {entry.key for chunk in model for name, entry in model[chunk].items() if name not in weights[chunk]}
+    have = {key: shape for key, shape in have.items() if key not in made}
     wanted = weights | optimizer_state(trainer, model)
     if frozen_digest(folder) is None:
-        state = _read_all(folder, wanted | {name: weights[name] | frozen[name] for name in model}, made)
+        state = _read_all(folder, have, wanted | {name: weights[name] | frozen[name] for name in model})
     else:
-        still = _read_all(folder.parent / FROZEN, frozen)
-        state = _read_all(folder, wanted, made)
+        beside = folder.parent / FROZEN
+        still = _read_all(beside, _shapes_in(beside), frozen)
+        state = _read_all(folder, have, wanted)
         state |= {name: state.get(name, {}) | still.get(name, {}) for name in model}  # an empty one is not read back
     for number, chunk in enumerate(trainer.chunks):
         with unpickling_scales():
@@ -119,9 +122,8 @@ def _verify(folder: Path) -> None:
     raise problem(f"checkpoint {folder}", "; ".join(wrong), "the files as they were written", fix)
 
 
-def _read_all(folder: Path, wanted: dict, made: Collection[str] = ()) -> dict:
-    """Everything that `folder` holds, which is to be what is wanted; but for weights `made` of others."""
-    have = {key: shape for key, shape in _shapes_in(folder).items() if key not in made}
+def _read_all(folder: Path, have: dict[str, tuple[int, ...]], wanted: dict) -> dict:
+    """What is wanted of `folder`, which is to be all that it is said to `have`."""
     _refuse(folder, _differences(_shapes(wanted), have))
     return _read(folder, wanted)
 

@@ -69,7 +69,7 @@ def test_losses_stay_near_those_in_bf16(arch):
     for name, (losses, products) in zip(RECIPES, quantized):
         assert products % steps == 0 and products > 0
         mean, expected = (sum(loss for loss, _ in run) / steps for run in (losses, plain))
-        assert losses != plain and abs(mean / expected - 1) < 0.005, (name, mean, expected)  # 0.002 at worst
+        assert losses != plain and abs(mean / expected - 1) < 0.005, (name, mean, expected)  # 0.0012 at worst
         for (loss, norm), (near, near_norm) in zip(losses, plain):
             assert loss == pytest.approx(near, rel=0.01) and norm == pytest.approx(near_norm, rel=0.05), name
 

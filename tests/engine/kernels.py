@@ -185,8 +185,8 @@ def generic_gemm(
 
 
 def _check_fp8_operand(operand, columns: bool) -> None:
-    """Hopper multiplies rows of both operands in FP8: of columns a transposed copy must be there, and a multiple of 16
-    of everything."""
+    """Hopper multiplies rows of both operands in FP8: of columns a transposed copy must be there. Of what is summed it
+    wants a multiple of 16, across a multiple of 8."""
     if not hasattr(operand, "_quantizer"):
         return
     kept = operand._transpose if columns else operand._data

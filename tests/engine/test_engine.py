@@ -15,7 +15,7 @@ from tests.engine.choose import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = {
-    "models": (["tests/parity/test_models.py"], 200),
+    "models": (["tests/parity/test_models.py", "tests/parity/test_te.py"], 200),
     "fp8": (["tests/engine/fp8.py"], 18),
     "plan": (["tests/engine/plan.py"], 54),
     "gpu": (["tests/engine/gpu.py"], 1),

@@ -1,7 +1,5 @@
-"""The model of Transformer Engine's modules has the parameters of ours. Runs where Transformer Engine is installed.
-
-Without a GPU its modules can be made but not called: what they compute is benchmarks/gpu.py's business.
-"""
+"""The model of Transformer Engine's modules has the parameters of ours. Runs where Transformer Engine is installed, and
+from tests/engine/test_engine.py. Here its modules are made, not called."""
 
 from __future__ import annotations
 
@@ -53,4 +51,5 @@ def test_recipes_are_megatrons(name, monkeypatch, megatron):
     config = compose_config("arch=hybrid", f"precision={name}")
     model = built(config, monkeypatch)
     assert (model.config.fp8_recipe, bool(model.config.fp8)) == (config.precision.recipe, True)
-    assert fp8_settings(config) == {}  # without a GPU
+    monkeypatch.setattr("nvlm.llm.backend.uses_te", lambda config: False)
+    assert fp8_settings(config) == {}
