@@ -1,7 +1,7 @@
 # docker build -t nvlm . ; docker run --gpus all --ipc=host -v $PWD/runs:/opt/nvlm/runs -it nvlm
 #
 # NVIDIA's image brings torch, Transformer Engine, Apex and flash-attn, built for each other and for its CUDA. 26.05 has
-# torch 2.12.0a0 and CUDA 13.2. Images before 26.04 have 2.11.0a0 or less, which is older than the 2.11 of setup.py.
+# Python 3.12, torch 2.12.0a0 and CUDA 13.2. Images before 26.04 have 2.11.0a0 or less: older than the 2.11 of setup.py.
 ARG IMAGE=nvcr.io/nvidia/pytorch:26.05-py3
 FROM ${IMAGE}
 

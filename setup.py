@@ -7,13 +7,13 @@ setup(
     version="0.1.0",
     description="Trainer for NVLM-D, NVLM-X and NVLM-H on Megatron-Core",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.12",
     packages=find_packages(include=["nvlm", "nvlm.*"]),
     package_data={"nvlm.data": ["tiny_tokenizer/*.json"], "nvlm.vision": ["*.safetensors"]},
     install_requires=[
         "torch>=2.11,<2.16",
         "torchvision",
-        "megatron-core>=0.16.1",
+        "megatron-core>=0.19,<0.20",
         "psutil",  # Megatron's checkpoints hang without it
         "datasets",
         "einops",  # Megatron's groups for two-dimensional context parallelism

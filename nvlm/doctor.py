@@ -67,6 +67,8 @@ QUESTIONS = {
     "apex": {"fused": "bool(__import__('amp_C').multi_tensor_adam)"},
     "psutil": {},
 }
+# Packages that link against libraries which only torch finds, such as NCCL's: torch is imported before them.
+BUILT_ON_TORCH = ("torchvision", "megatron.core", "transformer_engine.pytorch", "flash_attn", "apex")
 # Import names where they are not the package's own.
 MODULES = {"hydra-core": "hydra", "pillow": "PIL", "megatron-core": "megatron.core"}
 COSTS_OF = {
@@ -78,9 +80,9 @@ COSTS_OF = {
 
 
 def probe(module: str, timeout: float = TIMEOUT) -> Probe:
-    """Import `module` in another process and ask it its QUESTIONS."""
+    """Import `module` in another process, as the trainer would, and ask it its QUESTIONS."""
     code = (
-        "import importlib, json, sys\n"
+        f"import importlib, json, sys{', torch' if module in BUILT_ON_TORCH else ''}\n"
         f"m, told = importlib.import_module({module!r}), {{}}\n"
         f"for name, question in {QUESTIONS.get(module, {})!r}.items():\n"
         "    try: told[name] = eval(question)\n"
@@ -169,8 +171,8 @@ def install(requirement: str) -> str:
 def python_row() -> Row:
     """The interpreter."""
     found = ".".join(map(str, sys.version_info[:3]))
-    if not satisfies(found, ">=3.11"):
-        return Row("Python", STOPS, found, "3.11 or later is needed", "python3.12 -m venv .venv")
+    if not satisfies(found, ">=3.12"):
+        return Row("Python", STOPS, found, "Megatron-Core needs 3.12 or later", "python3.12 -m venv .venv")
     return Row("Python", OK, found)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,8 +11,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nvlm.batch import ALL_TILES, IGNORE, PAD, Batch, Sample
-
-_Row = TypeVar("_Row")
 
 _SPARE = 1.01  # rows to begin with, by the fuller budget: a little room lets them come out even
 _MOST = 1.05  # even rows may be this many times as many as first-fit decreasing needs
@@ -74,10 +71,10 @@ def _place(sizes: np.ndarray, budgets: np.ndarray, order: np.ndarray, count: int
     return rows
 
 
-def deal(rows: Sequence[_Row], steps: int, seed: Sequence[int]) -> list[list[_Row]]:
+def deal[Row](rows: Sequence[Row], steps: int, seed: Sequence[int]) -> list[list[Row]]:
     """Rows, longest first, to `steps` steps: of every `steps` like rows each step gets one, by chance of `seed`."""
     generator = np.random.Generator(np.random.PCG64(list(seed)))
-    hands: list[list[_Row]] = [[] for _ in range(steps)]
+    hands: list[list[Row]] = [[] for _ in range(steps)]
     for start in range(0, len(rows), steps):
         for row, step in zip(rows[start : start + steps], generator.permutation(steps)):
             hands[step].append(row)

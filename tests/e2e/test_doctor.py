@@ -150,6 +150,39 @@ def test_a_broken_engine_is_a_case_of_its_own(machine, code, reason):
     assert "fix: pip uninstall -y transformer-engine " in told
 
 
+def test_an_engine_whose_libraries_torch_loads_is_whole(machine):
+    """libnccl.so.2 and others lie among torch's packages, where the linker finds them once torch is imported."""
+    machine.everything()
+    machine.gpu()
+    code = "import sys\nif 'torch' not in sys.modules: raise OSError('libnccl.so.2: cannot open shared object file')"
+    machine.package("transformer-engine", "2.12.0", "transformer_engine.pytorch", code)
+    machine.package("flash-attn", "2.8.0", "flash_attn", code)
+    _, rows, _ = machine.diagnose()
+    assert rows["transformer-engine"] == ("ok", "2.12.0")
+    assert rows["flash-attn"] == ("ok", "2.8.0")
+
+
+@pytest.mark.parametrize("version", ["0.16.1", "0.18.2", "0.20.0"])
+def test_another_megatron_than_the_code_is_written_for_stops(machine, version):
+    machine.everything()
+    for old in machine.packages.glob("megatron_core-*"):
+        (old / "METADATA").write_text(f"Metadata-Version: 2.1\nName: megatron-core\nVersion: {version}\n")
+    status, rows, _ = machine.diagnose()
+    assert (status, rows["megatron-core"][0]) == (1, "STOPS")
+    assert rows["megatron-core"][1].startswith(f"{version}, >=0.19,<0.20 is required")
+
+
+def test_one_version_of_python_is_asked_for_everywhere():
+    asked = {
+        "setup.py": r'python_requires=">=(3\.\d+)"',
+        "README.md": r"Python (3\.\d+) or later",
+        "Makefile": r"Python (3\.\d+) or later",
+        "nvlm/doctor.py": r'satisfies\(found, ">=(3\.\d+)"\)',
+    }
+    found = {name: re.findall(pattern, (ROOT / name).read_text()) for name, pattern in asked.items()}
+    assert found == dict.fromkeys(asked, ["3.12"])
+
+
 def test_a_torch_that_does_not_load_stops_all(machine):
     machine.everything()
     machine.package("torch", "2.13.0", "torch", "raise OSError('libtorch_cpu.so: undefined symbol')")
