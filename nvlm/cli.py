@@ -66,7 +66,7 @@ def main(started: float) -> int:
                 # Only a sweep's first run began with the command.
                 launch.start(config, run_dir, next(begins, time.time()))
         except ConfigError as error:  # Hydra would print a traceback
-            print(f"error: {error}", file=sys.stderr)
+            report(f"error: {error}")
             sys.exit(2)
         except BrokenRun as error:  # raised on all ranks alike, under torchrun or srun
             report(f"error: {error}")

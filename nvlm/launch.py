@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,9 +24,10 @@ from nvlm.config import TE_INSTALL, Config, ConfigError, from_mapping, problem
 from nvlm.counts import parameters
 from nvlm.files import write_whole
 from nvlm.hardware import GPUS, known_gpu
+from nvlm.launchers import Task, check_allocation, find_task
 from nvlm.plan.memory import fewest_gpus, gpus_needed
 from nvlm.plan.refuse import check_memory
-from nvlm.rules import validate
+from nvlm.rules import check_world, validate
 from nvlm.runs import check_same_model, find_checkpoint, latest
 from nvlm.train.guard import BrokenRun
 from nvlm.weights.sources import model_source, vision_source
@@ -49,9 +51,9 @@ PACKAGES = (
 
 def start(config: Config, run_dir: Path, started: float) -> None:
     """Train: in this process under torchrun or srun, else in workers of our own."""
-    if launched():
+    if task := launched():
         check_weights(config, run_dir)
-        _prepare_folder(config, run_dir, writes=os.environ["RANK"] == "0")
+        _prepare_folder(config, run_dir, writes=task.rank == 0)
         work(config, run_dir, started)
         return
     check_weights(config, run_dir)
@@ -94,26 +96,12 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
-def launched() -> bool:
-    """True under torchrun, or srun with several tasks, whose variables are translated to torch's."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return True
-    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
-        os.environ["RANK"] = os.environ["SLURM_PROCID"]
-        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-        os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
-        if "MASTER_ADDR" not in os.environ:
-            hosts = subprocess.run(
-                ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.split()
-            os.environ["MASTER_ADDR"] = hosts[0]
-        # Every task derives the same port from the job's number.
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
-        return True
-    return False
+def launched() -> Task | None:
+    """The task that torchrun, srun or mpirun started this process as, in torch's variables too; None: started alone."""
+    task = find_task(os.environ)
+    if task is not None:
+        os.environ.update(task.variables())
+    return task
 
 
 @functools.cache
@@ -147,9 +135,18 @@ def _visible(rows: list[list[str]], wanted: list[str]) -> list[list[str]]:
 def check_machine(config: Config) -> None:
     """Raise ConfigError where this machine cannot run `config`; of a dry run, where the GPU that it names cannot."""
     if not config.dry_run:
+        check_launcher(config)
         check_devices(config)
         check_engine(config)
     check_fits(config)
+
+
+def check_launcher(config: Config) -> None:
+    """What started this process, if it was not a shell, started as many as `config` can use."""
+    task = launched()
+    if task is not None:
+        check_world(config, task.world)
+    check_allocation(os.environ, shlex.join(["python", *sys.argv]))
 
 
 def check_devices(config: Config) -> None:
@@ -179,7 +176,8 @@ def check_fits(config: Config) -> None:
         name, capacity = max(gpus_here(), key=lambda gpu: gpu[1])
         known = known_gpu(name)
         capacity = known.memory if known else capacity
-    processes = int(os.environ["WORLD_SIZE"]) if launched() else config.parallel.replica * config.parallel.data
+    task = None if config.dry_run else launched()
+    processes = task.world if task else config.parallel.replica * config.parallel.data
     if capacity:
         check_memory(config, processes, name, capacity)
 

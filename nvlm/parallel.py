@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
+import time
 import zlib
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,8 +15,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from nvlm import device
-from nvlm.config import ParallelConfig
+from nvlm.config import ParallelConfig, problem
 from nvlm.workers import free_port
+
+_LONG = 20.0  # seconds until a rendezvous says that it waits
+_POLL = 0.5
 
 
 @contextmanager
@@ -25,12 +31,14 @@ def distributed(parallel: ParallelConfig, seed: int, threads: int | None = None)
     here = device.prepare(int(os.environ.get("LOCAL_RANK", 0)), threads)
     alone = {} if "MASTER_PORT" in os.environ else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     os.environ.update(alone)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     # The watchdog, which knows more, is to speak first.
     timeout = 4 * parallel.timeout_minutes
     dist.init_process_group(
         device.backend(),
-        rank=int(os.environ.get("RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        store=meet(rank, world, 60 * parallel.timeout_minutes),
+        rank=rank,
+        world_size=world,
         timeout=timedelta(minutes=timeout),
     )
     try:
@@ -50,6 +58,67 @@ def distributed(parallel: ParallelConfig, seed: int, threads: int | None = None)
         dist.destroy_process_group()
         for name in alone:  # what this process starts later must not take them for its own
             del os.environ[name]
+
+
+def meet(rank: int, world: int, seconds: float) -> dist.Store:
+    """A store that all of `world` processes have reached at MASTER_ADDR and MASTER_PORT, within `seconds`.
+
+    Raises ConfigError with what is known of those that did not come.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    place, limit = f"rendezvous at {host}:{port}", timedelta(seconds=seconds)
+    server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun has one
+    try:
+        if not server:
+            _reach(host, port, seconds)
+        store = dist.TCPStore(host, port, world, server, limit, wait_for_workers=False, multi_tenant=True)
+        first = (store.add("nvlm/arrived", 1) - 1) // world * world  # runs of a sweep meet here one behind the other
+        came = _await(store, first, world, seconds, None if rank else place)
+    except (dist.DistError, OSError) as error:
+        got = f"{str(error).splitlines()[0].rstrip('.')} (process {rank} of {world})"
+        fix = "export MASTER_ADDR=<host of rank 0> and MASTER_PORT=<a port that is free there>, alike for all"
+        refusal = problem(place, got, "a place where all processes meet", fix)
+        if rank:  # rank 0, which speaks for all, may be well, and elsewhere
+            print(f"error: {refusal}", file=sys.stderr, flush=True)
+        raise refusal from None
+    if came < world:
+        fix = f"start all {world} alike, or unset RANK WORLD_SIZE for a run of one machine"
+        raise problem(place, f"{came} of {world} processes within {seconds:.0f} s", "all of them", fix)
+    return dist.PrefixStore(f"nvlm/{first}", store)
+
+
+def _reach(host: str, port: int, seconds: float) -> None:
+    """Wait until somebody listens at `host`:`port`: torch's own client fills the screen with its stack. OSError."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def _await(store: dist.Store, first: int, world: int, seconds: float, place: str | None) -> int:
+    """How many of `world` have arrived behind the `first` ones: once all have, or rank 0's `seconds` are over.
+
+    `place`: what rank 0 calls the rendezvous when it says for whom it waits; None on the others.
+    """
+    over, began = f"nvlm/{first}/over", time.monotonic()
+    limit = seconds if place else 2 * seconds  # rank 0 gives up for all
+    while True:
+        came, waited = store.add("nvlm/arrived", 0) - first, time.monotonic() - began
+        if came >= world or store.check([over]):
+            return came
+        if waited > limit:
+            store.set(over, "")
+            time.sleep(3 * _POLL)  # the store is here: the others read it
+            return came
+        if waited > _LONG and place:
+            print(f"{place}: {came} of {world} processes are here, waiting for the others", file=sys.stderr, flush=True)
+            place = None
+        time.sleep(min(_POLL, 0.02 + waited / 10))
 
 
 def _seed(seed: int) -> None:

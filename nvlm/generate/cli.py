@@ -24,12 +24,13 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever interrupts wants no traceback
     try:
         request = parse(arguments)
+        task = launch.launched()
         launch.check_processes(request.config, len(launch.gpus_here()))
     except ConfigError as error:
         report(f"error: {error}")
         return 2
     processes = request.config.parallel.replica
-    if processes > 1 and not launch.launched():
+    if processes > 1 and task is None:
         return launch.spawn(["-m", "nvlm.generate.cli", *arguments], processes, _STOP_SECONDS)[0]
     return work(request)
 

@@ -38,7 +38,7 @@ SRUN = """
             task.kill()
     signal.signal(signal.SIGTERM, end)
     for rank in range(int(os.environ["SLURM_NTASKS"])):
-        ranks = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+        ranks = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_STEP_ID": "0"}
         tasks.append(subprocess.Popen(arguments, env=os.environ | ranks))
     with open("tasks", "w") as file:
         file.write(" ".join(str(task.pid) for task in tasks))
