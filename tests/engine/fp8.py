@@ -93,7 +93,9 @@ GATHER = (*SMALL, "arch=hybrid", "parallel.distributed_optimizer=true")
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("name", RECIPES)
 def test_weights_kept_in_fp8_give_the_same_steps(name, world):
-    overrides = (*GATHER, f"precision={name}", f"parallel.data={world}")
+    """Without clipping: the two ways sum the gradient norm in different orders, and FP8 rounding amplifies the last
+    digit of a clipping factor to 1e-3 of a loss within a few steps."""
+    overrides = (*GATHER, f"precision={name}", f"parallel.data={world}", "optim.clip=0")
     plain, kept = [
         run_distributed(curve, world, (*overrides, f"precision.param_gather={gather}"), 6)[0]
         for gather in ("false", "true")
