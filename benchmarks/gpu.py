@@ -331,7 +331,7 @@ def learner(config: Config) -> Iterator[Trainer]:
         check_precision(config)
         parts = [part.to(device) for part in build_parts(config)]
         for part in parts:
-            freeze(part, config.stage)
+            freeze(part, config)
         stages = build_stages(config, parts)
         chunks = tuple(wrap(part, config) for part in parts)
         parts[0].config.finalize_model_grads_func = stages.finalize

@@ -6,6 +6,7 @@ C feature width after pixel shuffle.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -62,7 +63,9 @@ class Batch:
     tile: Tensor  # [B, S]
     stream_tiles: Tensor  # tile numbers for the placeholders, row by row
     stream_owners: Tensor  # [tiles in stream_tiles, 2], (row, sample in it)
+    place: Tensor  # [B, S], where in the run the token stands (see `places_of`), the same in every layout
     cross_tokens: Tensor  # [B, X]
+    cross_place: Tensor  # [B, X], the same for keys
     cross_sample: Tensor  # [B, X]
     cross_image: Tensor  # [B, X]
     cross_tile: Tensor  # [B, X]
@@ -120,6 +123,14 @@ class Batch:
         return int((self.labels != IGNORE).sum())
 
 
+def places_of(step: int, rows_B: Sequence[int], length: int) -> Tensor:
+    """Places [B, `length`] of the columns of the rows `rows_B`, counted over all replicas, of step `step`: room for
+    2^23 steps, 2^16 rows and 2^24 columns in 63 bits."""
+    rows = torch.tensor(rows_B)
+    assert step < 1 << 23 and int(rows.max()) < 1 << 16 and length <= 1 << 24
+    return ((step << 16) + rows[:, None] << 24) + torch.arange(length)
+
+
 def in_line(batch: Batch) -> Batch:
     """`batch` as one row, its rows one behind the other with their padding: no token sees more or less."""
     counts = torch.tensor([0, *(len(row) for row in batch.ids)], device="cpu")
@@ -131,7 +142,10 @@ def in_line(batch: Batch) -> Batch:
     def owned(owners: Tensor) -> Tensor:
         return torch.stack((torch.zeros_like(owners[:, 0]), owners[:, 1] + first_B[owners[:, 0]]), dim=1)
 
-    flat = ("tokens", "labels", "positions", "image", "tile", "cross_tokens", "cross_image", "cross_tile")
+    flat = (
+        *("tokens", "labels", "positions", "image", "tile", "place"),
+        *("cross_tokens", "cross_image", "cross_tile", "cross_place"),
+    )
     return replace(
         batch,
         ids=(tuple(name for row in batch.ids for name in row),),
@@ -158,7 +172,7 @@ def without_padding(batch: Batch, multiple: int) -> tuple[Batch, Tensor]:
 
 
 def _columns_of(line: Batch, columns_T: Tensor) -> Batch:
-    along = ("tokens", "labels", "positions", "sample", "image", "tile")
+    along = ("tokens", "labels", "positions", "sample", "image", "tile", "place")
     return replace(line, **{name: getattr(line, name)[:, columns_T] for name in along})
 
 

@@ -159,18 +159,16 @@ class StageConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftConfig:
-    """Low-rank adapters on the linears of the layers of the module groups `targets`, in place of their weights."""
+    """Low-rank adapters on the linears of the layers of the module groups `targets`, in place of their weights.
+
+    A target that the stage declares new has no weights worth keeping: it learns in full, without adapters.
+    """
 
     name: str  # none, or lora
     rank: int
     alpha: float
     dropout: float
     targets: tuple[str, ...]
-
-    @property
-    def adapted(self) -> tuple[str, ...]:
-        """The module groups with adapters."""
-        return () if self.name == "none" else self.targets
 
     @property
     def scale(self) -> float:
@@ -320,6 +318,11 @@ class Config:
     optim: OptimConfig
     train: TrainConfig
     evaluate: EvaluateConfig
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """The module groups with adapters, whose own weights do not learn."""
+        return () if self.peft.name == "none" else tuple(t for t in self.peft.targets if t not in self.stage.new)
 
     @property
     def row_multiple(self) -> int:

@@ -46,7 +46,7 @@ def adapter_parameters(config: Config) -> dict[str, int]:
     mlp = (llm.hidden + 2 * llm.ffn) + (llm.ffn + llm.hidden)
     cross = (llm.hidden + q) + (llm.hidden + 2 * kv) + (q + llm.hidden)
     widths = {"llm": llm.layers * (attention + mlp), "xattn": len(cross_layers(config)) * cross}
-    return {group: peft.rank * widths[group] for group in peft.adapted}
+    return {group: peft.rank * widths[group] for group in config.adapted}
 
 
 def parameters(config: Config) -> dict[str, int]:

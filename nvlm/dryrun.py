@@ -81,7 +81,7 @@ def _parameters(config: Config) -> Table:
     with parallel.distributed(one, config.seed), torch.device("meta"):
         (model,) = build_parts(whole)
         encoder = InternViT(whole, solo_groups()).requires_grad_(False)
-        freeze(model, config.stage, config.peft.adapted)
+        freeze(model, config)
         counts = count_groups([model], encoder)
     table = Table(title=f"parameters, stage {config.stage.name}", title_justify="left")
     table.add_column("module group")

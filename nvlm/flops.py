@@ -102,10 +102,10 @@ def _model(config: Config) -> _Model:
     llm, stage, peft = config.llm, config.stage, config.peft
     q, kv, h = llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim, llm.hidden
     width = config.vision.hidden * config.vision.downsample**2
-    learns = {group: group in stage.trainable and group not in peft.adapted for group in ("llm", "xattn")}
+    learns = {group: group in stage.trainable and group not in config.adapted for group in ("llm", "xattn")}
 
     def linear(inputs: int, outputs: int, group: str) -> _Linear:
-        if group not in peft.adapted:
+        if group not in config.adapted:
             return _Linear(inputs, outputs, learns[group])
         return _Linear(inputs, outputs, False, peft.rank, adapts=group in stage.trainable)
 

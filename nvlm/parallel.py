@@ -136,11 +136,6 @@ def seeded(seed: int, part: str):
         _seed(seed)
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Let the random numbers of a step (dropout) depend on `seed` and `step` alone, so that a resumed run goes on."""
-    _seed(zlib.crc32(f"{seed} step {step}".encode()))
-
-
 def data_rank() -> tuple[int, int]:
     """This process's data-parallel rank and the data-parallel size."""
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

@@ -166,11 +166,13 @@ def _peft(config: Config) -> None:
         raise problem("peft.dropout", peft.dropout, "at least 0 and below 1", "peft.dropout=0")
     for target in peft.targets:
         _one_of("peft.targets", target, ("llm", "xattn"))
-    learns = set(config.stage.trainable) - ({"xattn"} if config.arch.name == "decoder" else set())
+    known = {"llm"} if config.arch.name == "decoder" else {"llm", "xattn"}
+    learns = known.intersection(config.stage.trainable).difference(config.stage.new)
     if learns.isdisjoint(peft.targets):
-        known = ", ".join(sorted(learns & {"llm", "xattn"})) or "but it trains neither"
-        expected = f"at least one that stage={config.stage.name} trains ({known})"
-        raise problem("peft.targets", list(peft.targets), expected, "stage=sft, or peft=none")
+        expected = f"a group that stage={config.stage.name} trains and does not declare new ({', '.join(learns)})"
+        none = f"a stage with adapters: stage={config.stage.name} trains new groups alone, and those learn in full"
+        fix = f"peft.targets=[{','.join(sorted(learns))}]" if learns else "peft=none, or stage=sft"
+        raise problem("peft.targets", list(peft.targets), expected if learns else none, fix)
 
 
 def _precision(config: Config) -> None:

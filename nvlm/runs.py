@@ -82,7 +82,7 @@ def check_same_model(config: Config, folder: Path) -> None:
     """Raise ConfigError where the checkpoint `folder` is of a model that computes other things than `config`'s."""
     before = read_run_config(folder)
     names = [*_MATHS, "arch.bind_tags"] if before.arch.name == config.arch.name else _MATHS
-    if before.peft.adapted and config.peft.adapted:
+    if before.adapted and config.adapted:
         names = [*names, "peft.alpha"]
     for name in names:
         group, key = name.split(".")

@@ -140,7 +140,7 @@ def build_twins(config: Config, gates: float | None = None, seed: int = 1) -> Tw
     vision = config.vision
     load(encoder, joined(internvit.parts(vision), below("vision_model.", state)))
     reference.double()
-    if config.peft.adapted:
+    if config.adapted:
         reference.load_state_dict(to_reference(merged_weights(model, config), config), strict=False)
     return Twins(config, model, VisionPath(encoder, vision.downsample), reference)
 

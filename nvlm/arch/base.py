@@ -32,6 +32,7 @@ from nvlm.llm.attention import rotary_angles, rotary_frequencies
 from nvlm.llm.backend import uses_te
 from nvlm.llm.build import FUSED_NORMS, block_submodules, llm_config, of_megatron
 from nvlm.llm.cache import Past
+from nvlm.llm.dropout import remember_places
 from nvlm.llm.context import attended_columns, gather_columns, own_columns
 from nvlm.llm.layer import DecoderBlock, learns, project
 from nvlm.llm.loss import token_losses
@@ -119,6 +120,7 @@ class VisionLanguageModel(MegatronModule):
         self.first_layer = stage_layers(config, stage).start
         self.in_line = uses_te(config) and config.parallel.context == 1
         self.whole_rows, self.row_multiple = config.parallel.context == 1, config.row_multiple
+        self.drops_inputs = bool(config.adapted) and config.peft.dropout > 0
         self.longest = max(config.data.seq_length, config.data.row_length)
         self.borrowed: Callable[[Tensor], Tensor] | None = None  # embeds tags on a stage without the embedding
         virtual = stage // config.parallel.pipeline if config.parallel.virtual > 1 else None
@@ -185,6 +187,8 @@ class VisionLanguageModel(MegatronModule):
             check_placeholders(batch, self.tile_tokens)
             own_S = own_columns(batch.tokens.shape[1])
             columns_S = own_S.to(batch.tokens.device, non_blocking=True)
+            if self.drops_inputs and self.training:
+                remember_places(batch.place[:, columns_S], batch.cross_place)
         return self.decoder(
             self._stream(batch, own_S, columns_S, tiles=self.use.stream and past is None) if self.pre_process else None,
             context=self._keys(batch) if self.use.keys and past is None else None,

@@ -84,8 +84,9 @@ class Steps(Dataset):
         planned = plan.rows[self.data_rank :: self.data_size]
         skipped = list(plan.skipped[self.data_rank :: self.data_size])
         records = sum(map(len, planned)) + len(skipped)
-        rows = [row for row in (self._decode(row, skipped) for row in planned) if row]
-        batches = tuple(collate(part, self.encoder.tile_size, self.multiple) for part in self._micro_batches(rows))
+        decoded = [self._decode(row, skipped) for row in planned]
+        rows = [(self.data_rank + number * self.data_size, row) for number, row in enumerate(decoded) if row]
+        batches = tuple(self._collate(step, part) for part in self._micro_batches(rows))
         return StepData(batches, records, tuple(skipped), sum(map(count_work, batches), Work()))
 
     def _decode(self, row: Sequence[Planned], skipped: list[tuple[str, str]]) -> list[Sample]:
@@ -98,7 +99,11 @@ class Steps(Dataset):
                 skipped.append((self.records.name(planned.index), str(reason)))
         return samples
 
-    def _micro_batches(self, rows: list[list[Sample]]) -> list[list[list[Sample]]]:
+    def _collate(self, step: int, rows: Sequence[tuple[int, list[Sample]]]) -> Batch:
+        samples, numbers = [row for _, row in rows], [number for number, _ in rows]
+        return collate(samples, self.encoder.tile_size, self.multiple, step=step, numbers=numbers)
+
+    def _micro_batches(self, rows: list) -> list[list]:
         """At least one, the last ones maybe short or empty."""
         count = max(1, math.ceil(len(rows) / self.micro_batch))
         count = math.ceil(count / self.groups) * self.groups

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from nvlm.batch import ALL_TILES, IGNORE, PAD, Batch, Sample
+from nvlm.batch import ALL_TILES, IGNORE, PAD, Batch, Sample, places_of
 
 _SPARE = 1.01  # rows to begin with, by the fuller budget: a little room lets them come out even
 _MOST = 1.05  # even rows may be this many times as many as first-fit decreasing needs
@@ -81,12 +81,20 @@ def deal[Row](rows: Sequence[Row], steps: int, seed: Sequence[int]) -> list[list
     return hands
 
 
-def collate(rows: Sequence[Sequence[Sample]], tile_size: int, multiple: int = 8) -> Batch:
+def collate(
+    rows: Sequence[Sequence[Sample]],
+    tile_size: int,
+    multiple: int = 8,
+    *,
+    step: int = 0,
+    numbers: Sequence[int] | None = None,
+) -> Batch:
     """Lay each row's samples one behind the other; pad rows to the longest, rounded up to `multiple` tokens.
 
-    No rows at all give one row of padding, so that a rank without data still takes part in the step.
+    `numbers`: each row's number among those of all replicas in `step`; by default they count from 0. No rows at all
+    give one row of padding, so that a rank without data still takes part in the step.
     """
-    rows = rows or [[]]
+    rows, numbers = rows or [[]], numbers or range(max(1, len(rows)))
 
     def along(name: str) -> list[Tensor]:
         return [torch.cat([getattr(s, name) for s in row]) if row else torch.zeros(0).long() for row in rows]
@@ -114,9 +122,10 @@ def collate(rows: Sequence[Sequence[Sample]], tile_size: int, multiple: int = 8)
         return torch.tensor([(r, i) for r, i, n in counts for _ in range(n)], dtype=torch.long).view(-1, 2)
 
     positions = [torch.cat([torch.arange(s.tokens.numel()) for s in r]) if r else torch.zeros(0).long() for r in rows]
+    tokens, cross_tokens = padded(along("tokens"), 0), padded(along("cross_tokens"), 0)
     return Batch(
         ids=tuple(tuple(s.id for s in row) for row in rows),
-        tokens=padded(along("tokens"), 0),
+        tokens=tokens,
         labels=padded(along("labels"), IGNORE),
         positions=padded(positions, 0),
         sample=padded(numbered("tokens"), PAD),
@@ -124,7 +133,9 @@ def collate(rows: Sequence[Sequence[Sample]], tile_size: int, multiple: int = 8)
         tile=padded(along("tile"), ALL_TILES),
         stream_tiles=tiles("stream_tiles"),
         stream_owners=owners("stream_tiles"),
-        cross_tokens=padded(along("cross_tokens"), 0),
+        place=places_of(step, numbers, tokens.shape[1]),
+        cross_tokens=cross_tokens,
+        cross_place=places_of(step, numbers, cross_tokens.shape[1]),
         cross_sample=padded(numbered("cross_tokens"), PAD),
         cross_image=padded(along("cross_image"), PAD),
         cross_tile=padded(along("cross_tile"), PAD),

@@ -15,12 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    get_cuda_rng_tracker,
-    get_data_parallel_rng_tracker_name,
-)
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
@@ -29,8 +24,12 @@ from torch import Tensor, nn
 
 from nvlm.config import Config, PeftConfig
 from nvlm.llm.backend import engine, uses_te
+from nvlm.llm.dropout import COLUMNS, KEYS, dropped, places
 from nvlm.llm.norm import RMSNorm
 from nvlm.weights.merge import ADAPTER
+
+
+_OF_KEYS = ("cross_attention.linear_kv",)  # linears whose input is cross-attended keys, not the text stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +64,13 @@ class Linears:
         return IdentityOp if self.te else RMSNorm
 
     def _adapted(self, kind: type, name: str) -> Callable:
-        return functools.partial(kind, peft=self.peft, seed=f"{self.seed} adapter {self.layer} {name}")
+        seed = f"{self.seed} adapter {self.layer} {name}"
+        return functools.partial(kind, peft=self.peft, seed=seed, **({"reads": KEYS} if name in _OF_KEYS else {}))
 
 
 def linears_of(config: Config, group: str, layer: int) -> Linears:
     """The linears that layer `layer` (from 0) has in the module group `group`."""
-    return Linears(config.peft if group in config.peft.adapted else None, config.seed, layer, uses_te(config))
+    return Linears(config.peft if group in config.adapted else None, config.seed, layer, uses_te(config))
 
 
 class _Whole(nn.Linear):
@@ -86,28 +86,42 @@ class _Whole(nn.Linear):
 
 
 class Adapter(nn.Module):
-    """alpha / rank * up(down(dropout(x))). `split`: the tensor-parallel ranks have different parts of x."""
+    """alpha / rank * up(down(dropout(x))). `seed` names its dropout masks, `reads` says what x stands for; `columns` and
+    `features` are this rank's number where the tensor-parallel ranks split x along one of them, else 0."""
 
-    def __init__(self, down: nn.Module, up: nn.Module, peft: PeftConfig, split: bool) -> None:
+    def __init__(
+        self, down: nn.Module, up: nn.Module, peft: PeftConfig, seed: str, reads: str, columns: int, features: int
+    ) -> None:
         super().__init__()
         self.down, self.up = down, up
-        self.scale, self.dropout, self.split = peft.scale, peft.dropout, split
+        self.scale, self.dropout, self.reads = peft.scale, peft.dropout, reads
+        self.linear, self.columns, self.features = zlib.crc32(f"{seed} dropout".encode()), columns, features
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * self.up(self.down(self._drop(x))[0])[0]
 
-    def _drop(self, x: Tensor) -> Tensor:
+    def _drop(self, x_SBF: Tensor) -> Tensor:
         if not self.training or not self.dropout:
-            return x
-        # All ranks are to leave out the same of what they all have, and each its own of what it alone has.
-        with get_cuda_rng_tracker().fork("model-parallel-rng" if self.split else get_data_parallel_rng_tracker_name()):
-            return nn.functional.dropout(x, self.dropout)
+            return x_SBF
+        rows, width = len(x_SBF), x_SBF.shape[-1]
+        place_SB = places(self.reads).narrow(0, self.columns * rows, rows)
+        return dropped(x_SBF, self.dropout, self.linear, place_SB, first=self.features * width)
 
 
 class AdaptedColumnLinear(ColumnParallelLinear):
     """A column-parallel linear with an adapter; `seed` names its first weights."""
 
-    def __init__(self, inputs: int, outputs: int, *, config: TransformerConfig, peft: PeftConfig, seed: str, **kwargs):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        config: TransformerConfig,
+        peft: PeftConfig,
+        seed: str,
+        reads: str = COLUMNS,
+        **kwargs,
+    ) -> None:
         super().__init__(inputs, outputs, config=config, **kwargs)
         self.gated = kwargs.get("stride", 1) == 2  # each rank holds its part of the gate, then its part of up
         split = config.sequence_parallel
@@ -115,7 +129,8 @@ class AdaptedColumnLinear(ColumnParallelLinear):
         up = ColumnParallelLinear(
             peft.rank, outputs, config=config, init_method=nn.init.zeros_, bias=False, gather_output=False, **shared
         )
-        self.adapter = Adapter(_Whole(inputs, peft.rank, config, partial=split), up, peft, split)
+        down = _Whole(inputs, peft.rank, config, partial=split)
+        self.adapter = Adapter(down, up, peft, seed, reads, columns=self.tp_group.rank() if split else 0, features=0)
         nn.init.zeros_(up.weight)  # also where Megatron is told to leave weights as they come
         _begin(self.adapter.down.weight, inputs, seed)
 
@@ -139,7 +154,9 @@ class AdaptedColumnLinear(ColumnParallelLinear):
 class AdaptedRowLinear(RowParallelLinear):
     """A row-parallel linear with an adapter; `seed` names its first weights."""
 
-    def __init__(self, inputs: int, outputs: int, *, config: TransformerConfig, peft: PeftConfig, seed: str, **kwargs):
+    def __init__(
+        self, inputs: int, outputs: int, *, config: TransformerConfig, peft: PeftConfig, seed: str, **kwargs
+    ) -> None:
         super().__init__(inputs, outputs, config=config, **kwargs)
         down = RowParallelLinear(
             inputs,
@@ -152,7 +169,7 @@ class AdaptedRowLinear(RowParallelLinear):
             tp_group=self.tp_group,
         )
         up = _Whole(peft.rank, outputs, config, partial=config.sequence_parallel)
-        self.adapter = Adapter(down, up, peft, split=True)
+        self.adapter = Adapter(down, up, peft, seed, COLUMNS, columns=0, features=self.tp_group.rank())
         _begin(down.weight, inputs, seed, self.tp_group)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -82,7 +82,7 @@ def held(config: Config, rank: int) -> Held:
 
 def learning_groups(config: Config) -> tuple[frozenset[str], frozenset[str]]:
     """Module groups whose own weights learn, and those whose adapters do."""
-    learning, adapted = frozenset(config.stage.trainable), frozenset(config.peft.adapted)
+    learning, adapted = frozenset(config.stage.trainable), frozenset(config.adapted)
     return learning - adapted, learning & adapted
 
 
@@ -135,7 +135,7 @@ def _layer(config: Config, crosses: bool, fp8: bool) -> Iterator[_Weight]:
 def _linear(config: Config, group: str, inputs: int, outputs: int, fp8: bool) -> Iterator[_Weight]:
     """A linear with what the rank has of its inputs and outputs, and the adapter beside it."""
     yield _Weight(group, inputs * outputs, fp8)
-    if group in config.peft.adapted:
+    if group in config.adapted:
         yield _Weight(group, config.peft.rank * inputs, adapter=True)
         yield _Weight(group, config.peft.rank * outputs, adapter=True)
 

@@ -86,7 +86,6 @@ def train(
         for step, data in enumerate(load_steps(steps, first, config.data.workers), start=first + 1):
             if parallel.is_replica_writer():
                 append_skipped(run_dir, data.skipped)
-            parallel.seed_step(config.seed, step)
             result = train_step(trainer, data, guard, signals.came, functools.partial(mark, step))
             mark(step, "log")
             metrics.record(result, mark.lap())
@@ -148,7 +147,7 @@ def build_trainer(config: Config, device, begins: bool = True) -> Trainer:
     parts = [part.to(device) for part in build_parts(config)]
     origins = begin(parts, config) if begins else {}
     for part in parts:
-        freeze(part, config.stage, config.peft.adapted)
+        freeze(part, config)
     stages = build_stages(config, parts)
     chunks = tuple(wrap(part, config) for part in parts)
     optimizer, schedule = build_optimizer(chunks, config)

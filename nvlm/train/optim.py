@@ -15,7 +15,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nvlm.arch.base import VisionLanguageModel, parameter_group
-from nvlm.config import GROUPS, Config, StageConfig
+from nvlm.config import GROUPS, Config
 from nvlm.llm.build import DTYPES
 from nvlm.weights.merge import is_adapter
 
@@ -29,12 +29,12 @@ class GroupCount:
     learning: int  # of them: all, none, or with adapters some
 
 
-def freeze(model: VisionLanguageModel, stage: StageConfig, adapted: Sequence[str] = ()) -> None:
-    """Let only the groups of `stage` learn, of those in `adapted` their adapters alone. Call it before the DDP wrap,
-    which keeps buffers for what learns."""
+def freeze(model: VisionLanguageModel, config: Config) -> None:
+    """Let only the groups that the stage trains learn, of adapted ones the adapters alone. Call it before the DDP
+    wrap, which keeps buffers for what learns."""
     for name, parameter in model.named_parameters():
         group = parameter_group(name)
-        parameter.requires_grad_(group in stage.trainable and (group not in adapted or is_adapter(name)))
+        parameter.requires_grad_(group in config.stage.trainable and (group not in config.adapted or is_adapter(name)))
 
 
 def count_groups(parts: Sequence[VisionLanguageModel], encoder: torch.nn.Module) -> list[GroupCount]:

@@ -6,6 +6,7 @@ layout wrote, so each comparison also says that checkpoints are cut and joined r
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,9 +85,15 @@ def own_batches(case: Case) -> list:
     """This replica's micro-batches: every n-th."""
     rank, size = parallel.data_rank()
     config = case.config
+    first = [0, *itertools.accumulate(map(len, case.micro_batches))]
     return [
-        collate([[sample_of(s, config) for s in row] for row in rows], TILE, config.row_multiple)
-        for rows in case.micro_batches[rank::size]
+        collate(
+            [[sample_of(s, config) for s in row] for row in rows],
+            TILE,
+            config.row_multiple,
+            numbers=range(number, number + len(rows)),
+        )
+        for rows, number in list(zip(case.micro_batches, first))[rank::size]
     ]
 
 

@@ -45,7 +45,7 @@ def frozen_parts(config: Config) -> list[VisionLanguageModel]:
     """The parts of this rank, with what the stage freezes."""
     parts = build_parts(config)
     for part in parts:
-        freeze(part, config.stage, config.peft.adapted)
+        freeze(part, config)
     return parts
 
 

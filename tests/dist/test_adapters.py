@@ -29,15 +29,14 @@ from nvlm.registry import layout_rule
 from nvlm.train import restore
 from nvlm.train.checkpoint import FROZEN, latest
 from nvlm.train.loop import build_trainer
-from nvlm.train.step import forward_backward
-from tests.dist.layouts import Case, load_weights, metadata, own_batches, prepare, reference_gradients, run_cases
+from tests.dist.layouts import Case, metadata, prepare, reference_gradients, run_cases, step_in_layout
 from tests.dist.run import joined, run_distributed
 from tests.dist.test_checkpoint import FP32, assert_same, begin, built, pass_on, saved, tensors_in
 from tests.dist.test_layouts import MICRO_BATCHES
 from tests.models import Twins, adapter_gradients, small_config
 from tests.parity.test_models import assert_gradients_near
 
-LORA = ("peft=lora", "peft.rank=3", "peft.alpha=5")
+LORA = ("peft=lora", "peft.rank=3", "peft.alpha=5", "stage.new=[]")  # cross-attention that has learned before
 LAYOUTS = {
     1: {"one process": dict()},
     2: {
@@ -114,28 +113,41 @@ def test_gradients_equal_the_references_by_the_chain_rule(world, layout, expecte
     assert frozen and not any(got[name].any() for name in frozen)
 
 
-def largest_difference(case: Case) -> list[float]:
-    """Of the gradients of the adapters' whole linears between the tensor-parallel ranks, in training."""
-    with joined(case.config) as device:
-        trainer = build_trainer(case.config, device)
-        load_weights(trainer, case.folder / "weights")
-        forward_backward(trainer, own_batches(case))
-        differ = []
-        for name, parameter in trainer.stages.parts[0].named_parameters():
-            if is_adapter(name) and not getattr(parameter, "tensor_model_parallel", False):
-                both = [torch.empty_like(parameter.main_grad) for _ in range(2)]
-                dist.all_gather(both, parameter.main_grad)
-                assert both[0].any(), name
-                differ.append(float((both[0] - both[1]).abs().max() / both[0].abs().max()))
-        return differ
+def dropping(case: Case) -> Case:
+    """The same with dropout in the adapters."""
+    return replace(case, config=replace(case.config, peft=replace(case.config.peft, dropout=0.5)))
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-def test_ranks_drop_the_same_of_what_they_all_have(sequence, expected):
-    case = expected.case.laid_out(tensor=2, sequence=sequence)
-    dropping = replace(case.config, peft=replace(case.config.peft, dropout=0.5))
-    for differ in run_distributed(largest_difference, 2, replace(case, config=dropping)):
-        assert len(differ) == 4 * 4 + 2 * 3 and max(differ) < 1e-5
+@pytest.fixture(scope="module")
+def whole(expected, tmp_path_factory):
+    """One process's loss and gradients with dropout, each row a micro-batch of its own."""
+    rows = tuple((row,) for rows in expected.case.micro_batches for row in rows)
+    out = tmp_path_factory.mktemp("dropout") / "one"
+    [outcome] = run_distributed(step_in_layout, 1, replace(dropping(expected.case), micro_batches=rows), out)
+    assert outcome.loss != pytest.approx(expected.loss, rel=1e-3)
+    return outcome, adapters_in(expected, out)
+
+
+def adapters_in(expected: Expected, out: Path) -> dict[str, torch.Tensor]:
+    """The adapters' gradients that a layout wrote."""
+    state = expected.twins.model.sharded_state_dict(metadata=metadata())
+    got = dist_checkpointing.load({"part0": state}, str(out))["part0"]
+    return {name: got[name] for name in expected.adapters}
+
+
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_every_layout_drops_the_same(world, expected, whole, tmp_path):
+    cases = [(dropping(expected.case.laid_out(**sizes)), tmp_path / name) for name, sizes in LAYOUTS[world].items()]
+    for recompute in ("selective", "full"):
+        case, out = cases[-1]
+        config = replace(case.config, train=replace(case.config.train, recompute=recompute))
+        cases.append((replace(case, config=config), out.with_name(f"{out.name}, recomputed: {recompute}")))
+    for rank in run_distributed(run_cases, world, cases):
+        for outcome, (_, out) in zip(rank, cases):
+            assert outcome.loss == pytest.approx(whole[0].loss, rel=1e-5), out.name
+            assert outcome.grad_norm == pytest.approx(whole[0].grad_norm, rel=1e-5), out.name
+    for _, out in cases:
+        assert_gradients_near(adapters_in(expected, out), whole[1])
 
 
 # --- checkpoints ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor
 
 from nvlm.arch.base import parameter_group
 from nvlm.arch.stages import build_parts
+from nvlm.batch import Batch
 from nvlm.llm.adapters import AdaptedColumnLinear, AdaptedRowLinear
 from nvlm.train.optim import freeze
 from nvlm.weights.merge import adapter_names, is_adapter, merge
 from tests.models import adapter_gradients, batch_of, build_twins, reference_sample, small_config
 from tests.parity.test_models import INPUTS, ONE, TEXT, assert_gradients_near
 
-LORA = ("peft=lora", "peft.rank=3", "peft.alpha=5")
+LORA = ("peft=lora", "peft.rank=3", "peft.alpha=5", "stage.new=[]")  # cross-attention that has learned before
 ARCHITECTURES = ("decoder", "xattn", "hybrid")
 ROWS = INPUTS["packed rows"]
 
@@ -71,7 +73,7 @@ def test_a_fresh_one_is_the_base_bit_for_bit(arch, dropout):
 def test_adapters_alone_learn_in_their_groups_and_as_the_reference(arch, projector, recompute):
     options = (f"stage.train_projector={projector}", f"train.recompute={recompute}")
     twins = build_twins(small_config(f"arch={arch}", *LORA, *options))
-    freeze(twins.model, twins.config.stage, twins.config.peft.adapted)
+    freeze(twins.model, twins.config)
     twins.model(batch_of(ROWS, twins)).sum().backward()
     for name, parameter in twins.model.named_parameters():
         learns = is_adapter(name) or (projector == "true" and parameter_group(name) == "projector")
@@ -88,7 +90,7 @@ def test_adapters_alone_learn_in_their_groups_and_as_the_reference(arch, project
 def test_groups_that_are_no_target_learn_as_the_stage_says(targets):
     config = small_config("arch=hybrid", *LORA, f"peft.targets=[{targets[0]}]")
     (model,) = build_parts(config)
-    freeze(model, config.stage, config.peft.adapted)
+    freeze(model, config)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (is_adapter(name) or parameter_group(name) not in targets), name
         assert not is_adapter(name) or parameter_group(name) in targets
@@ -119,12 +121,27 @@ def test_merging_sums_in_fp32_and_keeps_the_type():
     assert merged.dtype == torch.bfloat16 and (merged == 258).all()  # 256 + 1.35; each rank's 0.34 alone would be lost
 
 
-def test_dropout_is_for_training_alone():
-    rows = [[ONE]]
-    dropping = build_twins(small_config("arch=hybrid", *LORA, "peft.dropout=0.5"))
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_dropout_is_for_training_alone_and_a_function_of_the_place(recompute):
+    dropping = build_twins(small_config("arch=hybrid", *LORA, "peft.dropout=0.5", f"train.recompute={recompute}"))
     plain = build_twins(small_config("arch=hybrid", *LORA))
+    batch = batch_of([[ONE]], plain)
+    later = replace(batch, place=batch.place + (1 << 40), cross_place=batch.cross_place + (1 << 40))  # of another step
+    freeze(dropping.model, dropping.config)
+
+    def gradients(*batches: Batch) -> list[Tensor]:
+        dropping.model.train().zero_grad()
+        losses = [dropping.model(batch).sum() for batch in batches]  # as a pipeline does: several forward passes first
+        for loss in losses:
+            loss.backward()
+        return [p.grad.clone() for name, p in dropping.model.named_parameters() if is_adapter(name)]
+
     with torch.no_grad():
-        expected = plain.model.eval()(batch_of(rows, plain))
-        trained = [dropping.model.train()(batch_of(rows, dropping)) for _ in range(2)]
-        assert torch.equal(dropping.model.eval()(batch_of(rows, dropping)), expected)
-    assert not torch.equal(trained[0], expected) and not torch.equal(trained[0], trained[1])
+        expected = plain.model.eval()(batch)
+        assert torch.equal(dropping.model.eval()(batch), expected)
+        trained = [dropping.model.train()(each) for each in (batch, batch, later)]
+    assert torch.equal(trained[0], trained[1])
+    assert not torch.equal(trained[0], expected) and not torch.equal(trained[0], trained[2])
+    apart = [sum(pair) for pair in zip(gradients(batch), gradients(later))]
+    for together, alone in zip(gradients(batch, later), apart):
+        assert torch.allclose(together, alone, rtol=0, atol=1e-5 * float(alone.abs().max()))

@@ -34,14 +34,15 @@ STAGES = {
     "sft": ("stage=sft",),
     "language model alone": ("stage=sft", "stage.train_projector=false", "stage.train_xattn=false"),
     "projector alone": ("stage=pretrain", "stage.train_xattn=false"),
-    "adapters": ("stage=sft", "peft=lora", "peft.rank=3"),
+    "adapters": ("stage=sft", "peft=lora", "peft.rank=3", "stage.new=[]"),
+    "adapters beside new modules": ("stage=sft", "peft=lora", "peft.rank=3"),
     "recomputed pretrain": ("stage=pretrain", "train.recompute=full"),
     "recomputed sft": ("stage=sft", "train.recompute=full"),
     "selectively recomputed pretrain": ("stage=pretrain", "train.recompute=selective"),
     "selectively recomputed sft": ("stage=sft", "train.recompute=selective"),
     "another encoder": ("stage=sft", "vision.norm=layer", "vision.qk_norm=false", "vision.qkv_bias=true"),
     "cross-attention in every layer": ("stage=pretrain", "arch.cross_every=1"),
-    "idle adapters": ("stage=pretrain", "peft=lora", "peft.rank=3"),
+    "idle adapters": ("stage=pretrain", "peft=lora", "peft.rank=3", "stage.new=[]"),
 }
 CASES = [(arch, name) for arch in ARCHITECTURES for name in STAGES]
 NOT_OF_D = ("cross-attention in every layer", "idle adapters")  # D has none, and adapters would all be idle
@@ -77,7 +78,7 @@ def test_torch_counts_the_same(arch, stage, monkeypatch):
     monkeypatch.setattr(packing, "WORTH_A_CALL", 0)  # samples go apart, however short
     config = small_config(f"arch={arch}", *STAGES[stage])
     (model,) = build_parts(config)
-    freeze(model, config.stage, config.peft.adapted)
+    freeze(model, config)
     vision = VisionPath(InternViT(config, solo_groups()), config.vision.downsample)
     batch = batch_for(config, [[TWO, TEXT, ONE_TILE], [SIDE_BY_SIDE, ONE], [TEXT]])
     with sdpa_kernel(SDPBackend.MATH):

@@ -437,7 +437,7 @@ def test_counts_of_d_and_x(arch, stream_tiles, cross_tiles, tiles):
 def test_a_batch_without_pictures_trains_all_that_learns(arch, rows, stage):
     """Data-parallel ranks wait for each other's gradients: each parameter must bring one, if only zero."""
     twins = build_twins(small_config(f"arch={arch}", f"stage={stage}"))
-    freeze(twins.model, twins.config.stage)
+    freeze(twins.model, twins.config)
     loss = twins.model(batch_of(rows, twins)).sum()
     torch.autograd.backward(loss)
     assert (loss > 1) == bool(rows)
@@ -599,7 +599,7 @@ def test_what_learns_in_pretraining_gets_the_references_gradients(model, recompu
     """Language model frozen. The encoder never learns, and encoding keeps no graph to hold activations by."""
     overrides, rows = MODELS[model], INPUTS["packed rows"]
     twins = build_twins(small_config(*overrides, "stage=pretrain", f"train.recompute={recompute}"))
-    freeze(twins.model, twins.config.stage)
+    freeze(twins.model, twins.config)
     batch = batch_of(rows, twins)
     assert not batch.features.requires_grad and batch.features.grad_fn is None
     torch.autograd.backward(twins.model(batch).sum())
@@ -625,7 +625,7 @@ def test_recomputing_changes_nothing(arch, stage, rows):
     results, calls = [], []
     for recompute in ("none", "selective", "full"):
         twins = build_twins(small_config(f"arch={arch}", f"stage={stage}", f"train.recompute={recompute}"))
-        freeze(twins.model, twins.config.stage)
+        freeze(twins.model, twins.config)
         count, last = [], twins.model.decoder.layers[-1]
         for what, part in (("layer", last), ("mlp", last.mlp.linear_fc1)):
             part.register_forward_pre_hook(lambda module, _, what=what, count=count: count.append(what))

@@ -87,8 +87,10 @@ def test_each_part_falls_with_what_cuts_it(configured):
     assert staged.gradients < 0.3 * plain.gradients and staged.encoder == plain.encoder
     frozen = need("stage=pretrain")
     assert frozen.gradients < 0.2 * plain.gradients and frozen.weights == plain.weights
-    adapted = need("peft=lora")
+    adapted = need("peft=lora", "stage.new=[]")
     assert adapted.optimizer < 0.02 * plain.optimizer < adapted.weights
+    beside = need("peft=lora")  # cross-attention, new here, learns in full
+    assert adapted.optimizer < beside.optimizer < 0.05 * plain.optimizer
     fp8 = need("precision=fp8_current")
     assert 1.5 * plain.weights < fp8.weights < 2 * plain.weights and fp8.activations < plain.activations
     offloaded = need("train.offload=true")
