@@ -168,11 +168,12 @@ def _layer(config: Config, s: _Sizes, crosses: bool, fp8: bool, flows: bool) -> 
 
 
 def _input(config: Config, s: _Sizes, group: str, fp8: bool, elements: float) -> float:
-    """What a linear keeps: its input, where a weight beside it learns, and the middle of its adapter."""
+    """What a linear keeps: its input, where a weight beside it learns, and of its adapter the dropout mask and the
+    middle."""
     if group in s.learns:
         return elements * (1 if fp8 else s.element)
     if group in s.adapts:
-        return (elements + s.own * config.peft.rank) * s.element
+        return (elements + s.own * config.peft.rank) * s.element + elements * (config.peft.dropout > 0)
     return 0.0
 
 
@@ -190,7 +191,8 @@ def _attention(config: Config, s: _Sizes, fp8: bool, flows: bool) -> tuple[float
     kept += s.norm(learns) if flows or learns else 0
     kept += _input(config, s, "llm", fp8, s.own * llm.hidden)
     behind = _input(config, s, "llm", fp8, s.tokens * q)
-    apart = k.apart or fp8 or p.context > 1  # the linear behind attention keeps a tensor of its own
+    dropped = adapts and config.peft.dropout > 0
+    apart = k.apart or fp8 or p.context > 1 or dropped  # the linear behind attention keeps a tensor of its own
     return kept + (behind if apart else max(behind - queries, 0)), True
 
 
@@ -206,9 +208,11 @@ def _cross_attention(config: Config, s: _Sizes, fp8: bool, flows: bool) -> tuple
     kept += 4 * k.dense_keys * s.query_cross_pairs
     kept += s.norm(learns) if flows or learns else 0
     kept += _input(config, s, "xattn", fp8, s.own * llm.hidden)
-    kept += s.keys * config.peft.rank * s.element if adapts else 0
+    dropped = adapts and config.peft.dropout > 0
+    if adapts:
+        kept += s.keys * (config.peft.rank * s.element + dropped * llm.hidden * (s.element + 1))
     behind = _input(config, s, "xattn", fp8, s.tokens * q)
-    kept += behind if k.apart_keys or fp8 else max(behind - queries, 0)
+    kept += behind if k.apart_keys or fp8 or dropped else max(behind - queries, 0)
     return kept + (s.hidden if learns else 0), True  # the gate wants what it is multiplied with
 
 
@@ -238,8 +242,9 @@ def _fusion(config: Config, s: _Sizes, stage: int, load: Load) -> float:
         words = config.arch.name == "hybrid" and ("xattn" in s.learns or "llm" in s.learns)
         kept += tokens * normed if learns or "xattn" in s.learns else 0
         kept += s.keys * normed if words else 0
-        # One tensor for all layers of the stage, whole on each rank.
-        kept += s.keys * h * s.element if "xattn" in s.learns or "xattn" in s.adapts else 0
+        # One tensor for all layers of the stage, whole on each rank; with dropout each layer keeps its own.
+        whole = "xattn" in s.learns or ("xattn" in s.adapts and not config.peft.dropout)
+        kept += s.keys * h * s.element if whole else 0
     return kept
 
 

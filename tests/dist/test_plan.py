@@ -81,6 +81,7 @@ SETTINGS = {
     "frozen, two stages": ("stage=pretrain", "parallel.pipeline=2"),
     "bf16": ("precision=bf16",),
     "adapters": ("peft=lora", "peft.rank=4", "stage.new=[]"),
+    "adapters with dropout": ("peft=lora", "peft.rank=4", "stage.new=[]", "peft.dropout=0.1"),
     "adapters beside new modules": ("peft=lora", "peft.rank=4"),
     "tensor": ("parallel.tensor=2",),
     "sequence": ("parallel.tensor=2", "parallel.sequence=true"),
