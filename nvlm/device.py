@@ -171,5 +171,23 @@ def _install() -> None:
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     # Megatron warns when the CPU generator moves inside a "GPU" generator's context: here they are one and the same.
     logging.getLogger(megatron_random.__name__).addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
+    _use_torch_optimizers()
     _CpuAnswersForCuda().__enter__()
     _CpuAnswersForCuda.active = True
+
+
+def _use_torch_optimizers() -> None:
+    """Let Megatron's optimizers compute with torch, as they do where neither Transformer Engine nor Apex is installed:
+    those two bring CUDA kernels, and whether there is a GPU Megatron does not ask."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as mixed_precision
+
+    optimizer.Adam = distrib_optimizer.Adam = torch.optim.AdamW
+    optimizer.USING_PYTORCH_OPTIMIZER = True
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+    for module in (clip_grads, mixed_precision):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None

@@ -216,7 +216,7 @@ def check_weights(config: Config, run_dir: Path | None = None) -> None:
 
 
 # What a resumed run may change; the rest decides what its steps compute.
-_FREE = ("name", "resume", "dry_run", "profile", "gpu", "init.llm", "init.checkpoint", "stage.new", "parallel.",
+_FREE = ("name", "resume", "dry_run", "profile", "gpu", "init.llm", "init.checkpoint", "parallel.",
          "evaluate.", "data.workers", "data.max_skipped", "train.log_every",
          "train.save_every", "train.keep", "train.async_save", "train.save_frozen", "train.threads", "train.recompute",
          "train.stop_seconds", "train.spike_factor", "train.max_bad_steps", "vision.balance",

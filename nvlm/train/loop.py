@@ -19,6 +19,7 @@ from nvlm.lengths import check_vocabulary
 from nvlm.llm.backend import check_precision, describe
 from nvlm.rules import check_world
 from nvlm.runs import latest
+from nvlm.train import idle
 from nvlm.train.begin import begin
 from nvlm.train.checkpoint import Checkpoints
 from nvlm.train.guard import Guard, broken
@@ -45,6 +46,7 @@ def run(config: Config, run_dir: Path, started: float) -> None:
         goes_on = config.resume == "auto" and latest(run_dir) is not None
         trainer = build_trainer(config, device, begins=not goes_on)
         first, guard = resume(trainer, config, run_dir)
+        idle.check_gates(trainer.stages.parts)
         counts = count_groups(trainer.stages.parts, trainer.vision.path.encoder)
         if parallel.is_first_rank():
             print_groups(counts, config.stage.name, config.optim.lr, trainer.origins)
@@ -73,7 +75,7 @@ def train(
 
     `told`: hears of each step's phases as they begin.
     """
-    settings, due = config.train, False
+    settings, due, waiting = config.train, False, idle.expected(config)
     active = parallel.is_first_rank()
     profiler = build_profiler(run_dir) if config.profile and active else None
     with (
@@ -89,6 +91,9 @@ def train(
             result = train_step(trainer, data, guard, signals.came, functools.partial(mark, step))
             mark(step, "log")
             metrics.record(result, mark.lap())
+            waiting, warning = idle.after_step(waiting, trainer.chunks, result.work.tiles)
+            if warning and active:
+                print(warning)
             checkpoints.poll()
             guard = result.guard
             if guard.bad_in_row >= settings.max_bad_steps:

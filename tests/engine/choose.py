@@ -26,10 +26,12 @@ def prepare(fused_gradients: bool = True) -> None:
     from torch.nn.attention.flex_attention import BlockMask, create_mask
 
     import benchmarks.peers
+    from nvlm import device
     from nvlm.arch import base
     from nvlm.llm import adapters, attention, backend, build
     from nvlm.llm.layer import learns
 
+    device._use_torch_optimizers = lambda: None  # Transformer Engine's own, on the kernels from here
     for room in (backend, build, adapters, base, benchmarks.peers):
         room.uses_te = lambda config: config.peft.name == "none"
     if not fused_gradients:

@@ -44,3 +44,41 @@ def test_with_its_layers_all_is_as_it_was(suite):
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) >= least, done.stdout[-300:]
+
+
+INSTALLED = """
+import sys
+from pathlib import Path
+from tests.engine import kernels
+kernels.install(Path(sys.argv[1]))
+import transformer_engine_torch as extension
+
+def no_gpu(*args, **kwargs):
+    raise RuntimeError("CUDA error: no CUDA-capable device is detected")
+
+for name in [name for name in vars(extension) if name.startswith("multi_tensor")]:
+    setattr(extension, name, no_gpu)
+from nvlm.cli import compose_config
+from nvlm.data.loader import load_steps
+from nvlm.parallel import distributed
+from nvlm.train.loop import build_steps, build_trainer
+from nvlm.train.step import train_step
+
+config = compose_config(*sys.argv[2:])
+with distributed(config.parallel, config.seed, threads=1) as device:
+    trainer = build_trainer(config, device)
+    losses = [train_step(trainer, data).loss for data in load_steps(build_steps(config), 0, 0)]
+assert losses[-1] < losses[0], losses
+"""
+
+
+@pytest.mark.parametrize("sharded", ["false", "true"])
+def test_a_machine_without_a_gpu_trains_where_it_is_installed(sharded):
+    """Megatron takes its optimizer kernels wherever they are installed, and they run on GPUs alone."""
+    options = [
+        "arch=decoder", "llm.layers=1", "data.records=8", "data.workers=0", "train.global_batch=4", "train.steps=3",
+        "optim.warmup=1", f"parallel.distributed_optimizer={sharded}",
+    ]  # fmt: skip
+    command = [sys.executable, "-c", INSTALLED, str(PACKAGES), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
