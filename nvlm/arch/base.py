@@ -32,8 +32,8 @@ from nvlm.llm.attention import rotary_angles, rotary_frequencies
 from nvlm.llm.backend import uses_te
 from nvlm.llm.build import FUSED_NORMS, block_submodules, llm_config, of_megatron
 from nvlm.llm.cache import Past
-from nvlm.llm.dropout import remember_places
 from nvlm.llm.context import attended_columns, gather_columns, own_columns
+from nvlm.llm.dropout import remember_places
 from nvlm.llm.layer import DecoderBlock, learns, project
 from nvlm.llm.loss import token_losses
 from nvlm.llm.masks import causal_mask, unseen_keys

@@ -28,7 +28,6 @@ from nvlm.llm.dropout import COLUMNS, KEYS, dropped, places
 from nvlm.llm.norm import RMSNorm
 from nvlm.weights.merge import ADAPTER
 
-
 _OF_KEYS = ("cross_attention.linear_kv",)  # linears whose input is cross-attended keys, not the text stream
 
 
@@ -86,8 +85,10 @@ class _Whole(nn.Linear):
 
 
 class Adapter(nn.Module):
-    """alpha / rank * up(down(dropout(x))). `seed` names its dropout masks, `reads` says what x stands for; `columns` and
-    `features` are this rank's number where the tensor-parallel ranks split x along one of them, else 0."""
+    """alpha / rank * up(down(dropout(x))). `seed` names its dropout masks, `reads` says what x stands for.
+
+    `columns` and `features`: this tensor-parallel rank where the ranks split x along that dimension, else 0.
+    """
 
     def __init__(
         self, down: nn.Module, up: nn.Module, peft: PeftConfig, seed: str, reads: str, columns: int, features: int

@@ -1,4 +1,4 @@
-"""Dropout that is the same in every layout: a function of (seed, linear, place in the run, feature), not of a generator.
+"""Dropout that is the same in every layout: a function of (seed, linear, place, feature), not of a generator.
 
 A token's place (`Batch.place`) numbers its step, its row among all replicas' rows, and its column, so the mask depends
 neither on how rows are dealt to replicas and micro-batches, nor on how columns and features are split over ranks.
