@@ -36,14 +36,19 @@ class ChatTokenizer:
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
 
 
+def tokenizer_file(where: str | None) -> Path:
+    """The file that `where` means: a folder with tokenizer.json, such a file, or "tiny" for the one in this package."""
+    path = TINY if where == "tiny" else Path(where or "")
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
 @lru_cache(maxsize=4)
 def load_tokenizer(where: str, bos: str | None = None, key: str = "llm.tokenizer") -> ChatTokenizer:
-    """Read `where`: a folder with tokenizer.json, such a file, or "tiny" for the one in this package.
+    """Read the tokenizer that `where` means (see `tokenizer_file`).
 
     `bos`: the token that begins every conversation; `key`: the setting that named it. Raises ConfigError.
     """
-    path = TINY if where == "tiny" else Path(where)
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = tokenizer_file(where)
     if not path.is_file():
         raise problem(key, repr(where), "a folder with tokenizer.json", f"{key}=DIR")
     try:
