@@ -16,7 +16,7 @@ from pathlib import Path
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,15 +28,20 @@ from nvlm.requeue import in_job, requeued
 from nvlm.rules import validate
 from nvlm.runs import steps_done
 from nvlm.train.guard import BrokenRun
+from nvlm.words import SWEEP_FLAGS, parse, plain_words
 from nvlm.workers import report
 
 CONF = launch.ROOT / "conf"
+LISTING = "launch/train.py --cfg job lists all keys and their values"
 
 
 def main(started: float) -> int:
     """Answer the command line; `started`: time.time() when it was given. Returns the exit status."""
+    sys.argv[1:] = plain_words(sys.argv[1:])  # Hydra reads them again
     try:
         configs = check_overrides(sys.argv[1:])
+        if len(configs) > 1 and not any(word in SWEEP_FLAGS for word in sys.argv):
+            raise problem("command line", f"{len(configs)} runs", "one, or -m for a sweep", "add -m")
         elsewhere = any(word.startswith("hydra/launcher=") for word in sys.argv[1:])  # in jobs, on other machines
         for config in configs:
             if not elsewhere:
@@ -93,13 +98,11 @@ def check_overrides(arguments: list[str], also: Sequence[str] = ()) -> list[Conf
     `also`: keys of the command's own, which a mistyped one may have meant. Raises ConfigError.
     Empty where `arguments` hold a flag that Hydra answers itself, such as --help.
     """
-    words = [a for a in arguments if not a.startswith("-")]
-    if len(words) < len([a for a in arguments if a not in ("-m", "--multirun")]):
+    if any(word.startswith("-") and word not in SWEEP_FLAGS for word in arguments):
         return []
-    try:
-        overrides = OverridesParser.create().parse_overrides(words)
-    except HydraException as error:
-        raise ConfigError(f"command line: {_first_line(error)}. Fix: write key=value") from None
+    overrides = [parse(word) for word in plain_words(arguments) if not word.startswith("-")]
+    for override in overrides:
+        _check_group(override)
     choices = [
         [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
         if o.is_sweep_override()
@@ -110,9 +113,25 @@ def check_overrides(arguments: list[str], also: Sequence[str] = ()) -> list[Conf
     for combination in itertools.product(*choices):
         try:
             configs.append(compose_config(*combination))
-        except (HydraException, OmegaConfBaseException) as error:
+        except ConfigError:
+            raise
+        except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
             raise _explain(error, also) from None
     return configs
+
+
+def _check_group(override: Override) -> None:
+    """A group takes the name of one of its files. Hydra's own complaint does not say which group it is about."""
+    group, got = override.key_or_group, override.value()
+    if (CONF / group).is_dir() and not override.is_sweep_override() and not isinstance(got, str | list):
+        raise _unknown_value(group, str(got).lower() if got is not None else "null")
+
+
+def _unknown_value(group: str, got: str) -> ConfigError:
+    known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    near = get_close_matches(got, known, n=1)
+    key = "+experiment" if group == "experiment" else group  # which no run has by default
+    return problem(group, repr(got), f"one of {', '.join(known)}", f"{key}={near[0] if near else known[0]}")
 
 
 def _compose(overrides=()) -> DictConfig:
@@ -129,25 +148,31 @@ def _explain(error: Exception, also: Sequence[str]) -> ConfigError:
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
         return unknown_key(match[1], also)
-    if match := re.search(r"(?:In '[^']*': )?Could not find '([^']+)/([^'/]+)'", text):
-        group, got = match[1], match[2]
-        known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-        near = get_close_matches(got, known, n=1)
-        return problem(group, repr(got), f"one of {', '.join(known)}", f"{group}={near[0] if near else known[0]}")
+    if match := re.search(r"Could not find '([^']+)/([^'/]*)'", text):
+        return _unknown_value(match[1], match[2])
     if "Could not load 'hydra/launcher/submitit" in text:
         what, expected = "hydra/launcher=slurm", "it, which sends the runs of a sweep to Slurm"
         return problem(what, "no hydra-submitit-launcher", expected, f"pip install -e '{launch.ROOT}[slurm]'")
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return problem(match[1], "nothing", "a value", f"{match[1]}=...")
-    return ConfigError(f"configuration: {_first_line(error)}")
+    return ConfigError(f"configuration: {_first_line(error)}. Fix: {LISTING}")
 
 
 def unknown_key(key: str, also: Sequence[str] = ()) -> ConfigError:
     """What to say about a key that neither the configuration has nor is one of `also`."""
     known = list(launch.flat(OmegaConf.to_container(_compose(), resolve=False)))
-    groups = [path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"]
-    near = get_close_matches(key, [*also, *known, *groups], n=3, cutoff=0.5)
-    if not near:
-        section = key.split(".")[0]
-        near = [name for name in known if name.startswith(f"{section}.")][:20] or sorted(groups)
-    return problem(key, "a key that does not exist", f"one of {', '.join(near)}", f"{near[0]}=...")
+    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "experiment"))
+    near = near_keys(key, [*also, *known, *groups, "+experiment"])
+    expected = f"one of {', '.join(near)}" if near else f"one of the keys of {', '.join(groups)}"
+    return problem(key, "a key that does not exist", expected, f"{near[0]}=..." if 0 < len(near) <= 3 else LISTING)
+
+
+def near_keys(key: str, known: Sequence[str]) -> list[str]:
+    """Those of `known` that `key` may have meant: of its own section, or of the same name in another one."""
+    section, _, leaf = key.rpartition(".")
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    if section and siblings:
+        close = get_close_matches(leaf, siblings, n=3, cutoff=0.6) or list(siblings)[:20]
+        return [siblings[name] for name in close]
+    namesakes = [name for name in known if name.rpartition(".")[2] == leaf]
+    return namesakes or get_close_matches(key, known, n=3, cutoff=0.75)

@@ -7,15 +7,30 @@ that a mistake is answered in seconds.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Annotated
 
+from nvlm.fields import Choice, FileName, FilePath, Range, Without
+from nvlm.hardware import GPUS
 from nvlm.tiling.budget import tokens_per_tile
+from nvlm.tiling.tags import TAG_STYLES
 
 GROUPS = ("vision", "projector", "xattn", "llm")
+IMAGE_MARK = "<image>"  # where an image stands in a message
+TE_INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
+FP8_RECIPES = {"fp8_delayed": "delayed", "fp8_current": "tensorwise", "fp8_blockwise": "blockwise", "mxfp8": "mxfp8"}
+
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(above=0, example=1)]
+NotNegative = Annotated[float, Range(0)]
+Location = Annotated[str, FilePath()]
 
 
 class ConfigError(ValueError):
@@ -31,9 +46,9 @@ def problem(what: str, got: object, expected: str, fix: str) -> ConfigError:
 class ArchConfig:
     """Where projected tiles go. `cross_every`: gated cross-attention in layers k, 2k, ... (0: none)."""
 
-    name: str
-    cross_every: int
-    cross_std: float  # of the new layers' weights at the start
+    name: Annotated[str, Choice("decoder", "xattn", "hybrid")]
+    cross_every: Natural
+    cross_std: NotNegative  # of the new layers' weights at the start
     bind_tags: bool  # hybrid: add each tile's tag embedding to its keys and values
 
 
@@ -42,31 +57,31 @@ class LLMConfig:
     """A Qwen2- or Llama-shaped language model (RMSNorm, RoPE, grouped queries, SwiGLU)."""
 
     name: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    vocab_multiple: int  # embedding and output layer are padded to a multiple of it, so that ranks can share them
-    rope_theta: float
-    rope_scaling: dict[str, float] | None  # Llama 3.1's, by the names of its config.json; None: none
-    norm_eps: float
+    layers: Count
+    hidden: Count
+    heads: Count
+    kv_heads: Count
+    head_dim: Count
+    ffn: Count
+    vocab: Count
+    vocab_multiple: Count  # embedding and output layer are padded to a multiple of it, so that ranks can share them
+    rope_theta: Positive
+    rope_scaling: dict[str, Positive] | None  # Llama 3.1's, by the names of its config.json; None: none
+    norm_eps: Positive
     qkv_bias: bool
     tied: bool
-    max_positions: int
-    init_std: float
-    embedding_std: float
-    cross_std: float
-    cross_every: int
-    tokenizer: str | None  # a folder or file with tokenizer.json; "tiny" ships with the package
+    max_positions: Count
+    init_std: NotNegative
+    embedding_std: NotNegative
+    cross_std: NotNegative
+    cross_every: Count
+    tokenizer: Location | None  # a folder or file with tokenizer.json; "tiny" ships with the package
     bos: str | None  # the token that begins every conversation
-    tag_tokens: int  # tokens of one 1-D tile tag, used where the tokenizer is not at hand
+    tag_tokens: Natural  # tokens of one 1-D tile tag, used where the tokenizer is not at hand
     thumbnail_tag: str
-    seq_length: dict[str, int]  # text stream by architecture
-    cross_length: dict[str, int]  # cross-attended tokens by architecture
-    steps: dict[str, int]  # of a training run by architecture
+    seq_length: dict[str, Count]  # text stream by architecture
+    cross_length: dict[str, Natural]  # cross-attended tokens by architecture
+    steps: dict[str, Count]  # of a training run by architecture
 
     @property
     def padded_vocab(self) -> int:
@@ -79,19 +94,19 @@ class VisionConfig:
     """An InternViT. Sizes in px."""
 
     name: str
-    hidden: int
-    layers: int
-    heads: int
-    ffn: int
-    patch: int
-    tile_size: int
-    downsample: int
-    norm: str  # rms, or layer (InternViT-300M)
-    norm_eps: float
+    hidden: Count
+    layers: Count
+    heads: Count
+    ffn: Count
+    patch: Count
+    tile_size: Annotated[int, Range(1, example=448)]
+    downsample: Count
+    norm: Annotated[str, Choice("rms", "layer")]  # layer: InternViT-300M
+    norm_eps: Positive
     qkv_bias: bool
     qk_norm: bool
-    balance: str  # replica: tiles are spread over the ranks of a replica; global: over all ranks
-    tiles_per_call: int  # the encoder's batch
+    balance: Annotated[str, Choice("replica", "global")]  # whose ranks the tiles are spread over: a replica's, or all
+    tiles_per_call: Count  # the encoder's batch
     graph: bool  # full batches of the encoder as a CUDA graph
 
     @property
@@ -104,40 +119,40 @@ class VisionConfig:
 class TilingConfig:
     """Dynamic high resolution: at most `max_tiles` regular tiles, tagged in style `tag`."""
 
-    max_tiles: int
-    tag: str
-    resize: str
+    max_tiles: Annotated[int, Range(1, 256)]
+    tag: Annotated[str, Choice(*TAG_STYLES)]
+    resize: Annotated[str, Choice("fast", "exact")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
     """Where records come from and how long a packed row may be (tokens)."""
 
-    source: str
-    path: str | None
-    heldout_path: str | None
-    records: int
-    heldout_records: int
-    questions: int
-    seq_length: int  # tokens: the longest sample
-    cross_length: int  # cross-attended tokens of a row
-    row_length: int  # tokens: rows are filled up to here; a longer sample has a row of its own
-    system: str | None
-    tokenize: str  # apart: text and tags as in training; joined: as NVLM-D's Hugging Face release does
-    workers: int
-    max_skipped: float
-    max_pixels: int
-    window: int  # steps whose records are packed together
+    source: Annotated[str, Choice("pages", "jsonl")]
+    path: Location | None
+    heldout_path: Location | None
+    records: Count
+    heldout_records: Count
+    questions: Annotated[int, Range(1, 12)]
+    seq_length: Count  # tokens: the longest sample
+    cross_length: Natural  # cross-attended tokens of a row
+    row_length: Count  # tokens: rows are filled up to here; a longer sample has a row of its own
+    system: Annotated[str, Without(IMAGE_MARK)] | None
+    tokenize: Annotated[str, Choice("apart", "joined")]  # joined: <Image> and the first tag as one text
+    workers: Natural
+    max_skipped: Annotated[float, Range(0, 1)]
+    max_pixels: Annotated[int, Range(1, example=50_000_000)]
+    window: Count  # steps whose records are packed together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InitConfig:
     """Where weights come from at the start of a stage; None: random ones. `vision`: "tiny" ships with the package."""
 
-    llm: str | None  # a published language model: a folder with safetensors
-    vision: str | None  # a published InternViT: a folder with safetensors, or a file
-    release: str | None  # a whole model in the layout of NVLM-D-72B: what an export writes
-    checkpoint: str | None  # a run folder of the stage before, or one of its checkpoints
+    llm: Location | None  # a published language model: a folder with safetensors
+    vision: Location | None  # a published InternViT: a folder with safetensors, or a file
+    release: Location | None  # a whole model in the layout of NVLM-D-72B: what an export writes
+    checkpoint: Location | None  # a run folder of the stage before, or one of its checkpoints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +163,8 @@ class StageConfig:
     train_projector: bool
     train_xattn: bool
     train_llm: bool
-    new: tuple[str, ...]  # module groups that may begin with random weights where others are read
+    # Module groups that may begin with random weights where others are read:
+    new: tuple[Annotated[str, Choice("projector", "xattn")], ...]
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -164,11 +180,11 @@ class PeftConfig:
     A target that the stage declares new has no weights worth keeping: it learns in full, without adapters.
     """
 
-    name: str  # none, or lora
-    rank: int
-    alpha: float
-    dropout: float
-    targets: tuple[str, ...]
+    name: Annotated[str, Choice("none", "lora")]
+    rank: Annotated[int, Range(1, example=16)]
+    alpha: Positive
+    dropout: Annotated[float, Range(0, below=1)]
+    targets: tuple[Annotated[str, Choice("llm", "xattn")], ...]
 
     @property
     def scale(self) -> float:
@@ -183,8 +199,8 @@ class PrecisionConfig:
     Norms, gates, the projector, the embedding and the output layer never are in FP8.
     """
 
-    name: str
-    edges: int  # FP8: decoder layers at either end that compute in bf16
+    name: Annotated[str, Choice("bf16", "fp32", *FP8_RECIPES)]
+    edges: Natural  # FP8: decoder layers at either end that compute in bf16
     encoder: bool  # FP8: the frozen encoder's weights and products too
     param_gather: bool  # FP8: weights of the decoder's linears that learn are kept, and gathered over replicas, in FP8
 
@@ -209,23 +225,19 @@ class PrecisionConfig:
         return max(16, self.multiple) if self.recipe else 1
 
 
-TE_INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
-FP8_RECIPES = {"fp8_delayed": "delayed", "fp8_current": "tensorwise", "fp8_blockwise": "blockwise", "mxfp8": "mxfp8"}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
     """Sizes of the parallel dimensions of one model replica; data parallelism takes the rest."""
 
-    tensor: int
-    pipeline: int
-    virtual: int
-    context: int
-    context_heads: int  # context-parallel ranks that trade columns for heads; the others gather keys
+    tensor: Count
+    pipeline: Count
+    virtual: Count
+    context: Count
+    context_heads: Count  # context-parallel ranks that trade columns for heads; the others gather keys
     sequence: bool
-    data: int  # replicas that launch/train.py starts by itself
+    data: Count  # replicas that launch/train.py starts by itself
     distributed_optimizer: bool
-    timeout_minutes: float  # without progress, then the run ends
+    timeout_minutes: Annotated[float, Range(above=0, most=525_600, example=10)]  # without progress, then the run ends
 
     @property
     def overlap(self) -> bool:
@@ -255,56 +267,57 @@ class ParallelConfig:
 class OptimConfig:
     """AdamW with linear warm-up (in steps) and cosine decay (NVLM Tables 10 and 11)."""
 
-    lr: float
-    min_lr: float
-    warmup: int
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    clip: float
+    lr: Annotated[float, Range(above=0, example=1e-5)]
+    min_lr: NotNegative
+    warmup: Natural
+    beta1: Annotated[float, Range(0, below=1, example=0.9)]
+    beta2: Annotated[float, Range(0, below=1, example=0.95)]
+    eps: Annotated[float, Range(above=0, example=1e-8)]
+    weight_decay: NotNegative
+    clip: NotNegative
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """Length of the run in steps, samples per step, packed rows per micro-batch."""
 
-    steps: int
-    global_batch: int
-    micro_batch: int
-    recompute: str
+    steps: Count
+    global_batch: Count
+    micro_batch: Count
+    recompute: Annotated[str, Choice("none", "selective", "full")]
     offload: bool  # kept activations wait in the host's memory
-    log_every: int
-    save_every: int
-    keep: int
+    log_every: Count
+    save_every: Count
+    keep: Count
     async_save: bool  # a forked process writes while training goes on
     save_frozen: bool  # into every checkpoint, instead of once beside them
-    threads: int | None
-    stop_seconds: float  # from SIGTERM to SIGKILL
-    spike_factor: float  # a loss this many times its running mean is not learned from; 0: any finite one is
-    max_bad_steps: int  # in a row, then the run stops
+    threads: Count | None
+    stop_seconds: Annotated[float, Range(above=0, example=600)]  # from SIGTERM to SIGKILL
+    # A loss this many times its running mean is not learned from; 0: any finite one is.
+    spike_factor: Annotated[float, Range(above=1, also=0, example=3)]
+    max_bad_steps: Count  # in a row, then the run stops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateConfig:
     """Exact match on held-out questions after training; 0 questions: none."""
 
-    questions: int
-    batch: int
-    max_new_tokens: int
-    gallery: int
+    questions: Natural
+    batch: Count
+    max_new_tokens: Count
+    gallery: Natural
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """One run."""
 
-    name: str
-    seed: int
-    resume: str
+    name: Annotated[str, FileName()]
+    seed: Natural
+    resume: Annotated[str, Choice("never", "auto")]
     dry_run: bool
     profile: bool  # a few early steps of the first process
-    gpu: str | None  # whose memory a run is to fit, by the names of nvlm.hardware; None: the machine's own
+    gpu: Annotated[str, Choice(*GPUS)] | None  # whose memory a run is to fit; None: the machine's own
     init: InitConfig
     arch: ArchConfig
     llm: LLMConfig
@@ -332,39 +345,99 @@ class Config:
 
 
 def from_mapping(cls: type, values: dict, path: str = ""):
-    """Build the dataclass `cls` from plain `values`; unknown, missing and mistyped keys raise ConfigError."""
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
+    """Build the dataclass `cls` from plain `values`. Raises ConfigError for a key that is unknown or missing, and for a
+    value that is not of its field's type or beyond the field's limits."""
+    kinds = kinds_of(cls)
+    unknown = sorted(set(values) - set(kinds))
     if unknown:
-        near = get_close_matches(unknown[0], hints, n=3, cutoff=0.5) or sorted(hints)
-        raise problem(f"{path}{unknown[0]}", "a key that does not exist", f"one of {', '.join(near)}", "rename it")
-    missing = sorted(set(hints) - set(values))
+        near = get_close_matches(unknown[0], kinds, n=3, cutoff=0.7)
+        fix = f"{path}{near[0]}=..." if near else "leave it out"
+        expected = f"one of {', '.join(near or sorted(kinds))}"
+        raise problem(f"{path}{unknown[0]}", "a key that does not exist", expected, fix)
+    missing = sorted(set(kinds) - set(values))
     if missing:
-        raise problem(f"{path}{missing[0]}", "nothing", f"a value of type {hints[missing[0]]}", "set it")
-    return cls(**{key: _coerce(hints[key], values[key], f"{path}{key}") for key in hints})
+        raise problem(f"{path}{missing[0]}", "nothing", str(kinds[missing[0]]), f"{path}{missing[0]}=...")
+    return cls(**{key: _checked(kind, values[key], f"{path}{key}") for key, kind in kinds.items()})
 
 
-def _coerce(kind, value, path: str):
-    if dataclasses.is_dataclass(kind):
-        return from_mapping(kind, value, f"{path}.")
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if value is None and type(None) in options:
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a field may hold: a `type`, for containers the kinds `inside`, the `limits` of its annotation, or None."""
+
+    type: type
+    inside: tuple[Kind, ...]
+    limits: tuple
+    optional: bool
+
+    def __str__(self) -> str:
+        return ", ".join([_KINDS.get(self.type, "a group of keys"), *map(str, self.limits)])
+
+
+@functools.cache
+def kinds_of(cls: type) -> dict[str, Kind]:
+    """The fields of a dataclass."""
+    return {name: _kind(hint) for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
+
+
+def _kind(hint) -> Kind:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    some = next(option for option in options if option is not types.NoneType)
+    limits = some.__metadata__ if typing.get_origin(some) is Annotated else ()
+    bare = typing.get_args(some)[0] if limits else some
+    inside = tuple(_kind(part) for part in typing.get_args(bare) if part is not ...)
+    return Kind(typing.get_origin(bare) or bare, inside, limits, len(options) > 1)
+
+
+_LARGEST = 2**62  # in 64 bits, with room to count on
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "a mapping",
+    tuple: "a list",
+}
+_EXAMPLES = {int: "1", float: "1", bool: "true", str: "'\"text\"'", dict: "{name:1}", tuple: "[a,b]"}
+
+
+def _checked(kind: Kind, value, path: str, fix: str = "{}={}"):
+    if value is None and kind.optional:
         return None
-    plain = next(o for o in options if o is not type(None))
-    if plain is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if plain is float and isinstance(value, str):  # YAML reads 1e-4 as text
+    if dataclasses.is_dataclass(kind.type):
+        if not isinstance(value, dict):
+            raise problem(path, repr(value), str(kind), f"{path}.KEY=...")
+        return from_mapping(kind.type, value, f"{path}.")
+    value = _as_type(kind.type, value, path)
+    if kind.type is dict:
+        return {key: _checked(kind.inside[1], item, f"{path}.{key}") for key, item in value.items()}
+    if kind.type is tuple:
+        return tuple(_checked(kind.inside[0], item, path, "{}=[{}]") for item in value)
+    for limit in kind.limits:
+        if value not in limit:
+            got = repr(value) if kind.type is str else value
+            raise problem(path, got, str(limit), fix.format(path, limit.instead(value)))
+        if isinstance(limit, FilePath):  # a shell leaves the ~ of key=~/file alone
+            value = os.path.expanduser(value)
+    return value
+
+
+def _as_type(wanted: type, value, path: str):
+    """`value` as a `wanted`, where it can be read as nothing else."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if wanted is str and whole:  # name: 20241127
+        return str(value)
+    if wanted is float and (whole or isinstance(value, str)):  # YAML reads 1e-4 as text
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
-    if typing.get_origin(plain) is dict and isinstance(value, dict):
-        return dict(value)
-    if typing.get_origin(plain) is tuple and isinstance(value, list):
+    if wanted is tuple and isinstance(value, list):
         return tuple(value)
-    if not isinstance(plain, type) or not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
-        name = getattr(plain, "__name__", str(plain))
-        raise problem(path, repr(value), f"a value of type {name}", f"write {path}=<{name}>")
+    if wanted is int and whole and abs(value) > _LARGEST:
+        raise problem(path, value, f"a number of at most {len(str(_LARGEST)) - 1} digits", f"{path}=1")
+    if not isinstance(value, wanted) or (wanted is int and not whole):
+        example = f"[{value.strip('[]')}]" if wanted is tuple and isinstance(value, str) else _EXAMPLES[wanted]
+        raise problem(path, repr(value), _KINDS[wanted], f"{path}={example}")
     return value
 
 

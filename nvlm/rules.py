@@ -3,73 +3,33 @@
 from __future__ import annotations
 
 import math
-from difflib import get_close_matches
 
 from nvlm.config import FP8_RECIPES, Config, problem
-from nvlm.hardware import GPUS
-from nvlm.tiling.tags import TAG_STYLES
 
 PROFILED = 6  # steps until a trace is whole
 
 
-def _one_of(what: str, got: str, known: tuple[str, ...]) -> None:
-    if got not in known:
-        near = get_close_matches(got, known, n=1)
-        raise problem(what, repr(got), f"one of {', '.join(known)}", f"{what}={near[0] if near else known[0]}")
-
-
-def _positive(config: Config) -> None:
-    counts = {
-        "llm.vocab_multiple": config.llm.vocab_multiple,
-        "parallel.tensor": config.parallel.tensor,
-        "parallel.pipeline": config.parallel.pipeline,
-        "parallel.virtual": config.parallel.virtual,
-        "parallel.context": config.parallel.context,
-        "parallel.context_heads": config.parallel.context_heads,
-        "vision.tiles_per_call": config.vision.tiles_per_call,
-        "parallel.data": config.parallel.data,
-        "train.steps": config.train.steps,
-        "train.global_batch": config.train.global_batch,
-        "train.micro_batch": config.train.micro_batch,
-        "train.log_every": config.train.log_every,
-        "train.save_every": config.train.save_every,
-        "train.keep": config.train.keep,
-        "train.max_bad_steps": config.train.max_bad_steps,
-        "tiling.max_tiles": config.tiling.max_tiles,
-        "data.records": config.data.records,
-        "data.window": config.data.window,
-    }
-    for what, got in counts.items():
-        if got < 1:
-            raise problem(what, got, "at least 1", f"{what}=1")
-
-
-def _names(config: Config) -> None:
-    _one_of("arch.name", config.arch.name, ("decoder", "xattn", "hybrid"))
-    _one_of("tiling.tag", config.tiling.tag, TAG_STYLES)
-    _one_of("tiling.resize", config.tiling.resize, ("fast", "exact"))
-    _one_of("data.source", config.data.source, ("pages", "jsonl"))
-    _one_of("data.tokenize", config.data.tokenize, ("apart", "joined"))
-    _one_of("precision", config.precision.name, ("fp32", "bf16", *FP8_RECIPES))
-    if config.gpu is not None:
-        _one_of("gpu", config.gpu, tuple(GPUS))
-    _one_of("resume", config.resume, ("never", "auto"))
-    _one_of("vision.norm", config.vision.norm, ("rms", "layer"))
-    for group in config.stage.new:
-        _one_of("stage.new", group, ("projector", "xattn"))
-    _one_of("vision.balance", config.vision.balance, ("replica", "global"))
-    _one_of("train.recompute", config.train.recompute, ("none", "selective", "full"))
-    if config.data.tokenize == "joined" and config.arch.name != "decoder":
+def _data(config: Config) -> None:
+    data = config.data
+    if data.tokenize == "joined" and config.arch.name != "decoder":
         # Tags of the others are bound to their tiles one by one.
         raise problem("data.tokenize", "joined", f"apart for arch={config.arch.name}", "data.tokenize=apart")
-    if config.data.source == "jsonl" and not config.data.path and not config.dry_run:
+    if data.source == "jsonl" and not data.path and not config.dry_run:
         raise problem("data.path", "nothing", "a .jsonl file", "data.path=records.jsonl")
+    if data.seq_length > config.llm.max_positions:
+        positions = config.llm.max_positions
+        expected = f"at most the positions that the model knows, llm.max_positions={positions}"
+        fix = f"data.seq_length={positions}, or llm.max_positions={data.seq_length} where the model learns that many"
+        raise problem("data.seq_length", data.seq_length, expected, fix)
 
 
 def _shapes(config: Config) -> None:
     llm, vision, tensor = config.llm, config.vision, config.parallel.tensor
     if llm.heads % llm.kv_heads:
         raise problem("llm.heads", llm.heads, f"a multiple of llm.kv_heads={llm.kv_heads}", "change one of them")
+    if llm.head_dim % 2:
+        fix = f"llm.head_dim={llm.head_dim + 1}"
+        raise problem("llm.head_dim", llm.head_dim, "an even number: rotary angles turn pairs", fix)
     if vision.hidden % vision.heads:
         raise problem("vision.hidden", vision.hidden, f"a multiple of vision.heads={vision.heads}", "change one")
     cell = vision.patch * vision.downsample
@@ -129,20 +89,11 @@ def _init(config: Config) -> None:
 def _schedule(config: Config) -> None:
     if config.optim.warmup >= config.train.steps:
         raise problem("optim.warmup", config.optim.warmup, f"fewer than train.steps={config.train.steps}", "lower it")
+    if config.optim.min_lr > config.optim.lr:
+        expected = f"at most optim.lr={config.optim.lr:g}, from which it falls"
+        raise problem("optim.min_lr", config.optim.min_lr, expected, f"optim.min_lr={config.optim.lr / 10:g}")
     if config.profile and config.train.steps < PROFILED:
         raise problem("profile", True, f"train.steps of at least {PROFILED}, its last ones are traced", "profile=false")
-
-
-def _faults(config: Config) -> None:
-    factor = config.train.spike_factor
-    if factor != 0 and factor <= 1:
-        raise problem("train.spike_factor", factor, "above 1, or 0 for none", "train.spike_factor=3")
-    for what, got in (
-        ("train.stop_seconds", config.train.stop_seconds),
-        ("parallel.timeout_minutes", config.parallel.timeout_minutes),
-    ):
-        if got <= 0:
-            raise problem(what, got, "above 0", f"{what}=10")
 
 
 def _stage(config: Config) -> None:
@@ -157,15 +108,8 @@ def _stage(config: Config) -> None:
 
 def _peft(config: Config) -> None:
     peft = config.peft
-    _one_of("peft", peft.name, ("none", "lora"))
     if peft.name == "none":
         return
-    if peft.rank < 1:
-        raise problem("peft.rank", peft.rank, "at least 1", "peft.rank=16")
-    if not 0 <= peft.dropout < 1:
-        raise problem("peft.dropout", peft.dropout, "at least 0 and below 1", "peft.dropout=0")
-    for target in peft.targets:
-        _one_of("peft.targets", target, ("llm", "xattn"))
     known = {"llm"} if config.arch.name == "decoder" else {"llm", "xattn"}
     learns = known.intersection(config.stage.trainable).difference(config.stage.new)
     if learns.isdisjoint(peft.targets):
@@ -184,8 +128,8 @@ def _precision(config: Config) -> None:
                 known = ", ".join(FP8_RECIPES)
                 raise problem(f"precision.{what}", got, f"nothing without FP8 (precision={known})", "leave it out")
         return
-    if not 0 <= 2 * precision.edges < llm.layers:
-        expected = f"at least 0 and fewer than half of llm.layers={llm.layers}"
+    if 2 * precision.edges >= llm.layers:
+        expected = f"fewer than half of llm.layers={llm.layers}"
         raise problem("precision.edges", precision.edges, expected, "precision.edges=1")
     if precision.edges and precision.name == "fp8_delayed":
         # Its scales are brought up to date once for all layers, at the end of a pass.
@@ -224,7 +168,7 @@ def _memory(config: Config) -> None:
 
 def validate(config: Config) -> Config:
     """Check every cross-field rule (token lengths: nvlm.lengths); return `config` or raise ConfigError, one message."""
-    for rule in (_positive, _names, _shapes, _layout, _init, _schedule, _faults, _stage, _peft, _precision, _memory):
+    for rule in (_data, _shapes, _layout, _init, _schedule, _stage, _peft, _precision, _memory):
         rule(config)
     return config
 

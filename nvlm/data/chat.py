@@ -16,9 +16,9 @@ from itertools import takewhile
 from typing import Any
 
 from nvlm.batch import BadRecord, Record
+from nvlm.config import IMAGE_MARK
 from nvlm.data.tokenizer import ChatTokenizer
 
-IMAGE_MARK = "<image>"
 ROLES = ("system", "user", "assistant")
 
 

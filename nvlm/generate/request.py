@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nvlm.cli import check_overrides, unknown_key
-from nvlm.config import Config, ConfigError, PrecisionConfig, from_mapping, problem
+from nvlm.config import Config, ConfigError, DataConfig, PrecisionConfig, from_mapping, problem
 from nvlm.generate.sampling import Sampling
 from nvlm.launch import check_weights, flat
 from nvlm.lengths import check_lengths
@@ -68,7 +68,8 @@ def parse(arguments: Sequence[str]) -> Request:
     )
     config = read_config(own["checkpoint"], others) if own.get("checkpoint") else _composed(others)
     if "system" in own:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, system=own["system"] or None))
+        values = dataclasses.asdict(config.data) | {"system": own["system"] or None}
+        config = dataclasses.replace(config, data=from_mapping(DataConfig, values, "data."))
     if not chat and not own.get("prompt"):
         raise problem("prompt", "nothing", "the user's words, or chat=true to read them", 'prompt="What is this?"')
     sampling.prompt_room(config.llm.max_positions)

@@ -162,7 +162,7 @@ WRONG = {
     ("checkpoint=runs/run", "prompt=Hi", "max_new_tokens=4096"): "got 4096, expected fewer than llm.max_positions=4096",
     ("checkpoint=runs/run", "promt=Hi"): "promt: got a key that does not exist, expected one of prompt",
     ("checkpoint=runs/run", "prompt=Hi", "parallel.tenser=2"): "parallel.tenser: got a key that does not exist",
-    ("checkpoint=runs/run", "prompt=Hi", "parallel.tensor=two"): "parallel.tensor: got 'two', expected a value of type",
+    ("checkpoint=runs/run", "prompt=Hi", "parallel.tensor=two"): "parallel.tensor: got 'two', expected a whole number",
     ("checkpoint=runs/run", "prompt=Hi", "parallel.tensor=3"): "parallel.tensor: got 3, expected a divisor",
     ("checkpoint=runs/run", "prompt=Hi", "parallel.context=2"): "parallel.context: got 2, expected 1 to generate text",
     ("checkpoint=runs/run", "prompt=Hi", "llm.heads=2"): "llm.heads: got 4, expected 2",
