@@ -81,12 +81,12 @@ def write_run(run: Path, layers: int) -> None:
     import torch
     from torch.distributed import checkpoint
 
-    from nvlm.launch import _prepare_folder
+    from nvlm.folder import begin as begin_folder
     from nvlm.train.digests import write_manifest
     from nvlm.weights.sources import VISION, whole_model
 
     config = compose(layers)
-    _prepare_folder(config, run, writes=True)
+    begin_folder(config, run, anew=True)
     rows: dict[str, int] = {}
     columns = {}
     for part in whole_model(config, 0):

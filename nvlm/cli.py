@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nvlm import launch
 from nvlm.config import Config, ConfigError, from_mapping, problem
+from nvlm.folder import flat
 from nvlm.lengths import check_lengths
 from nvlm.requeue import in_job, requeued
 from nvlm.rules import validate
@@ -160,7 +161,7 @@ def _explain(error: Exception, also: Sequence[str]) -> ConfigError:
 
 def unknown_key(key: str, also: Sequence[str] = ()) -> ConfigError:
     """What to say about a key that neither the configuration has nor is one of `also`."""
-    known = list(launch.flat(OmegaConf.to_container(_compose(), resolve=False)))
+    known = list(flat(OmegaConf.to_container(_compose(), resolve=False)))
     groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "experiment"))
     near = near_keys(key, [*also, *known, *groups, "+experiment"])
     expected = f"one of {', '.join(near)}" if near else f"one of the keys of {', '.join(groups)}"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import importlib.util
-import json
 import logging
 import os
 import shlex
@@ -22,7 +21,7 @@ from omegaconf import OmegaConf
 
 from nvlm.config import TE_INSTALL, Config, ConfigError, from_mapping, problem
 from nvlm.counts import parameters
-from nvlm.files import write_whole
+from nvlm.folder import ROOT, check_folder, owned
 from nvlm.hardware import GPUS, known_gpu
 from nvlm.launchers import Task, check_allocation, find_task
 from nvlm.plan.memory import fewest_gpus, gpus_needed
@@ -33,55 +32,62 @@ from nvlm.train.guard import BrokenRun
 from nvlm.weights.sources import model_source, vision_source
 from nvlm.workers import EXPLAINED, report, run_workers, take_forks_along
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "megatron-core",
-    "transformer-engine",
-    "flash-attn",
-    "apex",
-    "hydra-core",
-    "datasets",
-    "tokenizers",
-    "pillow",
-    "numpy",
-)
-
 
 def start(config: Config, run_dir: Path, started: float) -> None:
     """Train: in this process under torchrun or srun, else in workers of our own."""
-    if task := launched():
-        check_weights(config, run_dir)
-        _prepare_folder(config, run_dir, writes=task.rank == 0)
-        work(config, run_dir, started)
-        return
     check_weights(config, run_dir)
-    _prepare_folder(config, run_dir, writes=True)
-    processes = config.parallel.replica * config.parallel.data
-    arguments = ["-m", "nvlm.launch", str(run_dir / "config.yaml"), repr(started)]
-    status, stopped = spawn(arguments, processes, config.train.stop_seconds)
+    task = launched()
+    if task is None:
+        with owned(run_dir) as lock:
+            check_folder(config, run_dir)
+            _in_workers(config, run_dir, started, lock)
+        return
+    with contextlib.ExitStack() as held:
+        refusal = _claim(config, run_dir, held) if task.rank == 0 else None
+        work(config, run_dir, started, refusal)
+
+
+def _claim(config: Config, run_dir: Path, held: contextlib.ExitStack) -> str | None:
+    """Own the folder for as long as `held` is open; why not, where that is refused: the other ranks are to hear it."""
+    try:
+        held.enter_context(owned(run_dir))
+        check_folder(config, run_dir)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _in_workers(config: Config, run_dir: Path, started: float, lock: int) -> None:
+    """Train in workers. They get the configuration from here: a file in the folder might be another start's by then."""
+    with open(os.memfd_create("config"), "w") as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+        file.flush()
+        arguments = ["-m", "nvlm.launch", str(file.fileno()), str(run_dir), repr(started)]
+        processes = config.parallel.replica * config.parallel.data
+        status, stopped = spawn(arguments, processes, config.train.stop_seconds, (file.fileno(), lock))
     if status or stopped:  # a signal ends a sweep, too
         sys.exit(status)
 
 
-def spawn(arguments: Sequence[str], processes: int, stop_seconds: float) -> tuple[int, bool]:
+def spawn(
+    arguments: Sequence[str], processes: int, stop_seconds: float, inherit: Sequence[int] = ()
+) -> tuple[int, bool]:
     """Run `python ARGUMENTS` as workers on this machine; returns as `run_workers` does."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
     if processes > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    return run_workers([sys.executable, *arguments], processes, environment, stop_seconds)
+    return run_workers([sys.executable, *arguments], processes, environment, stop_seconds, inherit)
 
 
-def work(config: Config, run_dir: Path, started: float) -> None:
-    """Train in this process."""
+def work(config: Config, run_dir: Path, started: float, refusal: str | None = None) -> None:
+    """Train in this process. `refusal`: why the first process may not, which it tells the others."""
     quiet()
     take_forks_along()
     from nvlm.train.loop import run
 
-    run(config, run_dir, started)
+    run(config, run_dir, started, refusal)
 
 
 def quiet() -> None:
@@ -135,10 +141,19 @@ def _visible(rows: list[list[str]], wanted: list[str]) -> list[list[str]]:
 def check_machine(config: Config) -> None:
     """Raise ConfigError where this machine cannot run `config`; of a dry run, where the GPU that it names cannot."""
     if not config.dry_run:
+        check_data(config)
         check_launcher(config)
         check_devices(config)
         check_engine(config)
     check_fits(config)
+
+
+def check_data(config: Config) -> None:
+    """The records are there: a run that cannot read them is to leave its folder as it was."""
+    path = Path(config.data.path) if config.data.source == "jsonl" and config.data.path else None
+    if path is not None and not (path.is_file() and os.access(path, os.R_OK)):
+        got = f"{str(path)!r} in {os.getcwd()}" if not path.is_absolute() else repr(str(path))
+        raise problem("data.path", got, "a .jsonl file that can be read", "data.path=FILE")
 
 
 def check_launcher(config: Config) -> None:
@@ -215,77 +230,14 @@ def check_weights(config: Config, run_dir: Path | None = None) -> None:
         check_same_model(config, find_checkpoint(Path(config.init.checkpoint), "init.checkpoint"))
 
 
-# What a resumed run may change; the rest decides what its steps compute.
-_FREE = ("name", "resume", "dry_run", "profile", "gpu", "init.llm", "init.checkpoint", "parallel.",
-         "evaluate.", "data.workers", "data.max_skipped", "train.log_every",
-         "train.save_every", "train.keep", "train.async_save", "train.save_frozen", "train.threads", "train.recompute",
-         "train.stop_seconds", "train.spike_factor", "train.max_bad_steps", "vision.balance",
-         "vision.tiles_per_call", "vision.graph", "train.offload")  # fmt: skip
-
-
-def _prepare_folder(config: Config, run_dir: Path, writes: bool) -> None:
-    """Write what the run is made of beside it: config.yaml and environment.json.
-
-    Raises ConfigError where the folder holds a run that this one would overwrite or cannot go on with.
-    """
-    if not writes:
-        return
-    if (run_dir / "checkpoints" / "latest").is_file():
-        _check_resume(config, run_dir)
-    else:
-        for stale in ("metrics.jsonl", "skipped.jsonl"):
-            (run_dir / stale).unlink(missing_ok=True)
-        shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
-    write_whole(run_dir / "environment.json", json.dumps(_environment(), indent=1) + "\n")
-
-
-def _check_resume(config: Config, run_dir: Path) -> None:
-    if config.resume == "never":
-        fix = "resume=auto goes on with it, name=OTHER starts another, deleting the folder starts anew"
-        raise problem(f"run folder {run_dir}", "one that holds a run", "a new one with resume=never", fix)
-    before = flat(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))
-    for key, value in flat(dataclasses.asdict(config)).items():
-        if before.get(key) != value and not key.startswith(_FREE):
-            fix = f"{key}={before.get(key)}, or name=OTHER for another run"
-            raise problem(f"resume of {run_dir}: {key}", value, f"{before.get(key)}, as the run began", fix)
-
-
-def flat(values: dict, path: str = "") -> dict[str, object]:
-    """Nested `values` with dotted keys."""
-    leaves: dict[str, object] = {}
-    for key, value in values.items():
-        plain = list(value) if isinstance(value, tuple) else value  # as YAML reads it back
-        leaves |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": plain}
-    return leaves
-
-
-def _environment() -> dict:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = bool(subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip())
-    return {
-        "python": sys.version.split()[0],
-        "packages": versions,
-        "git_commit": commit,
-        "git_changed": changed,
-    }
-
-
 def _worker() -> int:
-    """`python -m nvlm.launch CONFIG STARTED`: one of our own workers."""
+    """`python -m nvlm.launch DESCRIPTOR FOLDER STARTED`: one of our own workers."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before there is anything to save it needs no traceback
-    path = Path(sys.argv[1])
+    descriptor, run_dir, started = sys.argv[1:]
     try:
-        config = validate(from_mapping(Config, OmegaConf.to_container(OmegaConf.load(path))))
-        work(config, path.parent, float(sys.argv[2]))
+        values = os.pread(int(descriptor), os.fstat(int(descriptor)).st_size, 0)  # all workers share its position
+        config = validate(from_mapping(Config, OmegaConf.to_container(OmegaConf.create(values.decode()))))
+        work(config, Path(run_dir), float(started))
     except ConfigError as error:
         report(f"error: {error}")
         return 2

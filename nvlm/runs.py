@@ -9,10 +9,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from nvlm.config import Config, from_mapping, problem
 
 FROZEN = "frozen"
+
+
+def has_run(run_dir: Path) -> bool:
+    """Whether `run_dir` is the folder of a run: its config.yaml is one that a run wrote."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        return False
+    groups = ("arch", "llm", "vision", "tiling", "data", "stage", "train", "optim")
+    return isinstance(values, dict) and all(isinstance(values.get(group), dict) for group in groups)
 
 
 def latest(run_dir: Path) -> Path | None:

@@ -74,12 +74,16 @@ class Signals:
 
 
 def run_workers(
-    command: Sequence[str], count: int, environment: Mapping[str, str], stop_seconds: float
+    command: Sequence[str],
+    count: int,
+    environment: Mapping[str, str],
+    stop_seconds: float,
+    inherit: Sequence[int] = (),
 ) -> tuple[int, bool]:
     """Run `command` as `count` workers to the end of all; (exit status, whether SIGTERM or SIGINT ended them).
 
     The status is 0, 2 where a worker's configuration was refused, else 1. A signal is handed on; workers that still
-    run `stop_seconds` later are killed.
+    run `stop_seconds` later are killed. `inherit`: file descriptors that the workers get.
     """
     reader, writer = os.pipe()
     with Signals() as signals:
@@ -87,7 +91,7 @@ def run_workers(
         try:
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), _ERRORS: str(writer)}
             for rank in range(count):
-                workers.append(_start(command, rank, count, dict(environment) | address, writer))
+                workers.append(_start(command, rank, count, dict(environment) | address, (writer, *inherit)))
             _await(workers, signals.came, stop_seconds)
             _end(workers)
         finally:
@@ -109,14 +113,14 @@ def report(message: str) -> None:
         print(message, file=sys.stderr)
 
 
-def _start(command: Sequence[str], rank: int, count: int, environment: dict, errors: int) -> subprocess.Popen:
+def _start(command: Sequence[str], rank: int, count: int, environment: dict, inherit: Sequence[int]):
     launcher = os.getpid()
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     return subprocess.Popen(
         command,
         env=environment | {name: str(value) for name, value in ranks.items()},
         start_new_session=True,
-        pass_fds=(errors,),
+        pass_fds=tuple(inherit),
         preexec_fn=lambda: die_with_parent(launcher),
     )
 

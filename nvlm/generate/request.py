@@ -17,8 +17,9 @@ from yaml import YAMLError
 
 from nvlm.cli import check_overrides, unknown_key
 from nvlm.config import Config, ConfigError, DataConfig, PrecisionConfig, from_mapping, problem
+from nvlm.folder import flat
 from nvlm.generate.sampling import Sampling
-from nvlm.launch import check_weights, flat
+from nvlm.launch import check_weights
 from nvlm.lengths import check_lengths
 from nvlm.rules import validate
 from nvlm.runs import find_checkpoint, read_run_config

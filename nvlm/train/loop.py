@@ -10,11 +10,12 @@ from pathlib import Path
 
 from nvlm import parallel, registry
 from nvlm.arch.stages import build_parts, build_stages, tile_use_of_rank
-from nvlm.config import Config
+from nvlm.config import Config, ConfigError
 from nvlm.data.encode import build_encoder
 from nvlm.data.loader import StepData, Steps, load_steps
 from nvlm.data.sources import build_records
 from nvlm.evaluate.heldout import evaluate
+from nvlm.folder import begin as begin_folder
 from nvlm.lengths import check_vocabulary
 from nvlm.llm.backend import check_precision, describe
 from nvlm.rules import check_world
@@ -34,12 +35,17 @@ from nvlm.vision.path import build_vision
 from nvlm.workers import Signals
 
 
-def run(config: Config, run_dir: Path, started: float) -> None:
-    """Train, then evaluate, unless a signal ends it. `started`: time.time() at launch, for the closing line."""
+def run(config: Config, run_dir: Path, started: float, refusal: str | None = None) -> None:
+    """Train, then evaluate, unless a signal ends it. `started`: time.time() at launch, for the closing line.
+
+    `refusal`: why the first process found that there is nothing to do here; all raise it as a ConfigError.
+    """
     with (
         parallel.distributed(config.parallel, config.seed, config.train.threads) as device,
         Watchdog(60 * config.parallel.timeout_minutes, parallel.rank(), parallel.world_size()) as watch,
     ):
+        if told := parallel.from_first_rank(refusal):
+            raise ConfigError(told)
         check_world(config, parallel.world_size())
         check_precision(config)
         steps = build_steps(config)
@@ -49,6 +55,7 @@ def run(config: Config, run_dir: Path, started: float) -> None:
         idle.check_gates(trainer.stages.parts)
         counts = count_groups(trainer.stages.parts, trainer.vision.path.encoder)
         if parallel.is_first_rank():
+            begin_folder(config, run_dir, anew=not goes_on)
             print_groups(counts, config.stage.name, config.optim.lr, trainer.origins)
             print(describe(config))
         if not train(trainer, config, steps, first, run_dir, guard, watch.mark):

@@ -22,7 +22,7 @@ from nvlm.data.sources import build_records
 from nvlm.export.options import parse
 from nvlm.export.export import export
 from nvlm.export.modeling_nvlm import NVLM
-from nvlm.launch import _prepare_folder
+from nvlm.folder import begin as begin_folder
 from nvlm.weights.merge import is_adapter
 from nvlm.parallel import distributed
 from nvlm.registry import layout_rule
@@ -222,7 +222,8 @@ def train_and_save(overrides: tuple[str, ...], run: Path) -> None:
         trainer, step = built(overrides, device)
         for _ in range(2):
             step()
-        _prepare_folder(config, run, writes=dist.get_rank() == 0)
+        if dist.get_rank() == 0:
+            begin_folder(config, run, anew=True)
         dist.barrier()
         saved(trainer, overrides, run, 2)
 

@@ -24,7 +24,7 @@ from nvlm.export.describe import describe, readme
 from nvlm.export.export import export
 from nvlm.export.options import parse
 from nvlm.export.shards import ShardWriter
-from nvlm.launch import _prepare_folder
+from nvlm.folder import begin as begin_folder
 from nvlm.train.checkpoint import Checkpoints
 from nvlm.train.loop import build_trainer
 from nvlm.weights.parts import shapes
@@ -45,7 +45,8 @@ def train_nothing(overrides: tuple[str, ...], run: Path) -> None:
     config = compose_config(*SMALL, *OPTIONS, *overrides)
     with joined(config) as device:
         trainer = build_trainer(config, device)
-        _prepare_folder(config, run, writes=torch.distributed.get_rank() == 0)
+        if torch.distributed.get_rank() == 0:
+            begin_folder(config, run, anew=True)
         torch.distributed.barrier()
         with Checkpoints(config.train, run) as checkpoints:
             checkpoints.save(trainer, 1)
