@@ -20,8 +20,9 @@ from nvlm.arch.stages import build_parts, build_stages
 from nvlm.batch import Batch
 from nvlm.cli import compose_config
 from nvlm.config import Config
-from nvlm.data.chat import first_question
-from nvlm.data.encode import build_encoder, encode
+from nvlm.data.encode import encode
+from nvlm.data.messages import first_question
+from nvlm.data.outline import build_encoder
 from nvlm.data.pack import collate
 from nvlm.data.sources import build_records
 from nvlm.generate.decode import continue_rows
@@ -36,7 +37,7 @@ def prompts(config: Config, rows: int, device) -> Batch:
     """Questions about `rows` pages, their tiles encoded."""
     encoder = build_encoder(config, registry.layout_rule(config.arch.name), resize="exact")
     records = build_records(config.data, config.seed, heldout=True)
-    samples = [encode(first_question(records[row]), encoder, generate=True) for row in range(rows)]
+    samples = [encode(first_question(records[row])[0], encoder, generate=True) for row in range(rows)]
     batch = collate([[sample] for sample in samples], config.vision.tile_size).to(device)
     with contextlib.redirect_stdout(sys.stderr):  # its progress
         return build_vision(config, device).encode(batch)

@@ -42,11 +42,12 @@ from rich.table import Table
 
 from nvlm import launch, parallel, registry
 from nvlm.arch.stages import build_parts, build_stages, tile_use_of_rank
-from nvlm.batch import PAD, Record, Sample
+from nvlm.batch import PAD, Sample
 from nvlm.cli import compose_config
 from nvlm.config import FP8_RECIPES, Config, ConfigError
-from nvlm.data.encode import build_encoder, encode, outline
+from nvlm.data.encode import encode
 from nvlm.data.loader import load_steps
+from nvlm.data.outline import build_encoder, outline
 from nvlm.data.pack import collate
 from nvlm.data.work import count_work
 from nvlm.flops import model_flops
@@ -58,6 +59,7 @@ from nvlm.llm.packing import samples_in_line, seen_columns, seen_keys
 from nvlm.plan.activations import ENGINE, TORCH
 from nvlm.plan.load import batch_load
 from nvlm.plan.memory import memory
+from nvlm.record import Record
 from nvlm.train.loop import build_steps, build_trainer
 from nvlm.train.optim import freeze, wrap
 from nvlm.train.step import Trainer, forward_backward, train_step

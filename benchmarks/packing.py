@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from nvlm.cli import compose_config
-from nvlm.data.encode import build_encoder, outline
 from nvlm.data.loader import Steps, step_records
+from nvlm.data.outline import build_encoder, outline
 from nvlm.data.pack import deal, pack
 from nvlm.data.sources import build_records
 from nvlm.lengths import image_tokens

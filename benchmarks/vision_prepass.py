@@ -215,9 +215,10 @@ def make_batches(config, tiles: list[int]) -> list:
     from PIL import Image
 
     from nvlm import registry
-    from nvlm.batch import Record
-    from nvlm.data.encode import build_encoder, encode
+    from nvlm.data.encode import encode
+    from nvlm.data.outline import build_encoder
     from nvlm.data.pack import collate
+    from nvlm.record import Record
 
     encoder = build_encoder(config, registry.layout_rule(config.arch.name))
     side, generator = config.vision.tile_size, np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The contracts between data and model: Record, Sample, Batch.
+"""The contracts between data and model: Sample, Batch. A record before it is encoded is in nvlm.record.
 
 Shapes: B packed rows, S text-stream length, X keys per row in cross-attention, T tiles, K tokens per tile,
 C feature width after pixel shuffle.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +16,6 @@ IGNORE = -100  # label: no loss here
 IMAGE = -1  # token id: one tile token stands here
 PAD = -1  # sample, image and tile numbers of padding; image number of text before any image
 ALL_TILES = -1  # tile number of a query that sees every tile of the images before it
-
-
-class BadRecord(ValueError):
-    """A record that cannot be trained on; the message is the reason written to skipped.jsonl."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One conversation as it came: messages of {role, content}, and its images, not yet decoded."""
-
-    id: str
-    messages: list[dict[str, Any]]
-    images: list[Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ def unwritable(run_dir: Path, error: OSError) -> ConfigError:
 
 # What a resumed run may change; the rest decides what its steps compute.
 _FREE = ("name", "resume", "dry_run", "profile", "gpu", "init.llm", "init.checkpoint", "parallel.",
-         "evaluate.", "data.workers", "data.max_skipped", "train.log_every",
+         "evaluate.", "data.heldout_", "data.workers", "data.max_skipped", "train.log_every",
          "train.save_every", "train.keep", "train.async_save", "train.save_frozen", "train.threads", "train.recompute",
          "train.stop_seconds", "train.spike_factor", "train.max_bad_steps", "vision.balance",
          "vision.tiles_per_call", "vision.graph", "train.offload")  # fmt: skip

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from nvlm.config import TE_INSTALL, Config, ConfigError, from_mapping, problem
 from nvlm.counts import parameters
+from nvlm.data.look import check_data
 from nvlm.folder import ROOT, check_folder, owned
 from nvlm.hardware import GPUS, known_gpu
 from nvlm.launchers import Task, check_allocation, find_task
@@ -35,6 +36,7 @@ from nvlm.workers import EXPLAINED, report, run_workers, take_forks_along
 
 def start(config: Config, run_dir: Path, started: float) -> None:
     """Train: in this process under torchrun or srun, else in workers of our own."""
+    check_data(config)
     check_weights(config, run_dir)
     task = launched()
     if task is None:

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from nvlm.arch.base import VisionLanguageModel
 from nvlm.arch.stages import build_parts
-from nvlm.batch import Batch, Record, Sample
+from nvlm.batch import Batch, Sample
 from nvlm.cli import compose_config
 from nvlm.config import Config, cross_layers
-from nvlm.data.encode import build_encoder, encode
+from nvlm.data.encode import encode
+from nvlm.data.outline import build_encoder
 from nvlm.data.pack import collate
 from nvlm.data.tokenizer import load_tokenizer
+from nvlm.record import Record
 from nvlm.registry import build_architecture
 from nvlm.vision.encoder import InternViT
 from nvlm.vision.path import VisionPath, solo_groups

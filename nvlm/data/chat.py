@@ -11,15 +11,12 @@ assistant's words are apart from their header in both, since generation begins b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import takewhile
-from typing import Any
+from dataclasses import dataclass
 
-from nvlm.batch import BadRecord, Record
 from nvlm.config import IMAGE_MARK
+from nvlm.data.messages import Turn
 from nvlm.data.tokenizer import ChatTokenizer
-
-ROLES = ("system", "user", "assistant")
+from nvlm.record import BadRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,42 +28,8 @@ class Run:
     image: int | None = None
 
 
-def texts(messages: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(role, text) of each message; content may be text or a list of {"type": "image"|"text"} parts."""
-    turns = []
-    for message in messages:
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise BadRecord(f"role {role!r}, expected one of {', '.join(ROLES)}")
-        if isinstance(content, list):
-            content = "".join(IMAGE_MARK if part.get("type") == "image" else part.get("text", "") for part in content)
-        if not isinstance(content, str):
-            raise BadRecord(f"content of a {role} message is {type(content).__name__}, expected text")
-        turns.append((role, content))
-    return turns
-
-
-def place_images(turns: list[tuple[str, str]], images: int) -> list[tuple[str, str]]:
-    """Make marks and images agree: missing marks are put before the first user turn's text.
-
-    Raises BadRecord for a conversation without a user turn, or with more marks than images.
-    """
-    first_user = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
-    if first_user is None:
-        raise BadRecord("no user turn")
-    marks = sum(text.count(IMAGE_MARK) for _, text in turns)
-    if marks > images:
-        raise BadRecord(f"{marks} {IMAGE_MARK} marks, but {images} images")
-    role, text = turns[first_user]
-    return [
-        *turns[:first_user],
-        (role, f"{IMAGE_MARK}\n" * (images - marks) + text),
-        *turns[first_user + 1 :],
-    ]
-
-
 def chatml(
-    turns: Sequence[tuple[str, str]],
+    turns: Sequence[Turn],
     tokenizer: ChatTokenizer,
     system: str | None = None,
     first_tags: Sequence[str] | None = None,
@@ -76,36 +39,36 @@ def chatml(
     `first_tags`: the tag that stands first in each image's slot, to be tokenised joined with the text before it; None
     to tokenise apart. Joined, an image in an assistant's turn raises BadRecord.
     """
-    if system and turns[0][0] != "system":
-        turns = [("system", system), *turns]
+    if system and turns[0].role != "system":
+        turns = [Turn("system", system), *turns]
     runs: list[Run] = [] if tokenizer.bos is None else [Run((tokenizer.bos,))]
     images = 0
-    for role, text in turns:
-        trained = role == "assistant"
+    for turn in turns:
+        words = turn.role == "assistant"
         runs.append(Run((tokenizer.im_start,)))
-        if first_tags is None or trained:
-            runs += _apart(role, text, images, tokenizer)
+        if first_tags is None or words:
+            runs += _apart(turn, images, tokenizer)
         else:
-            runs += _joined(role, text, images, tokenizer, first_tags)
-        runs += [Run((tokenizer.im_end,), trained), Run(tokenizer.encode("\n"))]
-        images += text.count(IMAGE_MARK)
-        if first_tags is not None and trained and IMAGE_MARK in text:
+            runs += _joined(turn, images, tokenizer, first_tags)
+        runs += [Run((tokenizer.im_end,), turn.learned), Run(tokenizer.encode("\n"))]
+        images += turn.text.count(IMAGE_MARK)
+        if first_tags is not None and words and IMAGE_MARK in turn.text:
             raise BadRecord("an image in an assistant's turn, which data.tokenize=joined has no form for")
     return runs
 
 
-def _apart(role: str, text: str, image: int, tokenizer: ChatTokenizer) -> list[Run]:
-    runs, trained = [Run(tokenizer.encode(f"{role}\n"))], role == "assistant"
-    for part, fragment in enumerate(text.split(IMAGE_MARK)):
+def _apart(turn: Turn, image: int, tokenizer: ChatTokenizer) -> list[Run]:
+    runs = [Run(tokenizer.encode(f"{turn.role}\n"))]
+    for part, fragment in enumerate(turn.text.split(IMAGE_MARK)):
         if part:
             slot = Run(image=image + part - 1)
             runs += [Run(tokenizer.encode("<Image>")), slot, Run(tokenizer.encode("</Image>"))]
-        runs.append(Run(tokenizer.encode(fragment), trained))
+        runs.append(Run(tokenizer.encode(fragment), turn.learned))
     return runs
 
 
-def _joined(role: str, text: str, image: int, tokenizer: ChatTokenizer, first_tags: Sequence[str]) -> list[Run]:
-    before, *behind = f"{role}\n{text}".split(IMAGE_MARK)
+def _joined(turn: Turn, image: int, tokenizer: ChatTokenizer, first_tags: Sequence[str]) -> list[Run]:
+    before, *behind = f"{turn.role}\n{turn.text}".split(IMAGE_MARK)
     runs = []
     for number, fragment in enumerate(behind, start=image):
         runs += [Run(tokenizer.encode(f"{before}<Image>{first_tags[number]}")), Run(image=number)]
@@ -114,22 +77,13 @@ def _joined(role: str, text: str, image: int, tokenizer: ChatTokenizer, first_ta
 
 
 def prompt(
-    turns: Sequence[tuple[str, str]],
+    turns: Sequence[Turn],
     tokenizer: ChatTokenizer,
     system: str | None = None,
     first_tags: Sequence[str] | None = None,
 ) -> list[Run]:
     """The conversation, and an assistant's turn opened behind it: what generation starts from."""
-    if turns[-1][0] == "assistant":
+    if turns[-1].role == "assistant":
         raise BadRecord("the last turn is the assistant's, expected a user's")
     opened = Run((tokenizer.im_start, *tokenizer.encode("assistant\n")))
     return [*chatml(turns, tokenizer, system, first_tags), opened]
-
-
-def first_question(record: Record) -> Record:
-    """`record` up to its first assistant turn, with the images that stand there. Raises BadRecord."""
-    turns = place_images(texts(record.messages), len(record.images))
-    asked = list(takewhile(lambda turn: turn[0] != "assistant", turns))
-    images = sum(text.count(IMAGE_MARK) for _, text in asked)
-    messages = [{"role": role, "content": text} for role, text in asked]
-    return replace(record, messages=messages, images=record.images[:images])

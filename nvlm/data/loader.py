@@ -14,30 +14,37 @@ from functools import lru_cache
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from nvlm.batch import BadRecord, Batch, Sample
-from nvlm.data.encode import Encoder, encode, outline
+from nvlm.batch import Batch, Sample
+from nvlm.data.encode import encode
+from nvlm.data.outline import Encoder, outline
 from nvlm.data.pack import collate, deal, pack
 from nvlm.data.sources import Records
 from nvlm.data.work import count_work
 from nvlm.flops import Work
+from nvlm.record import BadRecord, one_record
 
 
 @dataclass(frozen=True, slots=True)
 class StepData:
-    """One optimizer step's data of one replica: its micro-batches, and the records it had to skip."""
+    """One optimizer step's data of one replica: its micro-batches, and the records it had to skip.
+
+    `fewer_tiles`: records whose images have fewer tiles than tiling.max_tiles would give them, for want of room.
+    """
 
     micro_batches: tuple[Batch, ...]
     records: int
     skipped: tuple[tuple[str, str], ...]  # (name, reason)
     work: Work  # of all micro-batches
+    fewer_tiles: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A record, and the text tokens and cross-attended tokens that it takes."""
+    """A record, the text tokens and cross-attended tokens that it takes, and whether it lost tiles to fit."""
 
     index: int
     lengths: tuple[int, int]
+    fewer_tiles: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +94,8 @@ class Steps(Dataset):
         decoded = [self._decode(row, skipped) for row in planned]
         rows = [(self.data_rank + number * self.data_size, row) for number, row in enumerate(decoded) if row]
         batches = tuple(self._collate(step, part) for part in self._micro_batches(rows))
-        return StepData(batches, records, tuple(skipped), sum(map(count_work, batches), Work()))
+        fewer = sum(one.fewer_tiles for row in planned for one in row)
+        return StepData(batches, records, tuple(skipped), sum(map(count_work, batches), Work()), fewer)
 
     def _decode(self, row: Sequence[Planned], skipped: list[tuple[str, str]]) -> list[Sample]:
         """The samples of a row; one whose pixels turn out to be broken is left out and added to `skipped`."""
@@ -111,7 +119,8 @@ class Steps(Dataset):
 
 
 def _encode(steps: Steps, planned: Planned) -> Sample:
-    sample = encode(steps.records[planned.index], steps.encoder)
+    with one_record():
+        sample = encode(steps.records[planned.index], steps.encoder)
     got = (sample.tokens.numel(), sample.cross_tokens.numel())
     if got != planned.lengths:
         raise ValueError(
@@ -142,8 +151,9 @@ def _measure(steps: Steps, indices: Sequence[int]) -> tuple[list[Planned], tuple
     good, bad = [], []
     for index in indices:
         try:
-            found = outline(steps.records[index], steps.encoder)
-            good.append(Planned(index, found.lengths(steps.encoder.tile_tokens)))
+            with one_record():
+                found = outline(steps.records[index], steps.encoder)
+            good.append(Planned(index, found.lengths(steps.encoder.tile_tokens), found.fewer_tiles))
         except BadRecord as reason:
             bad.append((steps.records.name(index), str(reason)))
     return good, tuple(bad)

@@ -1,24 +1,19 @@
-"""Where records come from: the embedded pages, or JSON lines on disk. Input is untrusted.
-
-No URL is fetched, no pickle read; an image path stays inside the folder of its records file, and an image's
-header is looked at before its pixels are.
-"""
+"""Where records come from: the embedded pages, or JSON lines on disk. Imports no torch."""
 
 from __future__ import annotations
 
-import io
 import json
 import mmap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
-from nvlm.batch import BadRecord, Record
 from nvlm.config import DataConfig, problem
+from nvlm.data.images import image_path, open_regular
+from nvlm.data.messages import check_row
+from nvlm.record import BadRecord, Record, printable
 
 
 class Records(Protocol):
@@ -59,107 +54,102 @@ class DatasetRecords:
 
 
 class JsonlRecords:
-    """One JSON object a line: `messages`, `images` (paths below the file's folder), optionally `id`."""
+    """One JSON object a line: `messages`, `images` (paths below the file's folder), optionally `id`.
 
-    def __init__(self, path: str) -> None:
+    Blank lines are no records. `key`: the setting that named the file. Raises ConfigError.
+    """
+
+    def __init__(self, path: str, key: str = "data.path") -> None:
+        check_file(path, key)
         self.path = Path(path)
-        if not self.path.is_file():
-            raise problem("data.path", repr(path), "a .jsonl file that exists", "data.path=FILE")
-        if self.path.stat().st_size == 0:
-            raise problem("data.path", f"{path}, which is empty", "one JSON object a line", "data.path=FILE")
         self.root = self.path.resolve().parent
-        self.starts = self._line_starts()
+        self.starts, self.lines = self._scan()
+        if not len(self.lines):
+            raise problem(key, f"{path}, which holds blank lines alone", "one JSON object a line", f"{key}=FILE")
 
-    def _line_starts(self) -> np.ndarray:
-        with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            ends = [0]
-            while (at := data.find(b"\n", ends[-1])) >= 0:
-                ends.append(at + 1)
-            if ends[-1] < len(data):
-                ends.append(len(data))
-        return np.array(ends, dtype=np.int64)
+    def _scan(self) -> tuple[np.ndarray, Sequence[int]]:
+        """Where each line starts, and the numbers (from 0) of those that are not blank."""
+        starts, blank = [0], []
+        with open_regular(self.path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            while starts[-1] < len(data):
+                end = data.find(b"\n", starts[-1]) + 1 or len(data)
+                if data[starts[-1]] in b" \t\r\n" and not data[starts[-1] : end].strip():
+                    blank.append(len(starts) - 1)
+                starts.append(end)
+        count = len(starts) - 1
+        lines = np.delete(np.arange(count, dtype=np.int64), blank) if blank else range(count)
+        return np.array(starts, dtype=np.int64), lines
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.lines)
 
     def name(self, index: int) -> str:
-        return f"{self.path.name}:{index + 1}"
+        return f"{self.path.name}:{self.lines[index] + 1}"
 
     def kind(self, index: int) -> str:
         return "all"
 
     def __getitem__(self, index: int) -> Record:
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[index])
-            line = file.read(self.starts[index + 1] - self.starts[index])
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise BadRecord(f"not JSON: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-            raise BadRecord("no list of messages")
-        if not all(isinstance(message, dict) for message in row["messages"]):
-            raise BadRecord("a message that is not an object")
-        images = row.get("images") or []
-        if not isinstance(images, list):
-            raise BadRecord("images is not a list")
-        return Record(str(row.get("id", self.name(index))), row["messages"], [self._inside(i) for i in images])
-
-    def _inside(self, path: Any) -> Path:
-        if not isinstance(path, str):
-            raise BadRecord(f"image path is {type(path).__name__}, expected text")
-        full = (self.root / path).resolve()
-        if not full.is_relative_to(self.root):
-            raise BadRecord(f"image path leaves the data folder: {path}")
-        return full
+        line = self.lines[index]
+        with open_regular(self.path) as file:
+            file.seek(self.starts[line])
+            text = file.read(self.starts[line + 1] - self.starts[line])
+        return read_line(text, self.name(index), self.root)
 
 
-def image_size(source: bytes | Path | Image.Image, max_pixels: int) -> tuple[int, int]:
-    """(width, height) in px from an image's header, without its pixels; BadRecord as in `decode_image`."""
-    if isinstance(source, Image.Image):
-        return source.size
-    with _opened(source, max_pixels) as image:
-        return image.size
-
-
-def decode_image(source: bytes | Path | Image.Image, max_pixels: int) -> Image.Image:
-    """A decoded image of at most `max_pixels` px; BadRecord for one that is missing, broken or larger."""
-    if isinstance(source, Image.Image):
-        return source
-    with _opened(source, max_pixels) as image:
-        image.load()
-        return image.copy() if image.mode == "P" else image
-
-
-@contextmanager
-def _opened(source: bytes | Path, max_pixels: int) -> Iterator[Image.Image]:
-    """An image of which the header alone is read; PIL's complaints, also within the block, become BadRecord."""
-    name = _name(source)
+def check_file(path: str, key: str) -> None:
+    """Raise ConfigError where `path`, which the setting `key` names, cannot be a file of JSON lines."""
+    lines, fix = "a text file of one JSON object a line", f"{key}=FILE"
     try:
-        # PIL's own bomb check only warns up to twice its limit.
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if image.width * image.height > max_pixels:
-                raise BadRecord(f"{name}: {image.width} x {image.height} px, more than data.max_pixels={max_pixels}")
-            yield image
-    except BadRecord:
-        raise
+        with open_regular(Path(path)) as file:
+            first = file.read(64)
     except FileNotFoundError:
-        raise BadRecord(f"{name}: no such image") from None
-    except Image.DecompressionBombError as error:
-        raise BadRecord(f"{name}: {error}") from None
-    except (OSError, SyntaxError, ValueError) as error:  # PIL's ways of saying "not an image" and "truncated"
-        raise BadRecord(f"{name}: {error}") from None
+        missing = repr(path) if Path(path).is_absolute() else f"{path!r} in {Path.cwd()}"
+        raise problem(key, missing, "a .jsonl file that exists", fix) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise problem(key, f"{printable(repr(path))}: {printable(str(reason))}", lines, fix) from None
+    if not first:
+        raise problem(key, f"{path}, which is empty", lines, fix)
+    for beginning, kind, change in _OTHER_FILES:
+        if first.lstrip(b" \t\r\n\xef\xbb\xbf").startswith(beginning):
+            raise problem(key, f"{path}, {kind}", lines, change)
 
 
-def _name(source: bytes | Path) -> str:
-    return source.name if isinstance(source, Path) else "embedded image"
+# What else is mistaken for JSON lines: first bytes, name, and what to do.
+_OTHER_FILES = (
+    (b"\x1f\x8b", "a gzip file", "unpack it: gunzip FILE"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file", "unpack it: unzstd FILE"),
+    (b"PK\x03\x04", "a zip file", "unpack it: unzip FILE"),
+    (b"PAR1", "a Parquet file", "write its rows as JSON lines"),
+    (b"ARROW1", "an Arrow file", "write its rows as JSON lines"),
+    (b"[", "a JSON list", "write its elements as lines: jq -c '.[]' FILE"),
+)
+
+
+def read_line(text: bytes, name: str, root: Path) -> Record:
+    """The record on one line of a file in the folder `root` (resolved); `name` is its id unless it brings one.
+
+    Raises BadRecord.
+    """
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise BadRecord(f"not JSON: {error}") from None
+    check_row(row)
+    images = row.get("images") or []
+    if not isinstance(images, list):
+        raise BadRecord("images is not a list")
+    given = row.get("id")
+    identity = name if given is None else printable(str(given))
+    return Record(identity, row["messages"], [image_path(root, image) for image in images])
 
 
 def build_records(data: DataConfig, seed: int, heldout: bool = False) -> Records | None:
     """The training or held-out records of `data`; None where a source has no held-out part."""
     if data.source == "jsonl":
-        path = data.heldout_path if heldout else data.path
-        return JsonlRecords(path) if path else None
+        key, path = ("heldout_path", data.heldout_path) if heldout else ("path", data.path)
+        return JsonlRecords(path, f"data.{key}") if path else None
     import datasets
 
     from nvlm.data.pages import build_pages
@@ -170,8 +160,3 @@ def build_records(data: DataConfig, seed: int, heldout: bool = False) -> Records
         ("heldout", data.heldout_records, 1) if heldout else ("train", data.records, data.questions)
     )
     return DatasetRecords(build_pages(split, count, seed, questions_per_page=questions))
-
-
-def answers(messages: Sequence[dict[str, Any]]) -> str:
-    """The first assistant turn's text: what a held-out question expects."""
-    return next((m["content"] for m in messages if m["role"] == "assistant"), "")

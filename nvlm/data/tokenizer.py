@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -15,7 +17,7 @@ TINY = Path(__file__).parent / "tiny_tokenizer" / "tokenizer.json"
 
 @dataclass(frozen=True, slots=True)
 class ChatTokenizer:
-    """Text to ids and back. Text never yields a special token: `<|im_end|>` in a user's words stays words."""
+    """Text to ids and back. Text never yields a control token: `<|im_end|>` in a user's words stays words."""
 
     tokenizer: Tokenizer
     im_start: int
@@ -52,7 +54,7 @@ def load_tokenizer(where: str, bos: str | None = None, key: str = "llm.tokenizer
     if not path.is_file():
         raise problem(key, repr(where), "a folder with tokenizer.json", f"{key}=DIR")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(json.dumps(stateless(json.loads(path.read_text("utf-8")), bos)))
     except Exception as error:  # the library's own error type is Exception itself
         reason = f"{path}, which does not read: {error}"
         raise problem(key, reason, "a tokenizer.json of the tokenizers library", "fetch it anew") from None
@@ -64,4 +66,22 @@ def load_tokenizer(where: str, bos: str | None = None, key: str = "llm.tokenizer
     if bos is not None and first is None:
         raise problem("llm.bos", repr(bos), f"a token of {path}", "llm.bos=null for none")
     tokenizer.encode_special_tokens = True
+    for name in (*marks, *([] if bos is None else [bos])):
+        if tokenizer.token_to_id(name) in tokenizer.encode(name, add_special_tokens=False).ids:
+            expected = f"a tokenizer for which {name} in a text is text"
+            raise problem(f"{key}={where}", f"one whose vocabulary finds {name} in a text", expected, "use another")
     return ChatTokenizer(tokenizer, marks["<|im_start|>"], marks["<|im_end|>"], first)
+
+
+def stateless(values: dict[str, Any], bos: str | None = None) -> dict[str, Any]:
+    """What a tokenizer.json holds, without the state that its last user left in it.
+
+    Truncation, padding and dropout of merges are switched off. Control tokens (`bos`, and all that begin with `<|`) are
+    marked as special, so that the library can be told to read them as text.
+    """
+    added = [
+        token | {"special": token.get("special") or token["content"] == bos or token["content"].startswith("<|")}
+        for token in values.get("added_tokens", ())
+    ]
+    model = values["model"] | ({"dropout": None} if "dropout" in values["model"] else {})
+    return values | {"truncation": None, "padding": None, "added_tokens": added, "model": model}

@@ -4,31 +4,51 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from nvlm import parallel, registry
 from nvlm.arch.stages import Stages
-from nvlm.batch import BadRecord
+from nvlm.batch import Sample
 from nvlm.config import Config
-from nvlm.data.chat import first_question
-from nvlm.data.encode import build_encoder, encode
-from nvlm.data.sources import Records, answers
+from nvlm.data.encode import fill
+from nvlm.data.messages import NoAnswer, first_question
+from nvlm.data.outline import Encoder, build_encoder, outline
+from nvlm.data.sources import Records
 from nvlm.evaluate.answer import answer
-from nvlm.evaluate.report import Shown, write_report
+from nvlm.evaluate.report import Shown, draw_pictures, write_report
+from nvlm.record import BadRecord, one_record
+from nvlm.tiling.grid import TilePlan
 from nvlm.vision.balance import BalancedVision
+
+_UNREADABLE = "unreadable"  # the kind of a question that could not be asked
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Share of questions answered exactly, in total and by kind."""
+    """Share of questions answered exactly, in total and by kind; `unanswered`: records without an answer to compare
+    with, which are not among the `questions`."""
 
     exact_match: float
     by_kind: dict[str, float]
     questions: int
+    unanswered: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A held-out question, encoded. `expected`: its answer as the tokenizer gives it back, so that a model can say
+    it."""
+
+    id: str
+    kind: str
+    question: str
+    expected: str
+    plans: tuple[TilePlan, ...]
+    sample: Sample
 
 
 def evaluate(
@@ -42,64 +62,70 @@ def evaluate(
 ) -> Score:
     """Answer the held-out `records` with exact tiles; writes heldout.json, answers.jsonl and report.html.
 
-    `alive` is called before each batch.
+    A record that cannot be read counts as wrong: a score must not rise by what could not be asked. One without an
+    answer is named and not scored. `alive` is called before each batch.
     """
     # Evaluation resizes exactly, whatever training does.
     encoder = build_encoder(config, registry.layout_rule(config.arch.name), resize="exact")
     rank, size = parallel.data_rank()
-    rows, shown = [], []
+    rows, shown, unanswered = [], [], []
     mine = range(min(config.evaluate.questions, len(records)))[rank::size]
     for start in range(0, len(mine), config.evaluate.batch):
         alive()
-        chosen = []
+        chosen: list[_Asked] = []
         for index in mine[start : start + config.evaluate.batch]:
             try:
-                record = records[index]
-                chosen.append((index, record, encode(first_question(record), encoder, generate=True)))
-            except BadRecord as reason:  # counted as wrong: a score must not rise by what could not be read
-                lost = {"id": records.name(index), "kind": "unreadable", "answer": "", "expected": str(reason)}
-                rows.append(lost | {"right": False})
+                with one_record():
+                    chosen.append(_ask(records, index, encoder))
+            except NoAnswer:
+                unanswered.append(records.name(index))
+            except BadRecord as reason:
+                rows.append(_row(records.name(index), _UNREADABLE, "", str(reason)) | {"right": False})
         if not chosen:
             continue
         got = answer(
             stages,
             vision.within_replica(),  # replicas may have different numbers of batches
-            [sample for _, _, sample in chosen],
+            [asked.sample for asked in chosen],
             encoder.tokenizer,
             config.evaluate.max_new_tokens,
             device,
             config.vision.tile_size,
             config.row_multiple,
         )
-        for (index, record, _), text in zip(chosen, got):
-            expected = answers(record.messages)
-            kind = records.kind(index)
-            rows.append(
-                {
-                    "id": record.id,
-                    "kind": kind,
-                    "answer": text,
-                    "expected": expected,
-                    "right": text == expected,
-                }
-            )
-            if len(shown) < config.evaluate.gallery:
-                shown.append(Shown(record, text, expected))
+        rows += [_row(asked.id, asked.kind, text, asked.expected) for asked, text in zip(chosen, got)]
+        room = config.evaluate.gallery - len(shown)
+        shown += [_shown(asked, text, encoder) for asked, text in zip(chosen[:room], got)]
     rows = parallel.gather_over_data(rows)
-    score = _score(rows)
+    score = _score(rows, parallel.gather_over_data(unanswered))
     if parallel.is_first_rank():
         (run_dir / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (run_dir / "heldout.json").write_text(
-            json.dumps({"exact_match": score.exact_match, "by_kind": score.by_kind, "questions": score.questions})
-        )
-        write_report(run_dir, config, shown, score.exact_match, score.by_kind, encoder)
+        (run_dir / "heldout.json").write_text(json.dumps(asdict(score) | {"unanswered": len(score.unanswered)}))
+        write_report(run_dir, config, shown, score.exact_match, score.by_kind)
     return score
 
 
-def _score(rows: list[dict]) -> Score:
+def _ask(records: Records, index: int, encoder: Encoder) -> _Asked:
+    record, expected = first_question(records[index])
+    sketch = outline(record, encoder, generate=True)
+    expected = encoder.tokenizer.decode(encoder.tokenizer.encode(expected))
+    question, sample = record.messages[-1]["content"], fill(record, sketch, encoder)
+    return _Asked(record.id, records.kind(index), question, expected, sketch.plans, sample)
+
+
+def _shown(asked: _Asked, text: str, encoder: Encoder) -> Shown:
+    pictures = draw_pictures(asked.plans, asked.sample.pixels, encoder)
+    return Shown(asked.question, pictures, text, asked.expected)
+
+
+def _row(name: str, kind: str, text: str, expected: str) -> dict:
+    return {"id": name, "kind": kind, "answer": text, "expected": expected, "right": text == expected}
+
+
+def _score(rows: Sequence[dict], unanswered: Sequence[str]) -> Score:
     by_kind = defaultdict(list)
     for row in rows:
         by_kind[row["kind"]].append(row["right"])
     right = sum(row["right"] for row in rows)
     means = {kind: sum(marks) / len(marks) for kind, marks in sorted(by_kind.items())}
-    return Score(right / max(len(rows), 1), means, len(rows))
+    return Score(right / max(len(rows), 1), means, len(rows), tuple(unanswered))

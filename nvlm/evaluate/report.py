@@ -13,24 +13,35 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from nvlm.batch import Record
-from nvlm.config import Config
-from nvlm.data.chat import IMAGE_MARK
-from nvlm.data.encode import Encoder
-from nvlm.data.sources import decode_image
-from nvlm.tiling import tile_image, tile_tags
+from nvlm.config import IMAGE_MARK, Config
+from nvlm.data.outline import Encoder
+from nvlm.tiling.grid import TilePlan
 
 _INK = (200, 30, 60)
+_LONGEST = 480  # px, of a page on the report
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One held-out question as the page shows it."""
+    """One held-out question as the page shows it. `pictures`: of each image its page and its strip of tiles."""
 
-    record: Record
+    question: str
+    pictures: tuple[tuple[Image.Image, Image.Image], ...]
     answer: str
     expected: str
+
+
+def draw_pictures(
+    plans: Sequence[TilePlan], pixels: Tensor, encoder: Encoder
+) -> tuple[tuple[Image.Image, Image.Image], ...]:
+    """Page and strip of each of `plans`, from what the encoder saw: `pixels` uint8 [T, 3, px, px], their tiles."""
+    pictures = []
+    for plan, tiles in zip(plans, pixels.split([plan.num_tiles for plan in plans]) if plans else ()):
+        images = [Image.fromarray(tile.permute(1, 2, 0).numpy()) for tile in tiles]
+        pictures.append((draw_page(plan, images, encoder.tags(plan)), draw_strip(images)))
+    return tuple(pictures)
 
 
 def write_report(
@@ -39,7 +50,6 @@ def write_report(
     shown: Sequence[Shown],
     exact_match: float,
     by_kind: Mapping[str, float],
-    encoder: Encoder,
 ) -> None:
     """Write curves.png, gallery/*.png and report.html into `run_dir`."""
     gallery = run_dir / "gallery"
@@ -48,17 +58,15 @@ def write_report(
     cards = []
     for number, one in enumerate(shown):
         pictures = []
-        for which, source in enumerate(one.record.images):
-            image = decode_image(source, encoder.max_pixels).convert("RGB")
+        for which, (page, strip) in enumerate(one.pictures):
             name = f"{number:02d}_{which}"
-            draw_tiles(image, encoder).save(gallery / f"{name}_page.png")
-            draw_strip(image, encoder).save(gallery / f"{name}_tiles.png")
+            page.save(gallery / f"{name}_page.png")
+            strip.save(gallery / f"{name}_tiles.png")
             pictures.append(
                 f'<img src="gallery/{name}_page.png" alt="page with its tiles">'
                 f'<img src="gallery/{name}_tiles.png" alt="tiles as the encoder sees them">'
             )
-        question = next(m["content"] for m in one.record.messages if m["role"] == "user")
-        cards.append(_card(question, one, "".join(pictures)))
+        cards.append(_card(one, "".join(pictures)))
     kinds = "".join(f"<tr><td>{html.escape(kind)}</td><td>{score:.0%}</td></tr>" for kind, score in by_kind.items())
     page = _PAGE.format(
         name=html.escape(config.name),
@@ -70,28 +78,29 @@ def write_report(
     (run_dir / "report.html").write_text(page)
 
 
-def draw_tiles(image: Image.Image, encoder: Encoder, longest: int = 480) -> Image.Image:
-    """`image` (longest side at most `longest` px) with the tile grid and each tile's tag drawn on it."""
-    plan = tile_image(image, encoder.max_tiles, "fast", encoder.tile_size).plan
-    scale = min(1.0, longest / max(image.size)) if max(image.size) > longest else 1.0
-    picture = image.resize((round(image.width * scale), round(image.height * scale)))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
-    tags = tile_tags(plan, encoder.tag, encoder.max_tiles, encoder.thumbnail_tag)
-    wide, high = picture.width / plan.cols, picture.height / plan.rows
-    for tile in range(plan.num_regular or 1):
-        x, y = tile % plan.cols * wide, tile // plan.cols * high
-        draw.rectangle((x, y, x + wide - 1, y + high - 1), outline=_INK)
-        draw.text((x + 3, y + 2), tags[tile], fill=_INK, font=font)
-    return picture
+def draw_page(plan: TilePlan, tiles: Sequence[Image.Image], tags: Sequence[str]) -> Image.Image:
+    """The page put together from its tiles, longest side `_LONGEST` px, with each tile's outline and tag."""
+    size = tiles[0].width
+    cols, rows = (plan.cols, plan.rows) if plan.num_regular else (1, 1)
+    page = Image.new("RGB", (cols * size, rows * size))
+    for number, tile in enumerate(tiles[: cols * rows]):
+        page.paste(tile, (number % cols * size, number // cols * size))
+    side = max(1, min(size, _LONGEST // max(cols, rows)))
+    page = page.resize((cols * side, rows * side))
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    for number in range(cols * rows):
+        x, y = number % cols * side, number // cols * side
+        draw.rectangle((x, y, x + side - 1, y + side - 1), outline=_INK)
+        draw.text((x + 3, y + 2), tags[number], fill=_INK, font=font)
+    return page
 
 
-def draw_strip(image: Image.Image, encoder: Encoder) -> Image.Image:
-    """All tiles of `image` side by side as the encoder sees them, the thumbnail last."""
-    tiled = tile_image(image, encoder.max_tiles, "exact", encoder.tile_size)
-    size, gap = encoder.tile_size, 6
-    strip = Image.new("RGB", ((size + gap) * tiled.plan.num_tiles - gap, size), "white")
-    for tile, pixels in enumerate(tiled.pixels):
-        strip.paste(Image.fromarray(pixels.permute(1, 2, 0).numpy()), (tile * (size + gap), 0))
+def draw_strip(tiles: Sequence[Image.Image]) -> Image.Image:
+    """All tiles of an image side by side, the thumbnail last."""
+    size, gap = tiles[0].width, 6
+    strip = Image.new("RGB", ((size + gap) * len(tiles) - gap, size), "white")
+    for number, tile in enumerate(tiles):
+        strip.paste(tile, (number * (size + gap), 0))
     return strip
 
 
@@ -116,12 +125,12 @@ def draw_curves(metrics: Path, out: Path) -> None:
     plt.close(figure)
 
 
-def _card(question: str, one: Shown, pictures: str) -> str:
-    right = one.answer == one.expected
-    mark = "right" if right else "wrong"
+def _card(one: Shown, pictures: str) -> str:
+    mark = "right" if one.answer == one.expected else "wrong"
+    question = one.question.replace(IMAGE_MARK, "").strip()
     return (
         f'<article class="{mark}"><div class="pictures">{pictures}</div>'
-        f"<p><b>{html.escape(question.replace(IMAGE_MARK, '').strip())}</b></p>"
+        f"<p><b>{html.escape(question)}</b></p>"
         f"<p>model <code>{html.escape(one.answer)}</code> &nbsp; truth <code>{html.escape(one.expected)}</code>"
         f' &nbsp; <span class="mark">{mark}</span></p></article>'
     )
@@ -141,7 +150,7 @@ td {{ padding: 0 1rem 0 0; }} code {{ font-size: 1.1em; }}
 <table>{kinds}</table>
 <p><img src="curves.png" alt="training curves"></p>
 <h2>Held-out samples</h2>
-<p>Each page with the tiles that it was cut into, then the tiles as the encoder sees them, the thumbnail last.</p>
+<p>Each page as the encoder saw it, put together from its tiles, then the tiles side by side, the thumbnail last.</p>
 {cards}
 </body></html>
 """

@@ -126,6 +126,10 @@ def open_rgb(source):
 
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     image = file if isinstance(file, Image.Image) else Image.open(file)
+    turned = image.getexif().get(274, 1) if image.format == "TIFF" else 1  # of TIFF alone, Pillow applies it
+    image.load()
+    if turned in range(2, 9):
+        image = image.transpose(Image.Transpose((0, 3, 1, 5, 2, 6, 4)[turned - 2]))
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         grey = np.nan_to_num(np.asarray(image).astype(np.float32), nan=0, posinf=0, neginf=0)
         levels = (1, 255, 65535) if image.mode == "F" else (255, 65535)
@@ -158,16 +162,19 @@ def tag_names(style: str, columns: int, rows: int, max_tiles: int, thumbnail: st
 
 
 def turns_of(messages: Sequence[dict], images: int, system: str | None) -> list[tuple[str, str]]:
-    """(role, text) of each message. Pictures without a mark stand before the first user turn's text."""
+    """(role, text) of each message. Without any mark all pictures stand before the first user turn's text."""
     turns = []
     for message in messages:
         content = message["content"]
         if not isinstance(content, str):
-            content = "".join(MARK if part["type"] == "image" else part.get("text", "") for part in content)
+            kinds = {part["type"] for part in content} - {"image", "text"}
+            if kinds:
+                raise ValueError(f"got parts of type {', '.join(sorted(kinds))}, expected text and image alone")
+            content = "".join(MARK if part["type"] == "image" else part["text"] for part in content)
         turns.append((message["role"], content))
     marks = sum(text.count(MARK) for _, text in turns)
-    if marks > images:
-        raise ValueError(f"got {marks} {MARK} marks, expected at most one for each of {images} images")
+    if marks not in (0, images):
+        raise ValueError(f"got {marks} {MARK} marks and {images} images, expected a mark for each image, or none")
     first = next((n for n, (role, _) in enumerate(turns) if role == "user"), None)
     if first is None:
         raise ValueError("got no message of role user, expected at least one")
@@ -414,10 +421,15 @@ class NVLM(nn.Module):
 
     @cached_property
     def tokenizer(self):
-        """Text never yields a special token: `<|im_end|>` in a user's words stays words."""
+        """Text never yields a control token: `<|im_end|>` in a user's words stays words."""
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        values = json.loads((self.folder / "tokenizer.json").read_text("utf-8"))
+        values |= {"truncation": None, "padding": None}  # what the file's last user left in it
+        values["model"] |= dict.fromkeys({"dropout"} & values["model"].keys())
+        for token in values["added_tokens"]:
+            token["special"] |= token["content"] == self.config.nvlm.bos or token["content"][:2] == "<|"
+        tokenizer = Tokenizer.from_str(json.dumps(values))
         tokenizer.encode_special_tokens = True
         return tokenizer
 

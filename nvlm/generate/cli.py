@@ -38,8 +38,8 @@ def main(arguments: Sequence[str]) -> int:
 def work(request: Request) -> int:
     """Hold the conversation in this process, which is one of the layout's."""
     launch.quiet()
-    from nvlm.batch import BadRecord
     from nvlm.generate.generator import Conversation, check, opened
+    from nvlm.record import BadRecord
 
     config = request.config
     try:
@@ -55,19 +55,19 @@ def work(request: Request) -> int:
 
 def user_turn(text: str, images: Sequence) -> dict[str, str]:
     """A user's message with the places of its own `images` marked. Raises BadRecord."""
-    from nvlm.data.chat import place_images
+    from nvlm.data.messages import place_images, read_turns
 
-    ((role, marked),) = place_images([("user", text)], len(images))
-    return {"role": role, "content": marked}
+    (turn,) = place_images(read_turns([{"role": "user", "content": text}]), len(images))
+    return {"role": turn.role, "content": turn.text}
 
 
 def converse(generator, request: Request) -> None:
     """The prompt's turn and, with chat=true, those of standard input. A turn that cannot be read is told and left out;
     without chat=true it raises BadRecord."""
     from nvlm import parallel
-    from nvlm.batch import BadRecord
-    from nvlm.data.chat import IMAGE_MARK
+    from nvlm.config import IMAGE_MARK
     from nvlm.generate.generator import Conversation
+    from nvlm.record import BadRecord
 
     def show(_, piece: str) -> None:
         if parallel.is_first_rank():

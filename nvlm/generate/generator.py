@@ -15,15 +15,17 @@ import torch
 
 from nvlm import parallel, registry
 from nvlm.arch.stages import Stages, build_parts, build_stages, tile_use_of_rank
-from nvlm.batch import BadRecord, Record
+from nvlm.batch import Sample
 from nvlm.config import Config, problem
-from nvlm.data.encode import Encoder, build_encoder, encode, outline
+from nvlm.data.encode import encode
+from nvlm.data.outline import Encoder, build_encoder, outline
 from nvlm.data.pack import collate
 from nvlm.generate.decode import continue_rows
 from nvlm.generate.request import read_config
 from nvlm.generate.sampling import GREEDY, Sampling
 from nvlm.generate.text import TextStream, words
 from nvlm.lengths import check_vocabulary
+from nvlm.record import BadRecord, Record, one_record
 from nvlm.train.begin import begin
 from nvlm.vision.balance import BalancedVision, build_team
 from nvlm.vision.path import build_vision
@@ -62,13 +64,13 @@ class Generator:
     ) -> list[str]:
         """The assistant's next words in each conversation.
 
-        Raises BadRecord for an unreadable image, for any image where the weights of what reads images are random, and
-        for a conversation that is too long, ConfigError for max_new_tokens.
+        Raises BadRecord for a conversation that cannot be read or encoded or is too long, and for any image where the
+        weights of what reads images are random; ConfigError for max_new_tokens.
         """
         if self.untrained and any(one.images for one in conversations):
             raise BadRecord(f"no image can be answered: the weights of {' and '.join(self.untrained)} are random")
         encoder, config = prompt_encoder(self.config, sampling), self.config
-        samples = [encode(_record(number, one), encoder, generate=True) for number, one in enumerate(conversations)]
+        samples = [_encode(number, one, encoder) for number, one in enumerate(conversations)]
         multiple = config.row_multiple
         batch = collate([[sample] for sample in samples], config.vision.tile_size, multiple).to(self.device)
         (batch,) = self.vision.encode([batch])
@@ -98,7 +100,13 @@ def prompt_encoder(config: Config, sampling: Sampling) -> Encoder:
 
 def check(config: Config, conversation: Conversation, sampling: Sampling) -> None:
     """Raise BadRecord or ConfigError for what `Generator.generate` could not answer; needs no model."""
-    outline(_record(0, conversation), prompt_encoder(config, sampling), generate=True)
+    with one_record():
+        outline(_record(0, conversation), prompt_encoder(config, sampling), generate=True)
+
+
+def _encode(number: int, conversation: Conversation, encoder: Encoder) -> Sample:
+    with one_record():
+        return encode(_record(number, conversation), encoder, generate=True)
 
 
 def _record(number: int, conversation: Conversation) -> Record:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nvlm import parallel, registry
 from nvlm.arch.stages import build_parts, build_stages, tile_use_of_rank
 from nvlm.config import Config, ConfigError
-from nvlm.data.encode import build_encoder
 from nvlm.data.loader import StepData, Steps, load_steps
+from nvlm.data.outline import build_encoder
 from nvlm.data.sources import build_records
 from nvlm.evaluate.heldout import evaluate
 from nvlm.folder import begin as begin_folder
@@ -28,7 +28,9 @@ from nvlm.train.metrics import Metrics, append_skipped, print_groups
 from nvlm.train.optim import build_optimizer, count_groups, freeze, wrap
 from nvlm.train.phases import Phases, build_profiler
 from nvlm.train.restore import load
+from nvlm.train.skipped import stopped, too_many
 from nvlm.train.step import Trainer, train_step
+from nvlm.train.waiting import impatient
 from nvlm.train.watch import Watchdog
 from nvlm.vision.balance import BalancedVision, build_team
 from nvlm.vision.path import build_vision
@@ -66,6 +68,8 @@ def run(config: Config, run_dir: Path, started: float, refusal: str | None = Non
             result = evaluate(trainer.stages, trainer.vision, heldout, config, run_dir, device, alive)
             if parallel.is_first_rank():
                 print("  ".join(f"{kind} {score:.2f}" for kind, score in result.by_kind.items()))
+                if result.unanswered:
+                    print(f"not scored, no answer to compare with: {shortened(result.unanswered)}")
                 print(f"heldout exact_match={result.exact_match:.2f} seconds={time.time() - started:.0f}")
 
 
@@ -92,7 +96,8 @@ def train(
         Phases(told, profiler) as mark,
     ):
         mark(first + 1, "data")
-        for step, data in enumerate(load_steps(steps, first, config.data.workers), start=first + 1):
+        coming = impatient(load_steps(steps, first, config.data.workers), signals.came, settings.stop_seconds / 4)
+        for step, data in enumerate(coming, start=first + 1):
             if parallel.is_replica_writer():
                 append_skipped(run_dir, data.skipped)
             result = train_step(trainer, data, guard, signals.came, functools.partial(mark, step))
@@ -101,13 +106,16 @@ def train(
             waiting, warning = idle.after_step(waiting, trainer.chunks, result.work.tiles)
             if warning and active:
                 print(warning)
+            last = step == settings.steps
+            if why := too_many(metrics.tally, config.data.max_skipped, len(steps.records), last):
+                raise stopped(metrics.tally, why, run_dir / "skipped.jsonl")
             checkpoints.poll()
             guard = result.guard
             if guard.bad_in_row >= settings.max_bad_steps:
                 raise broken(guard, step, result.loss, result.grad_norm, sample_ids(data))
             due |= step % settings.save_every == 0
             # Behind a bad step the weights may be what is wrong: a checkpoint that can wait does.
-            if step == settings.steps or result.stop or (due and not guard.bad_in_row):
+            if last or result.stop or (due and not guard.bad_in_row):
                 mark(step, "save")
                 checkpoints.save(trainer, step, guard.numbers())
                 due = False
@@ -115,11 +123,20 @@ def train(
                 checkpoints.close()
                 signals.obey()
                 if active:
+                    print(metrics.tally)
                     name = signal.Signals(signals.came[0] if signals.came else signal.SIGTERM).name
                     print(f"stopped by {name} after step {step}, checkpoint saved")
                 return False
             mark(step + 1, "data")
+    if active:
+        print(metrics.tally)
     return True
+
+
+def shortened(names: Sequence[str], most: int = 5) -> str:
+    """How many `names` there are, and the first of them."""
+    more = ", ..." if len(names) > most else ""
+    return f"{len(names)} ({', '.join(names[:most])}{more})"
 
 
 def sample_ids(data: StepData) -> list[str]:

@@ -14,15 +14,14 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from nvlm import device, parallel
-from nvlm.config import Config, ConfigError
+from nvlm.config import Config
 from nvlm.files import write_whole
 from nvlm.flops import model_flops
 from nvlm.hardware import known_gpu
 from nvlm.train.optim import GroupCount
+from nvlm.train.skipped import Tally
 from nvlm.train.step import StepResult
 from nvlm.vision.balance import shares
-
-_MIN_RECORDS = 1000  # the share of bad records is judged against at least this many
 
 
 class Metrics:
@@ -31,7 +30,7 @@ class Metrics:
     def __init__(self, config: Config, run_dir: Path, first_step: int, active: bool) -> None:
         self.config, self.active, self.first = config, active, first_step
         self.run_dir, self.step = run_dir, first_step
-        self.records = self.skipped = 0
+        self.tally = Tally()
         gpu = known_gpu(device.gpu_name() or "")
         self.peak = gpu and gpu.peak(config.precision.name)
 
@@ -59,21 +58,11 @@ class Metrics:
             self.file.close()
 
     def record(self, result: StepResult, phases: Mapping[str, float]) -> None:
-        """Log one step. `phases`: seconds of each in this process since the step before was logged, its save included.
-
-        Raises ConfigError when too many records were bad.
-        """
+        """Log one step. `phases`: seconds of each in this process since the last step was logged, its save included."""
         self.step += 1
-        self.records += result.records
-        self.skipped += result.skipped
+        self.tally = self.tally.after(result.records, result.skipped, result.fewer_tiles)
         if self.active:
             self._write(result, phases)
-        limit = self.config.data.max_skipped
-        if self.skipped > limit * max(self.records, _MIN_RECORDS):
-            raise ConfigError(
-                f"bad records: got {self.skipped} of {self.records}, expected a share of at most {limit}. "
-                f"Fix: {self.run_dir / 'skipped.jsonl'} names each with its reason; data.max_skipped raises the limit"
-            )
 
     def _write(self, result: StepResult, phases: Mapping[str, float]) -> None:
         rates = self._rates(result, phases)
@@ -85,8 +74,11 @@ class Metrics:
             self.board.add_scalar(name, row[name], self.step)
         for phase, seconds in phases.items():
             self.board.add_scalar(f"seconds/{phase}", seconds, self.step)
+        lost = f"skipped {self.tally.skipped}  " if self.tally.skipped else ""
+        if self.tally.fewer_tiles:
+            lost += f"fewer tiles {self.tally.fewer_tiles}  "
         text = (
-            f"loss {result.loss:6.3f}  {rates['tokens_per_second']:7,.0f} tokens/s  "
+            f"loss {result.loss:6.3f}  {lost}{rates['tokens_per_second']:7,.0f} tokens/s  "
             f"{rates['tiles_per_second']:5,.0f} tiles/s  padding {rates['padding']:4.0%}  "
             f"{rates['tflops']:.3g} TFLOP/s"
         )

@@ -55,6 +55,7 @@ class StepResult:
     key_positions: int  # cross-attended, padding included
     records: int
     skipped: int
+    fewer_tiles: int  # records whose images lost tiles, for want of room
     work: Work
     tiles_by_replica: tuple[int, ...]
     grad_norm: float
@@ -118,9 +119,9 @@ def train_step(
     numbers = [not math.isfinite(part + grad_norm), bool(stop), part * parallel.is_loss_rank(), *_counts(data)]
     sums = parallel.sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=trainer.device))
     broken, stops, loss, *counts = sums.tolist()
-    trained, positions, key_positions, records, skipped, *rest = map(int, counts)
+    trained, positions, key_positions, records, skipped, fewer_tiles, *rest = map(int, counts)
     loss /= max(trained, 1)
-    bad = is_bad(guard, loss, finite=not broken)
+    bad = trained == 0 or is_bad(guard, loss, finite=not broken)  # without a gradient Adam would still move weights
     if not bad:
         update(trainer.optimizer, grad_norm)
     lr = trainer.schedule.get_lr({})
@@ -132,6 +133,7 @@ def train_step(
         key_positions,
         records,
         skipped,
+        fewer_tiles,
         work=Work(**dict(zip(_WORK, rest))),
         tiles_by_replica=tuple(rest[len(_WORK) :]),
         grad_norm=grad_norm,
@@ -155,6 +157,7 @@ def _counts(data: StepData) -> list[int]:
         sum(batch.cross_sample.numel() for batch in batches),
         data.records,
         len(data.skipped),
+        data.fewer_tiles,
         *astuple(data.work),
         *(data.work.tiles * (r == replica) for r in range(replicas)),
     ]

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from nvlm.cli import compose_config
-from nvlm.data.encode import build_encoder, encode
+from nvlm.data.encode import encode
+from nvlm.data.outline import build_encoder
 from nvlm.data.pack import collate
 from nvlm.data.sources import build_records
 from nvlm.export.options import parse

@@ -23,8 +23,9 @@ from nvlm.arch.stages import Stages, next_logits
 from nvlm.arch.xattn.attention import GatedCrossAttention
 from nvlm.batch import IGNORE, IMAGE, Batch, Sample
 from nvlm.config import cross_layers
-from nvlm.data.chat import first_question
-from nvlm.data.encode import build_encoder, encode
+from nvlm.data.encode import encode
+from nvlm.data.messages import first_question
+from nvlm.data.outline import build_encoder
 from nvlm.data.pack import collate
 from nvlm.data.tokenizer import load_tokenizer
 from nvlm.llm import packing
@@ -644,7 +645,7 @@ def test_recomputing_changes_nothing(arch, stage, rows):
 def test_generation_prompts_end_where_the_assistant_begins():
     config = small_config("arch=decoder")
     encoder = build_encoder(config, build_architecture(config).layout)
-    whole, prompt = encode(record_of(TWO), encoder), encode(first_question(record_of(TWO)), encoder, generate=True)
+    whole, prompt = encode(record_of(TWO), encoder), encode(first_question(record_of(TWO))[0], encoder, generate=True)
     assert torch.equal(prompt.tokens, whole.tokens[: len(prompt.tokens)])
     first = (whole.labels != IGNORE).nonzero()[0].item()
     assert len(prompt.tokens) == first + 1 and (prompt.labels == IGNORE).all()

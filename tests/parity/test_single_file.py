@@ -26,12 +26,14 @@ from torch import Tensor
 
 from nvlm.arch.base import VisionLanguageModel
 from nvlm.arch.stages import build_parts
-from nvlm.batch import IMAGE, Record
+from nvlm.batch import IMAGE
 from nvlm.config import Config
-from nvlm.data.encode import build_encoder, encode
+from nvlm.data.encode import encode
+from nvlm.data.outline import build_encoder
 from nvlm.data.pack import collate
 from nvlm.data.tokenizer import TINY
 from nvlm.export.describe import describe
+from nvlm.record import Record
 from nvlm.registry import build_architecture
 from nvlm.vision.encoder import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
@@ -337,7 +339,7 @@ def test_missing_surplus_and_misshapen_tensors_are_named(tmp_path):
 
 def test_what_cannot_be_laid_out_is_refused(tmp_path):
     model = loaded(write_folder(tmp_path, built_of("arch=decoder")))
-    with pytest.raises(ValueError, match="got 2 <image> marks, expected at most one for each of 1 images"):
+    with pytest.raises(ValueError, match="got 2 <image> marks and 1 images, expected a mark for each"):
         model.inputs([{"role": "user", "content": "<image><image>"}], [pictures()["L"]])
     with pytest.raises(ValueError, match="no message of role user"):
         model.inputs([{"role": "assistant", "content": "well"}])

@@ -12,13 +12,17 @@ import torch
 from PIL import Image
 
 from nvlm import registry
-from nvlm.batch import IGNORE, IMAGE, BadRecord, Record
+from nvlm.batch import IGNORE, IMAGE
 from nvlm.data import chat
-from nvlm.data.encode import build_encoder, encode
-from nvlm.data.loader import Steps, step_records
+from nvlm.data.encode import encode
+from nvlm.data.images import decode_image
+from nvlm.data.loader import Steps, load_steps, step_records
+from nvlm.data.messages import read_turns
+from nvlm.data.outline import build_encoder
 from nvlm.data.pack import collate, pack
-from nvlm.data.sources import JsonlRecords, decode_image
+from nvlm.data.sources import JsonlRecords
 from nvlm.data.tokenizer import load_tokenizer
+from nvlm.record import BadRecord, Record
 
 
 @pytest.fixture
@@ -40,7 +44,7 @@ def talk(*turns):
 
 def test_chatml_and_loss_on_the_assistants_words_only():
     tokenizer = load_tokenizer("tiny")
-    turns = [("user", "Hi there"), ("assistant", "Good day"), ("user", "More"), ("assistant", "No.")]
+    turns = read_turns(talk(("user", "Hi there"), ("assistant", "Good day"), ("user", "More"), ("assistant", "No.")))
     runs = chat.chatml(turns, tokenizer, system="Be kind.")
     ids = [i for run in runs for i in run.ids]
     text = tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
@@ -202,6 +206,42 @@ def test_steps_skip_and_name_bad_records_and_replicas_share_the_work(encoder):
     halves = [{n for b in step(rank, 2).micro_batches for row in b.ids for n in row} for rank in (0, 1)]
     assert halves[0] | halves[1] == ids
     assert not halves[0] & halves[1]
+
+
+class _Raises(_Some):
+    """Two more records go wrong in ways that no reader foresees, one of them only when its pixels are read."""
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise RecursionError("maximum recursion depth exceeded")
+        record = super().__getitem__(index)
+        return Record(record.id, record.messages, [_Spoilt(record.images[0])]) if index == 7 else record
+
+
+class _Spoilt(Image.Image):
+    """Has a size, but no pixels."""
+
+    def __init__(self, image):
+        super().__init__()
+        self._size = image.size
+
+    def load(self):
+        raise RuntimeError("the decoder gave up")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whatever_a_record_raises_names_it_and_the_others_go_on(encoder, workers):
+    settings = {"seed": 1, "steps": 1, "global_batch": 10, "micro_batch": 2, "row_length": 40}
+    steps = Steps(_Raises(), encoder(), data_rank=0, data_size=1, **settings)
+    (step,) = load_steps(steps, 0, workers)
+    assert dict(step.skipped) == {
+        "some:3": "spoilt",
+        "some:5": "RecursionError: maximum recursion depth exceeded",
+        "some:7": "RuntimeError: the decoder gave up",
+    }
+    assert {name for batch in step.micro_batches for row in batch.ids for name in row} == {
+        f"some:{i}" for i in range(10) if i not in (3, 5, 7)
+    }
 
 
 def test_a_step_without_a_good_record_still_has_a_micro_batch():

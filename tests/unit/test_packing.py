@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nvlm import registry
-from nvlm.batch import IMAGE, BadRecord, Record, check_placeholders
+from nvlm.batch import IMAGE, check_placeholders
 from nvlm.cli import compose_config
-from nvlm.data.encode import build_encoder, encode, outline
+from nvlm.data.encode import encode
+from nvlm.data.images import image_size
 from nvlm.data.loader import Steps, load_steps, plan_window, step_records
+from nvlm.data.outline import build_encoder, outline
 from nvlm.data.pack import deal, pack
-from nvlm.data.sources import image_size
+from nvlm.record import BadRecord, Record
 from nvlm.tiling import TAG_STYLES
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 120), st.integers(0, 60)), max_size=60)
@@ -255,7 +257,7 @@ def test_lengths_without_pixels_are_those_of_the_sample(tmp_path, arch, tag):
         Record("none", talk("Nothing?"), []),
         Record("one", talk("What?"), [wide]),
         Record("three", talk(question), [wide, tall.read_bytes(), picture(80, 80)]),
-        Record("more", talk(question), [wide, wide, tall, wide, wide]),
+        Record("more", talk("<image>" * 2 + question), [wide, wide, tall, wide, wide]),
     ]
     tiles = {}
     for chosen in (roomy, tight):
@@ -264,6 +266,7 @@ def test_lengths_without_pixels_are_those_of_the_sample(tmp_path, arch, tag):
             assert planned.lengths(chosen.tile_tokens) == (sample.tokens.numel(), sample.cross_tokens.numel())
             assert sum(plan.num_tiles for plan in planned.plans) == len(sample.pixels)
             tiles[chosen, record.id] = len(sample.pixels)
+            assert planned.fewer_tiles == (len(sample.pixels) < tiles[roomy, record.id])
     assert tiles[tight, "more"] < tiles[roomy, "more"]
     assert tiles[roomy, "one"] == tiles[tight, "one"] == 7
 

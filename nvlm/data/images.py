@@ -1,0 +1,135 @@
+"""Images of records: found below the data folder, opened as regular files alone, decoded as they are stored.
+
+Input is untrusted: no URL is fetched, a path stays inside the folder of its records file, and an image's header is
+looked at before its pixels are. All formats follow one rule: an orientation is not applied. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+
+from nvlm.record import BadRecord
+
+_ORIENTATION, _WIDTH, _HEIGHT = 274, 256, 257  # TIFF tags
+_TURN_BACK = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def image_path(root: Path, path: Any) -> Path:
+    """The file that a record's `path` means, below the data folder `root` (resolved). Raises BadRecord."""
+    if not isinstance(path, str):
+        raise BadRecord(f"image path is {type(path).__name__}, expected text")
+    if "\0" in path:
+        raise BadRecord(f"image path {path!r} holds a NUL character")
+    full = Path(os.path.realpath(root / path))
+    if full.is_relative_to(root):
+        return full
+    link = _link_that_leaves(root, path)
+    if link is None:
+        raise BadRecord(f"image path leaves the data folder: {path}")
+    raise BadRecord(
+        f"image path leaves the data folder: {path} ({link} is a link to {os.path.realpath(root / link)}; links out of "
+        f"{root} are not followed: move the records file beside the images, or mount the folder there)"
+    )
+
+
+def _link_that_leaves(root: Path, path: str) -> Path | None:
+    """The first part of `path` that is a link out of `root`; None where the path leaves it by itself."""
+    if not Path(os.path.normpath(root / path)).is_relative_to(root):
+        return None
+    parts = Path(path).parts
+    prefixes = (Path(*parts[: end + 1]) for end in range(len(parts)))
+    return next((p for p in prefixes if not Path(os.path.realpath(root / p)).is_relative_to(root)), None)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, opened for reading; OSError says what else it is: reading a pipe or a device could wait forever."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError(f"{_KINDS.get(stat.S_IFMT(mode), 'something')}, not a regular file")
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
+def image_size(source: bytes | Path | Image.Image, max_pixels: int) -> tuple[int, int]:
+    """(width, height) in px from an image's header, without its pixels; BadRecord as in `decode_image`."""
+    if isinstance(source, Image.Image):
+        return _stored_size(source)
+    with _opened(source, max_pixels) as image:
+        return _stored_size(image)
+
+
+def decode_image(source: bytes | Path | Image.Image, max_pixels: int) -> Image.Image:
+    """A decoded image of at most `max_pixels` px; BadRecord for one that is missing, broken or larger."""
+    if isinstance(source, Image.Image):
+        return _as_stored(source)
+    with _opened(source, max_pixels) as image:
+        decoded = _as_stored(image)
+        return decoded.copy() if decoded.mode == "P" else decoded
+
+
+def _orientation(image: Image.Image) -> int:
+    """The orientation that Pillow applies to `image` when it loads it, as it does to TIFF alone; 1 for none."""
+    return image.getexif().get(_ORIENTATION, 1) if image.format == "TIFF" else 1
+
+
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    if _orientation(image) not in _TURN_BACK:
+        return image.size
+    return image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]
+
+
+def _as_stored(image: Image.Image) -> Image.Image:
+    size, turned = _stored_size(image), _orientation(image)
+    image.load()
+    stored = image.transpose(_TURN_BACK[turned]) if turned in _TURN_BACK else image
+    if stored.size != size:
+        raise BadRecord(f"{size[0]} x {size[1]} px by its header, but {stored.width} x {stored.height} px of pixels")
+    return stored
+
+
+@contextmanager
+def _opened(source: bytes | Path, max_pixels: int) -> Iterator[Image.Image]:
+    """An image of which the header alone is read. Whatever Pillow raises, also within the block, becomes BadRecord
+    with the image's name."""
+    name = source.name if isinstance(source, Path) else "embedded image"
+    try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
+        # Pillow's own limit only warns up to twice its value.
+        with file, Image.open(file) as image:
+            if image.width * image.height > max_pixels:
+                raise BadRecord(f"{image.width} x {image.height} px, more than data.max_pixels={max_pixels}")
+            yield image
+    except MemoryError:
+        raise
+    except FileNotFoundError:
+        raise BadRecord(f"{name}: no such image") from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, RuntimeError, struct.error, ...
+        raise BadRecord(f"{name}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a known format"
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__

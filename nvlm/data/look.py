@@ -1,0 +1,71 @@
+"""The first records of a run's files, looked at before anything is loaded or written. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from nvlm.config import Config, ConfigError, problem
+from nvlm.data.images import open_regular
+from nvlm.data.messages import first_question
+from nvlm.data.outline import Encoder, build_encoder, outline
+from nvlm.data.sources import check_file, read_line
+from nvlm.record import BadRecord, Record, one_record
+from nvlm.registry import layout_rule
+
+_FIRST = 20  # records of a file
+_SHOWN = 3  # reasons in a message
+_LONGEST = 1 << 26  # bytes of a line
+
+
+def check_data(config: Config) -> None:
+    """Raise ConfigError where a file of records is not there, or none of its first records can be used.
+
+    Held-out records must have an answer too. Reads image headers, but no pixels. A run that only wants to be counted
+    has no data.
+    """
+    if config.data.source != "jsonl" or config.dry_run:
+        return
+    encoder = build_encoder(config, layout_rule(config.arch.name))
+    _check("data.path", config.data.path, lambda record: outline(record, encoder))
+    if config.data.heldout_path and config.evaluate.questions:
+        _check("data.heldout_path", config.data.heldout_path, lambda record: _question(record, encoder))
+
+
+def _question(record: Record, encoder: Encoder) -> None:
+    asked, _ = first_question(record)
+    outline(asked, encoder, generate=True)
+
+
+def _check(key: str, path: str | None, use: Callable[[Record], object]) -> None:
+    check_file(path or "", key)
+    reasons: dict[str, str] = {}  # to the first record that has it
+    count = 0
+    for name, line in _first_lines(Path(path or "")):
+        try:
+            with one_record():
+                use(read_line(line, name, Path(path or "").resolve().parent))
+            return
+        except BadRecord as reason:
+            reasons.setdefault(str(reason), name)
+            count += 1
+    if not reasons:
+        raise problem(key, f"{path}, which holds blank lines alone", "one JSON object a line", f"{key}=FILE")
+    shown = "; ".join(f"{name}: {reason}" for reason, name in islice(reasons.items(), _SHOWN))
+    which = f"none of its first {count} records" if count > 1 else "not its first record"
+    raise ConfigError(
+        f"{key}: got {path}, expected records that can be used, but {which} can: {shown}. Fix: mend them, or {key}=FILE"
+    )
+
+
+def _first_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, text) of the first lines that are not blank."""
+    found = 0
+    with open_regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):
+            if line.strip():
+                yield f"{path.name}:{number}", line
+                found += 1
+            if found == _FIRST:
+                return

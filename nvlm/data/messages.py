@@ -1,0 +1,179 @@
+"""What a record's messages may say, and where its images stand. Imports no torch.
+
+A key to which other trainers give a meaning is understood or refused by name, so that nothing is trained without its
+picture, or on a turn that was to be left out. A key whose value is null or empty says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any
+
+from nvlm.config import IMAGE_MARK
+from nvlm.record import BadRecord, Record
+
+ROLES = ("system", "user", "assistant")
+MESSAGE_KEYS = ("role", "content", "loss", "weight")
+
+# Keys beside `messages` that others give a meaning, and what to write instead. All other keys are the user's own.
+_ELSEWHERE = {
+    **dict.fromkeys(("image", "image_path", "image_url"), "paths of images stand in the list `images`"),
+    **dict.fromkeys(("video", "videos", "audio", "audios"), "there are images alone"),
+    **dict.fromkeys(("conversations", "conversation"), "the dialogue stands in `messages`"),
+    "system": "it stands in `messages`, as the first turn",
+    **dict.fromkeys(("tools", "functions"), "no template for tools is known"),
+    **dict.fromkeys(("chosen", "rejected", "rejected_response"), "preferences are not learned from"),
+    "objects": "boxes are written into the text",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message: its text with `<image>` marks, and whether it is learned from (an assistant's is, by default)."""
+
+    role: str
+    text: str
+    learned: bool = False
+
+
+class NoAnswer(BadRecord):
+    """A held-out record that can be asked, but not scored."""
+
+
+def check_row(row: Any) -> None:
+    """Raise BadRecord where a line's value is no record, or has a key that would be passed over though it has a
+    meaning elsewhere."""
+    if not isinstance(row, dict):
+        raise BadRecord(f"{_kind(row)}, expected an object")
+    if says(row.get("conversations")) and "messages" not in row:
+        raise BadRecord(
+            "`conversations` (LLaVA's form) in the place of `messages`: data=jsonl reads messages of role and content"
+        )
+    for key, instead in _ELSEWHERE.items():
+        if says(row.get(key)):
+            raise BadRecord(f"key `{key}` is not read: {instead}")
+    if not isinstance(row.get("messages"), list):
+        raise BadRecord("no list of messages")
+
+
+def read_turns(messages: Sequence[Any]) -> list[Turn]:
+    """The messages as turns. Raises BadRecord for what it does not understand."""
+    return [_turn(message) for message in messages]
+
+
+def says(value: Any) -> bool:
+    """False for null and whatever is empty: writers of tables fill all columns."""
+    return value is not None and value != "" and value != [] and value != {}
+
+
+def _turn(message: Any) -> Turn:
+    if not isinstance(message, Mapping):
+        raise BadRecord(f"a message is {_kind(message)}, expected an object")
+    role = message.get("role")
+    if role not in ROLES:
+        raise BadRecord(f"role {role!r}, expected one of {', '.join(ROLES)}")
+    _refuse_others(message, MESSAGE_KEYS, f"message of role {role}")
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(_part(part) for part in content)
+    if not isinstance(content, str):
+        raise BadRecord(f"content of a message of role {role} is {_kind(content)}, expected text")
+    return Turn(role, _characters(content), _learned(role, message))
+
+
+def _part(part: Any) -> str:
+    """The text of one part of a content list, or the mark of its image."""
+    if not isinstance(part, Mapping):
+        raise BadRecord(f"a part of a content list is {_kind(part)}, expected an object")
+    kind = part.get("type")
+    if kind == "image":
+        _refuse_others(part, ("type",), "part of type image")
+        return IMAGE_MARK
+    if kind != "text":
+        raise BadRecord(f"a part of type {kind!r}, expected text or image (paths stand in the record's `images`)")
+    _refuse_others(part, ("type", "text"), "part of type text")
+    if not isinstance(part.get("text"), str):
+        raise BadRecord(f"the text of a part is {_kind(part.get('text'))}, expected text")
+    return part["text"]
+
+
+def _refuse_others(values: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
+    for key, value in values.items():
+        if key not in known and says(value):
+            raise BadRecord(f"key {key!r} of a {what} is not understood, expected {', '.join(known)} alone")
+
+
+def _learned(role: str, message: Mapping[str, Any]) -> bool:
+    """Whether a turn is learned: an assistant's, unless `loss` is false or `weight` is 0."""
+    said = {}
+    for key in ("loss", "weight"):
+        value = message.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise BadRecord(f"{key} {value!r} of a message of role {role}, expected true, false, 1 or 0")
+        said[key] = bool(value)
+    if len(set(said.values())) > 1:
+        raise BadRecord(f"loss and weight of a message of role {role} contradict each other")
+    wanted = next(iter(said.values()), role == "assistant")
+    if wanted and role != "assistant":
+        raise BadRecord(f"{next(iter(said))} asks to learn a message of role {role}: only an assistant's are learned")
+    return wanted
+
+
+def _characters(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord(f"U+{ord(text[error.start]):04X} in a message, half of a surrogate pair") from None
+    return text
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
+    return names.get(type(value), "an object" if isinstance(value, Mapping) else type(value).__name__)
+
+
+def place_images(turns: Sequence[Turn], images: int) -> list[Turn]:
+    """The turns with a mark for each image: as many marks as images, or none, and then all stand in front of the
+    first user turn's text.
+
+    Raises BadRecord for a conversation without a user turn, and for any other number of marks.
+    """
+    first_user = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
+    if first_user is None:
+        raise BadRecord("no user turn")
+    marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
+    if marks == images:
+        return list(turns)
+    if marks:
+        raise BadRecord(f"{marks} {IMAGE_MARK} marks, but {images} images: expected a mark for each image, or none")
+    placed = replace(turns[first_user], text=f"{IMAGE_MARK}\n" * images + turns[first_user].text)
+    return [*turns[:first_user], placed, *turns[first_user + 1 :]]
+
+
+def check_learns(turns: Sequence[Turn]) -> None:
+    """Raise BadRecord where there is nothing to learn: no assistant turn that is learned, or only empty ones."""
+    if not any(turn.role == "assistant" for turn in turns):
+        raise BadRecord("no assistant turn to learn from")
+    learned = [turn for turn in turns if turn.learned]
+    if not learned:
+        raise BadRecord("no assistant turn to learn from: all have loss false or weight 0")
+    if not any(turn.text.strip() for turn in learned):
+        raise BadRecord("no words to learn: every assistant turn that is learned is empty")
+
+
+def first_question(record: Record) -> tuple[Record, str]:
+    """`record` up to its first learned assistant turn, with the images that stand there, and that turn's text.
+
+    Raises BadRecord, also where no such turn has any words.
+    """
+    turns = place_images(read_turns(record.messages), len(record.images))
+    asked = list(takewhile(lambda turn: not (turn.learned and turn.text.strip()), turns))
+    if len(asked) == len(turns):
+        raise NoAnswer("no assistant turn with an answer to compare with")
+    images = sum(turn.text.count(IMAGE_MARK) for turn in asked)
+    messages = [{"role": turn.role, "content": turn.text} for turn in asked]
+    return replace(record, messages=messages, images=record.images[:images]), turns[len(asked)].text

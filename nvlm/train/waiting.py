@@ -1,0 +1,47 @@
+"""An end for a run that waits for data when a signal comes: it cannot end behind a step that never begins."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from nvlm.workers import EXPLAINED, report
+
+_Item = TypeVar("_Item")
+_POLL = 0.2  # seconds
+
+
+def impatient(items: Iterable[_Item], came: Sequence[int], seconds: float) -> Iterator[_Item]:
+    """`items`, one by one. Where a signal is in `came` and the next item takes longer than `seconds` from then on, the
+    process ends with status `EXPLAINED`: a thread sees to it, since the main one may wait where nothing interrupts."""
+    waiting, done = threading.Event(), threading.Event()
+    thread = threading.Thread(target=_watch, args=(waiting, done, came, seconds), name="impatient", daemon=True)
+    thread.start()
+    try:
+        iterator = iter(items)
+        while True:
+            waiting.set()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                waiting.clear()
+            yield item
+    finally:
+        done.set()
+        thread.join()
+
+
+def _watch(waiting: threading.Event, done: threading.Event, came: Sequence[int], seconds: float) -> None:
+    while not done.wait(_POLL):
+        begun = time.monotonic()
+        while came and waiting.is_set() and not done.wait(_POLL):
+            if time.monotonic() - begun > seconds:
+                name = signal.Signals(came[0]).name
+                report(f"stopped by {name}, waiting for data, which did not come within {seconds:g} s: nothing saved")
+                os._exit(EXPLAINED)

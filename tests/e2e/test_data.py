@@ -1,0 +1,153 @@
+"""Whole runs on files with faults: what is skipped, what ends a run, what evaluation says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from nvlm.data.loader import Steps
+from nvlm.train import loop
+from tests.e2e.preloaded import alive, at, run, start, wait_for
+
+SMALL = (
+    "name=run data=jsonl data.path=r.jsonl data.window=1 data.workers=0 precision=fp32 llm.layers=1 llm.cross_every=1 "
+    "tiling.max_tiles=2 optim.warmup=1 train.threads=1 train.global_batch=8 train.micro_batch=8 train.steps=2"
+).split()
+NO_QUESTIONS = "evaluate=none"
+GOOD = {
+    "messages": [{"role": "user", "content": "<image>\nWhat colour?"}, {"role": "assistant", "content": "red"}],
+    "images": ["red.png"],
+}
+TALK = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+BAD = [
+    {"messages": [{"role": "user", "content": "ok \ud800 bad"}, TALK["messages"][1]], "id": "\udfff"},
+    {"messages": [{"role": "user", "content": ["hello"]}, TALK["messages"][1]]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}, TALK["messages"][1]]},
+    TALK | {"images": ["a\0.png"]},
+    TALK | {"images": ["loop.png"]},
+    TALK | {"images": ["pipe.png"]},
+    TALK | {"image": "red.png"},
+]
+
+
+@pytest.fixture
+def where(tmp_path):
+    """A folder with images of all kinds; no process stays behind, also behind a test that fails."""
+    Image.new("RGB", (200, 100), "red").save(tmp_path / "red.png")
+    os.symlink("loop.png", tmp_path / "loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    yield tmp_path
+    for pid in alive(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+
+
+def write(path: Path, *rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rows(where: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (where / "runs" / "run" / name).read_text().splitlines()]
+
+
+def test_each_record_that_fails_is_named_and_the_others_are_learned(where):
+    write(where / "r.jsonl", *[GOOD] * 9, *BAD)
+    status, output = run(where, *SMALL, NO_QUESTIONS, "data.max_skipped=0.9")
+    assert status == 0, output
+    skipped = rows(where, "skipped.jsonl")
+    assert sorted(row["record"] for row in skipped) == sorted(f"r.jsonl:{n + 10}" for n in range(len(BAD)))
+    assert "records: 16 drawn, 7 skipped, named in skipped.jsonl\n" in output
+    steps = rows(where, "metrics.jsonl")
+    assert sum(row["skipped"] for row in steps) == len(BAD)
+    assert all(row["loss"] > 0 for row in steps)
+
+
+def test_a_step_without_a_usable_record_ends_the_run_with_counts_and_reasons(where):
+    write(where / "r.jsonl", GOOD, *[TALK | {"images": ["gone.png"]}] * 60)
+    status, output = run(where, *SMALL, NO_QUESTIONS)
+    assert status == 2, output
+    error = next(line for line in output.splitlines() if line.startswith("error: "))
+    assert "bad records: got " in error and "nothing is learned. First: r.jsonl:" in error
+    assert "gone.png: no such image" in error
+    assert not (where / "runs" / "run" / "checkpoints" / "latest").exists()
+
+
+def test_a_small_step_without_a_usable_record_moves_no_weights(where):
+    """One record a step: the bad ones leave weights and the run alone."""
+    write(where / "r.jsonl", GOOD, GOOD, TALK | {"images": ["gone.png"]})
+    status, output = run(where, *SMALL, NO_QUESTIONS, "train.global_batch=1", "train.micro_batch=1", "train.steps=3")
+    assert status == 0, output
+    (empty,) = [row for row in rows(where, "metrics.jsonl") if row["skipped"]]
+    assert empty["updated"] is False and empty["trained_tokens"] == 0
+    assert "records: 3 drawn, 1 skipped" in output
+
+
+def test_lost_tiles_are_counted_and_shown(where):
+    Image.new("RGB", (300, 100)).save(where / "wide.png")
+    write(where / "r.jsonl", GOOD, TALK | {"images": ["wide.png"] * 7})
+    status, output = run(where, *SMALL, NO_QUESTIONS, "arch=decoder", "data.seq_length=240", "tiling.max_tiles=3")
+    assert status == 0, output
+    assert [row["fewer_tiles"] for row in rows(where, "metrics.jsonl")] == [4, 4]
+    assert "8 with fewer tiles than tiling.max_tiles, for want of room" in output
+    assert "fewer tiles" in (where / "output").read_text()
+
+
+def test_evaluation_reads_what_was_encoded_and_another_held_out_file_later(where):
+    parts = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "re"}, {"type": "text", "text": "d"}]},
+    ]
+    write(where / "r.jsonl", GOOD)
+    write(where / "h.jsonl", GOOD | {"messages": parts}, GOOD | {"messages": parts[:1]}, BAD[0])
+    write(where / "other.jsonl", TALK)
+    asked = (*SMALL, "evaluate.questions=9")
+    status, output = run(where, *asked, "data.heldout_path=nosuch.jsonl")
+    assert status == 2 and "data.heldout_path: got 'nosuch.jsonl'" in output
+    assert not (where / "runs" / "run" / "config.yaml").exists()
+    status, output = run(where, *asked, "data.heldout_path=h.jsonl")
+    assert status == 0, output
+    assert "not scored, no answer to compare with: 1 (h.jsonl:2)" in output
+    answers = {row["id"]: row for row in rows(where, "answers.jsonl")}
+    assert answers.keys() == {"h.jsonl:1", "h.jsonl:3"}
+    assert answers["h.jsonl:1"]["expected"] == "red" and answers["h.jsonl:3"]["kind"] == "unreadable"
+    (score,) = rows(where, "heldout.json")
+    assert score["questions"] == 2 and score["unanswered"] == 1
+    assert "What colour?" in (where / "runs" / "run" / "report.html").read_text()
+    status, output = run(where, *asked, "data.heldout_path=other.jsonl", "resume=auto")
+    assert status == 0, output
+    assert [row["id"] for row in rows(where, "answers.jsonl")] == ["other.jsonl:1"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stuck(Steps):
+    """The data of the second step never come: nobody writes into the pipe that they are read from."""
+
+    def __getitem__(self, step):
+        if step == 1:
+            open("pipe.png").read()
+        return super().__getitem__(step)
+
+
+def stuck() -> None:
+    build = loop.build_steps
+    loop.build_steps = lambda config: Stuck(
+        **{f.name: getattr(build(config), f.name) for f in dataclasses.fields(Steps)}
+    )
+
+
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_a_signal_ends_a_run_that_waits_for_data(where, loaders):
+    write(where / "r.jsonl", GOOD)
+    process = start(where, *SMALL, NO_QUESTIONS, f"data.workers={loaders}", "train.stop_seconds=8", change=stuck)
+    wait_for(lambda: (now := at(where, 0)) and (now.step, now.phase) == (2, "data"))
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    output = (where / "output").read_text()
+    assert process.exitcode == 1, output
+    assert "stopped by SIGTERM, waiting for data, which did not come within 2 s: nothing saved" in output
+    wait_for(lambda: not alive(where), 5)
