@@ -6,9 +6,14 @@ import os
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
+import hypothesis
 import pytest
 
 from nvlm.cli import compose_config
+
+# How long an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ def _link_that_leaves(root: Path, path: str) -> Path | None:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A regular file, opened for reading; OSError says what else it is: reading a pipe or a device could wait forever."""
+    """A regular file, opened for reading; OSError says what else it is. Reading a pipe or a device could hang."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         raise OSError(f"{_KINDS.get(stat.S_IFMT(mode), 'something')}, not a regular file")

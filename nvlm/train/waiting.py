@@ -7,15 +7,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
 
 from nvlm.workers import EXPLAINED, report
 
-_Item = TypeVar("_Item")
 _POLL = 0.2  # seconds
 
 
-def impatient(items: Iterable[_Item], came: Sequence[int], seconds: float) -> Iterator[_Item]:
+def impatient[Item](items: Iterable[Item], came: Sequence[int], seconds: float) -> Iterator[Item]:
     """`items`, one by one. Where a signal is in `came` and the next item takes longer than `seconds` from then on, the
     process ends with status `EXPLAINED`: a thread sees to it, since the main one may wait where nothing interrupts."""
     waiting, done = threading.Event(), threading.Event()
