@@ -36,7 +36,6 @@ from nvlm.workers import EXPLAINED, report, run_workers, take_forks_along
 
 def start(config: Config, run_dir: Path, started: float) -> None:
     """Train: in this process under torchrun or srun, else in workers of our own."""
-    check_data(config)
     check_weights(config, run_dir)
     task = launched()
     if task is None:
@@ -148,14 +147,6 @@ def check_machine(config: Config) -> None:
         check_devices(config)
         check_engine(config)
     check_fits(config)
-
-
-def check_data(config: Config) -> None:
-    """The records are there: a run that cannot read them is to leave its folder as it was."""
-    path = Path(config.data.path) if config.data.source == "jsonl" and config.data.path else None
-    if path is not None and not (path.is_file() and os.access(path, os.R_OK)):
-        got = f"{str(path)!r} in {os.getcwd()}" if not path.is_absolute() else repr(str(path))
-        raise problem("data.path", got, "a .jsonl file that can be read", "data.path=FILE")
 
 
 def check_launcher(config: Config) -> None:

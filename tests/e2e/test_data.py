@@ -108,7 +108,7 @@ def test_evaluation_reads_what_was_encoded_and_another_held_out_file_later(where
     asked = (*SMALL, "evaluate.questions=9")
     status, output = run(where, *asked, "data.heldout_path=nosuch.jsonl")
     assert status == 2 and "data.heldout_path: got 'nosuch.jsonl'" in output
-    assert not (where / "runs" / "run" / "config.yaml").exists()
+    assert not (where / "runs").exists()
     status, output = run(where, *asked, "data.heldout_path=h.jsonl")
     assert status == 0, output
     assert "not scored, no answer to compare with: 1 (h.jsonl:2)" in output
