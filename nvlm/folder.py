@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 
 from nvlm.config import Config, ConfigError, problem
 from nvlm.files import write_whole
+from nvlm.inputs import INPUTS
 from nvlm.runs import has_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,8 +45,8 @@ PACKAGES = (
 )
 # What a run writes into its folder.
 _OURS = (
-    "config.yaml", "environment.json", "metrics.jsonl", "skipped.jsonl", "tensorboard", "checkpoints", "profile",
-    "heldout.json", "answers.jsonl", "report.html", "curves.png", "gallery",
+    "config.yaml", "environment.json", "inputs.json", "metrics.jsonl", "skipped.jsonl", "tensorboard", "checkpoints",
+    "profile", "heldout.json", "answers.jsonl", "report.html", "curves.png", "gallery",
 )  # fmt: skip
 _ENDING = 10.0  # seconds given to the workers of a launcher that was killed
 
@@ -109,6 +110,9 @@ _FREE = ("name", "resume", "dry_run", "profile", "gpu", "init.llm", "init.checkp
          "train.stop_seconds", "train.spike_factor", "train.max_bad_steps", "vision.balance",
          "vision.tiles_per_call", "vision.graph", "train.offload")  # fmt: skip
 
+# Files that are compared by content with what the run recorded, and may lie elsewhere.
+_IDENTIFIED = ("data.path", "init.vision", "llm.tokenizer")
+
 
 def _check_ours(run_dir: Path) -> None:
     if has_run(run_dir):
@@ -126,8 +130,9 @@ def _check_resume(config: Config, run_dir: Path) -> None:
         fix = "resume=auto goes on with it, name=OTHER starts another, deleting the folder starts anew"
         raise problem(f"run folder {run_dir}", "one that holds a run", "a new one with resume=never", fix)
     before = flat(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))
+    free = (*_FREE, *_IDENTIFIED) if (run_dir / INPUTS).is_file() else _FREE
     for key, value in flat(dataclasses.asdict(config)).items():
-        if before.get(key) != value and not key.startswith(_FREE):
+        if before.get(key) != value and not key.startswith(free):
             fix = f"{key}={before.get(key)}, or name=OTHER for another run"
             raise problem(f"resume of {run_dir}: {key}", value, f"{before.get(key)}, as the run began", fix)
 

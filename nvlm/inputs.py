@@ -12,12 +12,14 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from nvlm.config import Config, problem
+from nvlm.data.sources import Records
 from nvlm.data.tokenizer import tokenizer_file
 from nvlm.files import write_whole
+from nvlm.runs import find_checkpoint
 from nvlm.weights.published import Stored
 from nvlm.weights.sources import VISION, Source, model_source, vision_source
 
@@ -65,6 +67,18 @@ def of_tensors(folder: str, stored: Mapping[str, Stored], prefix: str = "") -> I
     return Identity(str(Path(folder).resolve()), total, found.hexdigest())
 
 
+def of_records(config: Config, records: Records) -> Identity:
+    """The training records: their file, or of pages that are drawn anew the first and the last one."""
+    if config.data.source == "jsonl":
+        return of_file(Path(config.data.path or ""), len(records))
+    found = hashlib.sha256()
+    for record in (records[0], records[len(records) - 1]):
+        found.update(json.dumps(record.messages).encode())
+        for image in record.images:
+            found.update(image)
+    return Identity(config.data.source, 0, found.hexdigest(), len(records))
+
+
 def of_encoder(config: Config) -> Identity:
     """The frozen encoder's published weights."""
     return _of_source(vision_source(config), ["vision"])
@@ -76,9 +90,41 @@ def of_tokenizer(config: Config) -> Identity:
 
 
 def of_first_weights(config: Config) -> Identity | None:
-    """What the language model and the new modules begin with; None: random numbers, or a checkpoint."""
+    """What the language model and the new modules begin with; None for random numbers."""
+    if config.init.checkpoint:
+        folder = find_checkpoint(Path(config.init.checkpoint), "init.checkpoint")
+        return replace(of_file(folder / "digests.json"), path=str(folder.resolve()))
     source = model_source(config)
     return None if source is None else _of_source(source, [group for group in source.parts if group != "vision"])
+
+
+def check_model(config: Config, run_dir: Path) -> None:
+    """Raise ConfigError where `config` reads another encoder or tokenizer than the run in `run_dir`, whose weights it
+    takes, was trained with."""
+    before = read(run_dir)
+    if "encoder" in before:
+        key = "init.vision" if config.init.vision else "init.release"
+        _compare("encoder", before, of_encoder(config), run_dir, key)
+    if "tokenizer" in before and config.llm.tokenizer:
+        _compare("tokenizer", before, of_tokenizer(config), run_dir, "llm.tokenizer")
+
+
+def check_records(config: Config, run_dir: Path, records: Records) -> None:
+    """Raise ConfigError where the run in `run_dir` was trained with other records than these."""
+    before = read(run_dir)
+    if "records" in before:
+        _compare("records", before, of_records(config, records), run_dir, "data.path")
+
+
+def record(config: Config, run_dir: Path, records: Records) -> None:
+    """Write down what a run begins with."""
+    inputs = {
+        "records": of_records(config, records),
+        "encoder": of_encoder(config),
+        "tokenizer": of_tokenizer(config),
+        "weights": of_first_weights(config),
+    }
+    write(run_dir, inputs)
 
 
 def write(run_dir: Path, inputs: Mapping[str, Identity | None]) -> None:
@@ -98,24 +144,21 @@ def read(run_dir: Path) -> dict[str, Identity]:
         raise problem(str(path), "a damaged file", "what the run wrote", "restore it, or delete it") from None
 
 
-def compare(run_dir: Path, now: Mapping[str, Identity], settings: Mapping[str, str]) -> None:
-    """Raise ConfigError where an input is `now` another than the run in `run_dir` recorded; `settings` names the key
-    that each comes from."""
-    before = read(run_dir)
-    for name, one in now.items():
-        if name in before and not before[name].same(one):
-            old = before[name]
-            raise problem(
-                settings[name],
-                f"{one.path} ({_told(one)})",
-                f"the {name} that {run_dir} was trained with: {old.path} as it was then ({_told(old)})",
-                f"put it back, {settings[name]}=PATH where it lies elsewhere, or begin another run with name=OTHER",
-            )
+def _compare(name: str, before: Mapping[str, Identity], now: Identity, run_dir: Path, key: str) -> None:
+    old = before[name]
+    if not old.same(now):
+        raise problem(
+            key,
+            f"{now.path} ({_told(now)})",
+            f"the {name} that {run_dir} was trained with: {old.path} as it was then ({_told(old)})",
+            f"{key}=PATH of that one, or name=OTHER for a run that begins anew",
+        )
 
 
 def _told(one: Identity) -> str:
-    records = "" if one.records is None else f"{one.records:,} records, "
-    return f"{records}{one.bytes:,} bytes, digest {one.digest[:12]}"
+    counts = {"records": one.records, "bytes": one.bytes or None}
+    told = [f"{count:,} {name}" for name, count in counts.items() if count is not None]
+    return ", ".join([*told, f"digest {one.digest[:12]}"])
 
 
 def _of_source(source: Source, groups: Iterable[str]) -> Identity:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from nvlm import inputs
 from nvlm.config import TE_INSTALL, Config, ConfigError, from_mapping, problem
 from nvlm.counts import parameters
 from nvlm.data.look import check_data
@@ -210,17 +211,21 @@ def check_processes(config: Config, gpus: int) -> None:
 
 
 def check_weights(config: Config, run_dir: Path | None = None) -> None:
-    """Raise ConfigError where config.init names something that is not what it should be. It reads headers alone.
+    """Raise ConfigError where config.init names something that is not what it should be, or where encoder and tokenizer
+    are not those that a checkpoint's run was trained with. Reads headers and samples.
 
     A run that goes on from a checkpoint in `run_dir` needs the encoder alone.
     """
     if not config.dry_run or config.init.vision or config.init.release:
         vision_source(config)
     if config.resume == "auto" and run_dir is not None and latest(run_dir) is not None:
+        inputs.check_model(config, run_dir)
         return
     model_source(config)
     if config.init.checkpoint:
-        check_same_model(config, find_checkpoint(Path(config.init.checkpoint), "init.checkpoint"))
+        folder = find_checkpoint(Path(config.init.checkpoint), "init.checkpoint")
+        check_same_model(config, folder)
+        inputs.check_model(config, folder.parent.parent)
 
 
 def _worker() -> int:

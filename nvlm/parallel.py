@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -204,6 +205,18 @@ def from_first_rank(value, group: dist.ProcessGroup | None = None):
     values = [value]
     dist.broadcast_object_list(values, src=0, group=group)
     return values[0]
+
+
+def raised_together(check: Callable[[], None]) -> None:
+    """Let the first process `check` something; a ConfigError that it raises is raised by all."""
+    refusal = None
+    if is_first_rank():
+        try:
+            check()
+        except ConfigError as error:
+            refusal = str(error)
+    if told := from_first_rank(refusal):
+        raise ConfigError(told)
 
 
 def patient_group() -> dist.ProcessGroup:

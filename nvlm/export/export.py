@@ -26,6 +26,7 @@ from nvlm.export.describe import describe, preprocessor, readme
 from nvlm.export.options import ExportOptions
 from nvlm.export.shards import DTYPES, Planned, ShardWriter
 from nvlm.export.trained import TrainedWeights
+from nvlm.inputs import check_model
 from nvlm.rules import validate
 from nvlm.runs import FROZEN, find_checkpoint, read_run_config
 from nvlm.train.digests import checkpoint_faults, frozen_digest, own_faults
@@ -50,6 +51,7 @@ def export(options: ExportOptions) -> Path:
     folders = [step] if frozen_digest(step) is None else [step, step.parent / FROZEN]
     if config.llm.tokenizer:  # a folder is of no use without
         load_tokenizer(config.llm.tokenizer, config.llm.bos, "tokenizer")
+    check_model(config, step.parent.parent)
     weights, vision = TrainedWeights(folders, config.peft.scale), vision_source(config)
     parts = whole_model(config, dummy_heads(config, vision))
     _check(weights, parts, step)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nvlm import parallel, registry
+from nvlm import inputs, parallel, registry
 from nvlm.arch.stages import build_parts, build_stages, tile_use_of_rank
 from nvlm.config import Config, ConfigError
 from nvlm.data.loader import StepData, Steps, load_steps
@@ -52,12 +52,16 @@ def run(config: Config, run_dir: Path, started: float, refusal: str | None = Non
         check_precision(config)
         steps = build_steps(config)
         goes_on = config.resume == "auto" and latest(run_dir) is not None
+        if goes_on:
+            parallel.raised_together(lambda: inputs.check_records(config, run_dir, steps.records))
         trainer = build_trainer(config, device, begins=not goes_on)
         first, guard = resume(trainer, config, run_dir)
         idle.check_gates(trainer.stages.parts)
         counts = count_groups(trainer.stages.parts, trainer.vision.path.encoder)
         if parallel.is_first_rank():
             begin_folder(config, run_dir, anew=not goes_on)
+            if not goes_on:
+                inputs.record(config, run_dir, steps.records)
             print_groups(counts, config.stage.name, config.optim.lr, trainer.origins)
             print(describe(config))
         if not train(trainer, config, steps, first, run_dir, guard, watch.mark):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from nvlm import inputs
-from nvlm.config import ConfigError
+from nvlm.config import Config, ConfigError
 from nvlm.weights.published import read_headers
+from nvlm.weights.sources import TINY
 
 
 def tensors(scale: float = 1.0) -> dict[str, np.ndarray]:
@@ -75,14 +77,55 @@ def test_a_small_file_is_read_whole(tmp_path):
     assert not before.same(inputs.of_file(moved, records=5))
 
 
-def test_what_was_recorded_is_compared_by_name(tmp_path):
-    path = tmp_path / "records.jsonl"
-    path.write_text("{}\n")
-    first = inputs.of_file(path, records=1)
-    inputs.write(tmp_path, {"data": first, "weights": None})
-    assert inputs.read(tmp_path) == {"data": first}
-    inputs.compare(tmp_path, {"data": first}, {"data": "data.path"})
-    path.write_text("{}\n{}\n")
-    with pytest.raises(ConfigError, match=r"data.path: got .*2 records, 6 bytes.*1 records, 3 bytes.*name=OTHER"):
-        inputs.compare(tmp_path, {"data": inputs.of_file(path, records=2)}, {"data": "data.path"})
-    assert inputs.read(tmp_path / "elsewhere") == {}
+@pytest.fixture
+def begun(tmp_path, configured):
+    """A run folder that recorded its inputs, and a function to the configuration of a run with other files."""
+    files = {"records.jsonl": '{"messages": []}\n', "tokenizer.json": "{}"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "encoder.safetensors").write_bytes(TINY.read_bytes())
+
+    def config(**paths) -> Config:
+        found = {key: tmp_path / name for key, name in zip(("data", "tokenizer", "encoder"), (*files, "encoder.safetensors"))}
+        found |= paths
+        base = configured("data=jsonl", f"data.path={found['data']}", f"init.vision={found['encoder']}")
+        return replace(base, llm=replace(base.llm, tokenizer=str(found["tokenizer"])))
+
+    (tmp_path / "run").mkdir()
+    inputs.record(config(), tmp_path / "run", [1])
+    return tmp_path / "run", config
+
+
+def test_what_a_run_began_with_is_recorded(begun):
+    run, _ = begun
+    found = inputs.read(run)
+    assert found.keys() == {"records", "encoder", "tokenizer"}  # the first weights are random
+    assert found["records"].records == 1 and found["records"].bytes == 17 and found["encoder"].bytes > 900_000
+    assert inputs.read(run / "elsewhere") == {}
+
+
+def test_files_that_were_moved_are_taken(begun, tmp_path):
+    run, config = begun
+    moved = {}
+    for key, name in (("data", "records.jsonl"), ("tokenizer", "tokenizer.json"), ("encoder", "encoder.safetensors")):
+        moved[key] = (tmp_path / name).rename(tmp_path / f"moved-{name}")
+    inputs.check_model(config(**moved), run)
+    inputs.check_records(config(**moved), run, [1])
+
+
+def test_files_that_were_replaced_are_refused_by_name(begun, tmp_path):
+    run, config = begun
+    with open(tmp_path / "records.jsonl", "a") as file:
+        file.write('{"messages": []}\n')
+    with pytest.raises(ConfigError, match=r"data.path: got .*2 records, 34 bytes.*1 records, 17 bytes.*name=OTHER"):
+        inputs.check_records(config(), run, [1, 2])
+    inputs.check_model(config(), run)
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"llm.tokenizer: got .*tokenizer.json"):
+        inputs.check_model(config(), run)
+    weights = load_file(TINY)
+    name = max(weights, key=lambda name: weights[name].size)
+    weights[name].flat[-1] += 1
+    save_file(weights, tmp_path / "encoder.safetensors")
+    with pytest.raises(ConfigError, match=r"init.vision: got .*encoder.safetensors"):
+        inputs.check_model(config(), run)
