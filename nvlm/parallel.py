@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from nvlm import device
-from nvlm.config import ParallelConfig, problem
+from nvlm.config import ConfigError, ParallelConfig, problem
 from nvlm.workers import free_port
 
 _LONG = 20.0  # seconds until a rendezvous says that it waits

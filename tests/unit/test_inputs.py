@@ -86,8 +86,8 @@ def begun(tmp_path, configured):
     (tmp_path / "encoder.safetensors").write_bytes(TINY.read_bytes())
 
     def config(**paths) -> Config:
-        found = {key: tmp_path / name for key, name in zip(("data", "tokenizer", "encoder"), (*files, "encoder.safetensors"))}
-        found |= paths
+        names = dict(data="records.jsonl", tokenizer="tokenizer.json", encoder="encoder.safetensors")
+        found = {key: tmp_path / name for key, name in names.items()} | paths
         base = configured("data=jsonl", f"data.path={found['data']}", f"init.vision={found['encoder']}")
         return replace(base, llm=replace(base.llm, tokenizer=str(found["tokenizer"])))
 
