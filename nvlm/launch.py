@@ -30,6 +30,7 @@ from nvlm.plan.memory import fewest_gpus, gpus_needed
 from nvlm.plan.refuse import check_memory
 from nvlm.rules import check_world, validate
 from nvlm.runs import check_same_model, find_checkpoint, latest
+from nvlm.sinks import steady_streams
 from nvlm.train.guard import BrokenRun
 from nvlm.weights.sources import model_source, vision_source
 from nvlm.workers import EXPLAINED, report, run_workers, take_forks_along
@@ -86,6 +87,7 @@ def spawn(
 def work(config: Config, run_dir: Path, started: float, refusal: str | None = None) -> None:
     """Train in this process. `refusal`: why the first process may not, which it tells the others."""
     quiet()
+    steady_streams()
     take_forks_along()
     from nvlm.train.loop import run
 

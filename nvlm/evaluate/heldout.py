@@ -20,7 +20,9 @@ from nvlm.data.outline import Encoder, build_encoder, outline
 from nvlm.data.sources import Records
 from nvlm.evaluate.answer import answer
 from nvlm.evaluate.report import Shown, draw_pictures, write_report
+from nvlm.files import write_whole
 from nvlm.record import BadRecord, one_record
+from nvlm.sinks import spared
 from nvlm.tiling.grid import TilePlan
 from nvlm.vision.balance import BalancedVision
 
@@ -99,10 +101,17 @@ def evaluate(
     rows = parallel.gather_over_data(rows)
     score = _score(rows, parallel.gather_over_data(unanswered))
     if parallel.is_first_rank():
-        (run_dir / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (run_dir / "heldout.json").write_text(json.dumps(asdict(score) | {"unanswered": len(score.unanswered)}))
-        write_report(run_dir, config, shown, score.exact_match, score.by_kind)
+        with spared(f"{run_dir}: the evaluation's files"):
+            _write(score, rows, run_dir)
+            write_report(run_dir, config, shown, score.exact_match, score.by_kind)
     return score
+
+
+def _write(score: Score, rows: Sequence[dict], run_dir: Path) -> None:
+    for stale in ("answers.jsonl", "heldout.json", "report.html"):  # an older score, should there be no room for this
+        (run_dir / stale).unlink(missing_ok=True)
+    write_whole(run_dir / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(run_dir / "heldout.json", json.dumps(asdict(score) | {"unanswered": len(score.unanswered)}))
 
 
 def _ask(records: Records, index: int, encoder: Encoder) -> _Asked:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nvlm.config import IMAGE_MARK, Config
 from nvlm.data.outline import Encoder
+from nvlm.files import write_whole
 from nvlm.tiling.grid import TilePlan
 
 _INK = (200, 30, 60)
@@ -75,7 +76,7 @@ def write_report(
         cards="".join(cards),
         arch=config.arch.name,
     )
-    (run_dir / "report.html").write_text(page)
+    write_whole(run_dir / "report.html", page)
 
 
 def draw_page(plan: TilePlan, tiles: Sequence[Image.Image], tags: Sequence[str]) -> Image.Image:

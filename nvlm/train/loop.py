@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import signal
 import time
@@ -20,11 +21,12 @@ from nvlm.lengths import check_vocabulary
 from nvlm.llm.backend import check_precision, describe
 from nvlm.rules import check_world
 from nvlm.runs import latest
+from nvlm.sinks import Appended
 from nvlm.train import idle
 from nvlm.train.begin import begin
 from nvlm.train.checkpoint import Checkpoints
 from nvlm.train.guard import Guard, broken
-from nvlm.train.metrics import Metrics, append_skipped, print_groups
+from nvlm.train.metrics import Metrics, print_groups, skipped_lines
 from nvlm.train.optim import build_optimizer, count_groups, freeze, wrap
 from nvlm.train.phases import Phases, build_profiler
 from nvlm.train.restore import load
@@ -95,6 +97,7 @@ def train(
     profiler = build_profiler(run_dir) if config.profile and active else None
     with (
         Signals() as signals,
+        contextlib.closing(Appended(run_dir / "skipped.jsonl")) as skipped,
         Metrics(config, run_dir, first, active) as metrics,
         Checkpoints(settings, run_dir) as checkpoints,
         Phases(told, profiler) as mark,
@@ -103,7 +106,7 @@ def train(
         coming = impatient(load_steps(steps, first, config.data.workers), signals.came, settings.stop_seconds / 4)
         for step, data in enumerate(coming, start=first + 1):
             if parallel.is_replica_writer():
-                append_skipped(run_dir, data.skipped)
+                skipped.write(skipped_lines(data.skipped))
             result = train_step(trainer, data, guard, signals.came, functools.partial(mark, step))
             mark(step, "log")
             metrics.record(result, mark.lap())

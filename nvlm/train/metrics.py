@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from nvlm import device, parallel
 from nvlm.config import Config
-from nvlm.files import write_whole
 from nvlm.flops import model_flops
 from nvlm.hardware import known_gpu
+from nvlm.sinks import Appended, json_line, spared
 from nvlm.train.optim import GroupCount
 from nvlm.train.skipped import Tally
 from nvlm.train.step import StepResult
@@ -37,8 +42,11 @@ class Metrics:
     def __enter__(self) -> Metrics:
         if self.active:
             self.console = Console()
-            self.file = _continue(self.run_dir / "metrics.jsonl", self.first)
-            self.board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.first)
+            path = self.run_dir / "metrics.jsonl"
+            with spared(str(path)):
+                keep_steps(path, self.first)
+            self.file = Appended(path)
+            self.board = Board(self.run_dir / "tensorboard", self.first)
             self.bar = Progress(
                 MofNCompleteColumn(),
                 BarColumn(bar_width=20),
@@ -69,11 +77,9 @@ class Metrics:
         counts = asdict(result) | asdict(result.work)
         row = {"step": self.step, **counts, **rates, "phases": dict(phases), "skipped_updates": result.guard.skipped}
         del row["guard"], row["stop"], row["work"], row["tiles_by_replica"]
-        self.file.write(json.dumps(row) + "\n")
-        for name in ("loss", "grad_norm", "lr", *rates):
-            self.board.add_scalar(name, row[name], self.step)
-        for phase, seconds in phases.items():
-            self.board.add_scalar(f"seconds/{phase}", seconds, self.step)
+        self.file.write(json_line(row))
+        shown = {name: row[name] for name in ("loss", "grad_norm", "lr", *rates)}
+        self.board.write(shown | {f"seconds/{phase}": seconds for phase, seconds in phases.items()}, self.step)
         lost = f"skipped {self.tally.skipped}  " if self.tally.skipped else ""
         if self.tally.fewer_tiles:
             lost += f"fewer tiles {self.tally.fewer_tiles}  "
@@ -117,19 +123,49 @@ def _imbalance(tiles: Sequence[int]) -> float:
     return max(tiles) * len(tiles) / sum(tiles) if any(tiles) else 1.0
 
 
-def _continue(path: Path, step: int) -> TextIO:
-    """`path` opened behind the line of `step`: what a killed run did beyond its last checkpoint is done again."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-    return open(path, "a", buffering=1)
+class Board:
+    """Scalars for TensorBoard, as `Appended` writes them: its own writer is a thread that ends with its first error."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"  # read in this order
+        self.file = Appended(folder / name)
+        self._add(Event(file_version="brain.Event:2"), first_step)
+        # What an interrupted run did beyond its last checkpoint is not shown.
+        self._add(Event(session_log=SessionLog(status=SessionLog.START)), first_step + 1)
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        """Add `values` by name."""
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add(Event(summary=Summary(value=scalars)), step)
+
+    def close(self) -> None:
+        """Write what still waits."""
+        self.file.close()
+
+    def _add(self, event: Event, step: int) -> None:
+        event.wall_time, event.step = time.time(), step
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self.file.write(record.getvalue())
 
 
-def append_skipped(run_dir: Path, skipped) -> None:
-    """Add (name, reason) pairs to skipped.jsonl; replicas may write at once, each line in one piece."""
-    if skipped:
-        with open(run_dir / "skipped.jsonl", "a") as file:
-            file.write("".join(json.dumps({"record": name, "reason": reason}) + "\n" for name, reason in skipped))
+def keep_steps(path: Path, step: int) -> None:
+    """Cut the file of rows `path` behind the row of `step`, in place: what an interrupted run did beyond its last
+    checkpoint is done again. A row that was cut short goes, too."""
+    if not path.is_file():
+        return
+    kept = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"}\n") or json.loads(line)["step"] > step:
+                break
+            kept += len(line)
+    os.truncate(path, kept)
+
+
+def skipped_lines(skipped: Sequence[tuple[str, str]]) -> bytes:
+    """(name, reason) pairs as lines of skipped.jsonl."""
+    return b"".join(json_line({"record": name, "reason": reason}) for name, reason in skipped)
 
 
 def print_groups(counts: list[GroupCount], stage: str, lr: float, origins: Mapping[str, str]) -> None:

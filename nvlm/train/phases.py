@@ -13,6 +13,7 @@ import torch
 
 from nvlm import device
 from nvlm.rules import PROFILED
+from nvlm.sinks import spared
 
 _WAIT, _WARM = 2, 1  # steps: until caches have settled, until the profiler has
 
@@ -60,9 +61,14 @@ class Phases:
 
 def build_profiler(run_dir: Path) -> torch.profiler.profile:
     """A profiler that writes one trace, profile/trace.json, of the steps behind the first few."""
-    folder = run_dir / "profile"
-    folder.mkdir(exist_ok=True)
+    path = run_dir / "profile" / "trace.json"
+
+    def write(done: torch.profiler.profile) -> None:
+        with spared(str(path)):
+            path.parent.mkdir(exist_ok=True)
+            done.export_chrome_trace(str(path))
+
     return torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=_WAIT, warmup=_WARM, active=PROFILED - _WAIT - _WARM, repeat=1),
-        on_trace_ready=lambda done: done.export_chrome_trace(str(folder / "trace.json")),
+        on_trace_ready=write,
     )

@@ -48,6 +48,8 @@ def imports(folder: str) -> dict[str, set[str]]:
         ("export/modeling_nvlm", ("nvlm", "megatron", "transformers")),
         ("config", ("torch", "megatron", "hydra")),
         ("runs", ("torch", "megatron", "hydra")),
+        ("folder", ("torch", "megatron", "hydra")),
+        ("sinks", ("torch", "megatron", "hydra", "nvlm")),
         ("launchers", ("torch", "megatron", "hydra", "omegaconf")),
         ("requeue", ("torch", "megatron", "hydra", "submitit")),
         ("doctor", ("torch", "megatron", "hydra", "omegaconf", "numpy")),
