@@ -6,6 +6,7 @@ Imports no torch, so that a mistake is answered at once.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import sys
 import time
@@ -25,33 +26,37 @@ from nvlm import launch
 from nvlm.config import Config, ConfigError, from_mapping, problem
 from nvlm.folder import flat
 from nvlm.lengths import check_lengths
+from nvlm.mistakes import answered
+from nvlm.place import check_place, sweep_folder
 from nvlm.requeue import in_job, requeued
 from nvlm.rules import validate
 from nvlm.runs import steps_done
-from nvlm.train.guard import BrokenRun
 from nvlm.words import SWEEP_FLAGS, parse, plain_words
-from nvlm.workers import report
 
 CONF = launch.ROOT / "conf"
 LISTING = "launch/train.py --cfg job lists all keys and their values"
 
 
+OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)  # for conf/config.yaml
+
+
 def main(started: float) -> int:
     """Answer the command line; `started`: time.time() when it was given. Returns the exit status."""
+    return answered(lambda: _answer(started))
+
+
+def _answer(started: float) -> int:
     sys.argv[1:] = plain_words(sys.argv[1:])  # Hydra reads them again
-    try:
-        configs = check_overrides(sys.argv[1:])
-        if len(configs) > 1 and not any(word in SWEEP_FLAGS for word in sys.argv):
-            raise problem("command line", f"{len(configs)} runs", "one, or -m for a sweep", "add -m")
-        elsewhere = any(word.startswith("hydra/launcher=") for word in sys.argv[1:])  # in jobs, on other machines
-        for config in configs:
-            if not elsewhere:
-                launch.check_machine(config)
-            if config.resume == "never":  # else only the run's folder, which Hydra names, tells what is needed
-                launch.check_weights(config)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    configs = check_overrides(sys.argv[1:])
+    sweep = any(word in SWEEP_FLAGS for word in sys.argv)
+    if len(configs) > 1 and not sweep:
+        raise problem("command line", f"{len(configs)} runs", "one, or -m for a sweep", "add -m")
+    elsewhere = any(word.startswith("hydra/launcher=") for word in sys.argv[1:])  # in jobs, on other machines
+    for config in configs:
+        if not elsewhere:
+            launch.check_machine(config)
+        if config.resume == "never":  # else only the run's folder, which Hydra names, tells what is needed
+            launch.check_weights(config)
     if configs and all(config.dry_run for config in configs):
         launch.quiet()
         from nvlm.dryrun import dry_run
@@ -59,26 +64,44 @@ def main(started: float) -> int:
         for config in configs:
             dry_run(config)
         return 0
-    begins = iter([started])
+    if configs and not elsewhere:
+        _check_place(sys.argv[1:], sweep)
+    _through_hydra(started)
+    return 0
+
+
+def _check_place(arguments: Sequence[str], sweep: bool) -> None:
+    """Raise ConfigError where the folder of the run, or of the sweep, cannot be made."""
+    key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
+    own = [word for word in arguments if word.startswith("hydra.") or word.startswith("name=")] if sweep else arguments
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("config", overrides=[*own], return_hydra_config=True)
+    check_place(Path(OmegaConf.select(composed, key)), key)
+
+
+def _through_hydra(started: float) -> None:
+    """Start each run in its folder, as Hydra names it. Also answers --help and the like."""
+    begins = iter([started])  # only a sweep's first run began with the command
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints tracebacks of its own, and exits
 
     @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
     def job(composed: DictConfig) -> None:
         run_dir = Path(HydraConfig.get().runtime.output_dir)
-        try:
-            config = to_config(composed)
-            if in_job():
-                launch.check_machine(config)
-            with requeued(lambda: steps_done(run_dir) < config.train.steps):
-                # Only a sweep's first run began with the command.
-                launch.start(config, run_dir, next(begins, time.time()))
-        except ConfigError as error:  # Hydra would print a traceback
-            report(f"error: {error}")
-            sys.exit(2)
-        except BrokenRun as error:  # raised on all ranks alike, under torchrun or srun
-            report(f"error: {error}")
-            sys.exit(1)
+        if status := answered(lambda: _start(composed, run_dir, next(begins, time.time()))):
+            sys.exit(status)
 
-    job()
+    try:
+        job()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explain(error, ()) from None
+
+
+def _start(composed: DictConfig, run_dir: Path, started: float) -> int:
+    config = to_config(composed)
+    if in_job():
+        launch.check_machine(config)
+    with requeued(lambda: steps_done(run_dir) < config.train.steps):
+        launch.start(config, run_dir, started)
     return 0
 
 

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nvlm.config import Config, from_mapping, problem
+from nvlm.fields import named
 
 FROZEN = "frozen"
 
@@ -72,7 +73,7 @@ def find_checkpoint(path: Path, key: str) -> Path:
         return folder
     runs = sorted(str(other.parent.parent) for other in path.parent.glob("*/checkpoints/latest"))
     fix = f"{key}={runs[-1]}" if runs else f"{key}=RUN"
-    raise problem(key, repr(str(path)), "a run folder with a checkpoint, or one of its checkpoints/step_N", fix)
+    raise problem(key, named(path), "a run folder with a checkpoint, or one of its checkpoints/step_N", fix)
 
 
 def read_run_config(folder: Path) -> Config:

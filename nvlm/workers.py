@@ -108,7 +108,7 @@ def run_workers(
 def report(message: str) -> None:
     """Tell the user why the run ends: through the launcher, which prints what all ranks say once."""
     if _ERRORS in os.environ:
-        os.write(int(os.environ[_ERRORS]), f"{message}\0".encode())
+        os.write(int(os.environ[_ERRORS]), f"{message}\0".encode(errors="backslashreplace"))
     elif os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)
 

@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from nvlm.config import problem
+from nvlm.fields import named
 
 TINY = Path(__file__).parent / "tiny_tokenizer" / "tokenizer.json"
 
@@ -52,7 +53,7 @@ def load_tokenizer(where: str, bos: str | None = None, key: str = "llm.tokenizer
     """
     path = tokenizer_file(where)
     if not path.is_file():
-        raise problem(key, repr(where), "a folder with tokenizer.json", f"{key}=DIR")
+        raise problem(key, named(where), "a folder with tokenizer.json", f"{key}=DIR")
     try:
         tokenizer = Tokenizer.from_str(json.dumps(stateless(json.loads(path.read_text("utf-8")), bos)))
     except Exception as error:  # the library's own error type is Exception itself

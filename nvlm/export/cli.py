@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from nvlm.config import ConfigError
 from nvlm.export.options import parse
 from nvlm.launch import quiet
+from nvlm.mistakes import answered
 
 HELP = """python launch/export_hf.py checkpoint=RUN out=DIR [key=value ...]
 
@@ -20,16 +19,16 @@ shard_gb=5       the largest file, GB"""
 
 def main(arguments: Sequence[str]) -> int:
     """Answer the command line; returns the exit status."""
+    return answered(lambda: _answer(arguments))
+
+
+def _answer(arguments: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in arguments):
         print(HELP)
         return 0
     quiet()
-    try:
-        options = parse(arguments)
-        from nvlm.export.export import export
+    options = parse(arguments)
+    from nvlm.export.export import export
 
-        print(f"wrote {export(options)}")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(f"wrote {export(options)}")
     return 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from nvlm import launch
 from nvlm.config import ConfigError
 from nvlm.generate.request import HELP, Request, parse
-from nvlm.workers import report
+from nvlm.mistakes import answered
 
 _STOP_SECONDS = 5.0  # there is nothing to save
 _ADD_IMAGE = "/image "
@@ -18,17 +18,17 @@ _ADD_IMAGE = "/image "
 
 def main(arguments: Sequence[str]) -> int:
     """Answer the command line; returns the exit status."""
+    return answered(lambda: _answer(arguments))
+
+
+def _answer(arguments: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in arguments):
         print(HELP)
         return 0
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever interrupts wants no traceback
-    try:
-        request = parse(arguments)
-        task = launch.launched()
-        launch.check_processes(request.config, len(launch.gpus_here()))
-    except ConfigError as error:
-        report(f"error: {error}")
-        return 2
+    request = parse(arguments)
+    task = launch.launched()
+    launch.check_processes(request.config, len(launch.gpus_here()))
     processes = request.config.parallel.replica
     if processes > 1 and task is None:
         return launch.spawn(["-m", "nvlm.generate.cli", *arguments], processes, _STOP_SECONDS)[0]
@@ -47,9 +47,8 @@ def work(request: Request) -> int:
             check(config, Conversation([user_turn(request.prompt, request.images)], request.images), request.sampling)
         with opened(config) as generator:
             converse(generator, request)
-    except (ConfigError, BadRecord) as error:  # raised by all processes alike
-        report(f"error: {error}")
-        return 2
+    except BadRecord as error:  # raised by all processes alike
+        raise ConfigError(str(error)) from None
     return 0
 
 

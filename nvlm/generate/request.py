@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from nvlm.cli import check_overrides, unknown_key
 from nvlm.config import Config, ConfigError, DataConfig, PrecisionConfig, from_mapping, problem
+from nvlm.fields import named
 from nvlm.folder import flat
 from nvlm.generate.sampling import Sampling
 from nvlm.launch import check_weights
@@ -107,7 +108,7 @@ def _images(text: str) -> tuple[Path, ...]:
     paths = tuple(Path(name.strip()) for name in listed if name.strip())
     for path in paths:
         if not path.is_file():
-            raise problem("image", repr(str(path)), "an image file", "image=PATH")
+            raise problem("image", named(path), "an image file", "image=PATH")
     return paths
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from nvlm import launch
 from nvlm.cli import check_overrides
-from nvlm.config import ConfigError, problem
+from nvlm.config import problem
+from nvlm.fields import named
 from nvlm.files import write_whole
 from nvlm.hardware import GPU, GPUS, known_gpu
+from nvlm.mistakes import answered
 from nvlm.plan.layouts import plan
 from nvlm.plan.report import as_json, print_plan
 
@@ -30,22 +31,20 @@ OPTIONS = ("gpus", "top", "tiles", "text", "json")
 
 def main(arguments: Sequence[str]) -> int:
     """Answer the command line; returns the exit status: 1 where nothing fits."""
-    if any(word in ("-h", "--help") for word in arguments):
-        print(HELP)
-        return 0
-    try:
-        return _answer(arguments)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return answered(lambda: _answer(arguments))
 
 
 def _answer(arguments: Sequence[str]) -> int:
+    if any(word in ("-h", "--help") for word in arguments):
+        print(HELP)
+        return 0
     own = {key: value for key, _, value in (word.partition("=") for word in arguments) if key in OPTIONS}
     others = [word for word in arguments if word.partition("=")[0] not in OPTIONS]
     numbers = {key: _number(own, key, least) for key, least in (("gpus", 1), ("top", 1), ("tiles", 0), ("text", 1))}
     if numbers["gpus"] is None:
         raise problem("gpus", "nothing", "the number of GPUs of the whole run", "gpus=64")
+    if "json" in own and not Path(own["json"]).parent.is_dir():
+        raise problem("json", named(own["json"]), "a file in a folder that is there", "json=PATH")
     configs = check_overrides([*others, "dry_run=true"], OPTIONS)
     if len(configs) != 1:
         raise problem("command line", f"{len(configs)} configurations", "one", "give each key one value")

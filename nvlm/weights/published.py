@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from nvlm.config import problem
+from nvlm.fields import named
 from nvlm.weights.parts import Part, shapes
 
 INDEX = "model.safetensors.index.json"
@@ -60,7 +61,7 @@ def _files(path: Path, key: str) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise problem(key, repr(str(path)), "a folder with .safetensors files", f"{key}=DIR")
+        raise problem(key, named(path), "a folder with .safetensors files", f"{key}=DIR")
     if (path / INDEX).is_file():
         files = [path / name for name in sorted(set(_weight_map(path / INDEX, key).values()))]
         if missing := [file.name for file in files if not file.is_file()]:
