@@ -30,7 +30,6 @@ from nvlm.generate.sampling import Sampling
 from nvlm.vision.path import build_vision
 
 ARCHITECTURES = ("decoder", "xattn", "hybrid")
-NEVER = -5  # no token
 
 
 def prompts(config: Config, rows: int, device) -> Batch:
@@ -46,7 +45,7 @@ def prompts(config: Config, rows: int, device) -> Batch:
 def timed(stages, batch: Batch, tokens: int, recompute: bool) -> tuple[float, list[list[int]]]:
     """Seconds, and the new tokens of each row."""
     began = time.perf_counter()
-    texts = continue_rows(stages, batch, Sampling(max_new_tokens=tokens), NEVER, recompute=recompute)
+    texts = continue_rows(stages, batch, Sampling(max_new_tokens=tokens), (), recompute=recompute)
     return time.perf_counter() - began, texts
 
 

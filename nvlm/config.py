@@ -138,7 +138,7 @@ class DataConfig:
     cross_length: Natural  # cross-attended tokens of a row
     row_length: Count  # tokens: rows are filled up to here; a longer sample has a row of its own
     system: Annotated[str, Without(IMAGE_MARK)] | None
-    tokenize: Annotated[str, Choice("apart", "joined")]  # joined: <Image> and the first tag as one text
+    tokenize: Annotated[str, Choice("apart", "joined", "vllm")]  # how text and tags become tokens: nvlm.data.chat
     workers: Natural
     max_skipped: Annotated[float, Range(0, 1)]
     max_pixels: Annotated[int, Range(1, example=50_000_000)]

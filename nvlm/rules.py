@@ -11,9 +11,12 @@ PROFILED = 6  # steps until a trace is whole
 
 def _data(config: Config) -> None:
     data = config.data
-    if data.tokenize == "joined" and config.arch.name != "decoder":
+    if data.tokenize != "apart" and config.arch.name != "decoder":
         # Tags of the others are bound to their tiles one by one.
-        raise problem("data.tokenize", "joined", f"apart for arch={config.arch.name}", "data.tokenize=apart")
+        raise problem("data.tokenize", data.tokenize, f"apart for arch={config.arch.name}", "data.tokenize=apart")
+    if data.tokenize == "vllm" and (config.tiling.tag != "1d" or config.tiling.max_tiles > 9):
+        got = f"vllm with tiling.tag={config.tiling.tag} tiling.max_tiles={config.tiling.max_tiles}"
+        raise problem("data.tokenize", got, "tiling.tag=1d and at most 9 tiles, as vLLM has", "data.tokenize=apart")
     if data.source == "jsonl" and not data.path and not config.dry_run:
         raise problem("data.path", "nothing", "a .jsonl file", "data.path=records.jsonl")
     if data.seq_length > config.llm.max_positions:

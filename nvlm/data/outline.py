@@ -35,13 +35,18 @@ class Encoder:
     system: str | None
     max_pixels: int
     bos: str | None
-    joined: bool  # an image's first tag is tokenised joined with the text before it
+    tokenize: str  # apart, joined or vllm: nvlm.data.chat
     limit: str = "data.seq_length"  # what sets seq_length, for messages
 
     @property
     def tokenizer(self) -> ChatTokenizer:
         """Loaded once a process."""
         return load_tokenizer(self.tokenizer_path, self.bos)
+
+    @property
+    def joined(self) -> bool:
+        """Whether an image's first tag is part of the text before it."""
+        return self.tokenize != "apart"
 
     def tags(self, plan: TilePlan) -> tuple[str, ...]:
         """Each tile's tag, thumbnail last."""
@@ -74,7 +79,7 @@ def build_encoder(config: Config, layout: LayoutRule, resize: str | None = None)
         system=config.data.system,
         max_pixels=config.data.max_pixels,
         bos=config.llm.bos,
-        joined=config.data.tokenize == "joined",
+        tokenize=config.data.tokenize,
     )
 
 
@@ -120,7 +125,7 @@ def outline(record: Record, encoder: Encoder, generate: bool = False) -> Outline
 
 def _runs(turns: Sequence[Turn], encoder: Encoder, generate: bool, first_tags: Sequence[str]) -> list[Run]:
     form = chat.prompt if generate else chat.chatml
-    return form(turns, encoder.tokenizer, encoder.system, first_tags if encoder.joined else None)
+    return form(turns, encoder.tokenizer, encoder.system, encoder.tokenize, first_tags)
 
 
 def _plan(sizes: Sequence[tuple[int, int]], room: int, encoder: Encoder) -> list[TilePlan]:

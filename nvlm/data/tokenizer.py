@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from nvlm.config import problem
+from nvlm.data.ends import end_tokens
 from nvlm.fields import named
 
 TINY = Path(__file__).parent / "tiny_tokenizer" / "tokenizer.json"
@@ -24,6 +25,7 @@ class ChatTokenizer:
     im_start: int
     im_end: int
     bos: int | None = None  # begins every conversation
+    others: frozenset[int] = frozenset()  # with which the model may end an answer, too
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text, no special tokens added."""
@@ -32,6 +34,11 @@ class ChatTokenizer:
     def decode(self, ids) -> str:
         """Text of `ids`, special tokens left out."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Each of these ends an answer: the template's end of turn, and those that came with the tokenizer."""
+        return self.others | {self.im_end}
 
     @property
     def vocab(self) -> int:
@@ -49,6 +56,7 @@ def tokenizer_file(where: str | None) -> Path:
 def load_tokenizer(where: str, bos: str | None = None, key: str = "llm.tokenizer") -> ChatTokenizer:
     """Read the tokenizer that `where` means (see `tokenizer_file`).
 
+    The files that stand beside a tokenizer.json say which tokens end an answer (`nvlm.data.ends`).
     `bos`: the token that begins every conversation; `key`: the setting that named it. Raises ConfigError.
     """
     path = tokenizer_file(where)
@@ -71,7 +79,8 @@ def load_tokenizer(where: str, bos: str | None = None, key: str = "llm.tokenizer
         if tokenizer.token_to_id(name) in tokenizer.encode(name, add_special_tokens=False).ids:
             expected = f"a tokenizer for which {name} in a text is text"
             raise problem(f"{key}={where}", f"one whose vocabulary finds {name} in a text", expected, "use another")
-    return ChatTokenizer(tokenizer, marks["<|im_start|>"], marks["<|im_end|>"], first)
+    others = end_tokens(path.parent, tokenizer, key) if path.name == "tokenizer.json" else frozenset()
+    return ChatTokenizer(tokenizer, marks["<|im_start|>"], marks["<|im_end|>"], first, others)
 
 
 def stateless(values: dict[str, Any], bos: str | None = None) -> dict[str, Any]:

@@ -30,5 +30,8 @@ def _answer(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     from nvlm.export.export import export
 
-    print(f"wrote {export(options)}")
+    notes: list[str] = []
+    print(f"wrote {export(options, notes.append)}")
+    for line in notes:
+        print(f"note: {line}")
     return 0

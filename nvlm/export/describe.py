@@ -1,17 +1,19 @@
-"""What an exported folder says about itself: config.json, preprocessor_config.json, README.md."""
+"""What an exported folder says of the model: config.json and preprocessor_config.json."""
 
 from __future__ import annotations
 
 from nvlm.config import Config
+from nvlm.export.text import Text
 
 _NAMES = {"decoder": "NVLM_D", "xattn": "NVLM_X", "hybrid": "NVLM_H"}
 
 
-def describe(config: Config, dummy_heads: int) -> dict:
+def describe(config: Config, dummy_heads: int, text: Text | None = None) -> dict:
     """config.json in the form of NVLM-D-72B's, whose own modelling class and vLLM read it.
 
-    `nvlm` is ours, for modeling_nvlm.py; others pass over it. No rotary scaling is written where the run had none:
-    the release's `dynamic` one changes nothing within its 32768 positions, but vLLM applies it everywhere.
+    `nvlm` is ours, for modeling_nvlm.py; others pass over it. `text`: of the run's tokenizer, whose first and last
+    tokens the release's `chat()` asks for. No rotary scaling is written where the run had none: the release's
+    `dynamic` one changes no logits, but has vLLM offer three times the positions that the model was trained on.
     """
     name = _NAMES[config.arch.name]
     code = {
@@ -37,7 +39,7 @@ def describe(config: Config, dummy_heads: int) -> dict:
         "use_llm_lora": 0,
         "torch_dtype": _dtype(config),
         "transformers_version": None,
-        "llm_config": _language(config),
+        "llm_config": _language(config) | _marks(text),
         "vision_config": _vision(config, dummy_heads),
         "nvlm": _own(config),
     }
@@ -70,6 +72,10 @@ def _language(config: Config) -> dict:
         "tie_word_embeddings": llm.tied,
         "torch_dtype": _dtype(config),
     }
+
+
+def _marks(text: Text | None) -> dict:
+    return {"bos_token_id": text.begin, "eos_token_id": text.end} if text else {}
 
 
 def _vision(config: Config, dummy_heads: int) -> dict:
@@ -126,36 +132,3 @@ def preprocessor(config: Config) -> dict:
         "resample": 3,
         "size": config.vision.tile_size,
     }
-
-
-def readme(config: Config) -> str:
-    """Who can load the folder, and how."""
-    name = {"decoder": "NVLM-D", "xattn": "NVLM-X", "hybrid": "NVLM-H"}[config.arch.name]
-    lines = [
-        f"# {config.name}",
-        "",
-        f"{name}: {config.llm.name}, {config.vision.name}. Its own code needs torch, safetensors, tokenizers, pillow:",
-        "",
-        "```python",
-        "from modeling_nvlm import NVLM",
-        "",
-        'model = NVLM.from_folder(".")',
-        'print(model.answer([{"role": "user", "content": "<image>\\nWhat is this?"}], ["page.png"]))',
-        "```",
-        "",
-    ]
-    if config.arch.name == "decoder" and config.llm.qkv_bias:
-        lines += [
-            "The tensors and config.json are laid out as in nvidia/NVLM-D-72B. With that release's .py files beside",
-            "them (configuration_nvlm_d, modeling_nvlm_d, modeling_intern_vit, conversation) its own class is meant to",
-            "load this folder, and vLLM to serve it as NVLM_D: `vllm serve . --trust-remote-code`.",
-        ]
-    elif config.arch.name == "decoder":
-        lines += [
-            "The tensors and config.json are laid out as in nvidia/NVLM-D-72B, with a Llama-shaped language model.",
-            "That release's own class refuses such a model: it takes Qwen2ForCausalLM alone. vLLM's NVLM_D builds what",
-            "llm_config names.",
-        ]
-    else:
-        lines += ["No other library knows this architecture: no published model has it."]
-    return "\n".join(lines) + "\n"

@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +20,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nvlm.config import Config, ConfigError, problem
-from nvlm.data.tokenizer import TINY as TINY_TOKENIZER
-from nvlm.data.tokenizer import load_tokenizer
-from nvlm.export.describe import describe, preprocessor, readme
+from nvlm.export.describe import describe, preprocessor
 from nvlm.export.options import ExportOptions
+from nvlm.export.readme import note, readme
 from nvlm.export.shards import DTYPES, Planned, ShardWriter
+from nvlm.export.text import exported_text
 from nvlm.export.trained import TrainedWeights
 from nvlm.inputs import check_model
 from nvlm.rules import validate
@@ -35,13 +35,14 @@ from nvlm.weights.published import Stored, read_headers
 from nvlm.weights.sources import VISION, Source, vision_source, whole_model
 
 CODE = Path(__file__).with_name("modeling_nvlm.py")
-_TOKENIZER_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
-merges.txt tokenizer.model chat_template.jinja generation_config.json""".split()
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def export(options: ExportOptions) -> Path:
-    """Write the folder `options.out` and return it. Raises ConfigError, and then leaves no folder."""
+def export(options: ExportOptions, tell: Callable[[str], None] = lambda line: None) -> Path:
+    """Write the folder `options.out` and return it. Raises ConfigError, and then leaves no folder.
+
+    `tell` hears what is to be known of it.
+    """
     out = Path(options.out)
     if os.path.lexists(out):
         raise problem("out", f"{out}, which exists", "a new folder", "out=OTHER, or delete it")
@@ -49,8 +50,7 @@ def export(options: ExportOptions) -> Path:
     config = _at_hand(read_run_config(step), options)
     _refuse(step, checkpoint_faults(step, functools.partial(own_faults, tensors=False)))
     folders = [step] if frozen_digest(step) is None else [step, step.parent / FROZEN]
-    if config.llm.tokenizer:  # a folder is of no use without
-        load_tokenizer(config.llm.tokenizer, config.llm.bos, "tokenizer")
+    exported_text(config)  # raises before anything is written
     check_model(config, step.parent.parent)
     weights, vision = TrainedWeights(folders, config.peft.scale), vision_source(config)
     parts = whole_model(config, dummy_heads(config, vision))
@@ -78,6 +78,8 @@ def export(options: ExportOptions) -> Path:
         raise _refused(out, error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    if line := note(config, dummy_heads(config, vision)):
+        tell(line)
     return out
 
 
@@ -177,23 +179,28 @@ def _of_encoder(pairs: Sequence[tuple[Part, Part]], vision: Source) -> Tensor:
 
 def _describe(folder: Path, config: Config, dummies: int) -> None:
     """Everything beside the tensors."""
-    (folder / "config.json").write_text(json.dumps(describe(config, dummies), indent=2) + "\n")
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor(config), indent=2) + "\n")
-    (folder / "README.md").write_text(readme(config))
-    shutil.copyfile(CODE, folder / CODE.name)
-    for name, file in _beside(config).items():
-        shutil.copyfile(file, folder / name)
+    text, code = exported_text(config), _release_code(config)
+    files = {
+        "preprocessor_config.json": _dump(preprocessor(config)),
+        "README.md": readme(config, dummies, list(code)),
+        CODE.name: CODE,
+        **code,
+        **(text.files if text else {}),
+        "config.json": _dump(describe(config, dummies, text)),  # last: without it nobody takes it for a model
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content.read_bytes())
     for file in folder.iterdir():
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
 
 
-def _beside(config: Config) -> dict[str, Path]:
-    """Tokenizer files, and the release's own modelling code where the run began with a release: files by new names."""
-    where = TINY_TOKENIZER if config.llm.tokenizer == "tiny" else Path(config.llm.tokenizer or "")
-    names = _TOKENIZER_FILES if config.llm.tokenizer else []
-    found = {name: where / name for name in names} if where.is_dir() else {name: where for name in names[:1]}
-    if config.init.release and config.arch.name == "decoder":
-        code = Path(config.init.release).glob("*.py")
-        found |= {file.name: file for file in sorted(code) if file.name != CODE.name}
-    return {name: file for name, file in found.items() if file.is_file()}
+def _dump(values: Mapping) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _release_code(config: Config) -> dict[str, Path]:
+    """The release's own modelling code where the run began with a release: files by their names."""
+    if not config.init.release or config.arch.name != "decoder":
+        return {}
+    return {file.name: file for file in sorted(Path(config.init.release).glob("*.py")) if file.name != CODE.name}

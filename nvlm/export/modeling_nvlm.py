@@ -24,6 +24,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -433,6 +434,13 @@ class NVLM(nn.Module):
         tokenizer.encode_special_tokens = True
         return tokenizer
 
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end an answer: `<|im_end|>`, and those that generation_config.json names."""
+        file = self.folder / "generation_config.json"
+        listed = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        return frozenset(listed if isinstance(listed, list) else [listed]) | {self.tokenizer.token_to_id("<|im_end|>")}
+
     @property
     def tile_tokens(self) -> int:
         """K."""
@@ -457,22 +465,30 @@ class NVLM(nn.Module):
         stream, keys, tiles, image = [Piece((special(c.bos),))] if c.bos else [], [], [], -1
         for role, text in turns_of(messages, len(images), c.system):
             stream.append(Piece((start,), image))
+            way = "apart" if role == "assistant" else c.tokenize
+            if way == "vllm" and len(re.findall(rf"(?m)^{MARK}\n(?!\n)", text)) < text.count(MARK):
+                raise ValueError(f"got {MARK} within a line or before an empty one, which vLLM does not find")
             first, *others = text.split(MARK)
-            joined = c.tokenize == "joined" and role != "assistant"
-            words = [f"{role}\n{first}"] if joined else [f"{role}\n", first]
+            words = [f"{role}\n", first] if way == "apart" else [f"{role}\n{first}"]
             for fragment in others:
                 pixels, names = self.tile(images[image + 1], max_tiles)
                 tags = [encode(name) for name in names]
-                if joined:  # one text with the first tag
+                if way == "apart":
+                    words.append("<Image>")
+                elif way == "joined":  # one text, from the last picture to the first tag
                     words, tags[0] = [f"{words[0]}<Image>{names[0]}"], ()
                 else:
-                    words.append("<Image>")
+                    words, tags[0] = [*words, f"<Image>{names[0]}"], ()
                 stream += [Piece(encode(text), image) for text in words]
                 image += 1
                 in_stream, in_keys = lay_out(self.arch, image, sum(map(len, tiles)), tags)
                 stream, keys = stream + in_stream, keys + in_keys
                 tiles.append(pixels)
-                words = [f"</Image>{fragment}"] if joined else ["</Image>", fragment]
+                words = {
+                    "apart": ["</Image>", fragment],
+                    "joined": [f"</Image>{fragment}"],
+                    "vllm": ["</Image>", "\n", fragment[1:]],
+                }[way]
             stream += [*(Piece(encode(text), image) for text in words), Piece((end, *encode("\n")), image)]
         stream += [Piece((start, *encode("assistant\n")), image)] if reply else []
         size = self.config.force_image_size
@@ -515,13 +531,14 @@ class NVLM(nn.Module):
 
     @torch.inference_mode()
     def answer(self, messages: Sequence[dict], images: Sequence = (), max_new_tokens: int = 512) -> str:
-        """The likeliest next token again and again, until `<|im_end|>` or `max_new_tokens`."""
-        cache, ids, end = {}, [], self.tokenizer.token_to_id("<|im_end|>")
+        """The likeliest next token again and again, until one that ends an answer, or `max_new_tokens`."""
+        cache, ids = {}, []
         h_SH, keys_XH, seen_SX = self.embed(self.inputs(messages, images, reply=True))
         while len(ids) < max_new_tokens:
             last_1H = self.language_model(h_SH, keys_XH, seen_SX, cache)[-1:]
-            ids.append(int(self.language_model.logits(last_1H).argmax()))
-            if ids[-1] == end:
+            token = int(self.language_model.logits(last_1H).argmax())
+            if token in self.ends:
                 break
+            ids.append(token)
             h_SH, seen_SX = self.words(ids[-1:]), seen_SX[-1:]
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -8,7 +8,7 @@ Shapes: B rows, L columns of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -36,12 +36,12 @@ def continue_rows(
     stages: Stages,
     batch: Batch,
     sampling: Sampling,
-    stop: int,
+    ends: Collection[int],
     multiple: int = 1,
     tell: Tell = lambda row, token: None,
     recompute: bool = False,
 ) -> list[list[int]]:
-    """The ids that follow each row of `batch` (one sample a row, tiles encoded), up to and with `stop`.
+    """The ids that follow each row of `batch` (one sample a row, tiles encoded), up to and with one of `ends`.
 
     All processes of a replica call it together. `multiple`: what the number of a row's columns is to be a multiple
     of where rows are recomputed, as under context parallelism or with `recompute`.
@@ -58,10 +58,10 @@ def continue_rows(
             tokens_B = share_from_last(tokens_B)
             tokens = tokens_B.tolist()
             for row, token in zip(rows.numbers, tokens):
-                if not texts[row] or texts[row][-1] != stop:  # recomputed rows go on with the others
+                if not texts[row] or texts[row][-1] not in ends:  # recomputed rows go on with the others
                     texts[row].append(token)
                     tell(row, token)
-            going = [texts[row][-1] != stop for row in rows.numbers]
+            going = [texts[row][-1] not in ends for row in rows.numbers]
             if not any(going) or max(map(len, texts)) == sampling.max_new_tokens:
                 return texts
             rows.append(tokens_B)

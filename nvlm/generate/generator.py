@@ -80,7 +80,7 @@ class Generator:
             if piece := texts[row].push(token):
                 stream(row, piece)
 
-        rows = continue_rows(self.stages, batch, sampling, encoder.tokenizer.im_end, multiple, tell)
+        rows = continue_rows(self.stages, batch, sampling, encoder.tokenizer.ends, multiple, tell)
         for number, text in enumerate(texts):
             if piece := text.flush():
                 stream(number, piece)

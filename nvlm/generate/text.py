@@ -20,7 +20,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """What can be told now that `token` has come; nothing for the token that ends an answer."""
-        if token == self.tokenizer.im_end:
+        if token in self.tokenizer.ends:
             return ""
         self.ids.append(token)
         return self._more(hold=self._text().endswith(_BROKEN))
@@ -43,4 +43,4 @@ class TextStream:
 
 def words(ids: Sequence[int], tokenizer: ChatTokenizer) -> str:
     """The text of an answer, without the token that ends it."""
-    return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.im_end else ids)
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] in tokenizer.ends else ids)

@@ -16,6 +16,7 @@ from nvlm.data.loader import StepData, Steps, load_steps
 from nvlm.data.outline import build_encoder
 from nvlm.data.sources import build_records
 from nvlm.evaluate.heldout import evaluate
+from nvlm.export.text import training_note
 from nvlm.folder import begin as begin_folder
 from nvlm.lengths import check_vocabulary
 from nvlm.llm.backend import check_precision, describe
@@ -66,6 +67,8 @@ def run(config: Config, run_dir: Path, started: float, refusal: str | None = Non
                 inputs.record(config, run_dir, steps.records)
             print_groups(counts, config.stage.name, config.optim.lr, trainer.origins)
             print(describe(config))
+            if line := training_note(config):
+                print(f"note: {line}")
         if not train(trainer, config, steps, first, run_dir, guard, watch.mark):
             return
         heldout = build_records(config.data, config.seed, heldout=True) if config.evaluate.questions else None

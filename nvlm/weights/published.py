@@ -144,14 +144,26 @@ def read_config(folder: str, key: str, code: Iterable[str] = ()) -> dict | None:
     return values
 
 
-def check_values(got: Mapping[str, object], expected: Mapping[str, tuple[str, object]], key: str) -> None:
-    """Compare entries of a config.json with ours: name there -> (our setting, our value). Raises ConfigError.
+def check_values(
+    got: Mapping[str, object], expected: Mapping[str, tuple[str, object]], key: str, given: Mapping[str, object]
+) -> None:
+    """Compare what a config.json means with ours: name there -> (our setting, our value). Raises ConfigError.
 
-    What the file does not say is not compared.
+    `given`: what the file itself says, for messages.
     """
     for name, (setting, value) in expected.items():
-        if name in got and got[name] is not None and got[name] != value:
-            raise problem(f"{key}: config.json: {name}", got[name], f"{setting}={value}", f"{setting}={got[name]}")
+        if got[name] != value:
+            said = given.get(name)
+            what = f"nothing, which means {got[name]}" if said is None else said
+            raise problem(f"{key}: config.json: {name}", what, f"{setting}={value}", f"{setting}={got[name]}")
+
+
+def check_fixed(got: Mapping[str, object], fixed: Mapping[str, object], key: str) -> None:
+    """Raise ConfigError where an entry of a config.json is neither null nor the one value that is built."""
+    for name, value in fixed.items():
+        if got.get(name) is not None and got[name] != value:
+            expected = "nothing: it is not built" if value is None else f"{json.dumps(value)}: no other is built"
+            raise problem(f"{key}: config.json: {name}", json.dumps(got[name]), expected, "take another model")
 
 
 def _some(names: list[str], joint: str = ", ") -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nvlm.config import Config, LLMConfig, VisionConfig, cross_layers, problem
 from nvlm.weights import internvit, llm, projector
+from nvlm.weights.described import check_language, check_vision, check_whole
 from nvlm.weights.parts import Part, below
 from nvlm.weights.published import Stored, check_tensors, check_values, read_config, read_headers
 
@@ -18,8 +19,6 @@ TINY = Path(__file__).parent.parent / "vision" / "tiny_encoder.safetensors"
 VISION, LANGUAGE = "vision_model.", "language_model."
 RELEASE_CODE = ("configuration_nvlm_d.NVLM_D_Config", "modeling_nvlm_d.NVLM_D_Model")
 _VISION_CODE = ("configuration_intern_vit.InternVisionConfig", "modeling_intern_vit.InternVisionModel")
-_LANGUAGES = ("Qwen2ForCausalLM", "LlamaForCausalLM")
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +62,16 @@ def _vision(vision: VisionConfig, folder: str, key: str) -> Source:
         stored = {name: one for name, one in stored.items() if name.startswith(VISION)}
     prefix = VISION if inside else ""
     parts = below(prefix, internvit.parts(vision, _dummy_heads(vision, stored, prefix)))
-    check_values(values.get("vision_config") or values, _vision_values(vision), key)
+    if values:
+        check_vision(values.get("vision_config") or values, vision, key)
     check_tensors(parts, stored, key)
     return Source(key, folder, {"vision": parts}, stored)
 
 
 def _llm(config: Config, folder: str) -> Source:
     stored = read_headers(folder, "init.llm")
-    values = read_config(folder, "init.llm") or {}
-    _check_language(values, config.llm, "init.llm")
+    if values := read_config(folder, "init.llm"):
+        check_language(values, config.llm, "init.llm")
     parts = llm.parts(config.llm)
     check_tensors(parts, stored, "init.llm", _spare(config.llm, stored))
     check_new(config, ("llm",), f"init.llm={folder}")
@@ -81,12 +81,11 @@ def _llm(config: Config, folder: str) -> Source:
 def _release(config: Config, folder: str) -> Source:
     stored = read_headers(folder, "init.release")
     values = read_config(folder, "init.release", RELEASE_CODE) or {}
-    _check_language(values.get("llm_config") or {}, config.llm, "init.release")
-    check_values(values.get("vision_config") or {}, _vision_values(config.vision), "init.release")
-    check_values(values, _whole_values(config), "init.release")
+    if values:
+        check_whole(values, config, "init.release")
     own = values.get("nvlm") or {}
     if own.get("arch") == config.arch.name == "hybrid":  # what no tensor's name or shape shows
-        check_values(own, {"bind_tags": ("arch.bind_tags", config.arch.bind_tags)}, "init.release")
+        check_values(own, {"bind_tags": ("arch.bind_tags", config.arch.bind_tags)}, "init.release", own)
     groups = {
         "vision": below(VISION, internvit.parts(config.vision, _dummy_heads(config.vision, stored, VISION))),
         "projector": projector.parts(config),
@@ -127,73 +126,3 @@ def _dummy_heads(vision: VisionConfig, stored: Mapping[str, Stored], prefix: str
     rows = first.shape[0] if first else 0
     extra, rest = divmod(rows - 3 * vision.hidden, 3 * vision.hidden // vision.heads)
     return extra if extra > 0 and not rest else 0
-
-
-def _vision_values(vision: VisionConfig) -> dict[str, tuple[str, object]]:
-    return {
-        "hidden_size": ("vision.hidden", vision.hidden),
-        "num_hidden_layers": ("vision.layers", vision.layers),
-        "num_attention_heads": ("vision.heads", vision.heads),
-        "intermediate_size": ("vision.ffn", vision.ffn),
-        "image_size": ("vision.tile_size", vision.tile_size),
-        "patch_size": ("vision.patch", vision.patch),
-        "layer_norm_eps": ("vision.norm_eps", vision.norm_eps),
-        "qk_normalization": ("vision.qk_norm", vision.qk_norm),
-        "qkv_bias": ("vision.qkv_bias", vision.qkv_bias),
-        "norm_type": ("vision.norm", {"rms": "rms_norm", "layer": "layer_norm"}[vision.norm]),
-    }
-
-
-def _check_language(values: Mapping, language: LLMConfig, key: str) -> None:
-    architectures = values.get("architectures") or []
-    if architectures and not set(architectures) & set(_LANGUAGES):
-        expected = f"one of {', '.join(_LANGUAGES)}"
-        raise problem(f"{key}: config.json: architectures", architectures, expected, "take one of these")
-    if values.get("use_sliding_window"):
-        raise problem(f"{key}: config.json: use_sliding_window", True, "false: it is not built", "take another model")
-    expected = {
-        "num_hidden_layers": ("llm.layers", language.layers),
-        "hidden_size": ("llm.hidden", language.hidden),
-        "num_attention_heads": ("llm.heads", language.heads),
-        "num_key_value_heads": ("llm.kv_heads", language.kv_heads),
-        "head_dim": ("llm.head_dim", language.head_dim),
-        "intermediate_size": ("llm.ffn", language.ffn),
-        "vocab_size": ("llm.vocab", language.vocab),
-        "rms_norm_eps": ("llm.norm_eps", language.norm_eps),
-        "rope_theta": ("llm.rope_theta", language.rope_theta),
-        "tie_word_embeddings": ("llm.tied", language.tied),
-        "hidden_act": ("the language model's activation", "silu"),
-    }
-    rope = values.get("rope_parameters") or {}  # where newer files keep both
-    theta = values.get("rope_theta", rope.get("rope_theta"))
-    scaling = _scaling(values.get("rope_scaling") or rope, key)
-    if values and scaling != language.rope_scaling:
-        wanted = "null" if scaling is None else "{" + ",".join(f"{k}:{v}" for k, v in scaling.items()) + "}"
-        fix = f"'llm.rope_scaling={wanted}'"
-        raise problem(f"{key}: config.json: rope_scaling", scaling, f"llm.rope_scaling={language.rope_scaling}", fix)
-    plain = {name: value for name, value in values.items() if name != "rope_scaling"}
-    check_values(plain | {"rope_theta": theta}, expected, key)
-
-
-def _scaling(rope: Mapping, key: str) -> dict[str, float] | None:
-    """Llama 3.1's rotary scaling, or None: `dynamic` changes nothing within the positions that it was trained on."""
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
-    if kind in ("default", "dynamic"):
-        return None
-    if kind != "llama3":
-        known = "default, dynamic or llama3"
-        raise problem(f"{key}: config.json: rope_scaling", repr(kind), known, "take another model")
-    try:
-        return {name: float(rope[name]) for name in _LLAMA3}
-    except (KeyError, TypeError, ValueError):
-        what = f"{key}: config.json: rope_scaling"
-        raise problem(what, dict(rope), ", ".join(_LLAMA3), "download it again") from None
-
-
-def _whole_values(config: Config) -> dict[str, tuple[str, object]]:
-    return {
-        "downsample_ratio": ("1 / vision.downsample", 1 / config.vision.downsample),
-        "force_image_size": ("vision.tile_size", config.vision.tile_size),
-        "ps_version": ("the pixel shuffle", "v2"),
-        "select_layer": ("the encoder's layer", -1),
-    }

@@ -20,7 +20,7 @@ from nvlm.cli import compose_config
 from nvlm.config import ConfigError
 from nvlm.data.tokenizer import TINY
 from nvlm.export.cli import main
-from nvlm.export.describe import describe, readme
+from nvlm.export.describe import describe
 from nvlm.export.export import export
 from nvlm.export.options import parse
 from nvlm.export.shards import ShardWriter
@@ -146,18 +146,14 @@ def test_config_json_is_in_the_form_of_the_release(tmp_path):
     assert got["auto_map"]["AutoModelForCausalLM"] == "modeling_nvlm_d.NVLM_D_Model"
 
 
-def test_who_can_load_a_folder_is_said_in_it():
-    """The release's own class takes Qwen2 alone, so a Yi variant is not for it; nobody else knows NVLM-X and -H."""
-    qwen, yi, hybrid = (
+def test_yi_and_nvlm_h_are_described_as_what_they_are():
+    yi, hybrid = (
         compose_config(f"arch={arch}", f"llm={llm}", "dry_run=true")
-        for arch, llm in (("decoder", "qwen2-72b"), ("decoder", "yi-34b"), ("hybrid", "qwen2-72b"))
+        for arch, llm in (("decoder", "yi-34b"), ("hybrid", "qwen2-72b"))
     )
     assert describe(yi, 7)["llm_config"]["architectures"] == ["LlamaForCausalLM"]
     assert describe(yi, 7)["llm_config"]["attention_bias"] is False
     assert describe(yi, 7)["nvlm"]["bos"] == "<|startoftext|>"
-    assert "its own class is meant to" in readme(qwen) and "refuses such a model" not in readme(qwen)
-    assert "refuses such a model: it takes Qwen2ForCausalLM alone" in readme(yi)
-    assert "No other library knows this architecture" in readme(hybrid)
     assert describe(hybrid, 7)["architectures"] == ["NVLM_H"] and "auto_map" not in describe(hybrid, 7)
 
 
@@ -252,6 +248,15 @@ def test_a_tokenizer_s_file_gets_the_name_that_readers_look_for(tmp_path, run):
     shutil.copyfile(TINY, file)
     folder = exported(run, tmp_path / "out", f"tokenizer={file}")
     assert (folder / "tokenizer.json").read_bytes() == file.read_bytes() and not (folder / file.name).exists()
+
+
+def test_the_command_says_what_cannot_load_the_folder(tmp_path, run, capsys):
+    assert main([f"checkpoint={run}", f"out={tmp_path / 'out'}"]) == 0
+    told = capsys.readouterr().out
+    reason = "NVLM-H is known to no other library: no published model has it"
+    assert f"wrote {tmp_path / 'out'}\nnote: only its own modeling_nvlm.py can load it: {reason}\n" in told
+    assert f"- {reason}." in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2]
 
 
 def killed_midway(run: Path, out: Path) -> None:

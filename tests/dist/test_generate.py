@@ -56,7 +56,7 @@ def generate(case: Case) -> list[list[list[int]]]:
         stages, config = trainer.stages, trainer.stages.parts[0].config
         (batch,) = trainer.vision.within_replica().encode([batch_of(case.config).to(device)])
         multiple = case.config.row_multiple
-        texts = [continue_rows(stages, batch, sampling, case_stop(case), multiple) for sampling in SAMPLINGS]
+        texts = [continue_rows(stages, batch, sampling, [case_stop(case)], multiple) for sampling in SAMPLINGS]
         assert config.sequence_parallel == case.config.parallel.sequence  # as it was
         return texts
 
@@ -75,9 +75,9 @@ def expected(tmp_path_factory):
             folder = tmp_path_factory.mktemp(arch)
             case, twins = prepare(config, folder, ())
             batch, stages = twins.vision.encode(batch_of(config)), Stages([twins.model], [], lend=False)
-            stop = continue_rows(stages, batch, SAMPLINGS[0], -5)[1][3]
+            stop = continue_rows(stages, batch, SAMPLINGS[0], ())[1][3]
             (folder / "stop").write_text(str(stop))
-            found[arch] = case, [continue_rows(stages, batch, sampling, stop) for sampling in SAMPLINGS]
+            found[arch] = case, [continue_rows(stages, batch, sampling, [stop]) for sampling in SAMPLINGS]
             assert len({len(text) for text in found[arch][1][0]}) > 1
     torch.set_num_threads(threads)
     return found

@@ -281,11 +281,16 @@ def test_answer_is_the_greedy_loop(arch, tmp_path):
         assert seen.pop() == expected and len(expected) == 8
         said |= set(expected)
     assert len(said) > 4  # a cache that lost something would show
+    for named in (expected[3], [0, expected[3]]):  # a token that generation_config.json names ends it, too
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+        del model.__dict__["ends"]
+        model.answer(record.messages, record.images, max_new_tokens=30)
+        assert seen.pop() == expected[: expected.index(expected[3])]
     with torch.no_grad():  # now the turn's end wins where the last token did
         model.language_model.lm_head.weight[end] = 1.5 * model.language_model.lm_head.weight[expected[-1]]
     ended = greedy(module, model, record.messages, record.images, 30)
     model.answer(record.messages, record.images, max_new_tokens=30)
-    assert seen.pop() == ended and ended[-1] == end and len(ended) <= 8
+    assert seen.pop() == ended[:-1] and ended[-1] == end and len(ended) <= 8
 
 
 class Spy:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from nvlm.cli import compose_config
 from nvlm.config import ConfigError
+from nvlm.export.describe import describe
 from nvlm.launch import check_weights
+from nvlm.weights import defaults
+from nvlm.weights.described import check_language, check_vision, check_whole
 from nvlm.weights.sources import model_source, vision_source
 from tests.published import LANGUAGES, SMALL, encoder_model, internvit_names, language_model, write_release
 
@@ -151,7 +157,7 @@ FAULTS = {
     "rotary scaling that is a list": (lambda f: config_of(f, rope_scaling=[8.0]), r"rope_scaling: got \[8.0\]"),
     "a file that leads nowhere": (lambda f: lead_nowhere(files_of(f)[1]), r"no model-00002-of-"),
     "one file that leads nowhere": (alone_and_nowhere, "model.safetensors: got No such file or directory"),
-    "a sliding window": (lambda f: config_of(f, use_sliding_window=True), "use_sliding_window: got True"),
+    "a sliding window": (lambda f: config_of(f, use_sliding_window=True), "use_sliding_window: got true"),
     "other heads": (lambda f: config_of(f, num_attention_heads=2), "num_attention_heads: got 2"),
 }  # fmt: skip
 
@@ -172,7 +178,131 @@ def test_a_folder_that_is_not_right_is_refused_by_name(tmp_path, qwen, fault):
 def test_dynamic_rotary_scaling_changes_nothing_within_the_trained_positions(tmp_path, qwen):
     shutil.copytree(qwen, tmp_path / "folder")
     config_of(tmp_path / "folder", rope_scaling={"type": "dynamic", "factor": 3.0})
-    assert model_source(compose_config(*SMALL, f"init.llm={tmp_path / 'folder'}"))
+    within = (*SMALL, "llm.max_positions=512", f"init.llm={tmp_path / 'folder'}")
+    assert model_source(compose_config(*within))
+    with pytest.raises(ConfigError, match="dynamic with llm.max_positions=513, expected at most 512 positions"):
+        model_source(compose_config(*within, "llm.max_positions=513"))
+
+
+def test_the_defaults_are_those_of_the_installed_classes():
+    for table, config in ((defaults.QWEN2, transformers.Qwen2Config()), (defaults.LLAMA, transformers.LlamaConfig())):
+        own = config.to_dict() | {"rope_theta": config.rope_parameters["rope_theta"]}
+        own["num_key_value_heads"] = inspect.signature(type(config)).parameters["num_key_value_heads"].default
+        assert {name: own[name] for name in table} == table
+        shown = {name for name, kind in own.items() if name not in table and isinstance(kind, (int, float, str))}
+        assert shown <= HARMLESS, shown - HARMLESS  # what a new version adds is looked at
+
+
+# Of training, loading or text, or derived from other entries; sliding_window counts with use_sliding_window alone.
+HARMLESS = set(
+    """_name_or_path attention_dropout bos_token_id eos_token_id pad_token_id head_dim initializer_range use_cache
+    model_type transformers_version chunk_size_feed_forward is_encoder_decoder output_attentions output_hidden_states
+    return_dict pretraining_tp problem_type max_window_layers sliding_window dtype""".split()
+)
+
+
+# Entries of a Qwen2, the setting that each is compared with, and what it is where the file leaves it out.
+LEFT_OUT = {
+    "rms_norm_eps": ("norm_eps", 1e-6),
+    "tie_word_embeddings": ("tied", False),
+    "vocab_size": ("vocab", 151936),
+    "rope_theta": ("rope_theta", 1e4),
+    "head_dim": ("head_dim", 6),  # hidden_size / num_attention_heads
+    "intermediate_size": ("ffn", 22016),
+    "num_hidden_layers": ("layers", 32),
+    "num_key_value_heads": ("kv_heads", 32),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_a_language_model_s_file_leaves_out_means_the_default(qwen, name):
+    """Never the run's own value: each of these would change numbers without a word."""
+    values = json.loads((qwen / "config.json").read_text())
+    given = values.pop("rope_parameters")
+    values["rope_theta"] = given["rope_theta"]
+    language = compose_config(*SMALL).llm
+    check_language(values, language, "init.llm")
+    setting, value = LEFT_OUT[name]
+    for absent in ({k: v for k, v in values.items() if k != name}, values | {name: None}):
+        check_language(absent, replace(language, **{setting: value}), "init.llm")
+        with pytest.raises(ConfigError, match=f"{name}: got nothing, which means {value}, expected llm.{setting}="):
+            check_language(absent, replace(language, **{setting: value + 1}), "init.llm")
+
+
+def test_llama_s_defaults_are_its_own():
+    values = dict(architectures=["LlamaForCausalLM"], hidden_size=64, num_attention_heads=8, num_hidden_layers=2)
+    language = replace(
+        compose_config(*SMALL).llm, hidden=64, heads=8, kv_heads=8, head_dim=8, layers=2, vocab=32000, ffn=11008,
+        norm_eps=1e-6, rope_theta=1e4,
+    )  # fmt: skip
+    check_language(values, language, "init.llm")
+    with pytest.raises(ConfigError, match="num_key_value_heads: got nothing, which means 8, expected llm.kv_heads=2"):
+        check_language(values, replace(language, kv_heads=2), "init.llm")
+    with pytest.raises(ConfigError, match="attention_bias: got true, expected false: no other is built"):
+        check_language(values | {"attention_bias": True}, language, "init.llm")
+    with pytest.raises(ConfigError, match="architectures: got None"):
+        check_language({"hidden_size": 64}, language, "init.llm")
+    check_language({**values, "architectures": None, "model_type": "llama"}, language, "init.llm")
+
+
+@pytest.mark.parametrize("name", defaults.FIXED_LANGUAGE)
+def test_what_changes_numbers_and_is_not_built_is_refused_by_name(qwen, name):
+    values, language = json.loads((qwen / "config.json").read_text()), compose_config(*SMALL).llm
+    fixed = defaults.FIXED_LANGUAGE[name]
+    check_language(values | {name: fixed}, language, "init.llm")
+    other = not fixed if isinstance(fixed, bool) else "gelu" if isinstance(fixed, str) else 0.5
+    with pytest.raises(ConfigError, match=f"config.json: {name}: got .*Fix: take another model") as caught:
+        check_language(values | {name: other}, language, "init.llm")
+    assert "\n" not in str(caught.value)
+
+
+def test_rotary_entries_that_contradict_each_other_or_differ_by_layer_are_refused(qwen):
+    values, language = json.loads((qwen / "config.json").read_text()), compose_config(*SMALL).llm
+    nested = {"full_attention": {"rope_theta": 5000.0}, "sliding_attention": {"rope_theta": 10.0}}
+    for change, reason in (
+        ({"rope_theta": 1e4}, "rope_theta: got 5000.0 and 10000.0, expected one value"),
+        ({"rope_parameters": nested}, "expected one rotary embedding for all layers"),
+        ({"rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor: got 0.5"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            check_language(values | change, language, "init.llm")
+
+
+def test_what_an_encoder_s_file_leaves_out_means_internvits_default():
+    vision = compose_config("vision=internvit-6b", "llm=qwen2-72b", "dry_run=true").vision
+    values = dict(num_hidden_layers=45, image_size=448)
+    check_vision(values, vision, "init.vision")
+    small = compose_config("vision=internvit-300m", "llm=qwen2-72b", "dry_run=true").vision
+    whole = dict(image_size=448, num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, intermediate_size=4096,
+                 qkv_bias=True, qk_normalization=False, norm_type="layer_norm")  # fmt: skip
+    check_vision(whole, small, "init.vision")
+    for name in whole:
+        with pytest.raises(ConfigError, match=f"config.json: {name}: got nothing, which means"):
+            check_vision({k: v for k, v in whole.items() if k != name}, small, "init.vision")
+    with pytest.raises(ConfigError, match="norm_type: got batch_norm"):
+        check_vision(values | {"norm_type": "batch_norm"}, vision, "init.vision")
+    with pytest.raises(ConfigError, match='hidden_act: got "quick_gelu", expected "gelu"'):
+        check_vision(values | {"hidden_act": "quick_gelu"}, vision, "init.vision")
+    with pytest.raises(ConfigError, match="Fix: vision.norm=layer$"):
+        check_vision(values | {"norm_type": "layer_norm"}, vision, "init.vision")
+
+
+def test_what_a_release_s_file_leaves_out_means_internvl_s_default():
+    config = compose_config("arch=decoder", "llm=qwen2-72b", "dry_run=true")
+    values = describe(config, 7)
+    check_whole(values, config, "init.release")
+    check_whole({k: v for k, v in values.items() if k not in ("select_layer", "downsample_ratio")}, config, "r")
+    for change, reason in (
+        ({"ps_version": None}, 'ps_version: got "v1", expected "v2"'),
+        ({"select_layer": -2}, "select_layer: got -2"),
+        ({"downsample_ratio": 0.25}, "got 0.25, expected vision.downsample=2. Fix: vision.downsample=4"),
+        ({"llm_config": values["llm_config"] | {"rope_theta": None}}, "rope_theta: got nothing, which means 10000.0"),
+        ({"vision_config": values["vision_config"] | {"image_size": None}}, "image_size: got nothing"),
+        ({"llm_config": {}}, "architectures: got None"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            check_whole(values | change, config, "init.release")
 
 
 def test_llama_scaling_must_be_the_run_s(tmp_path):

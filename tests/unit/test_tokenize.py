@@ -21,6 +21,7 @@ from nvlm.data.outline import build_encoder
 from nvlm.data.tokenizer import TINY, load_tokenizer
 from nvlm.export.describe import describe
 from nvlm.export.modeling_nvlm import NVLM
+from nvlm.generate.text import words
 from nvlm.record import BadRecord, Record
 
 PAD_TEXT = "<|vision_pad|>"
@@ -139,7 +140,7 @@ def test_joined_is_for_the_decoder_alone_and_for_images_of_users(encoder):
     for arch in ("xattn", "hybrid"):
         with pytest.raises(ConfigError, match=f"data.tokenize: got joined, expected apart for arch={arch}"):
             encoder("data.tokenize=joined", arch=arch)
-    with pytest.raises(ConfigError, match="data.tokenize: got 'together', expected one of apart, joined"):
+    with pytest.raises(ConfigError, match="data.tokenize: got 'together', expected one of apart, joined, vllm"):
         encoder("data.tokenize=together")
     with pytest.raises(BadRecord, match="an image in an assistant's turn"):
         turns = [("user", "Draw."), ("assistant", "<image>")]
@@ -268,11 +269,127 @@ def test_a_tokenizer_that_does_not_read_is_refused_in_one_line(tmp_path):
 def test_the_exported_file_tokenises_alike(configured, encoder, folder, overrides):
     """modeling_nvlm.py, which is copied beside exported weights and uses nothing of this package."""
     config = configured("arch=decoder", f"llm.tokenizer={folder}", "data.system=Answer.", *overrides)
-    values = json.dumps(describe(config, 4))
-    with torch.device("meta"):
-        model = NVLM(json.loads(values, object_hook=lambda keys: SimpleNamespace(**keys)), folder)
+    model = model_of(config, folder)
     inputs = model.inputs(record().messages, PICTURES, reply=True)
-    ids = [i for piece in inputs.stream for i in ([IMAGE] * model.tile_tokens if piece.ids is None else piece.ids)]
+    ids = ids_of(model, record().messages, PICTURES)
     trainer = encode(record(), encoder("data.system=Answer.", *overrides), generate=True)
     assert ids == trainer.tokens.tolist()
     assert torch.equal(inputs.pixels, encode(record(), encoder("tiling.resize=exact"), generate=True).pixels)
+
+
+# One token for each piece, so that ids can be written down by hand; `~` is a line end, `#` a tile's tokens.
+WORDS = """<|im_start|> <|im_end|> <|vision_pad|> system user assistant ~ < Image >< tile _ 1 2 3 4 5 6 global thumbnail
+> </ >~ What Compare Look . ? ?~""".split()
+
+
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory):
+    """A tokenizer of Qwen2's pieces whose token number n is WORDS[n]."""
+    vocabulary = {word.replace("~", "\n"): number for number, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    tokenizer.add_special_tokens(WORDS[:3])
+    where = tmp_path_factory.mktemp("by_hand")
+    tokenizer.save(str(where / "tokenizer.json"))
+    return where
+
+
+THUMBNAIL = "tile _ global _ thumbnail > #"
+SERVED = {
+    "1 tile": ([picture(100, 100)], "<image>\nWhat?", f"< Image >< {THUMBNAIL} </ Image > ~ What ?"),
+    "2 tiles": (
+        [picture(224, 112)],
+        "<image>\nWhat?",
+        f"< Image >< tile _ 1 > # < tile _ 2 > # < {THUMBNAIL} </ Image > ~ What ?",
+    ),
+    "6 tiles": (
+        [picture(336, 224)],
+        "<image>\nWhat?",
+        "< Image >< tile _ 1 > # < tile _ 2 > # < tile _ 3 > # < tile _ 4 > # < tile _ 5 > # < tile _ 6 > # "
+        f"< {THUMBNAIL} </ Image > ~ What ?",
+    ),
+    "2 images": (
+        [picture(224, 112), picture(100, 100)],
+        "<image>\n<image>\nCompare.",
+        f"< Image >< tile _ 1 > # < tile _ 2 > # < {THUMBNAIL} </ Image > ~ "
+        f"< Image >< {THUMBNAIL} </ Image > ~ Compare .",
+    ),
+    "text before": ([picture(100, 100)], "What?\n<image>\n", f"What ?~ < Image >< {THUMBNAIL} </ Image > ~"),
+}
+
+
+def model_of(config, folder):
+    """The exported file's own class, without weights."""
+    values = json.dumps(describe(config, 4))
+    with torch.device("meta"):
+        return NVLM(json.loads(values, object_hook=lambda keys: SimpleNamespace(**keys)), folder)
+
+
+def ids_of(model, messages, pictures):
+    stream = model.inputs(messages, pictures, reply=True).stream
+    return [i for piece in stream for i in ([IMAGE] * model.tile_tokens if piece.ids is None else piece.ids)]
+
+
+@pytest.mark.parametrize("case", SERVED)
+def test_the_ids_that_vllm_makes(configured, by_hand, case):
+    """`<Image>` and the first tag are one text, the line end behind `</Image>` is a text by itself."""
+    pictures, text, middle = SERVED[case]
+    system = "<|im_start|> system ~ Look . <|im_end|> ~"
+    words = f"{system} <|im_start|> user ~ {middle} <|im_end|> ~ <|im_start|> assistant ~"
+    for mode in ("vllm", "joined", "apart"):
+        shape = ("arch=decoder", f"llm.tokenizer={by_hand}", "data.system=Look.", "data.seq_length=999")
+        config = configured(*shape, f"data.tokenize={mode}")
+        pads = [IMAGE] * config.vision.tile_tokens
+        expected = [i for word in words.split() for i in (pads if word == "#" else [WORDS.index(word)])]
+        asked = record([("user", text)], pictures)
+        got = encode(asked, build_encoder(config, registry.layout_rule("decoder")), generate=True).tokens.tolist()
+        assert (got == expected) == (mode == "vllm")
+        assert ids_of(model_of(config, by_hand), asked.messages, pictures) == got
+
+
+@pytest.mark.parametrize("text", ["What? <image>\n", "<image> What?", "<image>", "<image>\n\nWhat?"])
+def test_marks_that_vllm_does_not_find_are_refused(configured, by_hand, text):
+    config = configured("arch=decoder", f"llm.tokenizer={by_hand}", "data.tokenize=vllm")
+    asked = record([("user", text)], PICTURES[:1])
+    with pytest.raises(BadRecord, match="<image> within a line or before an empty one, which vLLM does not find"):
+        encode(asked, build_encoder(config, registry.layout_rule("decoder")), generate=True)
+    with pytest.raises(ValueError, match="which vLLM does not find"):
+        model_of(config, by_hand).inputs(asked.messages, PICTURES[:1])
+
+
+def test_vllms_mode_is_for_its_own_tags(configured):
+    for overrides in (("tiling.tag=2d_grid",), ("tiling.max_tiles=10",)):
+        with pytest.raises(ConfigError, match="data.tokenize: got vllm with .*, expected tiling.tag=1d and at most 9"):
+            configured("arch=decoder", "data.tokenize=vllm", *overrides)
+
+
+def with_ends(folder, where, **files):
+    """A tokenizer's folder, with JSON files beside the tokenizer."""
+    where.mkdir()
+    (where / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    for name, values in files.items():
+        (where / f"{name}.json").write_text(json.dumps(values))
+    return load_tokenizer(str(where))
+
+
+def test_an_answer_ends_with_any_token_that_the_folder_names(folder, tmp_path):
+    """Qwen2's generation_config.json names two, others a number; a tokenizer's own end token is text or an object."""
+    start, _, end, pad = (load_tokenizer(str(folder)).tokenizer.token_to_id(name) for name in SPECIAL)
+    assert load_tokenizer(str(folder)).ends == {end}
+    cases = {
+        "list": (dict(generation_config={"eos_token_id": [end, pad]}), {end, pad}),
+        "number": (dict(generation_config={"eos_token_id": pad}), {end, pad}),
+        "model": (dict(config={"eos_token_id": pad}), {end, pad}),
+        "both": (dict(generation_config={"eos_token_id": end}, config={"eos_token_id": pad}), {end}),
+        "text": (dict(tokenizer_config={"eos_token": SPECIAL[0]}), {end, start}),
+        "object": (dict(special_tokens_map={"eos_token": {"content": SPECIAL[0], "lstrip": False}}), {end, start}),
+        "none": (dict(generation_config={"eos_token_id": None}, tokenizer_config={"eos_token": None}), {end}),
+    }
+    for name, (files, expected) in cases.items():
+        assert with_ends(folder, tmp_path / name, **files).ends == expected, name
+    assert load_tokenizer(str(tmp_path / "list" / "tokenizer.json")).ends == {end, pad}
+    assert words([pad], with_ends(folder, tmp_path / "again", generation_config={"eos_token_id": pad})) == ""
+    (tmp_path / "none" / "generation_config.json").write_text("[")
+    load_tokenizer.cache_clear()
+    with pytest.raises(ConfigError, match=r"llm.tokenizer: .*generation_config.json: got a damaged file"):
+        load_tokenizer(str(tmp_path / "none"))

@@ -1,0 +1,116 @@
+"""Who can load an exported folder: its own code always, vLLM and NVLM-D-72B's own class within limits.
+
+Both were tried with exports of this project: vLLM 0.33, and the class under transformers 4.39.3 and 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nvlm.config import Config
+from nvlm.export.text import VISION_PAD, places_images
+
+RELEASE_FILES = ("configuration_nvlm_d.py", "modeling_nvlm_d.py", "modeling_intern_vit.py", "conversation.py")
+_DUMMY_HEADS = 7  # of the encoder, a constant in both
+_TAGS = "they write <tile_1> to <tile_9> and <tile_global_thumbnail>, whatever the model has learned"
+_NAMES = {"decoder": "NVLM-D", "xattn": "NVLM-X", "hybrid": "NVLM-H"}
+
+
+def other_limits(config: Config, dummy_heads: int) -> list[str]:
+    """Why neither vLLM nor NVLM-D-72B's own class can serve an export of this run; empty: nothing is known of."""
+    if config.arch.name != "decoder":
+        return [f"{_NAMES[config.arch.name]} is known to no other library: no published model has it"]
+    limits = []
+    if config.tiling.tag != "1d":
+        limits.append(f"tiling.tag={config.tiling.tag}: {_TAGS}")
+    elif config.tiling.max_tiles > 9:
+        limits.append(f"tiling.max_tiles={config.tiling.max_tiles}: {_TAGS}")
+    elif config.llm.thumbnail_tag != "<tile_global_thumbnail>":
+        limits.append(f"llm.thumbnail_tag={config.llm.thumbnail_tag}: {_TAGS}")
+    if dummy_heads != _DUMMY_HEADS:
+        heads = f"{config.vision.heads} heads and {dummy_heads} dummy ones"
+        limits.append(f"vision={config.vision.name}: {heads}, where they take InternViT-6B's {_DUMMY_HEADS}")
+    if not config.llm.qkv_bias:
+        limits.append(f"llm={config.llm.name}: configuration_nvlm_d.py, which vLLM runs too, takes Qwen2 alone")
+    if not places_images(config):
+        limits.append(f"the tokenizer has no {VISION_PAD} and the vocabulary no row left for it, which they need")
+    return limits
+
+
+def release_limits(config: Config, files: Sequence[str]) -> list[str]:
+    """What keeps NVLM-D-72B's own class alone from such a folder; `files`: what stands in it beside the weights."""
+    limits = []
+    if config.llm.tied:
+        limits.append("it leaves the output layer random, without a word, where word embeddings are tied")
+    if lost := [name for name in RELEASE_FILES if name not in files]:
+        limits.append(f"its files are not in this folder: {', '.join(lost)}")
+    return limits
+
+
+def note(config: Config, dummy_heads: int) -> str | None:
+    """One line for the console where nothing but the folder's own code can serve it."""
+    limits = other_limits(config, dummy_heads)
+    return f"only its own modeling_nvlm.py can load it: {'; '.join(limits)}" if limits else None
+
+
+def readme(config: Config, dummy_heads: int, files: Sequence[str] = ()) -> str:
+    """README.md of the folder; `files`: what stands in it beside the weights."""
+    text = [
+        f"# {config.name}",
+        "",
+        f"{_NAMES[config.arch.name]}: {config.llm.name}, {config.vision.name}. "
+        "Its own code needs torch, safetensors, tokenizers, pillow:",
+        "",
+        "```python",
+        "from modeling_nvlm import NVLM",
+        "",
+        'model = NVLM.from_folder(".")',
+        'print(model.answer([{"role": "user", "content": "<image>\\nWhat is this?"}], ["page.png"]))',
+        "```",
+        "",
+    ]
+    if limits := other_limits(config, dummy_heads):
+        text += ["Use that: vLLM and NVLM-D-72B's own class cannot serve this folder.", ""]
+        return "\n".join([*text, *(f"- {limit}." for limit in limits)]) + "\n"
+    return "\n".join([*text, *_vllm(config, files), *_release(config, files), *_ids(config)]) + "\n"
+
+
+def _vllm(config: Config, files: Sequence[str]) -> list[str]:
+    lines = [
+        "Tensors and config.json are laid out as in nvidia/NVLM-D-72B.",
+        "",
+        "## vLLM (0.33)",
+        "",
+        "`vllm serve . --trust-remote-code`. Its logits were seen to equal those of modeling_nvlm.py.",
+    ]
+    if "configuration_nvlm_d.py" not in files:
+        lines.append("First copy configuration_nvlm_d.py and the other .py files of nvidia/NVLM-D-72B here: it stops")
+        lines.append("without them, since config.json names them.")
+    return [*lines, ""]
+
+
+def _release(config: Config, files: Sequence[str]) -> list[str]:
+    lines = [
+        "## The release's own class (transformers 4.39.3)",
+        "",
+        "It does not load in transformers 5.x. There, use modeling_nvlm.py, which needs no transformers.",
+    ]
+    limits = release_limits(config, files)
+    return [*lines, *(["", "Here:", ""] if limits else []), *(f"- {limit}." for limit in limits), ""]
+
+
+def _ids(config: Config) -> list[str]:
+    mode, same = config.data.tokenize, {"vllm": "vLLM", "joined": "the release's class"}
+    lines = [
+        "## Token ids around an image",
+        "",
+        f"The model was trained with data.tokenize={mode}, and modeling_nvlm.py does the same. vLLM makes one text of",
+        "`<Image>` and the first tag, and tokenises the line end behind `</Image>` alone (data.tokenize=vllm); the",
+        "release's class makes one text of all that stands between two special tokens (data.tokenize=joined).",
+    ]
+    others = [name for key, name in (("vllm", "vLLM"), ("joined", "the release's class")) if key != mode]
+    lines.append(
+        f"So {' and '.join(others)} may give the model other ids there than it has learned"
+        + (f"; {same[mode]} gives it the same." if mode in same else ".")
+    )
+    return lines

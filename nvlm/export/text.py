@@ -1,0 +1,145 @@
+"""What an exported folder says of text: its tokenizer, its chat template and the tokens that end an answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvlm.config import Config
+from nvlm.data.ends import read_json, token_texts
+from nvlm.data.tokenizer import ChatTokenizer, load_tokenizer, tokenizer_file
+
+VISION_PAD = "<|vision_pad|>"  # what vLLM and NVLM-D-72B's own class put in the place of a tile's tokens
+# The tokens of Qwen2.5 behind the last one of Qwen2, which NVLM-D-72B's tokenizer has, too.
+_QWEN2_SIZE = 151646
+_QWEN25 = """<|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> <|quad_end|>
+<|vision_start|> <|vision_end|> <|vision_pad|>""".split()
+_COPIED = "special_tokens_map.json added_tokens.json vocab.json merges.txt tokenizer.model".split()
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Files by their names, each a text or a file to be copied, and the ids that config.json names."""
+
+    files: Mapping[str, str | Path]
+    begin: int
+    end: int
+
+
+def exported_text(config: Config) -> Text | None:
+    """What is written of the run's tokenizer; None where the run names none. Raises ConfigError."""
+    if not config.llm.tokenizer:
+        return None
+    tokenizer = load_tokenizer(config.llm.tokenizer, config.llm.bos, "tokenizer")
+    path = tokenizer_file(config.llm.tokenizer)
+    folder = path.parent if path.name == "tokenizer.json" else None  # a file of another name stands alone
+    there, generation, model = (
+        read_json(folder / name, "tokenizer") or {} if folder else {}
+        for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+    )
+    added = missing_tokens(config, tokenizer)
+    begin = _begin(tokenizer, there, (generation, model))
+    ends = [tokenizer.im_end, *sorted(tokenizer.others - {tokenizer.im_end})]
+    template = chat_template(config.data.system, config.llm.bos)
+    copied = {name: folder / name for name in _COPIED if (folder / name).is_file()} if folder else {}
+    return Text(
+        files={
+            **copied,
+            "tokenizer.json": _with_tokens(path, added) if added else path,
+            "tokenizer_config.json": _dump(_tokenizer_config(config, there, added, template)),
+            "chat_template.jinja": template,
+            "generation_config.json": _dump({**generation, "bos_token_id": begin, "eos_token_id": ends}),
+        },
+        begin=begin,
+        end=tokenizer.im_end,
+    )
+
+
+def missing_tokens(config: Config, tokenizer: ChatTokenizer) -> dict[str, int]:
+    """Tokens that an export of NVLM-D adds to its tokenizer so that other libraries can place images, with their ids.
+
+    Empty where it has `<|vision_pad|>`, and where the vocabulary has no rows left for it. Their rows are never
+    looked at. Behind Qwen2's tokens they get the ids that they have in NVLM-D-72B.
+    """
+    if config.arch.name != "decoder" or tokenizer.tokenizer.token_to_id(VISION_PAD) is not None:
+        return {}
+    first = max(tokenizer.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    names = _QWEN25 if first == _QWEN2_SIZE else [VISION_PAD]
+    ids = dict(zip(names, range(first, config.llm.vocab)))
+    return ids if len(ids) == len(names) else {}
+
+
+def places_images(config: Config) -> bool:
+    """Whether the exported tokenizer has the token that other libraries put in the place of images."""
+    if not config.llm.tokenizer:
+        return False
+    tokenizer = load_tokenizer(config.llm.tokenizer, config.llm.bos)
+    return tokenizer.tokenizer.token_to_id(VISION_PAD) is not None or bool(missing_tokens(config, tokenizer))
+
+
+def training_note(config: Config) -> str | None:
+    """One line where a run of NVLM-D has a tokenizer that lacks what other libraries ask of its export."""
+    tokenizer = load_tokenizer(config.llm.tokenizer or "", config.llm.bos)
+    if config.arch.name != "decoder" or tokenizer.tokenizer.token_to_id(VISION_PAD) is not None:
+        return None
+    lacks = f"llm.tokenizer={config.llm.tokenizer} has no {VISION_PAD}, which vLLM needs to place images"
+    if added := missing_tokens(config, tokenizer):
+        return f"{lacks}: an export adds it as token {added[VISION_PAD]}"
+    return f"{lacks}, and llm.vocab={config.llm.vocab} no row left for it: an export's own code alone can load it"
+
+
+def chat_template(system: str | None, bos: str | None) -> str:
+    """The run's own form of a conversation, in Jinja: its system message where none is sent."""
+    default = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    return (
+        f"{{{{- {_quoted(bos or '')} }}}}"
+        f"{{%- if messages[0]['role'] != 'system' %}}{{{{- {_quoted(default)} }}}}{{%- endif %}}"
+        "{%- for message in messages %}"
+        "{%- if message['content'] is not string %}{{- raise_exception('expected text as content') }}{%- endif %}"
+        "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        "{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    )
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # Jinja reads JSON's escapes
+
+
+def _begin(tokenizer: ChatTokenizer, there: Mapping, configs: tuple[Mapping, ...]) -> int:
+    """The token that a model's folder says it begins with; generation from embeddings asks for some."""
+    if tokenizer.bos is not None:
+        return tokenizer.bos
+    numbers = [values.get("bos_token_id") for values in configs]
+    named = [tokenizer.tokenizer.token_to_id(text) for text in (*token_texts(there.get("bos_token")), "<|endoftext|>")]
+    return next((number for number in (*numbers, *named) if isinstance(number, int)), tokenizer.im_end)
+
+
+def _tokenizer_config(config: Config, there: Mapping, added: Mapping[str, int], template: str) -> dict:
+    values = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.llm.max_positions,
+        "eos_token": "<|im_end|>",
+        **({"bos_token": config.llm.bos} if config.llm.bos else {}),
+        **{key: value for key, value in there.items() if value is not None},
+        "chat_template": template,
+    }
+    if added and "added_tokens_decoder" in there:
+        new = {str(number): {**_FLAGS, "content": name} for name, number in added.items()}
+        values["added_tokens_decoder"] = there["added_tokens_decoder"] | new
+    return values
+
+
+_FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+
+
+def _with_tokens(path: Path, added: Mapping[str, int]) -> str:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["added_tokens"] += [{"id": number, "content": name, **_FLAGS} for name, number in added.items()]
+    return _dump(values)
+
+
+def _dump(values: Mapping) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
