@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from nvlm.config import Config, ConfigError, problem
+from nvlm.config import Config, problem
 from nvlm.data.images import open_regular
 from nvlm.data.messages import first_question
 from nvlm.data.outline import Encoder, build_encoder, outline
@@ -53,10 +53,9 @@ def _check(key: str, path: str | None, use: Callable[[Record], object]) -> None:
     if not reasons:
         raise problem(key, f"{path}, which holds blank lines alone", "one JSON object a line", f"{key}=FILE")
     shown = "; ".join(f"{name}: {reason}" for reason, name in islice(reasons.items(), _SHOWN))
-    which = f"none of its first {count} records" if count > 1 else "not its first record"
-    raise ConfigError(
-        f"{key}: got {path}, expected records that can be used, but {which} can: {shown}. Fix: mend them, or {key}=FILE"
-    )
+    which = f"its first {_FIRST} records are all" if count == _FIRST else f"its {count} records are all"
+    which = "its only record is" if count == 1 else which
+    raise problem(key, f"{path}: {which} unusable ({shown})", "usable records", f"mend them, or {key}=FILE")
 
 
 def _first_lines(path: Path) -> Iterator[tuple[str, bytes]]:

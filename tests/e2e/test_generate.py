@@ -156,7 +156,7 @@ WRONG = {
     ("checkpoint=runs/none", "prompt=Hi"): "checkpoint: got '.*runs/none', expected a run folder with a checkpoint",
     ("checkpoint=runs/run", "prompt=Hi", "image=gone.png"): "image: got 'gone.png' in .*, expected an image file",
     ("checkpoint=runs/run", "prompt=Hi", "image=[a.png,gone.png]"): "image: got 'gone.png' in .*, expected an image",
-    ("checkpoint=runs/run", "prompt=Hi", "image=text.png"): "text.png: cannot identify image file",
+    ("checkpoint=runs/run", "prompt=Hi", "image=text.png"): "text.png: not an image of a known format",
     ("checkpoint=runs/run", "prompt=<image> <image>", "image=a.png"): "2 <image> marks, but 1 images",
     ("checkpoint=runs/run", "prompt=" + "long " * 2000): "what max_new_tokens=256 leaves of llm.max_p",
     ("checkpoint=runs/run", "prompt=Hi", "max_new_tokens=4096"): "got 4096, expected fewer than llm.max_positions=4096",

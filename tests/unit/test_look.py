@@ -46,10 +46,10 @@ def test_good_files_and_runs_without_files_pass(look, configured):
 @pytest.mark.parametrize(
     ("heldout", "reason"),
     [
-        ((ASKED,), "not its first record can: h.jsonl:1: no assistant turn with an answer"),
+        ((ASKED,), "its only record is unusable .h.jsonl:1: no assistant turn with an answer"),
         (
             (ASKED, ASKED),
-            "none of its first 2 records can: h.jsonl:1: no assistant turn with an answer to compare with. ",
+            "its 2 records are all unusable .h.jsonl:1: no assistant turn with an answer to compare",
         ),
         ((GOOD | {"images": ["gone.png"]},), "h.jsonl:1: gone.png: no such image"),
         (("\n \n",), "blank lines alone"),
@@ -70,7 +70,7 @@ def test_a_held_out_path_that_is_not_there_is_called_by_its_key(configured, tmp_
 
 def test_training_records_none_of_which_can_be_used_are_refused_at_once(look):
     llava = {"image": "a.png", "conversations": [{"from": "human", "value": "?"}]}
-    with pytest.raises(ConfigError, match="none of its first 20 records can: r.jsonl:1: `conversations`"):
+    with pytest.raises(ConfigError, match="its first 20 records are all unusable .r.jsonl:1: `conversations`"):
         look((llava,) * 30)
     with pytest.raises(ConfigError, match="the text takes .* tokens, data.seq_length is"):
         look(({"messages": [{"role": "user", "content": "word " * 9000}, GOOD["messages"][1]]},))
