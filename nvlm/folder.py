@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from nvlm.config import Config, ConfigError, problem
 from nvlm.files import write_whole
 from nvlm.inputs import INPUTS
-from nvlm.runs import has_run
+from nvlm.runs import has_run, latest, steps_done
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ".lock"
@@ -77,6 +77,16 @@ def check_folder(config: Config, run_dir: Path) -> None:
     _check_ours(run_dir)
     if (run_dir / "checkpoints" / "latest").is_file():
         _check_resume(config, run_dir)
+
+
+def outlook(config: Config, run_dir: Path) -> str:
+    """What a run with resume=auto is about to do in `run_dir`, in one line."""
+    folder, done = latest(run_dir), steps_done(run_dir)
+    if folder is None:
+        return f"no checkpoint in {run_dir}: beginning at step 0"
+    if done >= config.train.steps:
+        return f"{run_dir} is done: {done} of {config.train.steps} steps"
+    return f"going on from step {done} of {config.train.steps}: {folder}"
 
 
 def begin(config: Config, run_dir: Path, anew: bool) -> None:
@@ -132,9 +142,12 @@ def _check_resume(config: Config, run_dir: Path) -> None:
     before = flat(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))
     free = (*_FREE, *_IDENTIFIED) if (run_dir / INPUTS).is_file() else _FREE
     for key, value in flat(dataclasses.asdict(config)).items():
-        if before.get(key) != value and not key.startswith(free):
-            fix = f"{key}={before.get(key)}, or name=OTHER for another run"
-            raise problem(f"resume of {run_dir}: {key}", value, f"{before.get(key)}, as the run began", fix)
+        old = before.get(key)
+        if key == "train.steps" and isinstance(old, int) and value >= old:  # a run may be made longer
+            continue
+        if old != value and not key.startswith(free):
+            expected = f"{old}, as the run began" + (", or more" if key == "train.steps" else "")
+            raise problem(f"resume of {run_dir}: {key}", value, expected, f"{key}={old}, or name=OTHER for another run")
 
 
 def flat(values: dict, path: str = "") -> dict[str, object]:

@@ -23,13 +23,13 @@ from nvlm import inputs
 from nvlm.config import TE_INSTALL, Config, ConfigError, from_mapping, problem
 from nvlm.counts import parameters
 from nvlm.data.look import check_data
-from nvlm.folder import ROOT, check_folder, owned
+from nvlm.folder import ROOT, check_folder, outlook, owned
 from nvlm.hardware import GPUS, known_gpu
 from nvlm.launchers import Task, check_allocation, find_task
 from nvlm.plan.memory import fewest_gpus, gpus_needed
 from nvlm.plan.refuse import check_memory
 from nvlm.rules import check_world, validate
-from nvlm.runs import check_same_model, find_checkpoint, latest
+from nvlm.runs import check_same_model, find_checkpoint, latest, steps_done
 from nvlm.sinks import steady_streams
 from nvlm.train.guard import BrokenRun
 from nvlm.weights.sources import model_source, vision_source
@@ -38,23 +38,37 @@ from nvlm.workers import EXPLAINED, report, run_workers, take_forks_along
 
 def start(config: Config, run_dir: Path, started: float) -> None:
     """Train: in this process under torchrun or srun, else in workers of our own."""
+    steady_streams()
     check_weights(config, run_dir)
     task = launched()
     if task is None:
         with owned(run_dir) as lock:
-            check_folder(config, run_dir)
-            _in_workers(config, run_dir, started, lock)
+            _look(config, run_dir)
+            if _has_work(config, run_dir):
+                _in_workers(config, run_dir, started, lock)
         return
     with contextlib.ExitStack() as held:
         refusal = _claim(config, run_dir, held) if task.rank == 0 else None
         work(config, run_dir, started, refusal)
 
 
+def _look(config: Config, run_dir: Path) -> None:
+    check_folder(config, run_dir)
+    if config.resume == "auto":
+        print(outlook(config, run_dir), flush=True)
+
+
+def _has_work(config: Config, run_dir: Path) -> bool:
+    """Whether there is a step to do, or an evaluation."""
+    heldout = config.data.source != "jsonl" or config.data.heldout_path
+    return steps_done(run_dir) < config.train.steps or bool(config.evaluate.questions and heldout)
+
+
 def _claim(config: Config, run_dir: Path, held: contextlib.ExitStack) -> str | None:
     """Own the folder for as long as `held` is open; why not, where that is refused: the other ranks are to hear it."""
     try:
         held.enter_context(owned(run_dir))
-        check_folder(config, run_dir)
+        _look(config, run_dir)
     except ConfigError as error:
         return str(error)
     return None

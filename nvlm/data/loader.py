@@ -7,6 +7,7 @@ headers are read, pixels only once a step needs them."""
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -82,12 +83,23 @@ class Steps(Dataset):
     multiple: int = 8  # row lengths are multiples of this many tokens
     window: int = 1  # steps whose records are packed together
     groups: int = 1  # the number of micro-batches is a multiple of this
+    ends: tuple[int, ...] = ()  # where the run was to end before it was made longer
 
     def __len__(self) -> int:
         return self.steps
 
+    def window_of(self, step: int) -> range:
+        """The steps whose records are packed with those of `step`. The run's end cuts the last window, which stays as
+        it was where the run is made longer: what its finished steps saw is not seen again, and nothing is left out."""
+        first = step // self.window * self.window
+        last = min(first + self.window, self.steps)
+        cuts = [first, *sorted(end for end in self.ends if first < end < last), last]
+        at = bisect_right(cuts, step)
+        return range(cuts[at - 1], cuts[at])
+
     def __getitem__(self, step: int) -> StepData:
-        plan = plan_window(self, step // self.window)[step % self.window]
+        window = self.window_of(step)
+        plan = plan_window(self, window)[step - window.start]
         planned = plan.rows[self.data_rank :: self.data_size]
         skipped = list(plan.skipped[self.data_rank :: self.data_size])
         records = sum(map(len, planned)) + len(skipped)
@@ -132,17 +144,16 @@ def _encode(steps: Steps, planned: Planned) -> Sample:
 
 
 @lru_cache(maxsize=2)
-def plan_window(steps: Steps, window: int) -> tuple[StepPlan, ...]:
-    """Plans of the steps of `window` (from 0), the last one cut where the run ends. The same on all replicas."""
-    first = window * steps.window
-    numbers = range(first, min(first + steps.window, steps.steps))
+def plan_window(steps: Steps, numbers: range) -> tuple[StepPlan, ...]:
+    """Plans of the steps `numbers`, which are a window. The same on all replicas."""
     drawn = [step_records(steps.seed, step, steps.global_batch, len(steps.records)) for step in numbers]
     measured = [_measure(steps, indices) for indices in drawn]
     good = [planned for found, _ in measured for planned in found]
     lengths = [planned.lengths for planned in good]
     # Every step gets a row where it can: a step without one would still move the weights.
     rows = pack(lengths, steps.row_length, steps.encoder.cross_length, at_least=len(numbers))
-    hands = deal([tuple(good[i] for i in row) for row in rows], len(numbers), (steps.seed, window, len(numbers)))
+    seed = (steps.seed, numbers.start // steps.window, len(numbers))
+    hands = deal([tuple(good[i] for i in row) for row in rows], len(numbers), seed)
     return tuple(StepPlan(tuple(hand), bad) for hand, (_, bad) in zip(hands, measured))
 
 

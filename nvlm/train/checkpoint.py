@@ -13,6 +13,7 @@ import functools
 import shutil
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -32,9 +33,10 @@ from nvlm.train.writer import Writer
 class Checkpoints:
     """Saves of one run: a context manager around its loop, whose methods all processes call together."""
 
-    def __init__(self, config: TrainConfig, run_dir: Path) -> None:
+    def __init__(self, config: TrainConfig, run_dir: Path, ends: Sequence[int] = ()) -> None:
+        """`ends`: where the run was to end before it was made longer."""
         self.config, self.root = config, run_dir / "checkpoints"
-        self.queue, self.failure = AsyncCallsQueue(), None
+        self.queue, self.failure, self.ends = AsyncCallsQueue(), None, tuple(ends)
         self.step_writer = Writer()
         self.has_frozen = latest(run_dir) is not None and (self.root / FROZEN).is_dir()
 
@@ -74,6 +76,7 @@ class Checkpoints:
             "adam_step": max(updates),
             "schedule": trainer.schedule.state_dict(),
             "extra": dict(extra or {}),
+            "ends": self.ends,
         }
         self._write(f"step_{step:08d}", state, self.step_writer, wait=not self.config.async_save)
 

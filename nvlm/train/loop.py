@@ -7,6 +7,7 @@ import functools
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nvlm import inputs, parallel, registry
@@ -30,7 +31,7 @@ from nvlm.train.guard import Guard, broken
 from nvlm.train.metrics import Metrics, print_groups, skipped_lines
 from nvlm.train.optim import build_optimizer, count_groups, freeze, wrap
 from nvlm.train.phases import Phases, build_profiler
-from nvlm.train.restore import load
+from nvlm.train.restore import Loaded, load
 from nvlm.train.skipped import stopped, too_many
 from nvlm.train.step import Trainer, train_step
 from nvlm.train.waiting import impatient
@@ -58,7 +59,8 @@ def run(config: Config, run_dir: Path, started: float, refusal: str | None = Non
         if goes_on:
             parallel.raised_together(lambda: inputs.check_records(config, run_dir, steps.records))
         trainer = build_trainer(config, device, begins=not goes_on)
-        first, guard = resume(trainer, config, run_dir)
+        loaded = resume(trainer, config, run_dir)
+        steps = replace(steps, ends=loaded.ends)
         idle.check_gates(trainer.stages.parts)
         counts = count_groups(trainer.stages.parts, trainer.vision.path.encoder)
         if parallel.is_first_rank():
@@ -69,7 +71,7 @@ def run(config: Config, run_dir: Path, started: float, refusal: str | None = Non
             print(describe(config))
             if line := training_note(config):
                 print(f"note: {line}")
-        if not train(trainer, config, steps, first, run_dir, guard, watch.mark):
+        if not train(trainer, config, steps, loaded, run_dir, watch.mark):
             return
         heldout = build_records(config.data, config.seed, heldout=True) if config.evaluate.questions else None
         if heldout is not None:
@@ -86,15 +88,15 @@ def train(
     trainer: Trainer,
     config: Config,
     steps: Steps,
-    first: int,
+    loaded: Loaded,
     run_dir: Path,
-    guard: Guard,
     told: Callable[[int, str], None],
 ) -> bool:
     """The loop. False where SIGTERM or SIGINT ended it, with a checkpoint. BrokenRun: too many bad steps in a row.
 
     `told`: hears of each step's phases as they begin.
     """
+    first, guard = loaded.step, Guard(config.train.spike_factor, **loaded.numbers)
     settings, due, waiting = config.train, False, idle.expected(config)
     active = parallel.is_first_rank()
     profiler = build_profiler(run_dir) if config.profile and active else None
@@ -102,7 +104,7 @@ def train(
         Signals() as signals,
         contextlib.closing(Appended(run_dir / "skipped.jsonl")) as skipped,
         Metrics(config, run_dir, first, active) as metrics,
-        Checkpoints(settings, run_dir) as checkpoints,
+        Checkpoints(settings, run_dir, loaded.ends) as checkpoints,
         Phases(told, profiler) as mark,
     ):
         mark(first + 1, "data")
@@ -154,11 +156,17 @@ def sample_ids(data: StepData) -> list[str]:
     return parallel.gather_over_data([name for batch in data.micro_batches for row in batch.ids for name in row])
 
 
-def resume(trainer: Trainer, config: Config, run_dir: Path) -> tuple[int, Guard]:
-    """Steps already done, 0 or what the newest checkpoint holds with resume=auto; and the guard behind them."""
+def resume(trainer: Trainer, config: Config, run_dir: Path) -> Loaded:
+    """What the newest checkpoint holds with resume=auto, loaded into `trainer`; else a beginning."""
     folder = latest(run_dir) if config.resume == "auto" else None
-    first, numbers = load(trainer, folder) if folder else (0, {})
-    return first, Guard(config.train.spike_factor, **numbers)
+    loaded = load(trainer, folder) if folder else Loaded(0, {}, (), (0.0, 0.0))
+    if loaded.rates[0] != loaded.rates[1] and parallel.is_first_rank():
+        print(
+            f"made longer, from {loaded.ends[-1]} to {config.train.steps} steps: the learning rate's cosine is that of "
+            f"{config.train.steps} steps from here on, {loaded.rates[1]:.3g} instead of {loaded.rates[0]:.3g} at step "
+            f"{loaded.step + 1}"
+        )
+    return loaded
 
 
 def build_steps(config: Config) -> Steps:

@@ -118,6 +118,20 @@ def build_optimizer(
     return optimizer, schedule
 
 
+def take_up(schedule: OptimizerParamScheduler, kept: dict) -> tuple[float, float]:
+    """Go on with the schedule whose state is `kept`, over this run's number of steps.
+
+    Returns the learning rate of the next step as `kept` had it, and as it is: a run that was made longer is on the
+    cosine of its new length from here on, as with Megatron's --override-opt_param-scheduler.
+    """
+    steps = schedule.lr_decay_steps
+    schedule.load_state_dict(kept)
+    before = schedule.get_lr({})
+    schedule.lr_decay_steps = schedule.wd_incr_steps = steps
+    schedule.step(increment=0)
+    return before, schedule.get_lr({})
+
+
 def prepare(optimizer: MegatronOptimizer) -> float:
     """Make the gradients ready for `update`, which is free not to follow; returns their norm over all ranks."""
     optimizer.prepare_grads()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from nvlm.arch.base import VisionLanguageModel, parameter_group
 from nvlm.config import problem
 from nvlm.runs import FROZEN, steps_of, weight_keys
 from nvlm.train.digests import checkpoint_faults, faults, frozen_digest
+from nvlm.train.optim import take_up
 from nvlm.train.state import (
     is_scale,
     metadata,
@@ -32,8 +33,22 @@ from nvlm.weights.merge import is_adapter
 _ADAPTERS = "adapters"
 
 
-def load(trainer: Trainer, folder: Path) -> tuple[int, dict[str, float]]:
-    """Restore `trainer` from `folder`: the number of steps behind it, and the loop's numbers saved with it.
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a checkpoint says beside its tensors.
+
+    `ends`: where the run was to end before it was made longer, first to last. `rates`: of the next step, as it would
+    have been, and as it is in a run of this one's length.
+    """
+
+    step: int  # steps that are done
+    numbers: dict[str, float]  # the loop's own
+    ends: tuple[int, ...]
+    rates: tuple[float, float]
+
+
+def load(trainer: Trainer, folder: Path) -> Loaded:
+    """Restore `trainer` from `folder`.
 
     All processes call it together. Raises ConfigError where a file is not what was written, of which nothing is
     unpickled, or where the state does not fit this trainer.
@@ -69,8 +84,11 @@ def load(trainer: Trainer, folder: Path) -> tuple[int, dict[str, float]]:
         assert not unexpected and all(is_scale(name) or name in known for name in missing), (missing, unexpected)
     run = state["run"]
     restore_optimizer(trainer, model, state, run["adam_step"])
-    trainer.schedule.load_state_dict(run["schedule"])
-    return run["step"], run["extra"]
+    ends, planned = tuple(run.get("ends", ())), run["schedule"]["lr_decay_steps"]
+    rates = take_up(trainer.schedule, run["schedule"])
+    if planned != trainer.schedule.lr_decay_steps:
+        ends = (*ends, planned)
+    return Loaded(run["step"], run["extra"], ends, rates)
 
 
 def load_weights(parts: Sequence[VisionLanguageModel], folder: Path, new: Sequence[str] = ()) -> list[str]:

@@ -121,7 +121,8 @@ def pass_on(overrides: tuple[str, ...], run: Path, onward: Path) -> list[tuple[f
     """Load, write what was loaded into another run, two steps more."""
     with joined(compose_config(*overrides)) as device:
         trainer, step = built(overrides, device, first=2)
-        assert restore.load(trainer, latest(run)) == (2, {"mean": 0.1})
+        loaded = restore.load(trainer, latest(run))
+        assert (loaded.step, loaded.numbers, loaded.ends) == (2, {"mean": 0.1}, ())
         saved(trainer, overrides, onward, 2, mean=0.1)
         return [step(), step()]
 

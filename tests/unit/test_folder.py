@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nvlm.config import ConfigError
-from nvlm.folder import begin, check_folder, owned
+from nvlm.folder import begin, check_folder, outlook, owned
 from nvlm.runs import has_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +128,29 @@ def test_a_resume_may_change_what_no_step_depends_on(tmp_path, config):
         check_folder(dataclasses.replace(again, seed=7), tmp_path)
     with pytest.raises(ConfigError, match="resume=auto goes on with it"):
         check_folder(config, tmp_path)
+
+
+def with_steps(config, steps: int):
+    """The same run, of another length, to be resumed."""
+    return dataclasses.replace(config, resume="auto", train=dataclasses.replace(config.train, steps=steps))
+
+
+def test_a_run_may_be_made_longer_and_not_shorter(tmp_path, config):
+    with_checkpoint(tmp_path, config)
+    steps = config.train.steps
+    check_folder(with_steps(config, steps + 1), tmp_path)
+    expected = f"got {steps - 1}, expected {steps}, as the run began, or more. Fix: train.steps={steps}, or name=OTHER"
+    with pytest.raises(ConfigError, match=expected):
+        check_folder(with_steps(config, steps - 1), tmp_path)
+
+
+def test_a_resume_says_what_it_does(tmp_path, config):
+    assert outlook(config, tmp_path) == f"no checkpoint in {tmp_path}: beginning at step 0"
+    with_checkpoint(tmp_path, config)
+    (tmp_path / "checkpoints" / "step_00000003").mkdir()
+    assert outlook(with_steps(config, 3), tmp_path) == f"{tmp_path} is done: 3 of 3 steps"
+    expected = f"going on from step 3 of 5: {tmp_path}/checkpoints/step_00000003"
+    assert outlook(with_steps(config, 5), tmp_path) == expected
 
 
 def test_a_data_file_that_is_not_there_is_said_before_anything_is_written(tmp_path):

@@ -208,6 +208,21 @@ def test_any_step_comes_out_the_same_alone(first, rank, window):
     assert all(same(a, b) for a, b in zip(resumed, unbroken))
 
 
+@settings(max_examples=20, deadline=None)
+@given(window=st.integers(1, 5), ends=st.lists(st.integers(1, 11), max_size=2, unique=True).map(sorted))
+def test_a_run_that_is_made_longer_keeps_its_finished_steps_and_leaves_nothing_out(window, ends):
+    """Its last window was cut by the end that it had."""
+    lengths = [*ends, 12]
+    runs = [steps_of(Words(60, spoilt=61), steps=n, window=window) for n in lengths]
+    runs = [replace(run, ends=tuple(ends[:number])) for number, run in enumerate(runs)]
+    longest = runs[-1]
+    for run in runs:
+        assert all(same(run[step], longest[step]) for step in range(len(run)))
+    seen = Counter(name for step in range(12) for row in rows_of(longest[step]) for name in row)
+    batch = longest.global_batch
+    assert seen == Counter(str(i) for step in range(12) for i in step_records(longest.seed, step, batch, 60))
+
+
 def test_loader_workers_agree_with_this_process():
     steps = steps_of(Words(20))
     assert all(same(a, b) for a, b in zip(load_steps(steps, 1, workers=2), load_steps(steps, 1, workers=0)))
@@ -317,7 +332,7 @@ def test_a_row_of_broken_pixels_alone_leaves_an_empty_micro_batch(tmp_path):
 def test_a_record_that_changed_since_it_was_measured_stops_the_run(tmp_path):
     picture(600, 100).save(tmp_path / "a.png")
     steps = steps_of(Given((Record("a", talk("What?"), [tmp_path / "a.png"]),)), steps=1, global_batch=1)
-    ((row,),) = (plan.rows for plan in plan_window(steps, 0))
+    ((row,),) = (plan.rows for plan in plan_window(steps, steps.window_of(0)))
     picture(100, 100).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=f"sample a: got .* 0 .* expected {row[0].lengths[0]} and {row[0].lengths[1]}"):
         steps[0]
