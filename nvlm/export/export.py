@@ -22,6 +22,7 @@ from torch import Tensor
 from nvlm.config import Config, ConfigError, problem
 from nvlm.export.describe import describe, preprocessor
 from nvlm.export.options import ExportOptions
+from nvlm.export.readback import check_readable
 from nvlm.export.readme import note, readme
 from nvlm.export.shards import DTYPES, Planned, ShardWriter
 from nvlm.export.text import exported_text
@@ -73,6 +74,7 @@ def export(options: ExportOptions, tell: Callable[[str], None] = lambda line: No
                 _write(partial, config, weights, vision, parts, options, like)
             finally:  # also where a damaged file is why it could not be written
                 _refuse(step, wrong.result())
+        check_readable(partial, config, out)
         partial.rename(out)
     except OSError as error:
         raise _refused(out, error) from None

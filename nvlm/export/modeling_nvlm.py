@@ -7,8 +7,9 @@
 The folder holds config.json, tokenizer.json, and model.safetensors or its shards with model.safetensors.index.json.
 This file needs torch and safetensors, and for pictures and text Pillow, numpy and tokenizers. It trains nothing.
 
-A frozen InternViT turns each 448 px tile of a picture into 1024 patches, pixel shuffle into 256 wider tokens, and the
-projector brings them to the language model's width. Where they go from there is the architecture:
+A frozen InternViT turns each 448 px tile of a picture into 1024 patches, pixel shuffle into 256 wider tokens (of 2 x 2
+patches each, unless config.json says otherwise), and the projector brings them to the language model's width. Where
+they go from there is the architecture:
 
   decoder (NVLM-D)  all tiles stand in the text, each behind its tag; self-attention sees them
   xattn   (NVLM-X)  tags alone stand in the text; tiles are the keys of gated cross-attention in every k-th layer
@@ -253,10 +254,12 @@ class VisionLayer(nn.Module):
 
 
 class InternViT(nn.Module):
-    """The encoder: learned positions, a class token in front that is dropped at the end, no final norm."""
+    """The encoder: learned positions, a class token in front that is dropped at the end, no final norm. At its end
+    `factor` x `factor` patches become one token."""
 
-    def __init__(self, c) -> None:
+    def __init__(self, c, factor: int) -> None:
         super().__init__()
+        self.factor = factor
         self.embeddings, self.encoder = nn.Module(), nn.Module()
         positions = 1 + (c.image_size // c.patch_size) ** 2
         self.embeddings.class_embedding = nn.Parameter(torch.empty(1, 1, c.hidden_size))
@@ -265,15 +268,15 @@ class InternViT(nn.Module):
         self.encoder.layers = nn.ModuleList(VisionLayer(c) for _ in range(c.num_hidden_layers))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """uint8 [T, 3, px, px] to [T, K, 4D]: pixel shuffle joins 2 x 2 patches, themselves in reading order."""
+        """uint8 [T, 3, px, px] to [T, K, 4D]: pixel shuffle joins neighbouring patches, themselves in reading order."""
         mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
         own, normalised = self.embeddings, (pixels.float() / 255 - mean) / std
         patches_TPD = own.patch_embedding(normalised.to(own.class_embedding.dtype)).flatten(2).transpose(1, 2)
         x_TPD = torch.cat((own.class_embedding.expand(len(pixels), -1, -1), patches_TPD), 1) + own.position_embedding
         for layer in self.encoder.layers:
             x_TPD = layer(x_TPD)
-        half = round((x_TPD.shape[1] - 1) ** 0.5) // 2
-        blocks = x_TPD[:, 1:].unflatten(1, (half, 2, half, 2)).transpose(2, 3)  # tile, row, column, 2, 2, D
+        f, side = self.factor, round((x_TPD.shape[1] - 1) ** 0.5) // self.factor
+        blocks = x_TPD[:, 1:].unflatten(1, (side, f, side, f)).transpose(2, 3)  # tile, row, column, f, f, D
         return blocks.flatten(3).flatten(1, 2)
 
 
@@ -386,8 +389,9 @@ class NVLM(nn.Module):
     def __init__(self, config: SimpleNamespace, folder: Path) -> None:
         super().__init__()
         llm, self.config, self.folder, self.arch = config.llm_config, config, folder, config.nvlm.arch
-        self.vision_model = InternViT(config.vision_config)
-        width, inner = 4 * config.vision_config.hidden_size, llm.intermediate_size
+        self.factor = round(1 / config.downsample_ratio)
+        self.vision_model = InternViT(config.vision_config, self.factor)
+        width, inner = self.factor**2 * config.vision_config.hidden_size, llm.intermediate_size
         if self.arch == "xattn":
             linears = [nn.Linear(width, llm.hidden_size, bias=False)]
         else:
@@ -398,8 +402,9 @@ class NVLM(nn.Module):
         self.language_model = LanguageModel(llm, config.nvlm.cross_attention_every if kinds else 0)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> NVLM:
-        """The model of `folder`, its weights read one by one. Missing and surplus tensors raise with their names."""
+    def opened(cls, folder: str | Path, device: str = "cpu") -> tuple[NVLM, dict[str, safe_open]]:
+        """The model of `folder` without weights, and the open file of each of them. Raises ValueError, with their
+        names, where tensors are missing, surplus or of another shape; the files' headers alone are read."""
         folder = Path(folder)
         config = json.loads((folder / "config.json").read_text(), object_hook=lambda keys: SimpleNamespace(**keys))
         with torch.device("meta"):
@@ -413,12 +418,20 @@ class NVLM(nn.Module):
         if missing or surplus:
             raise ValueError(f"weights of {folder}: missing {missing}, surplus {surplus}")
         for name, empty in wanted.items():
+            shape = tuple(holder[name].get_slice(name).get_shape())
+            if shape != tuple(empty.shape):
+                raise ValueError(f"{name}: got shape {shape}, expected {tuple(empty.shape)}")
+        return model.eval(), holder
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> NVLM:
+        """The model of `folder`, its weights read one by one. Raises ValueError as `opened` does."""
+        model, holder = cls.opened(folder, device)
+        for name in dict(model.named_parameters()):
             tensor = holder[name].get_tensor(name).to(dtype)
-            if tensor.shape != empty.shape:
-                raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(empty.shape)}")
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-        return model.eval()
+        return model
 
     @cached_property
     def tokenizer(self):
@@ -445,7 +458,7 @@ class NVLM(nn.Module):
     def tile_tokens(self) -> int:
         """K."""
         vision = self.config.vision_config
-        return (vision.image_size // vision.patch_size // 2) ** 2
+        return (vision.image_size // vision.patch_size // self.factor) ** 2
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of plain text."""

@@ -24,6 +24,7 @@ from nvlm.export.describe import describe
 from nvlm.export.export import export
 from nvlm.export.options import parse
 from nvlm.export.shards import ShardWriter
+from nvlm.export.text import Text
 from nvlm.folder import begin as begin_folder
 from nvlm.train.checkpoint import Checkpoints
 from nvlm.train.loop import build_trainer
@@ -248,6 +249,26 @@ def test_a_tokenizer_s_file_gets_the_name_that_readers_look_for(tmp_path, run):
     shutil.copyfile(TINY, file)
     folder = exported(run, tmp_path / "out", f"tokenizer={file}")
     assert (folder / "tokenizer.json").read_bytes() == file.read_bytes() and not (folder / file.name).exists()
+
+
+@pytest.mark.parametrize("fault", ["a width", "an epsilon", "the tokenizer"])
+def test_what_its_reader_refuses_gets_no_name(tmp_path, run, fault, monkeypatch):
+    """Whatever part of the export is wrong: its own code and init.release open it first."""
+
+    def wrong(config, dummies, text=None):
+        values = describe(config, dummies, text)
+        if fault == "a width":
+            values["llm_config"]["intermediate_size"] += 1
+        if fault == "an epsilon":  # which no tensor shows
+            values["llm_config"]["rms_norm_eps"] = None
+        return values
+
+    monkeypatch.setattr("nvlm.export.export.describe", wrong)
+    if fault == "the tokenizer":
+        monkeypatch.setattr("nvlm.export.export.exported_text", lambda config: Text({"tokenizer.json": "{}"}, 0, 0))
+    with pytest.raises(ConfigError, match="an export that its own reader refuses") as caught:
+        exported(run, tmp_path / "out")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
 def test_the_command_says_what_cannot_load_the_folder(tmp_path, run, capsys):

@@ -33,6 +33,7 @@ from nvlm.data.outline import build_encoder
 from nvlm.data.pack import collate
 from nvlm.data.tokenizer import TINY
 from nvlm.export.describe import describe
+from nvlm.export.readback import check_readable
 from nvlm.record import Record
 from nvlm.registry import build_architecture
 from nvlm.vision.encoder import InternViT
@@ -69,6 +70,9 @@ CASES = {
     "decoder-llama-3.1": ("arch=decoder", "llm.qkv_bias=false", LLAMA3),
     "xattn-300m": ("arch=xattn", *SMALL_ENCODER),
     "hybrid-300m": ("arch=hybrid", *SMALL_ENCODER, LLAMA3),
+    "decoder-downsample-4": ("arch=decoder", "vision.downsample=4", "tiling.max_tiles=9"),
+    "hybrid-downsample-1": ("arch=hybrid", "vision.downsample=1", "data.seq_length=999", "data.cross_length=2000"),
+    "xattn-padded": ("arch=xattn", "llm.vocab_multiple=64", "llm.norm_eps=1e-4", "vision.norm_eps=1e-4"),
     "hybrid-unbound": ("arch=hybrid", "arch.bind_tags=false", "tiling.max_tiles=12"),
 }
 STORIES = (ONE, ONE_TILE, TWO, SIDE_BY_SIDE, TEXT, SAYING)
@@ -149,7 +153,9 @@ def loaded(folder: Path):
 def pair(request, tmp_path):
     """(the trainer's classes, the exported model); in some cases with dummy heads in the encoder."""
     built = built_of(*request.param)
-    return built, loaded(write_folder(tmp_path, built, dummy_heads=2 if "tied" in request.node.name else 0))
+    folder = write_folder(tmp_path, built, dummy_heads=2 if "tied" in request.node.name else 0)
+    check_readable(folder, built.config, folder)
+    return built, loaded(folder)
 
 
 # --- both ways ---

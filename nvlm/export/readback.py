@@ -1,0 +1,25 @@
+"""What an export writes, its readers can read: they open it, by the files' headers, before it gets its name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from nvlm.config import Config, ConfigError, problem
+from nvlm.export.modeling_nvlm import NVLM
+from nvlm.weights.sources import model_source, vision_source
+
+
+def check_readable(folder: Path, config: Config, out: Path) -> None:
+    """Raise ConfigError where `folder`, an export of `config` that is to be named `out`, cannot be read again: by its
+    own code, or by a run's init.release."""
+    try:
+        model, _ = NVLM.opened(folder)
+        if config.llm.tokenizer:
+            assert model.ends
+        again = replace(config, init=replace(config.init, llm=None, vision=None, checkpoint=None, release=str(folder)))
+        model_source(again)
+        vision_source(again)
+    except (ConfigError, ValueError, TypeError, AttributeError, LookupError) as error:
+        got = f"an export that its own reader refuses ({str(error).splitlines()[0]})"
+        raise problem(f"out={out}", got, "one that it takes", "report it with the run's config.yaml") from None
