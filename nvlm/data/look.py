@@ -14,7 +14,7 @@ from nvlm.data.sources import check_file, read_line
 from nvlm.record import BadRecord, Record, one_record
 from nvlm.registry import layout_rule
 
-_FIRST = 20  # records of a file
+_MOST = 20  # records of a file
 _SHOWN = 3  # reasons in a message
 _LONGEST = 1 << 26  # bytes of a line
 
@@ -28,9 +28,10 @@ def check_data(config: Config) -> None:
     if config.data.source != "jsonl" or config.dry_run:
         return
     encoder = build_encoder(config, layout_rule(config.arch.name))
-    _check("data.path", config.data.path, lambda record: outline(record, encoder))
+    _check("data.path", config.data.path, _MOST, lambda record: outline(record, encoder))
     if config.data.heldout_path and config.evaluate.questions:
-        _check("data.heldout_path", config.data.heldout_path, lambda record: _question(record, encoder))
+        asked = min(_MOST, config.evaluate.questions)
+        _check("data.heldout_path", config.data.heldout_path, asked, lambda record: _question(record, encoder))
 
 
 def _question(record: Record, encoder: Encoder) -> None:
@@ -38,11 +39,12 @@ def _question(record: Record, encoder: Encoder) -> None:
     outline(asked, encoder, generate=True)
 
 
-def _check(key: str, path: str | None, use: Callable[[Record], object]) -> None:
+def _check(key: str, path: str | None, most: int, use: Callable[[Record], object]) -> None:
+    """Raise ConfigError where `use` finds none of the first `most` records of a file usable."""
     check_file(path or "", key)
     reasons: dict[str, str] = {}  # to the first record that has it
     count = 0
-    for name, line in _first_lines(Path(path or "")):
+    for name, line in islice(_lines(Path(path or "")), most):
         try:
             with one_record():
                 use(read_line(line, name, Path(path or "").resolve().parent))
@@ -53,18 +55,13 @@ def _check(key: str, path: str | None, use: Callable[[Record], object]) -> None:
     if not reasons:
         raise problem(key, f"{path}, which holds blank lines alone", "one JSON object a line", f"{key}=FILE")
     shown = "; ".join(f"{name}: {reason}" for reason, name in islice(reasons.items(), _SHOWN))
-    which = f"its first {_FIRST} records are all" if count == _FIRST else f"its {count} records are all"
-    which = "its only record is" if count == 1 else which
+    which = f"its first {count} records are all" if count > 1 else "its first record is"
     raise problem(key, f"{path}: {which} unusable ({shown})", "usable records", f"mend them, or {key}=FILE")
 
 
-def _first_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, text) of the first lines that are not blank."""
-    found = 0
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, text) of the lines that are not blank."""
     with open_regular(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):
             if line.strip():
                 yield f"{path.name}:{number}", line
-                found += 1
-            if found == _FIRST:
-                return

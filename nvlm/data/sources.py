@@ -113,17 +113,17 @@ def check_file(path: str, key: str) -> None:
         raise problem(key, f"{path}, which is empty", lines, fix)
     for beginning, kind, change in _OTHER_FILES:
         if first.lstrip(b" \t\r\n\xef\xbb\xbf").startswith(beginning):
-            raise problem(key, f"{path}, {kind}", lines, change)
+            raise problem(key, f"{path}, {kind}", lines, change.format(path=path))
 
 
 # What else is mistaken for JSON lines: first bytes, name, and what to do.
 _OTHER_FILES = (
-    (b"\x1f\x8b", "a gzip file", "unpack it: gunzip FILE"),
-    (b"\x28\xb5\x2f\xfd", "a zstd file", "unpack it: unzstd FILE"),
-    (b"PK\x03\x04", "a zip file", "unpack it: unzip FILE"),
+    (b"\x1f\x8b", "a gzip file", "unpack it: gunzip {path}"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file", "unpack it: unzstd {path}"),
+    (b"PK\x03\x04", "a zip file", "unpack it: unzip {path}"),
     (b"PAR1", "a Parquet file", "write its rows as JSON lines"),
     (b"ARROW1", "an Arrow file", "write its rows as JSON lines"),
-    (b"[", "a JSON list", "write its elements as lines: jq -c '.[]' FILE"),
+    (b"[", "a JSON list", "write its elements as lines: jq -c '.[]' {path}"),
 )
 
 

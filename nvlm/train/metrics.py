@@ -93,8 +93,8 @@ class Metrics:
         if result.guard.skipped:
             text += f"  updates skipped {result.guard.skipped}"
         if not result.updated:
-            why = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}" if result.trained_tokens else "no record"
-            told = f"step {self.step}: {why}: not learned from"
+            told = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}"
+            told = f"step {self.step}: {told if result.trained_tokens else 'no usable record'}: not learned from"
             self.console.print(told, highlight=False)
         self.bar.update(self.task, completed=self.step, description=text)
         if not self.console.is_terminal and self.step % self.config.train.log_every == 0:

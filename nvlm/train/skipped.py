@@ -43,7 +43,7 @@ def too_many(tally: Tally, limit: float, size: int, last: bool) -> str | None:
     epochs = max(1.0, tally.drawn / size)
     skipped, drawn = tally.skipped / epochs, tally.drawn / epochs
     if tally.in_a_row >= _IN_A_ROW or (last and tally.in_a_row == tally.drawn):
-        return f"the last {tally.in_a_row} records, whole steps, cannot be used: nothing is learned"
+        return f"none of the last {tally.in_a_row} records can be used, so that nothing is learned"
     if skipped > limit * max(drawn, _LEAST):
         return f"more than data.max_skipped={limit:g} of the records (of {_LEAST} where they are fewer) cannot be used"
     if tally.skipped >= _IN_A_ROW and skipped > max(limit, _HALF) * drawn:

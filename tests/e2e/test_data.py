@@ -72,7 +72,7 @@ def test_a_step_without_a_usable_record_ends_the_run_with_counts_and_reasons(whe
     status, output = run(where, *SMALL, NO_QUESTIONS)
     assert status == 2, output
     error = next(line for line in output.splitlines() if line.startswith("error: "))
-    assert "bad records: got " in error and "nothing is learned. First: r.jsonl:" in error
+    assert "bad records: got " in error and "so that nothing is learned. First: r.jsonl:" in error
     assert "gone.png: no such image" in error
     assert not (where / "runs" / "run" / "checkpoints" / "latest").exists()
 

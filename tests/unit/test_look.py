@@ -40,16 +40,18 @@ def test_good_files_and_runs_without_files_pass(look, configured):
     look((GOOD,), (GOOD,))
     look(({}, GOOD), (ASKED, GOOD))  # one that can be used is enough: the others are skipped and named later
     look((GOOD,), (ASKED,), "evaluate=none")
+    with pytest.raises(ConfigError, match="its first record is unusable"):
+        look((GOOD,), (ASKED, GOOD), "evaluate.questions=1")  # the only one that is asked
     check_data(configured())
 
 
 @pytest.mark.parametrize(
     ("heldout", "reason"),
     [
-        ((ASKED,), "its only record is unusable .h.jsonl:1: no assistant turn with an answer"),
+        ((ASKED,), "its first record is unusable .h.jsonl:1: no assistant turn with an answer"),
         (
             (ASKED, ASKED),
-            "its 2 records are all unusable .h.jsonl:1: no assistant turn with an answer to compare",
+            "its first 2 records are all unusable .h.jsonl:1: no assistant turn with an answer to compare",
         ),
         ((GOOD | {"images": ["gone.png"]},), "h.jsonl:1: gone.png: no such image"),
         (("\n \n",), "blank lines alone"),
