@@ -215,7 +215,7 @@ def test_dry_run_prints_exact_counts_in_little_time_and_memory(tmp_path):
 
 
 def test_resume_refuses_another_configuration(unbroken):
-    done = train(unbroken.parents[1], "name=whole", "resume=auto", "optim.lr=1e-4", check=False)
+    done = train(unbroken.parents[1], "name=whole", "resume=auto", "optim.lr=4e-3", check=False)
     assert done.returncode == 2
     assert "optim.lr" in done.stderr
     assert "as the run began" in done.stderr
