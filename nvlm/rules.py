@@ -85,7 +85,7 @@ def _init(config: Config) -> None:
         both = " and ".join(f"init.{name}" for name in given)
         raise problem(both, "several sources of the language model", "one of them", f"leave init.{given[0]} out")
     if config.init.release and config.init.vision:
-        fix = "leave init.vision out, or take init.llm with it"
+        fix = "init.vision=null, which takes the release's own, or init.release=null"
         raise problem("init.release and init.vision", "two encoders", "one of them", fix)
 
 

@@ -5,14 +5,14 @@ It holds `config.yaml` and `checkpoints/`: step folders, `frozen/` beside them, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from nvlm.config import Config, from_mapping, problem
+from nvlm.config import Config, ConfigError, from_mapping, problem
 from nvlm.fields import named
 
 FROZEN = "frozen"
@@ -81,7 +81,10 @@ def read_run_config(folder: Path) -> Config:
     path = folder.parent.parent / "config.yaml"
     if not path.is_file():
         raise problem(str(path), "no such file", "the configuration that its run wrote", "copy the whole run folder")
-    return from_mapping(Config, OmegaConf.to_container(OmegaConf.load(path)))
+    try:
+        return from_mapping(Config, OmegaConf.to_container(OmegaConf.load(path)))
+    except ConfigError as error:  # of an older version, or edited
+        raise ConfigError(f"{path}: {error}") from None
 
 
 # What no tensor's name or shape shows.
@@ -94,6 +97,8 @@ _MATHS = (
 def check_same_model(config: Config, folder: Path) -> None:
     """Raise ConfigError where the checkpoint `folder` is of a model that computes other things than `config`'s."""
     before = read_run_config(folder)
+    if lost := [group for group in before.adapted if group not in config.adapted]:
+        raise _adapters_lost(folder, lost, before.adapted)
     names = [*_MATHS, "arch.bind_tags"] if before.arch.name == config.arch.name else _MATHS
     if before.adapted and config.adapted:
         names = [*names, "peft.alpha"]
@@ -102,3 +107,13 @@ def check_same_model(config: Config, folder: Path) -> None:
         old, new = (getattr(getattr(one, group), key) for one in (before, config))
         if old != new:
             raise problem(f"init.checkpoint={folder}: {name}", old, f"{new}, as in this run", f"{name}={old}")
+
+
+def _adapters_lost(folder: Path, lost: Sequence[str], adapted: Sequence[str]) -> ConfigError:
+    export = f"python launch/export_hf.py checkpoint={folder.parent.parent} out=DIR"
+    fix = (
+        f"peft=lora peft.targets=[{','.join(adapted)}] goes on with them; to learn all weights, merge them ({export}) "
+        "and begin with init.release=DIR init.vision=null"
+    )
+    got = f"adapters on {', '.join(lost)}, which this run does not have"
+    return problem(f"init.checkpoint={folder}", got, "a run with the same adapters, or a model without any", fix)

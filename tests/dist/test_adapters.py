@@ -24,7 +24,10 @@ from nvlm.export.options import parse
 from nvlm.export.export import export
 from nvlm.export.modeling_nvlm import NVLM
 from nvlm.folder import begin as begin_folder
+from nvlm.config import ConfigError
+from nvlm.runs import check_same_model
 from nvlm.weights.merge import is_adapter
+from nvlm.weights.sources import model_source
 from nvlm.parallel import distributed
 from nvlm.registry import layout_rule
 from nvlm.train import restore
@@ -255,6 +258,17 @@ def test_an_exported_run_gives_the_trainers_logits(tmp_path, arch, peft):
     assert names and not any("adapter" in name for name in names)
     [differ] = run_distributed(differ_from_exported, 1, overrides, tmp_path / "run", tmp_path / "out")
     assert differ < 1e-5
+    assert_begins_full_fine_tuning(arch, tmp_path / "run", tmp_path / "out", refused=peft == "lora")
+
+
+def assert_begins_full_fine_tuning(arch: str, run: Path, out: Path, refused: bool) -> None:
+    """A run's adapters do not get lost on the way to full fine-tuning: the message names a way, which leads there."""
+    if refused:
+        way = r"export_hf.py checkpoint=\S+/run out=DIR\) and begin with init.release=DIR init.vision=null"
+        with pytest.raises(ConfigError, match=way):
+            check_same_model(compose_config(*RUN, f"arch={arch}", "peft=none"), latest(run))
+    source = model_source(compose_config(*RUN, f"arch={arch}", "peft=none", f"init.release={out}", "init.vision=null"))
+    assert set(source.parts) == {"vision", "projector", "llm"} | ({"xattn"} if arch != "decoder" else set())
 
 
 def safetensors_names(folder: Path) -> list[str]:
