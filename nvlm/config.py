@@ -370,7 +370,10 @@ class Kind:
     optional: bool
 
     def __str__(self) -> str:
-        return ", ".join([_KINDS.get(self.type, "a group of keys"), *map(str, self.limits)])
+        limits = ", ".join(map(str, self.limits))
+        if self.type is str and limits:
+            return limits
+        return ", ".join(filter(None, (_KINDS.get(self.type, "a group of keys"), limits)))
 
 
 @functools.cache

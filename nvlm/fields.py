@@ -106,7 +106,7 @@ class FilePath:
         return "\0" not in value
 
     def __str__(self) -> str:
-        return "a path, which has no NUL character"
+        return "a path, without a NUL character"
 
     def instead(self, value: str) -> str:
         """`value` up to the character that no path has."""
