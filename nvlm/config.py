@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated
 
-from nvlm.fields import Choice, FileName, FilePath, Range, Without
+from nvlm.fields import Choice, FileName, FilePath, Range, Text
 from nvlm.hardware import GPUS
 from nvlm.tiling.budget import tokens_per_tile
 from nvlm.tiling.tags import TAG_STYLES
@@ -76,9 +76,9 @@ class LLMConfig:
     cross_std: NotNegative
     cross_every: Count
     tokenizer: Location | None  # a folder or file with tokenizer.json; "tiny" ships with the package
-    bos: str | None  # the token that begins every conversation
+    bos: Annotated[str, Text()] | None  # the token that begins every conversation
     tag_tokens: Natural  # tokens of one 1-D tile tag, used where the tokenizer is not at hand
-    thumbnail_tag: str
+    thumbnail_tag: Annotated[str, Text()]
     seq_length: dict[str, Count]  # text stream by architecture
     cross_length: dict[str, Natural]  # cross-attended tokens by architecture
     steps: dict[str, Count]  # of a training run by architecture
@@ -137,7 +137,7 @@ class DataConfig:
     seq_length: Count  # tokens: the longest sample
     cross_length: Natural  # cross-attended tokens of a row
     row_length: Count  # tokens: rows are filled up to here; a longer sample has a row of its own
-    system: Annotated[str, Without(IMAGE_MARK)] | None
+    system: Annotated[str, Text(without=IMAGE_MARK)] | None
     tokenize: Annotated[str, Choice("apart", "joined", "vllm")]  # how text and tags become tokens: nvlm.data.chat
     workers: Natural
     max_skipped: Annotated[float, Range(0, 1)]

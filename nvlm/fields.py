@@ -82,21 +82,30 @@ class FileName:
         return kept.encode()[:80].decode(errors="ignore") if kept not in ("", SWEEPS) else "my-run"
 
 
-class Without:
-    """A text that does not hold `mark`."""
+class Text:
+    """A text that a tokenizer can read, and which does not hold the mark `without`."""
 
-    def __init__(self, mark: str) -> None:
-        self.mark = mark
+    def __init__(self, without: str = "") -> None:
+        self.without = without
 
     def __contains__(self, value: str) -> bool:
-        return self.mark not in value
+        return _encodable(value) and not (self.without and self.without in value)
 
     def __str__(self) -> str:
-        return f"a text without {self.mark}"
+        return "a text in UTF-8" + (f" without {self.without}" if self.without else "")
 
     def instead(self, value: str) -> str:
-        """`value` without the mark."""
-        return f"'\"{value.replace(self.mark, '')}\"'"
+        """`value` without what it must not hold."""
+        plain = value.encode(errors="ignore").decode()
+        return f"'\"{plain.replace(self.without, '') if self.without else plain}\"'"
+
+
+def _encodable(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
+        return False
+    return True
 
 
 class FilePath:

@@ -26,14 +26,14 @@ from nvlm.data.look import check_data
 from nvlm.folder import ROOT, check_folder, outlook, owned
 from nvlm.hardware import GPUS, known_gpu
 from nvlm.launchers import Task, check_allocation, find_task
+from nvlm.mistakes import answered
 from nvlm.plan.memory import fewest_gpus, gpus_needed
 from nvlm.plan.refuse import check_memory
 from nvlm.rules import check_world, validate
 from nvlm.runs import check_same_model, find_checkpoint, latest, steps_done
 from nvlm.sinks import steady_streams
-from nvlm.train.guard import BrokenRun
 from nvlm.weights.sources import model_source, vision_source
-from nvlm.workers import EXPLAINED, report, run_workers, take_forks_along
+from nvlm.workers import EXPLAINED, run_workers, take_forks_along
 
 
 def start(config: Config, run_dir: Path, started: float) -> None:
@@ -247,17 +247,14 @@ def check_weights(config: Config, run_dir: Path | None = None) -> None:
 def _worker() -> int:
     """`python -m nvlm.launch DESCRIPTOR FOLDER STARTED`: one of our own workers."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before there is anything to save it needs no traceback
+    return answered(_worker_s_part, failed=EXPLAINED)
+
+
+def _worker_s_part() -> int:
     descriptor, run_dir, started = sys.argv[1:]
-    try:
-        values = os.pread(int(descriptor), os.fstat(int(descriptor)).st_size, 0)  # all workers share its position
-        config = validate(from_mapping(Config, OmegaConf.to_container(OmegaConf.create(values.decode()))))
-        work(config, Path(run_dir), float(started))
-    except ConfigError as error:
-        report(f"error: {error}")
-        return 2
-    except BrokenRun as error:
-        report(f"error: {error}")
-        return EXPLAINED
+    values = os.pread(int(descriptor), os.fstat(int(descriptor)).st_size, 0)  # all workers share its position
+    config = validate(from_mapping(Config, OmegaConf.to_container(OmegaConf.create(values.decode()))))
+    work(config, Path(run_dir), float(started))
     return 0
 
 

@@ -5,6 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -15,10 +16,16 @@ from nvlm.train.guard import BrokenRun
 from nvlm.workers import report
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130  # exit statuses
+# What the system says of its own state, naming no file: no room, a broken disk, too many open files.
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
 
 
-def answered(command: Callable[[], int]) -> int:
-    """The exit status of `command`, whose standard streams may be closed or broken."""
+def answered(command: Callable[[], int], failed: int = FAILED) -> int:
+    """The exit status of `command`, whose standard streams may be closed or broken.
+
+    `failed`: the status of one that ends with a message although its configuration is right. Faults of the program
+    itself are raised as they are.
+    """
     _open_streams()
     try:
         _check_working_folder()
@@ -30,13 +37,15 @@ def answered(command: Callable[[], int]) -> int:
         return REFUSED
     except BrokenRun as error:  # raised on all ranks alike, under torchrun or srun
         report(f"error: {error}")
-        return FAILED
+        return failed
     except BrokenPipeError:  # whoever read the output, as in `| head`, has read enough
-        return FAILED
+        return failed
     except OSError as error:
+        if error.filename is None and error.errno not in _OF_THE_MACHINE:
+            raise
         what = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
         report(f"error: {what}{error.strerror or error}")
-        return FAILED
+        return failed
     except KeyboardInterrupt:
         return INTERRUPTED
     finally:

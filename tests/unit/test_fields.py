@@ -10,7 +10,7 @@ import pytest
 
 from nvlm.cli import check_overrides
 from nvlm.config import Config, ConfigError, Kind, from_mapping, kinds_of
-from nvlm.fields import Choice, FileName, FilePath, Range, Without
+from nvlm.fields import Choice, FileName, FilePath, Range, Text
 
 
 def fields(cls: type = Config, path: str = "") -> Iterator[tuple[str, Kind]]:
@@ -111,7 +111,8 @@ def test_a_name_may_be_any_other_text(name):
 
 def test_the_other_limits():
     assert "a\0b" not in FilePath() and FilePath().instead("a\0b") == "a" and "é/~" in FilePath()
-    assert "see <image>" not in Without("<image>") and "see" in Without("<image>")
+    assert "see <image>" not in Text("<image>") and "see" in Text("<image>") and "<image>" in Text()
+    assert "a\udcff" not in Text() and Text().instead("a\udcff") == "'\"a\"'"  # bytes that are not UTF-8
     assert "nver" not in Choice("never", "auto") and Choice("never", "auto").instead("nver") == "never"
 
 

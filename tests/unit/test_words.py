@@ -10,7 +10,7 @@ from nvlm.words import plain_words, quoted
 
 TEXTS = [
     "é", "名前", "~x", "it's", 'say "hi"', "a=b", "a#b", "a;b", "a(b)", "(", "20241127", "007", "1e3", "1_0", "true",
-    "nan", "a,b", "1,2", "Hello, world!", "[x", "range(1,3)", "\\", 'x\\"y', "a{b", "\udcff", "tab\tbed",
+    "nan", "a,b", "1,2", "Hello, world!", "[x", "range(1,3)", "\\", 'x\\"y', "a{b", "tab\tbed",
 ]  # fmt: skip
 
 
@@ -18,6 +18,11 @@ TEXTS = [
 def test_a_text_is_what_was_typed(text):
     (config,) = check_overrides([f"data.system={text}"])
     assert config.data.system == text
+
+
+def test_a_path_need_not_be_utf_8():
+    (config,) = check_overrides(["data=jsonl", "data.path=\udcff.jsonl"])
+    assert config.data.path == "\udcff.jsonl"
 
 
 @pytest.mark.parametrize("text", ["é", "20241127", "1e3", "true", "a,b", "it's"])
