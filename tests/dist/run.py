@@ -26,11 +26,13 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from nvlm.config import Config
 from nvlm.launch import quiet
 from nvlm.parallel import distributed
+from nvlm.workers import die_with_parent
 
 _PORTS = 64  # process groups that one call of `run_distributed` may build one after another
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([*os.environ.get("NVLM_TEST_PRELOAD", "").split(), "nvlm.train.loop", "tests.models"])
+_first = os.environ.get("NVLM_TEST_PRELOAD", "").split()
+_context.set_forkserver_preload(["tests.server", *_first, "nvlm.train.loop", "tests.models"])
 
 
 def run_distributed(fn: Callable, world: int, *args, timeout: float = 300) -> list:
@@ -53,8 +55,9 @@ def run_distributed(fn: Callable, world: int, *args, timeout: float = 300) -> li
     finally:
         for process in processes:
             if process.pid is not None:
+                process.kill()  # at once: it may not lead a group yet
                 with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # it and what it started
+                    os.killpg(process.pid, signal.SIGKILL)  # and what it started
                 process.join()
 
 
@@ -92,6 +95,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list:
 def _run(fn: Callable, args: tuple, rank: int, world: int, ports: list[int], pipe: Connection) -> None:
     global _ports
     os.setsid()
+    die_with_parent(os.getppid())  # the server, which ends with the tests, however they do
     _ports = iter(ports)
     quiet()
     warnings.simplefilter("ignore")

@@ -22,7 +22,7 @@ from nvlm import cli, launch, workers
 from nvlm.train import loop, watch
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.e2e.preloaded"])
+SERVER.set_forkserver_preload(["tests.server", "tests.e2e.preloaded"])
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ class _Forked:
 
 
 def _launch(where: Path, overrides, change) -> None:
+    workers.die_with_parent(os.getppid())  # the server, which ends with the tests, however they do
     multiprocessing.set_start_method("fork", force=True)  # a child of the server would start loaders by a server, too
     os.chdir(where)
     output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
