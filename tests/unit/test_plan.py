@@ -323,7 +323,11 @@ def with_gpus(folder: Path, memory: str) -> dict[str, str]:
 
 def test_the_launcher_refuses_by_what_the_driver_tells(tmp_path):
     """No torch, no run folder."""
-    arguments = ["arch=decoder", "llm=qwen2-7b", "parallel.tensor=2", "data=jsonl", "data.path=x.jsonl",
+    records = tmp_path / "records.jsonl"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    records.write_text(json.dumps({"messages": turns}) + "\n")
+    arguments = ["arch=decoder", "llm=qwen2-7b", "parallel.tensor=2", "data=jsonl", f"data.path={records}",
+                 "llm.tokenizer=tiny",
                  "init.vision=nowhere", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
     code = (
         "import sys, time; from nvlm.cli import main\n"
