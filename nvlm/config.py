@@ -309,6 +309,16 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoggingConfig:
+    """Where else than into the run folder the steps are told."""
+
+    name: Annotated[str, Choice("none", "wandb")]
+    project: str | None
+    entity: str | None
+    mode: Annotated[str, Choice("online", "offline")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """One run."""
 
@@ -331,6 +341,7 @@ class Config:
     optim: OptimConfig
     train: TrainConfig
     evaluate: EvaluateConfig
+    logging: LoggingConfig
 
     @property
     def adapted(self) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ PACKAGES = (
 # What a run writes into its folder.
 _OURS = (
     "config.yaml", "environment.json", "inputs.json", "metrics.jsonl", "skipped.jsonl", "tensorboard", "checkpoints",
-    "profile", "heldout.json", "answers.jsonl", "report.html", "curves.png", "gallery",
+    "profile", "heldout.json", "answers.jsonl", "wandb_id", "report.html", "curves.png", "gallery",
 )  # fmt: skip
 _ENDING = 10.0  # seconds given to the workers of a launcher that was killed
 
@@ -115,7 +115,7 @@ def unwritable(run_dir: Path, error: OSError) -> ConfigError:
 
 # What a resumed run may change; the rest decides what its steps compute.
 _FREE = ("name", "resume", "dry_run", "profile", "gpu", "init.llm", "init.checkpoint", "parallel.",
-         "evaluate.", "data.heldout_", "data.workers", "data.max_skipped", "train.log_every",
+         "evaluate.", "logging.", "data.heldout_", "data.workers", "data.max_skipped", "train.log_every",
          "train.save_every", "train.keep", "train.async_save", "train.save_frozen", "train.threads", "train.recompute",
          "train.stop_seconds", "train.spike_factor", "train.max_bad_steps", "vision.balance",
          "vision.tiles_per_call", "vision.graph", "train.offload")  # fmt: skip

@@ -161,9 +161,16 @@ def check_machine(config: Config) -> None:
     if not config.dry_run:
         check_data(config)
         check_launcher(config)
+        check_logging(config)
         check_devices(config)
         check_engine(config)
     check_fits(config)
+
+
+def check_logging(config: Config) -> None:
+    """The package that is to tell of the run is there."""
+    if config.logging.name == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise problem("logging=wandb", "no wandb", "it", f"pip install -e '{ROOT}[wandb]', or logging=none")
 
 
 def check_launcher(config: Config) -> None:

@@ -34,6 +34,7 @@ from nvlm.train.phases import Phases, build_profiler
 from nvlm.train.restore import Loaded, load
 from nvlm.train.skipped import stopped, too_many
 from nvlm.train.step import Trainer, train_step
+from nvlm.train.tracker import Silent, Tracker, build_tracker
 from nvlm.train.waiting import impatient
 from nvlm.train.watch import Watchdog
 from nvlm.vision.balance import BalancedVision, build_team
@@ -49,6 +50,7 @@ def run(config: Config, run_dir: Path, started: float, refusal: str | None = Non
     with (
         parallel.distributed(config.parallel, config.seed, config.train.threads) as device,
         Watchdog(60 * config.parallel.timeout_minutes, parallel.rank(), parallel.world_size()) as watch,
+        contextlib.ExitStack() as opened,
     ):
         if told := parallel.from_first_rank(refusal):
             raise ConfigError(told)
@@ -63,15 +65,17 @@ def run(config: Config, run_dir: Path, started: float, refusal: str | None = Non
         steps = replace(steps, ends=loaded.ends)
         idle.check_gates(trainer.stages.parts)
         counts = count_groups(trainer.stages.parts, trainer.vision.path.encoder)
+        tracker = None
         if parallel.is_first_rank():
             begin_folder(config, run_dir, anew=not goes_on)
+            tracker = opened.enter_context(contextlib.closing(build_tracker(config, run_dir, resumed=goes_on)))
             if not goes_on:
                 inputs.record(config, run_dir, steps.records)
             print_groups(counts, config.stage.name, config.optim.lr, trainer.origins)
             print(describe(config))
             if line := training_note(config):
                 print(f"note: {line}")
-        if not train(trainer, config, steps, loaded, run_dir, watch.mark):
+        if not train(trainer, config, steps, loaded, run_dir, watch.mark, tracker):
             return
         heldout = build_records(config.data, config.seed, heldout=True) if config.evaluate.questions else None
         if heldout is not None:
@@ -82,6 +86,8 @@ def run(config: Config, run_dir: Path, started: float, refusal: str | None = Non
                 if result.unanswered:
                     print(f"not scored, no answer to compare with: {shortened(result.unanswered)}")
                 print(f"heldout exact_match={result.exact_match:.2f} seconds={time.time() - started:.0f}")
+                kinds = {f"heldout/{kind}": score for kind, score in result.by_kind.items()}
+                tracker.log({"step": config.train.steps, "heldout/exact_match": result.exact_match} | kinds)
 
 
 def train(
@@ -91,10 +97,11 @@ def train(
     loaded: Loaded,
     run_dir: Path,
     told: Callable[[int, str], None],
+    tracker: Tracker | Silent | None,
 ) -> bool:
     """The loop. False where SIGTERM or SIGINT ended it, with a checkpoint. BrokenRun: too many bad steps in a row.
 
-    `told`: hears of each step's phases as they begin.
+    `told`: hears of each step's phases as they begin. `tracker`: the first process's.
     """
     first, guard = loaded.step, Guard(config.train.spike_factor, **loaded.numbers)
     settings, due, waiting = config.train, False, idle.expected(config)
@@ -103,7 +110,7 @@ def train(
     with (
         Signals() as signals,
         contextlib.closing(Appended(run_dir / "skipped.jsonl")) as skipped,
-        Metrics(config, run_dir, first, active) as metrics,
+        Metrics(config, run_dir, first, active, tracker) as metrics,
         Checkpoints(settings, run_dir, loaded.ends) as checkpoints,
         Phases(told, profiler) as mark,
     ):

@@ -26,13 +26,17 @@ from nvlm.sinks import Appended, json_line, spared
 from nvlm.train.optim import GroupCount
 from nvlm.train.skipped import Tally
 from nvlm.train.step import StepResult
+from nvlm.train.tracker import Silent, Tracker
 from nvlm.vision.balance import shares
 
 
 class Metrics:
     """Context manager around a training loop. With `active` False it only counts."""
 
-    def __init__(self, config: Config, run_dir: Path, first_step: int, active: bool) -> None:
+    def __init__(
+        self, config: Config, run_dir: Path, first_step: int, active: bool, tracker: Tracker | Silent | None = None
+    ) -> None:
+        self.tracker = tracker or Silent()
         self.config, self.active, self.first = config, active, first_step
         self.run_dir, self.step = run_dir, first_step
         self.tally = Tally()
@@ -79,7 +83,9 @@ class Metrics:
         del row["guard"], row["stop"], row["work"], row["tiles_by_replica"]
         self.file.write(json_line(row))
         shown = {name: row[name] for name in ("loss", "grad_norm", "lr", *rates)}
-        self.board.write(shown | {f"seconds/{phase}": seconds for phase, seconds in phases.items()}, self.step)
+        shown |= {f"seconds/{phase}": seconds for phase, seconds in phases.items()}
+        self.board.write(shown, self.step)
+        self.tracker.log({"step": self.step} | shown)
         lost = f"skipped {self.tally.skipped}  " if self.tally.skipped else ""
         if self.tally.fewer_tiles:
             lost += f"fewer tiles {self.tally.fewer_tiles}  "
