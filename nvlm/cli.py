@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nvlm import launch
 from nvlm.config import Config, ConfigError, from_mapping, problem
-from nvlm.folder import flat
+from nvlm.folder import check_folder, flat
 from nvlm.lengths import check_lengths
 from nvlm.mistakes import answered
 from nvlm.place import check_place, sweep_folder
@@ -55,7 +55,7 @@ def _answer(started: float) -> int:
     for config in configs:
         if not elsewhere:
             launch.check_machine(config)
-        if config.resume == "never":  # else only the run's folder, which Hydra names, tells what is needed
+        if config.resume == "never":  # else only the run's folder tells what is needed
             launch.check_weights(config)
     if configs and all(config.dry_run for config in configs):
         launch.quiet()
@@ -66,6 +66,10 @@ def _answer(started: float) -> int:
         return 0
     if configs and not elsewhere:
         _check_place(sys.argv[1:], sweep)
+        for config, folder in zip(configs, _folders(sys.argv[1:], sweep)):
+            check_folder(config, folder)
+            if config.resume == "auto":
+                launch.check_weights(config, folder)
     _through_hydra(started)
     return 0
 
@@ -77,6 +81,17 @@ def _check_place(arguments: Sequence[str], sweep: bool) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("config", overrides=[*own], return_hydra_config=True)
     check_place(Path(OmegaConf.select(composed, key)), key)
+
+
+def _folders(arguments: Sequence[str], sweep: bool) -> Iterator[Path]:
+    """The folder of each run, as Hydra is going to name it."""
+    for number, combination in enumerate(_runs(arguments)):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("config", overrides=[*combination], return_hydra_config=True)
+        composed.hydra.job.num, composed.hydra.job.id = number, str(number)
+        HydraConfig.instance().set_config(composed)  # which names of folders may refer to
+        hydra_config = composed.hydra
+        yield Path(hydra_config.sweep.dir, hydra_config.sweep.subdir) if sweep else Path(hydra_config.run.dir)
 
 
 def _through_hydra(started: float) -> None:
@@ -124,6 +139,19 @@ def check_overrides(arguments: list[str], also: Sequence[str] = ()) -> list[Conf
     """
     if any(word.startswith("-") and word not in SWEEP_FLAGS for word in arguments):
         return []
+    configs = []
+    for combination in _runs(arguments):
+        try:
+            configs.append(compose_config(*combination))
+        except ConfigError:
+            raise
+        except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+            raise _explain(error, also) from None
+    return configs
+
+
+def _runs(arguments: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The overrides of each run that `arguments` ask for."""
     overrides = [parse(word) for word in plain_words(arguments) if not word.startswith("-")]
     for override in overrides:
         _check_group(override)
@@ -133,15 +161,7 @@ def check_overrides(arguments: list[str], also: Sequence[str] = ()) -> list[Conf
         else [o.input_line]
         for o in overrides
     ]
-    configs = []
-    for combination in itertools.product(*choices):
-        try:
-            configs.append(compose_config(*combination))
-        except ConfigError:
-            raise
-        except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
-            raise _explain(error, also) from None
-    return configs
+    return itertools.product(*choices)
 
 
 def _check_group(override: Override) -> None:
