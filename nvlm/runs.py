@@ -76,13 +76,17 @@ def find_checkpoint(path: Path, key: str) -> Path:
     raise problem(key, named(path), "a run folder with a checkpoint, or one of its checkpoints/step_N", fix)
 
 
+# What runs of earlier versions did not write, and would have written.
+_NOT_RECORDED = {"logging": {"name": "none", "project": None, "entity": None, "mode": "online"}}
+
+
 def read_run_config(folder: Path) -> Config:
     """The configuration of the run that the step folder `folder` belongs to."""
     path = folder.parent.parent / "config.yaml"
     if not path.is_file():
         raise problem(str(path), "no such file", "the configuration that its run wrote", "copy the whole run folder")
     try:
-        return from_mapping(Config, OmegaConf.to_container(OmegaConf.load(path)))
+        return from_mapping(Config, _NOT_RECORDED | OmegaConf.to_container(OmegaConf.load(path)))
     except ConfigError as error:  # of an older version, or edited
         raise ConfigError(f"{path}: {error}") from None
 

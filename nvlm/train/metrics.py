@@ -58,6 +58,7 @@ class Metrics:
                 TimeRemainingColumn(compact=True),
                 console=self.console,
                 refresh_per_second=2,
+                disable=not self.console.is_terminal,
             )
             self.task = self.bar.add_task("first step", total=self.config.train.steps, completed=self.first)
             self.bar.start()
@@ -103,7 +104,8 @@ class Metrics:
             told = f"step {self.step}: {told if result.trained_tokens else 'no usable record'}: not learned from"
             self.console.print(told, highlight=False)
         self.bar.update(self.task, completed=self.step, description=text)
-        if not self.console.is_terminal and self.step % self.config.train.log_every == 0:
+        due = self.step % self.config.train.log_every == 0 or self.step == self.config.train.steps
+        if due and not self.console.is_terminal:
             self.console.print(f"step {self.step}/{self.config.train.steps}  {text}", highlight=False, soft_wrap=True)
 
     def _rates(self, result: StepResult, phases: Mapping[str, float]) -> dict[str, float]:
