@@ -17,7 +17,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from nvlm import device
 from nvlm.config import ConfigError, ParallelConfig, problem
-from nvlm.workers import free_port
+from nvlm.workers import LISTENER
 
 _LONG = 20.0  # seconds until a rendezvous says that it waits
 _POLL = 0.5
@@ -30,7 +30,7 @@ def distributed(parallel: ParallelConfig, seed: int, threads: int | None = None)
     Yields the device. Everything is torn down on exit, also when the body raises.
     """
     here = device.prepare(int(os.environ.get("LOCAL_RANK", 0)), threads)
-    alone = {} if "MASTER_PORT" in os.environ else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    alone = {} if "MASTER_PORT" in os.environ else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ.update(alone)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     # The watchdog, which knows more, is to speak first.
@@ -72,7 +72,9 @@ def meet(rank: int, world: int, seconds: float) -> dist.Store:
     try:
         if not server:
             _reach(host, port, seconds)
-        store = dist.TCPStore(host, port, world, server, limit, wait_for_workers=False, multi_tenant=True)
+        listening = {"master_listen_fd": int(os.environ.pop(LISTENER))} if server and LISTENER in os.environ else {}
+        store = dist.TCPStore(host, port, world, server, limit, wait_for_workers=False, multi_tenant=True, **listening)
+        os.environ["MASTER_PORT"] = str(store.port)  # chosen by the system where it was 0
         first = (store.add("nvlm/arrived", 1) - 1) // world * world  # runs of a sweep meet here one behind the other
         came = _await(store, first, world, seconds, None if rank else place)
     except (dist.DistError, OSError) as error:

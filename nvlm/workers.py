@@ -23,11 +23,9 @@ _GRACE = 3.0  # seconds between SIGTERM and SIGKILL for those whose fellow died
 _libc = ctypes.CDLL(None)
 
 
-def free_port() -> int:
-    """A TCP port that is free now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+LISTENER = "NVLM_LISTENER"
+"""Names the file descriptor of the socket at MASTER_PORT: it listens from the start, so that no other process can take
+the port before rank 0 has done its imports."""
 
 
 def die_with_parent(parent: int) -> None:
@@ -89,9 +87,13 @@ def run_workers(
     with Signals() as signals:
         workers: list[subprocess.Popen] = []
         try:
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), _ERRORS: str(writer)}
-            for rank in range(count):
-                workers.append(_start(command, rank, count, dict(environment) | address, (writer, *inherit)))
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                host, port = listener.getsockname()
+                address = {"MASTER_ADDR": host, "MASTER_PORT": str(port), _ERRORS: str(writer)}
+                for rank in range(count):
+                    own = {LISTENER: str(listener.fileno())} if rank == 0 else {}
+                    descriptors = (writer, *inherit, *map(int, own.values()))
+                    workers.append(_start(command, rank, count, dict(environment) | address | own, descriptors))
             _await(workers, signals.came, stop_seconds)
             _end(workers)
         finally:

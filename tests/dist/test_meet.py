@@ -9,7 +9,7 @@ import pytest
 
 from nvlm.config import ConfigError
 from nvlm.parallel import meet
-from nvlm.workers import free_port
+from tests.ports import free_port
 from tests.dist.run import run_distributed
 
 

@@ -107,7 +107,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_way_out_works(whole, tmp_path):
     content = bytearray(data.read_bytes())
     content[1000] ^= 1
     data.write_bytes(content)
-    done = train(tmp_path, "name=whole", "resume=auto", *PRETRAIN, check=False)
+    # Made longer, because a run that is done has nothing to load.
+    done = train(tmp_path, "name=whole", "resume=auto", *PRETRAIN, "train.steps=7", check=False)
     assert done.returncode == 2
     assert "__0_0.distcp is not what was written" in done.stderr
     assert "write step_00000003, which is whole, into runs/whole/checkpoints/latest" in done.stderr.replace(

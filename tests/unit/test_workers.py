@@ -144,3 +144,20 @@ def test_a_killed_worker_leaves_no_fork(tmp_path):
 
 def parent(pid: str) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def test_the_port_of_the_rendezvous_is_taken_before_the_workers_begin(tmp_path):
+    worker = """
+import os, socket
+address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+try:
+    socket.create_server(address)
+    raise SystemExit("somebody else could take it")
+except OSError:
+    pass
+if os.environ["RANK"] == "0":
+    assert socket.socket(fileno=int(os.environ["NVLM_LISTENER"])).getsockname() == address
+else:
+    assert "NVLM_LISTENER" not in os.environ
+"""
+    assert ends(launcher(tmp_path, worker), tmp_path) == (0, "")
