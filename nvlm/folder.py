@@ -128,8 +128,9 @@ def _check_ours(run_dir: Path) -> None:
     if has_run(run_dir):
         return
     foreign = [name for name in _OURS if os.path.lexists(run_dir / name)]
-    if foreign == ["checkpoints"] and not any(run_dir.glob("checkpoints/*")):  # where a disk of its own is mounted
-        return
+    ours = ("latest", "frozen", "step_*")
+    if foreign == ["checkpoints"] and not any(file for name in ours for file in run_dir.glob(f"checkpoints/{name}")):
+        return  # the root of a disk of their own
     if foreign:
         got = f"{', '.join(foreign)}, which would be overwritten, and no config.yaml of a run of this trainer"
         raise problem(f"run folder {run_dir}", got, "a run's folder or one without such files", "name=OTHER")
