@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
+JOBS ?= 2
+TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --no-loadscope-reorder
 
 .PHONY: train test test-all install clean
 
@@ -12,11 +14,11 @@ train: install  ## train NVLM-H on the embedded pages; ARGS="arch=xattn seed=2" 
 
 test: install
 	$(VENV)/bin/ruff check nvlm launch tests benchmarks
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" $(ARGS)
+	$(TESTS) -m "not slow" $(ARGS)
 
 test-all: install
 	$(VENV)/bin/ruff check nvlm launch tests benchmarks
-	OMP_NUM_THREADS=1 $(RUN) -m pytest $(ARGS)
+	$(TESTS) $(ARGS)
 
 install: $(VENV)/.installed
 

@@ -31,6 +31,6 @@ setup(
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],
         "slurm": ["hydra-submitit-launcher"],
         "wandb": ["wandb"],
-        "test": ["hypothesis", "pytest", "pytest-timeout", "ruff", "transformers"],
+        "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "transformers"],
     },
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import PurePosixPath
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
@@ -20,3 +21,15 @@ hypothesis.settings.load_profile("untimed")
 def configured():
     """A function from overrides to a validated Config."""
     return compose_config
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests stay on one worker, because they share fixtures; those of tests/engine are whole suites each."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return nodeid if PurePosixPath(file).parent.name == "engine" else file
+
+    return ByFile(config, log)

@@ -124,6 +124,7 @@ def _launch(where: Path, overrides, change) -> None:
     workers.die_with_parent(os.getppid())  # the server, which ends with the tests, however they do
     multiprocessing.set_start_method("fork", force=True)  # a child of the server would start loaders by a server, too
     os.chdir(where)
+    os.environ["COLUMNS"] = "200"  # lines are not folded
     output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -104,6 +104,7 @@ def test_a_signal_saves_and_a_second_run_goes_on_exactly(unbroken, tmp_path, ove
     assert losses(tmp_path) == unbroken[len(overrides)]
 
 
+@pytest.mark.slow
 def test_one_worker_s_sigterm_under_torchrun_ends_all_of_them_well(unbroken, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, str(ROOT / "launch" / "train.py"), *SMALL, TWO[1], "train.steps=300"]
@@ -189,7 +190,7 @@ def test_ranks_that_wait_for_each_other_are_listed(tmp_path):
         assert output.count(f"{place}test_faults.py:") == 1
 
 
-@pytest.mark.parametrize("rank", [1, 0])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_named(tmp_path, rank):
     process = start(tmp_path, *WATCHED)
     pid = wait_for(lambda: (now := at(tmp_path, rank)) and now.step >= 3 and now.pid)

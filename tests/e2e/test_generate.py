@@ -88,6 +88,7 @@ def test_the_command_says_what_the_call_says(folder, spoken, layout):
     assert done.stdout == f"{spoken[0]}\n{spoken[1]}\n"
 
 
+@pytest.mark.slow
 def test_a_step_folder_answers_for_itself(folder, spoken):
     steps = sorted((folder / "runs" / "run" / "checkpoints").glob("step_*"))
     assert [step.name for step in steps] == ["step_00000001", "step_00000002"]
@@ -111,6 +112,7 @@ def test_words_come_while_others_are_still_to_be_computed(folder):
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_turn_that_cannot_be_read_is_left_out(folder):
     lines = "/image gone.png\nWhat?\n<image>\nHi\n"
     done = generate(folder, "checkpoint=runs/run", "chat=true", "max_new_tokens=4", lines=lines)

@@ -36,7 +36,7 @@ def folders(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("arch", ["decoder", "xattn", "hybrid"])
+@pytest.mark.parametrize("arch", ["hybrid", *(pytest.param(a, marks=pytest.mark.slow) for a in ("decoder", "xattn"))])
 def test_from_published_folders_to_an_answer(tmp_path, folders, arch):
     init = f"init.vision={folders / 'vision'}"
     first = (f"arch={arch}", "stage=pretrain", "name=one", f"init.llm={folders / 'llm'}", init, "train.steps=2")

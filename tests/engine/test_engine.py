@@ -15,6 +15,7 @@ from tests.engine.choose import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = {
+    "hybrid": (["tests/parity/test_models.py", "-k", "hybrid"], 50),
     "models": (["tests/parity/test_models.py", "tests/parity/test_te.py"], 200),
     "fp8": (["tests/engine/fp8.py"], 18),
     "plan": (["tests/engine/plan.py"], 54),
@@ -25,7 +26,7 @@ SUITES = {
     "published": (["tests/dist/test_published.py"], 8),
     "steps": (["tests/dist/test_overlap.py", "tests/dist/test_nothing_there.py", "-m", "not slow"], 6),
 }
-QUICK = ("models",)
+QUICK = ("hybrid",)
 
 pytestmark = [
     pytest.mark.skipif(device.has_cuda(), reason="for machines without a GPU"),
