@@ -118,11 +118,13 @@ def read_config(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Config
     Its layout is one process unless `overrides` ("key=value" of the configuration) say otherwise. Raises ConfigError.
     """
     folder = find_checkpoint(Path(checkpoint).resolve(), "checkpoint")
-    values = dataclasses.asdict(read_run_config(folder))
+    before = read_run_config(folder)
+    values = dataclasses.asdict(before)
     values["parallel"] |= _ONE_PROCESS
     # The weights are all in the checkpoint, but for the encoder's, which never change.
     encoder = values["init"]["vision"] or values["init"]["release"]
     values["init"] = {"llm": None, "release": None, "vision": encoder, "checkpoint": str(folder)}
+    values["peft"]["targets"] = before.adapted or before.peft.targets  # what was new had no adapters
     values["stage"]["new"] = []
     values["train"] |= {"offload": False, "recompute": "none"}  # nothing is kept for a backward pass
     # FP8 products take tokens by the dozen, and weights are kept in bf16.

@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
 from nvlm.arch.base import VisionLanguageModel, parameter_group
-from nvlm.config import problem
+from nvlm.config import GROUPS, problem
 from nvlm.runs import FROZEN, steps_of, weight_keys
 from nvlm.train.digests import checkpoint_faults, faults, frozen_digest
 from nvlm.train.optim import take_up
@@ -30,7 +30,7 @@ from nvlm.train.state import (
 from nvlm.train.step import Trainer
 from nvlm.weights.merge import is_adapter
 
-_ADAPTERS = "adapters"
+_ADAPTERS = "adapters of "  # a module group
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +95,15 @@ def load_weights(parts: Sequence[VisionLanguageModel], folder: Path, new: Sequen
     """Fill `parts`, a model of any layout, from the weights of `folder`, and leave optimizer and schedule alone.
 
     All processes call it together. `new`: module groups that may be absent from the checkpoint as a whole; returns
-    those that are. So may adapters, which add nothing before they have learned. Raises ConfigError as `load` does.
+    those that are. So may a group's adapters, which add nothing before they have learned. Raises ConfigError as `load`
+    does.
     """
     _verify(folder)
     state = {f"model{number}": part.sharded_state_dict(metadata=metadata()) for number, part in enumerate(parts)}
     places = [folder] if frozen_digest(folder) is None else [folder, folder.parent / FROZEN]
     have = {place: _weights_in(place) for place in places}
     there = {_group(key) for keys in have.values() for key in keys}
-    absent = sorted({*new, _ADAPTERS} - there)
+    absent = sorted({*new, *(_ADAPTERS + group for group in GROUPS)} - there)
     wanted = {
         name: {key: entry for key, entry in part.items() if _group(key) not in absent} for name, part in state.items()
     }
@@ -119,11 +120,11 @@ def load_weights(parts: Sequence[VisionLanguageModel], folder: Path, new: Sequen
     for number, part in enumerate(parts):
         missing = part.load_state_dict(loaded[f"model{number}"], strict=False).missing_keys
         assert all(is_scale(key) or _group(key) in absent for key in missing), missing
-    return [group for group in absent if group != _ADAPTERS]
+    return [group for group in absent if not group.startswith(_ADAPTERS)]
 
 
 def _group(key: str) -> str:
-    return _ADAPTERS if is_adapter(key) else parameter_group(key)
+    return (_ADAPTERS if is_adapter(key) else "") + parameter_group(key)
 
 
 def _verify(folder: Path) -> None:

@@ -208,6 +208,26 @@ def only_adapters_moved(base: Path, run: Path) -> None:
             assert after[name].any(), name
 
 
+BESIDE = (*FP32, "arch=xattn", "peft=lora", "peft.rank=3", "optim.lr=0.01", "optim.warmup=1")
+
+
+def with_more_adapters(base: Path) -> None:
+    """The next stage of a run with adapters on the language model alone gives cross-attention adapters, too."""
+    with joined(compose_config(*BESIDE, "stage.new=[]")) as device:
+        trainer, step = built((*BESIDE, "stage.new=[]"), device)
+        assert restore.load_weights(trainer.stages.parts, latest(base)) == []
+        weights = dict(trainer.stages.parts[0].named_parameters())
+        before = tensors_in(latest(base))
+        up = {name for name in weights if name.endswith("adapter.up.weight")}
+        assert {name for name in up if weights[name].any()} == up & before.keys() != up
+        step()
+
+
+def test_a_group_may_get_adapters_that_the_stage_before_did_not_have(tmp_path):
+    run_distributed(train_and_save, 1, BESIDE, tmp_path / "base")
+    run_distributed(with_more_adapters, 1, tmp_path / "base")
+
+
 def test_steps_from_another_runs_weights_move_adapters_alone(tmp_path):
     run_distributed(begin, 1, FP32, tmp_path / "base")
     run_distributed(step_from, 2, (*RUN, "parallel.tensor=2"), tmp_path / "base", tmp_path / "lora")

@@ -141,6 +141,14 @@ def test_what_training_kept_or_moved_is_nothing_to_generation(tmp_path, folder):
     assert not read_config(tmp_path / "run").train.offload
 
 
+def test_a_run_with_adapters_beside_new_modules_answers(tmp_path, monkeypatch, capfd):
+    words = ("name=run", "arch=xattn", "peft=lora", "train.steps=2", "optim.warmup=1", "train.save_every=2")
+    train(tmp_path, *words)
+    monkeypatch.chdir(tmp_path)
+    assert read_config("runs/run").adapted == ("llm",)
+    assert main(["checkpoint=runs/run", "prompt=Hi", "max_new_tokens=2"]) == 0, capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_processes_wait_for_a_person_longer_than_for_each_other(folder):
     """Their groups give up behind 4 x 0.1 minutes."""
