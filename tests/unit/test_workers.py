@@ -157,7 +157,10 @@ except OSError:
     pass
 if os.environ["RANK"] == "0":
     assert socket.socket(fileno=int(os.environ["NVLM_LISTENER"])).getsockname() == address
+    while not Path("looked").exists():  # the port is taken for as long as this rank lives
+        time.sleep(0.01)
 else:
     assert "NVLM_LISTENER" not in os.environ
+    Path("looked").touch()
 """
     assert ends(launcher(tmp_path, worker), tmp_path) == (0, "")
