@@ -156,7 +156,8 @@ try:
 except OSError:
     pass
 if os.environ["RANK"] == "0":
-    assert socket.socket(fileno=int(os.environ["NVLM_LISTENER"])).getsockname() == address
+    held = socket.socket(fileno=int(os.environ["NVLM_LISTENER"]))  # closed when it is collected
+    assert held.getsockname() == address
     while not Path("looked").exists():  # the port is taken for as long as this rank lives
         time.sleep(0.01)
 else:
