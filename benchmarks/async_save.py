@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nvlm.cli import compose_config
+from nvlm.commands.compose import compose_config
 
 SIZES = ("llm.hidden=1280", "llm.heads=8", "llm.head_dim=160", "llm.ffn=3840", "llm.layers=4", "data.records=64")
 SMALL = ("data.workers=0", "train.global_batch=4", "train.micro_batch=4")
@@ -28,15 +28,15 @@ TIMES = 7
 def main() -> None:
     """Measure and print the table."""
     config = compose_config(*SIZES, *SMALL, *sys.argv[1:])
-    from nvlm import parallel
+    from nvlm.commands.launch import quiet
     from nvlm.data.loader import load_steps
-    from nvlm.launch import quiet
+    from nvlm.processes import groups
     from nvlm.train.checkpoint import Checkpoints, latest
     from nvlm.train.loop import build_steps, build_trainer
     from nvlm.train.step import train_step
 
     quiet()
-    with parallel.distributed(config.parallel, config.seed, config.train.threads) as device:
+    with groups.distributed(config.parallel, config.seed, config.train.threads) as device:
         trainer = build_trainer(config, device)
         data = next(iter(load_steps(build_steps(config), 0, 0)))
         step = lambda: train_step(trainer, data)  # noqa: E731

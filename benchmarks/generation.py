@@ -15,11 +15,12 @@ import statistics
 import sys
 import time
 
-from nvlm import launch, parallel, registry
-from nvlm.arch.stages import build_parts, build_stages
-from nvlm.batch import Batch
-from nvlm.cli import compose_config
-from nvlm.config import Config
+from nvlm.arch import registry
+from nvlm.arch.pipeline import build_parts, build_stages
+from nvlm.commands import launch
+from nvlm.commands.compose import compose_config
+from nvlm.config.values import Config
+from nvlm.data.batch import Batch
 from nvlm.data.encode import encode
 from nvlm.data.messages import first_question
 from nvlm.data.outline import build_encoder
@@ -27,6 +28,7 @@ from nvlm.data.pack import collate
 from nvlm.data.sources import build_records
 from nvlm.generate.decode import continue_rows
 from nvlm.generate.sampling import Sampling
+from nvlm.processes import groups
 from nvlm.vision.path import build_vision
 
 ARCHITECTURES = ("decoder", "xattn", "hybrid")
@@ -53,7 +55,7 @@ def measure(arch: str, rows: int, options: argparse.Namespace) -> tuple[float, f
     """Tokens per second recomputed and cached, the speed-up, the prompt's columns and keys, and whether they agree."""
     overrides = (f"arch={arch}", f"precision={options.precision}", f"data.heldout_records={rows}")
     config = compose_config(*overrides)
-    with parallel.distributed(config.parallel, config.seed, options.threads) as device:
+    with groups.distributed(config.parallel, config.seed, options.threads) as device:
         stages = build_stages(config, [part.to(device) for part in build_parts(config)])
         batch = prompts(config, rows, device)
         for recompute in (False, True):  # warm up

@@ -13,7 +13,8 @@ throughput  Forward and backward of NVLM-D, -X and -H at Yi-34B's and InternViT-
             layers (12 of 60, 9 of 45, 2 of 10 with cross-attention), so that the work is the paper's in proportion
             (Table 3: 1,024 text tokens a sample, all of the language model learning). One row of packed samples a
             step. No optimizer: its state does not fit one GPU, and in training it is shared out over replicas.
-            TFLOP/s and MFU count what is real (nvlm.flops); `forecast` is the planner's memory over the measured peak.
+            TFLOP/s and MFU count what is real (nvlm.estimate.flops); `forecast` is the planner's memory over the
+            measured peak.
 peers       The same NVLM-D samples by Megatron-Core's LLaVAModel and by transformers (benchmarks/peers.py).
 
 Figures are medians. Exit status 1 where something is wrong, not where it is slow.
@@ -40,32 +41,34 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from nvlm import launch, parallel, registry
-from nvlm.arch.stages import build_parts, build_stages, tile_use_of_rank
-from nvlm.batch import PAD, Sample
-from nvlm.cli import compose_config
-from nvlm.config import FP8_RECIPES, Config, ConfigError
+from nvlm.arch import registry
+from nvlm.arch.pipeline import build_parts, build_stages, tile_use_of_rank
+from nvlm.attention.core import attend
+from nvlm.attention.packing import samples_in_line, seen_columns, seen_keys
+from nvlm.attention.visibility import causal_mask, unseen_keys
+from nvlm.commands import launch
+from nvlm.commands.compose import compose_config
+from nvlm.config.hardware import known_gpu
+from nvlm.config.values import FP8_RECIPES, Config, ConfigError
+from nvlm.data.batch import PAD, Sample
 from nvlm.data.encode import encode
 from nvlm.data.loader import load_steps
 from nvlm.data.outline import build_encoder, outline
 from nvlm.data.pack import collate
+from nvlm.data.record import Record
 from nvlm.data.work import count_work
-from nvlm.flops import model_flops
-from nvlm.hardware import known_gpu
-from nvlm.llm.attention import attend
+from nvlm.estimate.activations import ENGINE, TORCH
+from nvlm.estimate.flops import model_flops
+from nvlm.estimate.load import batch_load
+from nvlm.estimate.memory import memory
 from nvlm.llm.backend import check_precision, describe, uses_te
-from nvlm.llm.masks import causal_mask, unseen_keys
-from nvlm.llm.packing import samples_in_line, seen_columns, seen_keys
-from nvlm.plan.activations import ENGINE, TORCH
-from nvlm.plan.load import batch_load
-from nvlm.plan.memory import memory
-from nvlm.record import Record
+from nvlm.processes import groups
 from nvlm.train.loop import build_steps, build_trainer
 from nvlm.train.optim import freeze, wrap
 from nvlm.train.step import Trainer, forward_backward, train_step
-from nvlm.vision.balance import BalancedVision, build_team
 from nvlm.vision.encoder import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
+from nvlm.vision.prepass import BalancedVision, build_team
 
 ARCHITECTURES = ("decoder", "xattn", "hybrid")
 SECTIONS = ("accuracy", "attention", "throughput", "peers")
@@ -178,7 +181,7 @@ def accuracy(size: Size, able: Sequence[str]) -> list[dict]:
 def losses(size: Size, arch: str, precision: str) -> list[float]:
     """Of the first steps of a run."""
     config = compose_config(*size.learner, f"arch={arch}", f"precision={precision}", "seed=7")
-    with parallel.distributed(config.parallel, config.seed) as device:
+    with groups.distributed(config.parallel, config.seed) as device:
         trainer = build_trainer(config, device)
         data = load_steps(build_steps(config), 0, 0)
         found = [train_step(trainer, next(data)).loss for _ in range(size.steps)]
@@ -194,7 +197,7 @@ def attention(size: Size) -> list[dict]:
     rows = []
     for arch in ("decoder", "xattn", "hybrid"):
         config = compose_config(*size.overrides, f"arch={arch}", "precision=bf16")
-        with parallel.distributed(config.parallel, config.seed) as device:
+        with groups.distributed(config.parallel, config.seed) as device:
             samples = some_samples(config, size, tiles=6)
             batch = collate([samples], config.vision.tile_size, config.row_multiple).to(device)
             columns = torch.arange(batch.tokens.shape[1], device=device)
@@ -251,7 +254,7 @@ def blocks_of(mask) -> Attend:
 
 def te_of(config: Config, sample_T: torch.Tensor) -> Attend:
     """Transformer Engine's attention of a line of samples, as a decoder layer has it."""
-    from nvlm.llm.packing import Packing
+    from nvlm.attention.packing import Packing
 
     (model,) = build_parts(replace(config, llm=replace(config.llm, layers=1), arch=replace(config.arch, cross_every=0)))
     core = model.decoder.layers[0].self_attention.core_attention
@@ -329,7 +332,7 @@ def throughput(size: Size, able: Sequence[str], tiles: Sequence[int]) -> list[di
 @contextlib.contextmanager
 def learner(config: Config) -> Iterator[Trainer]:
     """A trainer of `config` with gradient buffers, without an optimizer."""
-    with parallel.distributed(config.parallel, config.seed) as device:
+    with groups.distributed(config.parallel, config.seed) as device:
         check_precision(config)
         parts = [part.to(device) for part in build_parts(config)]
         for part in parts:
@@ -409,7 +412,7 @@ def peers(size: Size, tiles: Sequence[int]) -> list[dict]:
         }
     ]
     for build in (llava_model, transformers_model):
-        with parallel.distributed(config.parallel, config.seed) as device:
+        with groups.distributed(config.parallel, config.seed) as device:
             peer = build(config, device)
             seconds = timed(lambda peer=peer: peer.step(samples), size.repeats)
             rows.append({"trainer": peer.name, "ms": 1e3 * seconds, "samples/s": len(samples) / seconds,

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nvlm.cli import compose_config
+from nvlm.arch.registry import layout_rule
+from nvlm.commands.compose import compose_config
 from nvlm.data.loader import Steps, step_records
 from nvlm.data.outline import build_encoder, outline
 from nvlm.data.pack import deal, pack
 from nvlm.data.sources import build_records
-from nvlm.lengths import image_tokens
-from nvlm.registry import layout_rule
+from nvlm.estimate.lengths import image_tokens
 from nvlm.tiling.grid import TilePlan
 
 ARCHITECTURES = ("decoder", "xattn", "hybrid")

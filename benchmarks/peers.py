@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import is_flash_attn_2_available
 
-from nvlm.batch import IGNORE, IMAGE, Sample
-from nvlm.config import Config
+from nvlm.config.values import Config
+from nvlm.data.batch import IGNORE, IMAGE, Sample
 from nvlm.data.pack import collate
 from nvlm.llm.backend import engine, uses_te
 from nvlm.llm.build import DTYPES, FUSED_NORMS, llm_config, of_megatron
@@ -47,7 +47,7 @@ from nvlm.llm.norm import FullWidthRMSNorm, LayerNorm
 from nvlm.tiling import normalize
 from nvlm.train.optim import wrap
 from nvlm.vision.encoder import encoder_config
-from nvlm.vision.reduce import pixel_shuffle
+from nvlm.vision.pooling import pixel_shuffle
 from nvlm.weights import internvit, llm, projector
 from nvlm.weights.parts import Part, below, joined, published
 from nvlm.weights.sources import LANGUAGE, VISION
@@ -74,7 +74,7 @@ class Peer:
 def llava_model(config: Config, device: torch.device, weights: Weights | None = None) -> Peer:
     """Megatron-Core's LLaVAModel, of Transformer Engine's layers where ours are; FP8 as config.precision says.
 
-    Call it inside `nvlm.parallel.distributed`. `weights`: by the names of NVLM-D-72B's files, else random ones.
+    Call it inside `nvlm.processes.groups.distributed`. `weights`: by the names of NVLM-D-72B's files, else random ones.
     """
     te, dtype = uses_te(config), DTYPES[config.precision.dtype]
     scaling = config.llm.rope_scaling

@@ -34,11 +34,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from nvlm import launch, parallel
-from nvlm.batch import IGNORE, IMAGE, PAD, Batch, without_padding
-from nvlm.cli import compose_config
-from nvlm.config import Config
+from nvlm.commands import launch
+from nvlm.commands.compose import compose_config
+from nvlm.config.values import Config
+from nvlm.data.batch import IGNORE, IMAGE, PAD, Batch, without_padding
 from nvlm.data.loader import StepData
+from nvlm.processes import groups
 from nvlm.train.loop import build_steps, build_trainer
 from nvlm.train.step import Trainer, train_step
 from nvlm.weights import llm, projector
@@ -205,7 +206,7 @@ def weights_of(trainer: Trainer, config: Config) -> dict[str, Tensor]:
 def measure(shape: str, threads: int, pairs: int) -> tuple[list[str], bool]:
     """A row of the table, and whether the losses agree."""
     config = compose_config(*COMMON, *SHAPES[shape], f"train.threads={threads}", f"train.steps={pairs + 1}")
-    with parallel.distributed(config.parallel, config.seed, threads) as device:
+    with groups.distributed(config.parallel, config.seed, threads) as device:
         trainer = build_trainer(config, device)
         steps = encoded_steps(config, trainer, pairs + 1)
         trainer = replace(trainer, vision=Encoded())

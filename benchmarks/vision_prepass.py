@@ -49,7 +49,7 @@ def main() -> None:
 
 def worker() -> None:
     """Both comparisons, in one of the two processes."""
-    from nvlm.launch import quiet
+    from nvlm.commands.launch import quiet
 
     quiet()
     depth = measured_depth(1.0, "arch=decoder", tiles=7, stages=2)
@@ -156,7 +156,7 @@ def waiting():
     """Yields a list that gathers the seconds spent in communication."""
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-    from nvlm.vision import balance
+    from nvlm.vision import prepass
 
     seconds: list[float] = []
 
@@ -170,13 +170,13 @@ def waiting():
 
         return run
 
-    before = P2PCommunicator._communicate, balance.exchange
-    P2PCommunicator._communicate, balance.exchange = timed(before[0]), timed(before[1])
+    before = P2PCommunicator._communicate, prepass.exchange
+    P2PCommunicator._communicate, prepass.exchange = timed(before[0]), timed(before[1])
     # The collective of _encode_share has the encoder between its two exchanges, so they are timed one by one.
     try:
         yield seconds
     finally:
-        P2PCommunicator._communicate, balance.exchange = before
+        P2PCommunicator._communicate, prepass.exchange = before
 
 
 # --- set-up ---
@@ -189,8 +189,8 @@ def trainer_of(overrides: list[str], **sizes):
 
     from safetensors.torch import save_file
 
-    from nvlm.cli import compose_config
-    from nvlm.parallel import distributed
+    from nvlm.commands.compose import compose_config
+    from nvlm.processes.groups import distributed
     from nvlm.train.loop import build_trainer
     from nvlm.vision.encoder import InternViT
     from nvlm.vision.path import solo_groups
@@ -214,11 +214,11 @@ def make_batches(config, tiles: list[int]) -> list:
     import numpy as np
     from PIL import Image
 
-    from nvlm import registry
+    from nvlm.arch import registry
     from nvlm.data.encode import encode
     from nvlm.data.outline import build_encoder
     from nvlm.data.pack import collate
-    from nvlm.record import Record
+    from nvlm.data.record import Record
 
     encoder = build_encoder(config, registry.layout_rule(config.arch.name))
     side, generator = config.vision.tile_size, np.random.default_rng(0)

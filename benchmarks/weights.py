@@ -44,7 +44,7 @@ PIPELINE = ("parallel.pipeline=2",)
 
 
 def compose(layers: int, *overrides: str):
-    from nvlm.cli import compose_config
+    from nvlm.commands.compose import compose_config
 
     return compose_config(*BASE, f"llm.layers={layers}", *overrides)
 
@@ -81,8 +81,8 @@ def write_run(run: Path, layers: int) -> None:
     import torch
     from torch.distributed import checkpoint
 
-    from nvlm.folder import begin as begin_folder
-    from nvlm.train.digests import write_manifest
+    from nvlm.runs.digests import write_manifest
+    from nvlm.runs.ownership import begin as begin_folder
     from nvlm.weights.sources import VISION, whole_model
 
     config = compose(layers)
@@ -120,10 +120,10 @@ def load_as(layers: int, folder: str, layout: tuple[str, ...], stand_in: bool) -
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from nvlm import device
-    from nvlm.arch.stages import build_parts
-    from nvlm.launch import quiet
-    from nvlm.parallel import _seed
+    from nvlm.arch.pipeline import build_parts
+    from nvlm.commands.launch import quiet
+    from nvlm.processes import device
+    from nvlm.processes.groups import _seed
     from nvlm.train.begin import begin
 
     quiet()
@@ -174,9 +174,9 @@ def in_process(*arguments: str, count: int = 1) -> list[dict]:
 
 def export_as(run: str, out: str) -> dict:
     """What the command does, in this process; seconds without the imports."""
+    from nvlm.commands.launch import quiet
     from nvlm.export.export import export
     from nvlm.export.options import parse
-    from nvlm.launch import quiet
 
     quiet()
     started = time.perf_counter()

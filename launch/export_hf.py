@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from nvlm.export.cli import main
+from nvlm.commands.export import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

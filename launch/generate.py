@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from nvlm.generate.cli import main
+from nvlm.commands.generate import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

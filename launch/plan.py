@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from nvlm.plan.cli import main
+from nvlm.commands.plan import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nvlm import parallel
-from nvlm.cli import compose_config
+from nvlm.commands.compose import compose_config
 from nvlm.data.pages import CELLS, TILE, digit_pool, draw_digit, on_paper
+from nvlm.processes import groups
 from nvlm.tiling import normalize
 from nvlm.vision.encoder import InternViT
 from nvlm.vision.path import solo_groups
-from nvlm.vision.reduce import pixel_shuffle
+from nvlm.vision.pooling import pixel_shuffle
 from nvlm.weights import internvit
 from nvlm.weights.parts import published
 from nvlm.weights.sources import TINY
@@ -103,7 +103,7 @@ def main() -> None:
     """Train, print the accuracy on held-out scans, write the weights."""
     start = time.time()
     config = compose_config("vision=tiny", "init.vision=null")
-    with parallel.distributed(config.parallel, seed=0):
+    with groups.distributed(config.parallel, seed=0):
         encoder = InternViT(config, solo_groups())
         for layer in encoder.decoder.layers:  # trained from scratch: begin as plain residual branches
             nn.init.ones_(layer.self_attention.layer_scale.weight)

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvlm.config import TE_INSTALL
+from nvlm.config.values import TE_INSTALL
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 120.0  # seconds for an import: from a slow network disk torch alone takes a minute

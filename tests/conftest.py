@@ -10,7 +10,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 import hypothesis
 import pytest
 
-from nvlm.cli import compose_config
+from nvlm.commands.compose import compose_config
 
 # How long an example takes says more of the machine than of the code.
 hypothesis.settings.register_profile("untimed", deadline=None)

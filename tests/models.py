@@ -17,16 +17,16 @@ from PIL import Image
 from torch import Tensor
 
 from nvlm.arch.base import VisionLanguageModel
-from nvlm.arch.stages import build_parts
-from nvlm.batch import Batch, Sample
-from nvlm.cli import compose_config
-from nvlm.config import Config, cross_layers
+from nvlm.arch.pipeline import build_parts
+from nvlm.arch.registry import build_architecture
+from nvlm.commands.compose import compose_config
+from nvlm.config.values import Config, cross_layers
+from nvlm.data.batch import Batch, Sample
 from nvlm.data.encode import encode
 from nvlm.data.outline import build_encoder
 from nvlm.data.pack import collate
+from nvlm.data.record import Record
 from nvlm.data.tokenizer import load_tokenizer
-from nvlm.record import Record
-from nvlm.registry import build_architecture
 from nvlm.vision.encoder import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
 from nvlm.weights import internvit, llm

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nvlm.config import Config
+from nvlm.config.values import Config
 from nvlm.weights.parts import shapes
 from nvlm.weights.sources import whole_model
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 
-from nvlm.workers import die_with_parent
+from nvlm.processes.workers import die_with_parent
 
 if any("multiprocessing.forkserver" in word for word in sys.orig_argv):  # not where a test imports it
     die_with_parent(os.getppid())

@@ -25,21 +25,21 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from nvlm.batch import IGNORE, Batch, check_placeholders, in_line, without_padding
-from nvlm.config import Config, cross_layers, stage_layers
-from nvlm.layout import LayoutRule, TileUse
-from nvlm.llm.attention import rotary_angles, rotary_frequencies
+from nvlm.attention.cache import Past
+from nvlm.attention.context import attended_columns, gather_columns, own_columns
+from nvlm.attention.core import rotary_angles, rotary_frequencies
+from nvlm.attention.packing import Packing, runs, samples_in_line, seen_columns, seen_keys
+from nvlm.attention.visibility import causal_mask, unseen_keys
+from nvlm.config.values import Config, cross_layers, stage_layers
+from nvlm.data.batch import IGNORE, Batch, check_placeholders, in_line, without_padding
 from nvlm.llm.backend import uses_te
 from nvlm.llm.build import FUSED_NORMS, block_submodules, llm_config, of_megatron
-from nvlm.llm.cache import Past
-from nvlm.llm.context import attended_columns, gather_columns, own_columns
 from nvlm.llm.dropout import remember_places
 from nvlm.llm.layer import DecoderBlock, learns, project
 from nvlm.llm.loss import token_losses
-from nvlm.llm.masks import causal_mask, unseen_keys
 from nvlm.llm.norm import LayerNorm
-from nvlm.llm.packing import Packing, runs, samples_in_line, seen_columns, seen_keys
-from nvlm.parallel import seeded
+from nvlm.processes.groups import seeded
+from nvlm.tiling.placement import LayoutRule, TileUse
 
 Project = Callable[[Tensor], Tensor]
 """Features [..., C] to the language model's width [..., H]."""
@@ -113,7 +113,7 @@ class VisionLanguageModel(MegatronModule):
     ) -> None:
         super().__init__(config=megatron)
         self.model_type = ModelType.encoder_or_decoder  # the pipeline schedules ask for it
-        self.share_embeddings_and_output_weights = False  # nvlm.arch.stages sums tied gradients, as those of all copies
+        self.share_embeddings_and_output_weights = False  # nvlm.arch.pipeline sums tied gradients
         self.llm, self.tile_tokens, self.inner = config.llm, config.vision.tile_tokens, config.parallel.context_heads
         self.pre_process, self.post_process = stage == 0, stage == config.parallel.stages - 1
         self.architecture, self.use = architecture, tile_use(config, architecture, stage)

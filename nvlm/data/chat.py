@@ -16,10 +16,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nvlm.config import IMAGE_MARK
+from nvlm.config.values import IMAGE_MARK
 from nvlm.data.messages import Turn
+from nvlm.data.record import BadRecord
 from nvlm.data.tokenizer import ChatTokenizer
-from nvlm.record import BadRecord
 
 # vLLM looks for the tokens of the mark and its line end. Before a further line end they would be others.
 _LINE_OF_IMAGE = re.compile(rf"(?m)^{IMAGE_MARK}\n(?!\n)")

@@ -7,10 +7,10 @@ from itertools import accumulate
 
 import torch
 
-from nvlm.batch import ALL_TILES, IGNORE, IMAGE, PAD, Sample
+from nvlm.data.batch import ALL_TILES, IGNORE, IMAGE, PAD, Sample
 from nvlm.data.images import decode_image
 from nvlm.data.outline import Encoder, Outline, outline
-from nvlm.record import Record
+from nvlm.data.record import Record
 from nvlm.tiling import tile_image
 from nvlm.tiling.grid import TilePlan
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from nvlm.config import problem
+from nvlm.config.values import problem
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer, key: str) -> frozenset[int]:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from nvlm.record import BadRecord
+from nvlm.data.record import BadRecord
 
 _ORIENTATION, _WIDTH, _HEIGHT = 274, 256, 257  # TIFF tags
 _TURN_BACK = {

@@ -15,14 +15,14 @@ from functools import lru_cache
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from nvlm.batch import Batch, Sample
+from nvlm.data.amounts import Work
+from nvlm.data.batch import Batch, Sample
 from nvlm.data.encode import encode
 from nvlm.data.outline import Encoder, outline
 from nvlm.data.pack import collate, deal, pack
+from nvlm.data.record import BadRecord, one_record
 from nvlm.data.sources import Records
 from nvlm.data.work import count_work
-from nvlm.flops import Work
-from nvlm.record import BadRecord, one_record
 
 
 @dataclass(frozen=True, slots=True)

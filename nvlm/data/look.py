@@ -6,20 +6,20 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from nvlm.config import Config, problem
+from nvlm.config.values import Config, problem
 from nvlm.data.images import open_regular
 from nvlm.data.messages import first_question
 from nvlm.data.outline import Encoder, build_encoder, outline
+from nvlm.data.record import BadRecord, Record, one_record
 from nvlm.data.sources import check_file, read_line
-from nvlm.record import BadRecord, Record, one_record
-from nvlm.registry import layout_rule
+from nvlm.tiling.placement import LayoutRule
 
 _MOST = 20  # records of a file
 _SHOWN = 3  # reasons in a message
 _LONGEST = 1 << 26  # bytes of a line
 
 
-def check_data(config: Config) -> None:
+def check_data(config: Config, layout: LayoutRule) -> None:
     """Raise ConfigError where a file of records is not there, or none of its first records can be used.
 
     Held-out records must have an answer too. Reads image headers, but no pixels. A run that only wants to be counted
@@ -27,7 +27,7 @@ def check_data(config: Config) -> None:
     """
     if config.data.source != "jsonl" or config.dry_run:
         return
-    encoder = build_encoder(config, layout_rule(config.arch.name))
+    encoder = build_encoder(config, layout)
     _check("data.path", config.data.path, _MOST, lambda record: outline(record, encoder))
     if config.data.heldout_path and config.evaluate.questions:
         asked = min(_MOST, config.evaluate.questions)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from nvlm.config import IMAGE_MARK
-from nvlm.record import BadRecord, Record
+from nvlm.config.values import IMAGE_MARK
+from nvlm.data.record import BadRecord, Record
 
 ROLES = ("system", "user", "assistant")
 MESSAGE_KEYS = ("role", "content", "loss", "weight")

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from nvlm.config import Config
+from nvlm.config.values import Config
 from nvlm.data import chat
 from nvlm.data.chat import Run
 from nvlm.data.images import image_size
 from nvlm.data.messages import Turn, check_learns, place_images, read_turns
+from nvlm.data.record import BadRecord, Record
 from nvlm.data.tokenizer import ChatTokenizer, load_tokenizer
-from nvlm.layout import Layout, LayoutRule
-from nvlm.record import BadRecord, Record
 from nvlm.tiling.grid import TilePlan, fit_max_tiles, plan_tiles
+from nvlm.tiling.placement import Layout, LayoutRule
 from nvlm.tiling.tags import tile_tags
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from nvlm.batch import ALL_TILES, IGNORE, PAD, Batch, Sample, places_of
+from nvlm.data.batch import ALL_TILES, IGNORE, PAD, Batch, Sample, places_of
 
 _SPARE = 1.01  # rows to begin with, by the fuller budget: a little room lets them come out even
 _MOST = 1.05  # even rows may be this many times as many as first-fit decreasing needs

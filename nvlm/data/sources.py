@@ -10,10 +10,10 @@ from typing import Protocol
 
 import numpy as np
 
-from nvlm.config import DataConfig, problem
+from nvlm.config.values import DataConfig, problem
 from nvlm.data.images import image_path, open_regular
 from nvlm.data.messages import check_row
-from nvlm.record import BadRecord, Record, printable
+from nvlm.data.record import BadRecord, Record, printable
 
 
 class Records(Protocol):

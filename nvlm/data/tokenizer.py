@@ -10,9 +10,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from nvlm.config import problem
+from nvlm.config.fields import named
+from nvlm.config.values import problem
 from nvlm.data.ends import end_tokens
-from nvlm.fields import named
 
 TINY = Path(__file__).parent / "tiny_tokenizer" / "tokenizer.json"
 

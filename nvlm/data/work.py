@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from nvlm.batch import ALL_TILES, PAD, Batch
-from nvlm.flops import Work
+from nvlm.data.amounts import Work
+from nvlm.data.batch import ALL_TILES, PAD, Batch
 
 
 def count_work(batch: Batch) -> Work:
@@ -24,7 +24,7 @@ def count_work(batch: Batch) -> Work:
 
 
 def _cross_pairs(batch: Batch) -> int:
-    """Pairs that nvlm.llm.masks.visible allows, counted without looking at each pair."""
+    """Pairs that nvlm.attention.visibility.visible allows, counted without looking at each pair."""
     keys = (batch.cross_sample != PAD).nonzero(as_tuple=True)
     queries = ((batch.sample != PAD) & (batch.image != PAD)).nonzero(as_tuple=True)
     if not len(keys[0]) or not len(queries[0]):

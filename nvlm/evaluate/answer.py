@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from nvlm.arch.stages import Stages
-from nvlm.batch import Sample
+from nvlm.arch.pipeline import Stages
+from nvlm.data.batch import Sample
 from nvlm.data.pack import collate
 from nvlm.data.tokenizer import ChatTokenizer
 from nvlm.generate.decode import continue_rows
 from nvlm.generate.sampling import Sampling
 from nvlm.generate.text import words
-from nvlm.vision.balance import BalancedVision
+from nvlm.vision.prepass import BalancedVision
 
 
 def answer(

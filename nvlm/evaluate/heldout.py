@@ -10,21 +10,22 @@ from pathlib import Path
 
 import torch
 
-from nvlm import parallel, registry
-from nvlm.arch.stages import Stages
-from nvlm.batch import Sample
-from nvlm.config import Config
+from nvlm.arch import registry
+from nvlm.arch.pipeline import Stages
+from nvlm.config.values import Config
+from nvlm.data.batch import Sample
 from nvlm.data.encode import fill
 from nvlm.data.messages import NoAnswer, first_question
 from nvlm.data.outline import Encoder, build_encoder, outline
+from nvlm.data.record import BadRecord, one_record
 from nvlm.data.sources import Records
 from nvlm.evaluate.answer import answer
 from nvlm.evaluate.report import Shown, draw_pictures, write_report
-from nvlm.files import write_whole
-from nvlm.record import BadRecord, one_record
-from nvlm.sinks import spared
+from nvlm.processes import groups
+from nvlm.runs.files import write_whole
+from nvlm.runs.sinks import spared
 from nvlm.tiling.grid import TilePlan
-from nvlm.vision.balance import BalancedVision
+from nvlm.vision.prepass import BalancedVision
 
 _UNREADABLE = "unreadable"  # the kind of a question that could not be asked
 
@@ -69,7 +70,7 @@ def evaluate(
     """
     # Evaluation resizes exactly, whatever training does.
     encoder = build_encoder(config, registry.layout_rule(config.arch.name), resize="exact")
-    rank, size = parallel.data_rank()
+    rank, size = groups.data_rank()
     rows, shown, unanswered = [], [], []
     mine = range(min(config.evaluate.questions, len(records)))[rank::size]
     for start in range(0, len(mine), config.evaluate.batch):
@@ -98,9 +99,9 @@ def evaluate(
         rows += [_row(asked.id, asked.kind, text, asked.expected) for asked, text in zip(chosen, got)]
         room = config.evaluate.gallery - len(shown)
         shown += [_shown(asked, text, encoder) for asked, text in zip(chosen[:room], got)]
-    rows = parallel.gather_over_data(rows)
-    score = _score(rows, parallel.gather_over_data(unanswered))
-    if parallel.is_first_rank():
+    rows = groups.gather_over_data(rows)
+    score = _score(rows, groups.gather_over_data(unanswered))
+    if groups.is_first_rank():
         with spared(f"{run_dir}: the evaluation's files"):
             _write(score, rows, run_dir)
             write_report(run_dir, config, shown, score.exact_match, score.by_kind)

@@ -15,9 +15,9 @@ import matplotlib.pyplot as plt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from nvlm.config import IMAGE_MARK, Config
+from nvlm.config.values import IMAGE_MARK, Config
 from nvlm.data.outline import Encoder
-from nvlm.files import write_whole
+from nvlm.runs.files import write_whole
 from nvlm.tiling.grid import TilePlan
 
 _INK = (200, 30, 60)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nvlm.config import Config
+from nvlm.config.values import Config
 from nvlm.export.text import Text
 
 _NAMES = {"decoder": "NVLM_D", "xattn": "NVLM_X", "hybrid": "NVLM_H"}

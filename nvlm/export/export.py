@@ -19,7 +19,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors import safe_open
 from torch import Tensor
 
-from nvlm.config import Config, ConfigError, problem
+from nvlm.config.rules import validate
+from nvlm.config.values import Config, ConfigError, problem
 from nvlm.export.describe import describe, preprocessor
 from nvlm.export.options import ExportOptions
 from nvlm.export.readback import check_readable
@@ -27,10 +28,9 @@ from nvlm.export.readme import note, readme
 from nvlm.export.shards import DTYPES, Planned, ShardWriter
 from nvlm.export.text import exported_text
 from nvlm.export.trained import TrainedWeights
-from nvlm.inputs import check_model
-from nvlm.rules import validate
-from nvlm.runs import FROZEN, find_checkpoint, read_run_config
-from nvlm.train.digests import checkpoint_faults, frozen_digest, own_faults
+from nvlm.runs.digests import checkpoint_faults, frozen_digest, own_faults
+from nvlm.runs.folder import FROZEN, find_checkpoint, read_run_config
+from nvlm.weights.inputs import check_model
 from nvlm.weights.parts import Part, shapes
 from nvlm.weights.published import Stored, read_headers
 from nvlm.weights.sources import VISION, Source, vision_source, whole_model

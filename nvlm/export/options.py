@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from nvlm.config import Location, from_mapping, problem
-from nvlm.fields import Range
+from nvlm.config.fields import Range
+from nvlm.config.values import Location, from_mapping, problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

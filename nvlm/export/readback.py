@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from nvlm.config import Config, ConfigError, problem
+from nvlm.config.values import Config, ConfigError, problem
 from nvlm.export.modeling_nvlm import NVLM
 from nvlm.weights.sources import model_source, vision_source
 

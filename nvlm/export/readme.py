@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nvlm.config import Config
+from nvlm.config.values import Config
 from nvlm.export.text import VISION_PAD, places_images
 
 RELEASE_FILES = ("configuration_nvlm_d.py", "modeling_nvlm_d.py", "modeling_intern_vit.py", "conversation.py")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvlm.config import Config
+from nvlm.config.values import Config
 from nvlm.data.ends import read_json, token_texts
 from nvlm.data.tokenizer import ChatTokenizer, load_tokenizer, tokenizer_file
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from nvlm.runs import weight_keys
+from nvlm.runs.folder import weight_keys
 from nvlm.weights.merge import adapter_names, merge
 
 _PAGE = mmap.ALLOCATIONGRANULARITY

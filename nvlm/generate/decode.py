@@ -1,6 +1,6 @@
 """Token by token: rows of prompts to the tokens that follow them.
 
-Keys and values of self-attention and of the images are computed once and kept (nvlm.llm.cache). Under context
+Keys and values of self-attention and of the images are computed once and kept (nvlm.attention.cache). Under context
 parallelism, where a row's columns lie on several ranks, each token recomputes its row.
 
 Shapes: B rows, L columns of a row.
@@ -17,13 +17,13 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nvlm import device
-from nvlm.arch.stages import Stages, next_logits, share_from_last
-from nvlm.batch import ALL_TILES, IGNORE, PAD, Batch
+from nvlm.arch.pipeline import Stages, next_logits, share_from_last
+from nvlm.attention.cache import KeyValues, Past, cached, generating
+from nvlm.attention.visibility import unseen_keys
+from nvlm.data.batch import ALL_TILES, IGNORE, PAD, Batch
 from nvlm.generate.choose import Chooser
 from nvlm.generate.sampling import Sampling
-from nvlm.llm.cache import KeyValues, Past, cached, generating
-from nvlm.llm.masks import unseen_keys
+from nvlm.processes import device
 
 # The numbers of each column, and what padding has.
 _COLUMNS = {"tokens": 0, "labels": IGNORE, "positions": 0, "sample": PAD, "image": PAD, "tile": ALL_TILES}

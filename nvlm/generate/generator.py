@@ -13,22 +13,23 @@ from typing import Any
 
 import torch
 
-from nvlm import parallel, registry
-from nvlm.arch.stages import Stages, build_parts, build_stages, tile_use_of_rank
-from nvlm.batch import Sample
-from nvlm.config import Config, problem
+from nvlm.arch import registry
+from nvlm.arch.pipeline import Stages, build_parts, build_stages, tile_use_of_rank
+from nvlm.config.values import Config, problem
+from nvlm.data.batch import Sample
 from nvlm.data.encode import encode
 from nvlm.data.outline import Encoder, build_encoder, outline
 from nvlm.data.pack import collate
+from nvlm.data.record import BadRecord, Record, one_record
+from nvlm.estimate.lengths import check_vocabulary
+from nvlm.generate.config import read_config
 from nvlm.generate.decode import continue_rows
-from nvlm.generate.request import read_config
 from nvlm.generate.sampling import GREEDY, Sampling
 from nvlm.generate.text import TextStream, words
-from nvlm.lengths import check_vocabulary
-from nvlm.record import BadRecord, Record, one_record
+from nvlm.processes import groups
 from nvlm.train.begin import begin
-from nvlm.vision.balance import BalancedVision, build_team
 from nvlm.vision.path import build_vision
+from nvlm.vision.prepass import BalancedVision, build_team
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ def build_generator(config: Config, device: torch.device) -> Generator:
     parts = [part.to(device) for part in build_parts(config)]
     origins = begin(parts, config)
     needed = ("projector",) if config.arch.name == "decoder" else ("projector", "xattn")
-    team = build_team(tile_use_of_rank(config, parallel.pipeline_rank()), "replica")
+    team = build_team(tile_use_of_rank(config, groups.pipeline_rank()), "replica")
     untrained = tuple(group for group in needed if origins[group] == "random")
     return Generator(config, build_stages(config, parts), BalancedVision(vision, team), device, untrained)
 
@@ -136,7 +137,7 @@ def opened(config: Config) -> Iterator[Generator]:
     if processes != config.parallel.replica:
         expected = f"{config.parallel.replica} (tensor x pipeline)"
         raise problem("number of processes", processes, expected, f"start {config.parallel.replica}")
-    with parallel.distributed(config.parallel, config.seed, config.train.threads) as device:
+    with groups.distributed(config.parallel, config.seed, config.train.threads) as device:
         with contextlib.redirect_stdout(sys.stderr):
             generator = build_generator(config, device)
         yield generator

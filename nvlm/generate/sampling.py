@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nvlm.config import problem
+from nvlm.config.values import problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
-from nvlm.config import Config, PeftConfig
+from nvlm.config.values import Config, PeftConfig
 from nvlm.llm.backend import engine, uses_te
 from nvlm.llm.dropout import COLUMNS, KEYS, dropped, places
 from nvlm.llm.norm import RMSNorm

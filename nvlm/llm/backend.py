@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 
-from nvlm import device
-from nvlm.config import TE_INSTALL, Config, problem
+from nvlm.config.values import TE_INSTALL, Config, problem
+from nvlm.processes import device
 
 _AMAX_HISTORY = 1024  # steps whose largest values decide a delayed scale
 

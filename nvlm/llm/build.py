@@ -14,15 +14,15 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.utils import init_method_normal
 
-from nvlm import device
-from nvlm.config import Config, cross_layers
+from nvlm.attention.context import ContextAttention
+from nvlm.attention.core import CoreAttention
+from nvlm.config.values import Config, cross_layers
 from nvlm.llm.adapters import linears_of
-from nvlm.llm.attention import CoreAttention
 from nvlm.llm.backend import engine, fp8_settings, uses_te
-from nvlm.llm.context import ContextAttention
 from nvlm.llm.layer import DecoderLayer, SeededLayer
 from nvlm.llm.norm import RMSNorm
 from nvlm.llm.swiglu import SwiGLU
+from nvlm.processes import device
 
 # What the weight of a norm is called within the linear that it is one with, and what it is called everywhere else.
 FUSED_NORMS = {
@@ -165,7 +165,7 @@ def _core_attention(config: Config, te: bool) -> type:
     if config.parallel.context > 1:
         return ContextAttention
     if te:
-        from nvlm.llm.te import PackedAttention
+        from nvlm.attention.te import PackedAttention
 
         return PackedAttention
     return CoreAttention

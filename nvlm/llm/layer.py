@@ -16,8 +16,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from nvlm.llm.packing import Packing
-from nvlm.parallel import seeded
+from nvlm.attention.packing import Packing
+from nvlm.processes.groups import seeded
 
 
 class SeededLayer(TransformerLayer):

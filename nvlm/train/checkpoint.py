@@ -19,11 +19,11 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from nvlm import parallel
-from nvlm.config import ConfigError, TrainConfig, problem
-from nvlm.files import write_whole
-from nvlm.runs import FROZEN, latest, steps_of
-from nvlm.train.digests import MANIFEST, digest, write_manifest
+from nvlm.config.values import ConfigError, TrainConfig, problem
+from nvlm.processes import groups
+from nvlm.runs.digests import MANIFEST, digest, write_manifest
+from nvlm.runs.files import write_whole
+from nvlm.runs.folder import FROZEN, latest, steps_of
 from nvlm.train.guard import BrokenRun
 from nvlm.train.state import adam_step, model_state, optimizer_state, stored
 from nvlm.train.step import Trainer, settle
@@ -41,7 +41,7 @@ class Checkpoints:
         self.has_frozen = latest(run_dir) is not None and (self.root / FROZEN).is_dir()
 
     def __enter__(self) -> Checkpoints:
-        if parallel.is_first_rank():
+        if groups.is_first_rank():
             for cut_short in self.root.glob(".*.partial"):
                 shutil.rmtree(cut_short, ignore_errors=True)
         return self
@@ -125,7 +125,7 @@ class Checkpoints:
     def _on_first_rank(self, name: str, action, refused: list[str] = ()) -> str | None:
         """Let the first process act, unless `refused`; all learn what went wrong, if anything, and it says so."""
         failure = [refused[0] if refused else None]
-        if parallel.is_first_rank():
+        if groups.is_first_rank():
             folder = self.root / f".{name}.partial"
             try:
                 if not refused:

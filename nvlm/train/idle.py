@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from nvlm import device, parallel
 from nvlm.arch.base import VisionLanguageModel, parameter_group
-from nvlm.config import GROUPS, Config, problem
+from nvlm.config.values import GROUPS, Config, problem
+from nvlm.processes import device, groups
 
 _STEPS = 10  # with images, before a group without a gradient is named: behind a fresh gate it takes two
 
@@ -70,5 +70,5 @@ def _with_gradient(chunks: Sequence[DistributedDataParallel]) -> frozenset[str]:
         for name, parameter in chunk.module.named_parameters():
             if parameter.requires_grad:
                 here[GROUPS.index(parameter_group(name))] += parameter.main_grad.any()
-    everywhere = parallel.sum_over_ranks(here).tolist()
+    everywhere = groups.sum_over_ranks(here).tolist()
     return frozenset(group for group, found in zip(GROUPS, everywhere) if found)

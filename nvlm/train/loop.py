@@ -5,25 +5,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import signal
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from nvlm import inputs, parallel, registry
-from nvlm.arch.stages import build_parts, build_stages, tile_use_of_rank
-from nvlm.config import Config, ConfigError
+from nvlm.arch import registry
+from nvlm.arch.pipeline import build_parts, build_stages, tile_use_of_rank
+from nvlm.config.rules import check_world
+from nvlm.config.values import Config, ConfigError
 from nvlm.data.loader import StepData, Steps, load_steps
 from nvlm.data.outline import build_encoder
 from nvlm.data.sources import build_records
-from nvlm.evaluate.heldout import evaluate
+from nvlm.estimate.lengths import check_vocabulary
 from nvlm.export.text import training_note
-from nvlm.folder import begin as begin_folder
-from nvlm.lengths import check_vocabulary
 from nvlm.llm.backend import check_precision, describe
-from nvlm.rules import check_world
-from nvlm.runs import latest
-from nvlm.sinks import Appended
+from nvlm.processes import groups
+from nvlm.processes.workers import Signals
+from nvlm.runs.folder import latest
+from nvlm.runs.ownership import begin as begin_folder
+from nvlm.runs.sinks import Appended
 from nvlm.train import idle
 from nvlm.train.begin import begin
 from nvlm.train.checkpoint import Checkpoints
@@ -37,36 +37,39 @@ from nvlm.train.step import Trainer, train_step
 from nvlm.train.tracker import Silent, Tracker, build_tracker
 from nvlm.train.waiting import impatient
 from nvlm.train.watch import Watchdog
-from nvlm.vision.balance import BalancedVision, build_team
 from nvlm.vision.path import build_vision
-from nvlm.workers import Signals
+from nvlm.vision.prepass import BalancedVision, build_team
+from nvlm.weights import inputs
+
+Evaluation = Callable[[Trainer, Callable[[], None]], dict[str, float]]
+"""(what was trained, a call that says that this process is alive) -> scores by name. All processes call it together."""
 
 
-def run(config: Config, run_dir: Path, started: float, refusal: str | None = None) -> None:
-    """Train, then evaluate, unless a signal ends it. `started`: time.time() at launch, for the closing line.
+def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: Evaluation | None = None) -> None:
+    """Train, then evaluate, unless a signal ends it.
 
     `refusal`: why the first process found that there is nothing to do here; all raise it as a ConfigError.
     """
     with (
-        parallel.distributed(config.parallel, config.seed, config.train.threads) as device,
-        Watchdog(60 * config.parallel.timeout_minutes, parallel.rank(), parallel.world_size()) as watch,
+        groups.distributed(config.parallel, config.seed, config.train.threads) as device,
+        Watchdog(60 * config.parallel.timeout_minutes, groups.rank(), groups.world_size()) as watch,
         contextlib.ExitStack() as opened,
     ):
-        if told := parallel.from_first_rank(refusal):
+        if told := groups.from_first_rank(refusal):
             raise ConfigError(told)
-        check_world(config, parallel.world_size())
+        check_world(config, groups.world_size())
         check_precision(config)
         steps = build_steps(config)
         goes_on = config.resume == "auto" and latest(run_dir) is not None
         if goes_on:
-            parallel.raised_together(lambda: inputs.check_records(config, run_dir, steps.records))
+            groups.raised_together(lambda: inputs.check_records(config, run_dir, steps.records))
         trainer = build_trainer(config, device, begins=not goes_on)
         loaded = resume(trainer, config, run_dir)
         steps = replace(steps, ends=loaded.ends)
         idle.check_gates(trainer.stages.parts)
         counts = count_groups(trainer.stages.parts, trainer.vision.path.encoder)
         tracker = None
-        if parallel.is_first_rank():
+        if groups.is_first_rank():
             begin_folder(config, run_dir, anew=not goes_on)
             tracker = opened.enter_context(contextlib.closing(build_tracker(config, run_dir, resumed=goes_on)))
             if not goes_on:
@@ -77,17 +80,10 @@ def run(config: Config, run_dir: Path, started: float, refusal: str | None = Non
                 print(f"note: {line}")
         if not train(trainer, config, steps, loaded, run_dir, watch.mark, tracker):
             return
-        heldout = build_records(config.data, config.seed, heldout=True) if config.evaluate.questions else None
-        if heldout is not None:
-            alive = functools.partial(watch.mark, config.train.steps, "evaluate")
-            result = evaluate(trainer.stages, trainer.vision, heldout, config, run_dir, device, alive)
-            if parallel.is_first_rank():
-                print("  ".join(f"{kind} {score:.2f}" for kind, score in result.by_kind.items()))
-                if result.unanswered:
-                    print(f"not scored, no answer to compare with: {shortened(result.unanswered)}")
-                print(f"heldout exact_match={result.exact_match:.2f} seconds={time.time() - started:.0f}")
-                kinds = {f"heldout/{kind}": score for kind, score in result.by_kind.items()}
-                tracker.log({"step": config.train.steps, "heldout/exact_match": result.exact_match} | kinds)
+        if evaluation is not None:
+            scores = evaluation(trainer, functools.partial(watch.mark, config.train.steps, "evaluate"))
+            if tracker is not None:
+                tracker.log({"step": config.train.steps} | scores)
 
 
 def train(
@@ -105,7 +101,7 @@ def train(
     """
     first, guard = loaded.step, Guard(config.train.spike_factor, **loaded.numbers)
     settings, due, waiting = config.train, False, idle.expected(config)
-    active = parallel.is_first_rank()
+    active = groups.is_first_rank()
     profiler = build_profiler(run_dir) if config.profile and active else None
     with (
         Signals() as signals,
@@ -117,7 +113,7 @@ def train(
         mark(first + 1, "data")
         coming = impatient(load_steps(steps, first, config.data.workers), signals.came, settings.stop_seconds / 4)
         for step, data in enumerate(coming, start=first + 1):
-            if parallel.is_replica_writer():
+            if groups.is_replica_writer():
                 skipped.write(skipped_lines(data.skipped))
             result = train_step(trainer, data, guard, signals.came, functools.partial(mark, step))
             mark(step, "log")
@@ -152,22 +148,16 @@ def train(
     return True
 
 
-def shortened(names: Sequence[str], most: int = 5) -> str:
-    """How many `names` there are, and the first of them."""
-    more = ", ..." if len(names) > most else ""
-    return f"{len(names)} ({', '.join(names[:most])}{more})"
-
-
 def sample_ids(data: StepData) -> list[str]:
     """The ids of all samples of a step, over all replicas."""
-    return parallel.gather_over_data([name for batch in data.micro_batches for row in batch.ids for name in row])
+    return groups.gather_over_data([name for batch in data.micro_batches for row in batch.ids for name in row])
 
 
 def resume(trainer: Trainer, config: Config, run_dir: Path) -> Loaded:
     """What the newest checkpoint holds with resume=auto, loaded into `trainer`; else a beginning."""
     folder = latest(run_dir) if config.resume == "auto" else None
     loaded = load(trainer, folder) if folder else Loaded(0, {}, (), (0.0, 0.0))
-    if loaded.rates[0] != loaded.rates[1] and parallel.is_first_rank():
+    if loaded.rates[0] != loaded.rates[1] and groups.is_first_rank():
         print(
             f"made longer, from {loaded.ends[-1]} to {config.train.steps} steps: the learning rate's cosine is that of "
             f"{config.train.steps} steps from here on, {loaded.rates[1]:.3g} instead of {loaded.rates[0]:.3g} at step "
@@ -179,7 +169,7 @@ def resume(trainer: Trainer, config: Config, run_dir: Path) -> Loaded:
 def build_steps(config: Config) -> Steps:
     """The training data of this process."""
     check_vocabulary(config)
-    rank, size = parallel.data_rank()
+    rank, size = groups.data_rank()
     return Steps(
         records=build_records(config.data, config.seed),
         encoder=build_encoder(config, registry.layout_rule(config.arch.name)),
@@ -209,6 +199,6 @@ def build_trainer(config: Config, device, begins: bool = True) -> Trainer:
     megatron.grad_scale_func, megatron.finalize_model_grads_func = optimizer.scale_loss, stages.finalize
     if config.parallel.overlap:
         megatron.no_sync_func = chunks[0].no_sync  # gradients are reduced behind the last micro-batch alone
-    team = build_team(tile_use_of_rank(config, parallel.pipeline_rank()), config.vision.balance)
+    team = build_team(tile_use_of_rank(config, groups.pipeline_rank()), config.vision.balance)
     vision = BalancedVision(build_vision(config, device), team)
     return Trainer(chunks, stages, vision, optimizer, schedule, device, origins)

@@ -18,16 +18,16 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from nvlm import device, parallel
-from nvlm.config import Config
-from nvlm.flops import model_flops
-from nvlm.hardware import known_gpu
-from nvlm.sinks import Appended, json_line, spared
+from nvlm.config.hardware import known_gpu
+from nvlm.config.values import Config
+from nvlm.estimate.flops import model_flops
+from nvlm.processes import device, groups
+from nvlm.runs.sinks import Appended, json_line, spared
 from nvlm.train.optim import GroupCount
 from nvlm.train.skipped import Tally
 from nvlm.train.step import StepResult
 from nvlm.train.tracker import Silent, Tracker
-from nvlm.vision.balance import shares
+from nvlm.vision.prepass import shares
 
 
 class Metrics:
@@ -111,7 +111,7 @@ class Metrics:
     def _rates(self, result: StepResult, phases: Mapping[str, float]) -> dict[str, float]:
         """What a row says beside counts. Speeds are over the whole step; FLOP/s are those of one process's GPU."""
         seconds, work = sum(phases.values()), result.work
-        flops = model_flops(self.config, work).total / seconds / parallel.world_size()
+        flops = model_flops(self.config, work).total / seconds / groups.world_size()
         encoded = shares(result.tiles_by_replica, self.config.parallel.replica, self.config.vision.balance)
         rates = {
             "tokens_per_second": work.tokens / seconds,

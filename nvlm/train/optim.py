@@ -15,7 +15,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nvlm.arch.base import VisionLanguageModel, parameter_group
-from nvlm.config import GROUPS, Config
+from nvlm.config.values import GROUPS, Config
 from nvlm.llm.build import DTYPES
 from nvlm.weights.merge import is_adapter
 

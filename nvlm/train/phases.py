@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from nvlm import device
-from nvlm.rules import PROFILED
-from nvlm.sinks import spared
+from nvlm.config.rules import PROFILED
+from nvlm.processes import device
+from nvlm.runs.sinks import spared
 
 _WAIT, _WARM = 2, 1  # steps: until caches have settled, until the profiler has
 

@@ -14,9 +14,9 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
 from nvlm.arch.base import VisionLanguageModel, parameter_group
-from nvlm.config import GROUPS, problem
-from nvlm.runs import FROZEN, steps_of, weight_keys
-from nvlm.train.digests import checkpoint_faults, faults, frozen_digest
+from nvlm.config.values import GROUPS, problem
+from nvlm.runs.digests import checkpoint_faults, faults, frozen_digest
+from nvlm.runs.folder import FROZEN, steps_of, weight_keys
 from nvlm.train.optim import take_up
 from nvlm.train.state import (
     is_scale,

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvlm.config import ConfigError
+from nvlm.config.values import ConfigError
 
 _LEAST = 1000  # records against which the share is judged at least, so that the first bad one ends no run
 _HALF = 0.5  # no run goes on with more than this share, however few records were drawn

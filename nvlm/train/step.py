@@ -14,15 +14,15 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from nvlm import parallel
-from nvlm.arch.stages import Stages
-from nvlm.batch import IGNORE, Batch
+from nvlm.arch.pipeline import Stages
+from nvlm.attention.context import own_columns
+from nvlm.data.amounts import Work
+from nvlm.data.batch import IGNORE, Batch
 from nvlm.data.loader import StepData
-from nvlm.flops import Work
-from nvlm.llm.context import own_columns
+from nvlm.processes import groups
 from nvlm.train.guard import NAN_ONLY, Guard, after, is_bad
 from nvlm.train.optim import prepare, update
-from nvlm.vision.balance import BalancedVision
+from nvlm.vision.prepass import BalancedVision
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +116,8 @@ def train_step(
     part = forward_backward(trainer, data.micro_batches, mark)
     mark("optimizer")
     grad_norm = prepare(trainer.optimizer)
-    numbers = [not math.isfinite(part + grad_norm), bool(stop), part * parallel.is_loss_rank(), *_counts(data)]
-    sums = parallel.sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=trainer.device))
+    numbers = [not math.isfinite(part + grad_norm), bool(stop), part * groups.is_loss_rank(), *_counts(data)]
+    sums = groups.sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=trainer.device))
     broken, stops, loss, *counts = sums.tolist()
     trained, positions, key_positions, records, skipped, fewer_tiles, *rest = map(int, counts)
     loss /= max(trained, 1)
@@ -149,7 +149,7 @@ _WORK = tuple(field.name for field in fields(Work))
 
 def _counts(data: StepData) -> list[int]:
     """What a replica's step is made of, told by one of its processes."""
-    replica, replicas = parallel.data_rank()
+    replica, replicas = groups.data_rank()
     batches = data.micro_batches
     counts = [
         sum(batch.num_trained for batch in batches),
@@ -161,4 +161,4 @@ def _counts(data: StepData) -> list[int]:
         *astuple(data.work),
         *(data.work.tiles * (r == replica) for r in range(replicas)),
     ]
-    return counts if parallel.is_replica_writer() else [0] * len(counts)
+    return counts if groups.is_replica_writer() else [0] * len(counts)

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nvlm.config import Config, problem
-from nvlm.files import write_whole
-from nvlm.sinks import reason, say
+from nvlm.config.values import Config, problem
+from nvlm.runs.files import write_whole
+from nvlm.runs.sinks import reason, say
 
 
 class Tracker:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from nvlm.workers import EXPLAINED, report
+from nvlm.processes.workers import EXPLAINED, report
 
 _POLL = 0.2  # seconds
 

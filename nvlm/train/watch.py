@@ -24,12 +24,12 @@ from types import FrameType
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from nvlm import device
-from nvlm.workers import EXPLAINED
+from nvlm.processes import device
+from nvlm.processes.workers import EXPLAINED
 
 _PATIENCE = 4  # times the timeout: for the start and the first step, which build and compile
 _EARLY = 0.9  # of the timeout: the report comes within it
-# nvlm.device stands in every call of torch on CPU.
+# nvlm.processes.device stands in every call of torch on CPU.
 _LIBRARIES = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], device.__file__, "<")
 
 

@@ -23,8 +23,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from nvlm.config import Config, VisionConfig
-from nvlm.llm.attention import CoreAttention
+from nvlm.attention.core import CoreAttention
+from nvlm.config.values import Config, VisionConfig
 from nvlm.llm.build import base_config
 from nvlm.llm.norm import FullWidthRMSNorm, LayerNorm, RMSNorm
 

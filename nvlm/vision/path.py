@@ -1,6 +1,6 @@
 """The frozen encoder: uint8 tiles in, features out, no gradient, no optimizer state, no kept activations.
 
-Every rank holds it whole; which tiles a rank encodes is nvlm.vision.balance's business.
+Every rank holds it whole; which tiles a rank encodes is nvlm.vision.prepass's business.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from nvlm import device
-from nvlm.batch import Batch
-from nvlm.config import Config
+from nvlm.config.values import Config
+from nvlm.data.batch import Batch
+from nvlm.processes import device
 from nvlm.tiling import normalize
 from nvlm.vision.encoder import InternViT
+from nvlm.vision.pooling import pixel_shuffle
 from nvlm.vision.quantize import FP8Linear, quantize
-from nvlm.vision.reduce import pixel_shuffle
 from nvlm.weights.load import read
 from nvlm.weights.sources import vision_source
 

@@ -13,7 +13,7 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
-from nvlm.config import PrecisionConfig, problem
+from nvlm.config.values import PrecisionConfig, problem
 from nvlm.llm.backend import frozen_recipe
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nvlm.config import Config, LLMConfig, VisionConfig, problem
+from nvlm.config.values import Config, LLMConfig, VisionConfig, problem
 from nvlm.weights import defaults
 from nvlm.weights.defaults import completed
 from nvlm.weights.published import check_fixed, check_values

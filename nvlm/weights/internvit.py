@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nvlm.config import VisionConfig
+from nvlm.config.values import VisionConfig
 from nvlm.weights.parts import Part
 
 

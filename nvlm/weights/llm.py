@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from nvlm.config import LLMConfig
+from nvlm.config.values import LLMConfig
 from nvlm.weights.parts import Part
 
 WORDS, HEAD = "model.embed_tokens.weight", "lm_head.weight"

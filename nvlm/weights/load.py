@@ -16,8 +16,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors import safe_open
 from torch import Tensor
 
-from nvlm.config import problem
-from nvlm.parallel import is_first_rank
+from nvlm.config.values import problem
+from nvlm.processes.groups import is_first_rank
 from nvlm.weights.parts import Part
 from nvlm.weights.sources import Source
 

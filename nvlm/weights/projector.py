@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nvlm.config import Config
+from nvlm.config.values import Config
 from nvlm.weights.parts import Part
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from nvlm.config import problem
-from nvlm.fields import named
+from nvlm.config.fields import named
+from nvlm.config.values import problem
 from nvlm.weights.parts import Part, shapes
 
 INDEX = "model.safetensors.index.json"

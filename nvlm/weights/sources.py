@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvlm.config import Config, LLMConfig, VisionConfig, cross_layers, problem
+from nvlm.config.values import Config, LLMConfig, VisionConfig, cross_layers, problem
 from nvlm.weights import internvit, llm, projector
 from nvlm.weights.described import check_language, check_vision, check_whole
 from nvlm.weights.parts import Part, below

@@ -16,9 +16,9 @@ from megatron.core import dist_checkpointing, parallel_state
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nvlm import parallel
-from nvlm.config import Config
-from nvlm.rules import validate
+from nvlm.processes import groups
+from nvlm.config.values import Config
+from nvlm.config.rules import validate
 from nvlm.data.pack import collate
 from nvlm.train.loop import build_trainer
 from nvlm.train.step import Trainer, forward_backward
@@ -83,7 +83,7 @@ def load_weights(trainer: Trainer, folder: Path) -> None:
 
 def own_batches(case: Case) -> list:
     """This replica's micro-batches: every n-th."""
-    rank, size = parallel.data_rank()
+    rank, size = groups.data_rank()
     config = case.config
     first = [0, *itertools.accumulate(map(len, case.micro_batches))]
     return [
@@ -115,9 +115,9 @@ def step_in_layout(case: Case, out: Path) -> Outcome:
         encoded = count_tiles(trainer)
         batches = own_batches(case)
         part = forward_backward(trainer, batches)
-        trained = sum(batch.num_trained for batch in batches) if parallel.is_replica_writer() else 0
-        loss, count = parallel.sum_over_ranks(
-            torch.tensor([part if parallel.is_loss_rank() else 0.0, trained], dtype=torch.float64)
+        trained = sum(batch.num_trained for batch in batches) if groups.is_replica_writer() else 0
+        loss, count = groups.sum_over_ranks(
+            torch.tensor([part if groups.is_loss_rank() else 0.0, trained], dtype=torch.float64)
         ).tolist()
         trainer.optimizer.prepare_grads()
         norm = trainer.optimizer.get_grad_norm()

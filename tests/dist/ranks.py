@@ -10,11 +10,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nvlm import device, parallel
+from nvlm.processes import device
+from nvlm.processes import groups
 from nvlm.arch.base import VisionLanguageModel
-from nvlm.arch.stages import BorrowedWords, build_parts
-from nvlm.batch import Batch, without_padding
-from nvlm.config import Config
+from nvlm.arch.pipeline import BorrowedWords, build_parts
+from nvlm.data.batch import Batch, without_padding
+from nvlm.config.values import Config
 from nvlm.train.optim import freeze
 
 
@@ -34,7 +35,7 @@ def as_rank(config: Config, pipeline_rank: int):
             hierarchical_context_parallel_sizes=list(p.context_mesh) if p.context > 1 else None,
             create_gloo_process_groups=False,
         )
-        parallel._seed(0)
+        groups._seed(0)
         yield
     finally:
         parallel_state.destroy_model_parallel()

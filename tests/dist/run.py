@@ -23,10 +23,10 @@ from multiprocessing.connection import Connection, wait
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from nvlm.config import Config
-from nvlm.launch import quiet
-from nvlm.parallel import distributed
-from nvlm.workers import die_with_parent
+from nvlm.config.values import Config
+from nvlm.commands.launch import quiet
+from nvlm.processes.groups import distributed
+from nvlm.processes.workers import die_with_parent
 
 _PORTS = 64  # process groups that one call of `run_distributed` may build one after another
 

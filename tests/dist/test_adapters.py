@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from nvlm.cli import compose_config
+from nvlm.commands.compose import compose_config
 from nvlm.data.encode import encode
 from nvlm.data.outline import build_encoder
 from nvlm.data.pack import collate
@@ -23,13 +23,13 @@ from nvlm.data.sources import build_records
 from nvlm.export.options import parse
 from nvlm.export.export import export
 from nvlm.export.modeling_nvlm import NVLM
-from nvlm.folder import begin as begin_folder
-from nvlm.config import ConfigError
-from nvlm.runs import check_same_model
+from nvlm.runs.ownership import begin as begin_folder
+from nvlm.config.values import ConfigError
+from nvlm.runs.folder import check_same_model
 from nvlm.weights.merge import is_adapter
 from nvlm.weights.sources import model_source
-from nvlm.parallel import distributed
-from nvlm.registry import layout_rule
+from nvlm.processes.groups import distributed
+from nvlm.arch.registry import layout_rule
 from nvlm.train import restore
 from nvlm.train.checkpoint import FROZEN, latest
 from nvlm.train.loop import build_trainer

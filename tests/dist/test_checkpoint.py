@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from nvlm.cli import compose_config
-from nvlm.config import ConfigError
+from nvlm.commands.compose import compose_config
+from nvlm.config.values import ConfigError
 from nvlm.data.loader import load_steps
 from nvlm.train import checkpoint, restore, writer
 from nvlm.train.checkpoint import Checkpoints, latest
-from nvlm.train.digests import MANIFEST, faults
+from nvlm.runs.digests import MANIFEST, faults
 from nvlm.train.loop import build_steps, build_trainer
 from nvlm.train.step import Trainer, train_step
 from tests.dist.run import joined, run_distributed

@@ -8,12 +8,12 @@ import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from nvlm.config import ConfigError
-from nvlm.rules import validate
-from nvlm.llm.attention import attend
-from nvlm.llm.masks import causal_mask
-from nvlm.llm.context import ContextAttention, all_columns, attended_columns, own_columns, zigzag
-from nvlm.parallel import distributed
+from nvlm.config.values import ConfigError
+from nvlm.config.rules import validate
+from nvlm.attention.core import attend
+from nvlm.attention.visibility import causal_mask
+from nvlm.attention.context import ContextAttention, all_columns, attended_columns, own_columns, zigzag
+from nvlm.processes.groups import distributed
 from tests.dist.run import joined, run_distributed
 from tests.models import small_config
 

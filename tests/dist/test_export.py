@@ -16,16 +16,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nvlm.cli import compose_config
-from nvlm.config import ConfigError
+from nvlm.commands.compose import compose_config
+from nvlm.config.values import ConfigError
 from nvlm.data.tokenizer import TINY
-from nvlm.export.cli import main
+from nvlm.commands.export import main
 from nvlm.export.describe import describe
 from nvlm.export.export import export
 from nvlm.export.options import parse
 from nvlm.export.shards import ShardWriter
 from nvlm.export.text import Text
-from nvlm.folder import begin as begin_folder
+from nvlm.runs.ownership import begin as begin_folder
 from nvlm.train.checkpoint import Checkpoints
 from nvlm.train.loop import build_trainer
 from nvlm.weights.parts import shapes

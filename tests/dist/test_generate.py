@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nvlm.arch.stages import Stages
+from nvlm.arch.pipeline import Stages
 from nvlm.data.pack import collate
 from nvlm.generate.decode import continue_rows
 from nvlm.generate.sampling import Sampling
-from nvlm.parallel import distributed
+from nvlm.processes.groups import distributed
 from nvlm.train.loop import build_trainer
 from tests.dist.layouts import Case, load_weights, prepare
 from tests.dist.run import joined, run_distributed

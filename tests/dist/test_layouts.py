@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvlm.parallel import distributed
+from nvlm.processes.groups import distributed
 from tests.dist.layouts import Case, Outcome, gradients_of, prepare, reference_gradients, run_cases
 from tests.dist.run import run_distributed
 from tests.models import Story, Twins, small_config

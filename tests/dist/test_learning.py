@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nvlm.arch.stages import next_logits
-from nvlm.batch import Batch
-from nvlm.cli import compose_config
-from nvlm.config import ConfigError
+from nvlm.arch.pipeline import next_logits
+from nvlm.data.batch import Batch
+from nvlm.commands.compose import compose_config
+from nvlm.config.values import ConfigError
 from nvlm.data.loader import load_steps
-from nvlm.llm.cache import generating
+from nvlm.attention.cache import generating
 from nvlm.train import idle
 from nvlm.train.loop import build_steps, build_trainer
 from nvlm.train.step import Trainer, train_step

@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from nvlm.config import ConfigError
-from nvlm.parallel import meet
+from nvlm.config.values import ConfigError
+from nvlm.processes.groups import meet
 from tests.ports import free_port
 from tests.dist.run import run_distributed
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nvlm.arch.base import parameter_group
-from nvlm.config import StageConfig
-from nvlm.parallel import distributed
+from nvlm.config.values import StageConfig
+from nvlm.processes.groups import distributed
 from tests.dist.layouts import gradients_of, prepare, reference_gradients, run_cases
 from tests.dist.run import run_distributed
 from tests.dist.test_layouts import SIX

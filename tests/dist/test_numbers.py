@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from nvlm import parallel
-from nvlm.cli import compose_config
+from nvlm.processes import groups
+from nvlm.commands.compose import compose_config
 from nvlm.data.loader import load_steps
-from nvlm.flops import Work
+from nvlm.data.amounts import Work
 from nvlm.train.loop import build_steps, build_trainer
 from nvlm.train.step import train_step
-from nvlm.vision.balance import shares
+from nvlm.vision.prepass import shares
 from nvlm.vision.path import VisionPath
 from tests.dist.run import joined, run_distributed
 
@@ -31,7 +31,7 @@ def one_step(overrides):
             trainer = build_trainer(config, device)
             data = next(load_steps(build_steps(config), 0, 0))
             result = train_step(trainer, data)
-            return result, data.work, sum(encoded), parallel.data_rank()[0]
+            return result, data.work, sum(encoded), groups.data_rank()[0]
         finally:
             VisionPath.features = features
 

@@ -9,8 +9,8 @@ import torch
 from megatron.core import dist_checkpointing
 
 from nvlm.data.loader import StepData
-from nvlm.flops import Work
-from nvlm.parallel import distributed
+from nvlm.data.amounts import Work
+from nvlm.processes.groups import distributed
 from nvlm.train.checkpoint import Checkpoints, latest
 from nvlm.train.loop import build_trainer
 from nvlm.train.step import train_step

@@ -14,11 +14,11 @@ import torch
 from nvlm.data.loader import StepData
 from nvlm.data.pack import collate
 from nvlm.data.work import count_work
-from nvlm.llm import packing
-from nvlm.plan.activations import Kernels, kept
-from nvlm.plan.load import batch_load
-from nvlm.plan.memory import memory
-from nvlm.plan.parameters import held, virtual_stages
+from nvlm.attention import packing
+from nvlm.estimate.activations import Kernels, kept
+from nvlm.estimate.load import batch_load
+from nvlm.estimate.memory import memory
+from nvlm.estimate.parameters import held, virtual_stages
 from nvlm.train.loop import build_trainer
 from nvlm.train.step import train_step
 from nvlm.vision.encoder import InternViT

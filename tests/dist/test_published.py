@@ -11,12 +11,12 @@ from megatron.core import parallel_state, tensor_parallel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nvlm.arch.stages import build_parts, build_stages
-from nvlm.batch import Batch
-from nvlm.cli import compose_config
-from nvlm.config import Config
+from nvlm.arch.pipeline import build_parts, build_stages
+from nvlm.data.batch import Batch
+from nvlm.commands.compose import compose_config
+from nvlm.config.values import Config
 from nvlm.data.pack import collate
-from nvlm.llm.context import gather_columns
+from nvlm.attention.context import gather_columns
 from nvlm.train.begin import begin
 from nvlm.vision.path import build_vision
 from nvlm.weights.parts import published
@@ -57,7 +57,7 @@ def words(config: Config) -> Tensor:
 
 def text_batch(config: Config) -> Batch:
     """Those ids as rows of text, of different lengths."""
-    from nvlm.batch import Sample
+    from nvlm.data.batch import Sample
 
     none = torch.zeros(0, dtype=torch.long)
     tile = config.vision.tile_size

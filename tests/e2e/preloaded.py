@@ -18,7 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvlm import cli, launch, workers
+from nvlm.commands import compose, launch
+from nvlm.processes import workers
 from nvlm.train import loop, watch
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -139,7 +140,7 @@ def _launch(where: Path, overrides, change) -> None:
     if change:
         change()
     sys.argv = ["train.py", *overrides]
-    _exit(lambda: cli.main(time.time()))
+    _exit(lambda: compose.main(time.time()))
 
 
 def _tell(text: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nvlm.data.loader import Steps
-from nvlm.folder import owned
+from nvlm.runs.ownership import owned
 from tests.e2e.preloaded import alive, at, run, start, wait_for
 from tests.e2e.test_faults import SMALL, replace_steps, rows
 from tests.ports import free_port

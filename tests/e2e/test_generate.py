@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nvlm.cli import compose_config
-from nvlm.config import ConfigError
-from nvlm.generate.cli import main
+from nvlm.commands.compose import compose_config
+from nvlm.commands.generate import main
+from nvlm.config.values import ConfigError
+from nvlm.generate.config import read_config
 from nvlm.generate.generator import Conversation, load
-from nvlm.generate.request import read_config
 from nvlm.generate.sampling import Sampling
-from nvlm.runs import read_run_config
+from nvlm.runs.folder import read_run_config
 from tests.e2e.test_train import train
 from tests.published import SMALL, language_model
 

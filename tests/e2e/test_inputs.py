@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from nvlm.config import ConfigError
+from nvlm.commands.request import parse as parse_request
+from nvlm.config.values import ConfigError
 from nvlm.export.export import export
 from nvlm.export.options import parse as parse_export
-from nvlm.generate.request import parse as parse_request
 from nvlm.weights.sources import TINY
 from tests.e2e.preloaded import run
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nvlm.config import ConfigError
-from nvlm.mistakes import answered
+from nvlm.commands.mistakes import answered
+from nvlm.config.values import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,7 +67,7 @@ def test_a_reader_that_has_read_enough_ends_it_in_silence(command, tmp_path):
 def test_what_is_printed_to_closed_streams_is_in_no_file(tmp_path):
     """The next file that is opened has the number of a stream that is closed."""
     code = (
-        "import os, sys; from nvlm.mistakes import answered\n"
+        "import os, sys; from nvlm.commands.mistakes import answered\n"
         "def command():\n"
         "    with open('file', 'w') as file:\n"
         "        print('to nobody'); os.system('echo to nobody'); sys.stderr.write('nor this')\n"

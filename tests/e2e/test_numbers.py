@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from nvlm.config import Config, from_mapping
-from nvlm.flops import Work, model_flops
-from nvlm.hardware import GPUS
+from nvlm.config.hardware import GPUS
+from nvlm.config.values import Config, from_mapping
+from nvlm.data.amounts import Work
+from nvlm.estimate.flops import model_flops
 from tests.e2e.test_train import rows, train
 
 PHASES = ("data", "vision", "forward-backward", "optimizer", "log")
@@ -76,7 +77,7 @@ def test_a_run_too_short_for_a_trace_is_refused(tmp_path):
 
 
 def test_mfu_is_told_where_the_gpu_is_known(configured, monkeypatch, tmp_path):
-    from nvlm import device, parallel
+    from nvlm.processes import device, groups
     from nvlm.train import metrics
     from nvlm.train.guard import NAN_ONLY
     from nvlm.train.step import StepResult
@@ -88,7 +89,7 @@ def test_mfu_is_told_where_the_gpu_is_known(configured, monkeypatch, tmp_path):
         tiles_by_replica=(6, 1), grad_norm=1.0, lr=1e-3, updated=True, guard=NAN_ONLY, stop=False,
     )  # fmt: skip
     monkeypatch.setattr(device, "gpu_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(parallel, "world_size", lambda: 4)
+    monkeypatch.setattr(groups, "world_size", lambda: 4)
     with metrics.Metrics(config, tmp_path, 0, active=True) as told:
         told.record(result, {"data": 1e-6, "vision": 3e-6})
     (row,) = rows(tmp_path)

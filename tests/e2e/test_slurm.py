@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from nvlm.rules import check_world
+from nvlm.config.rules import check_world
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "slurm" / "nvlm.sbatch"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nvlm.config import ConfigError
-from nvlm.launch import check_logging
+from nvlm.commands.launch import check_logging
+from nvlm.config.values import ConfigError
 from tests.e2e.preloaded import run
 from tests.e2e.test_faults import SMALL, rows
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nvlm.config import ConfigError
-from nvlm.launch import check_devices
+from nvlm.commands.launch import check_devices
+from nvlm.config.values import ConfigError
 from tests.e2e import preloaded
 
 ROOT = Path(__file__).resolve().parents[2]

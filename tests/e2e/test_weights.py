@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from nvlm.cli import compose_config
+from nvlm.commands import export as export_cli
+from nvlm.commands.compose import compose_config
 from nvlm.data.tokenizer import load_tokenizer
-from nvlm.export import cli as export_cli
 from nvlm.weights.sources import TINY
 from tests.e2e import preloaded
 from tests.published import language_model

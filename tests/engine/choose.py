@@ -26,10 +26,11 @@ def prepare(fused_gradients: bool = True) -> None:
     from torch.nn.attention.flex_attention import BlockMask, create_mask
 
     import benchmarks.peers
-    from nvlm import device
     from nvlm.arch import base
-    from nvlm.llm import adapters, attention, backend, build
+    from nvlm.attention import core
+    from nvlm.llm import adapters, backend, build
     from nvlm.llm.layer import learns
+    from nvlm.processes import device
 
     device._use_torch_optimizers = lambda: None  # Transformer Engine's own, on the kernels from here
     for room in (backend, build, adapters, base, benchmarks.peers):
@@ -67,7 +68,7 @@ def prepare(fused_gradients: bool = True) -> None:
                 out_BNSD = Blocks.attend(*leaves, *ctx.rest)
             return *torch.autograd.grad(out_BNSD, leaves, grad_BNSD), None, None
 
-    attention.attend_blocks = Blocks.apply
+    core.attend_blocks = Blocks.apply
     _gather_one_by_one()
 
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from megatron.core.fp8_utils import is_float8tensor
 
-from nvlm.arch.stages import build_parts, next_logits
-from nvlm.cli import compose_config
+from nvlm.arch.pipeline import build_parts, next_logits
+from nvlm.attention.cache import generating
+from nvlm.commands.compose import compose_config
 from nvlm.data.loader import load_steps
+from nvlm.estimate.load import step_load
+from nvlm.estimate.memory import rank_memory
+from nvlm.evaluate.closing import closing_evaluation
 from nvlm.export.trained import TrainedWeights
-from nvlm.llm.cache import generating
-from nvlm.plan.load import step_load
-from nvlm.plan.memory import rank_memory
 from nvlm.train import loop, restore
 from nvlm.train.checkpoint import latest
 from nvlm.train.loop import build_steps
@@ -208,7 +209,8 @@ def whole_run(overrides: tuple[str, ...], run: Path) -> list[dict]:
     os.environ["MASTER_PORT"] = str(next(run_module._ports))
     run.mkdir(exist_ok=True)
     try:
-        loop.run(compose_config(*overrides), run, time.time())
+        config = compose_config(*overrides)
+        loop.run(config, run, None, closing_evaluation(config, run, time.time()))
     finally:
         loop.check_precision = check
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

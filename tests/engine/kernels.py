@@ -111,7 +111,7 @@ def install(packages: Path) -> None:
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *args: None
     torch.Tensor.cuda = lambda x, *args, **kwargs: x
-    # In a backward pass torch looks at no mode, so nvlm.device does not hear of these.
+    # In a backward pass torch looks at no mode, so nvlm.processes.device does not hear of these.
     for name in ("arange", "empty", "empty_like", "ones", "tensor", "zeros"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.to = _on_cpu(torch.Tensor.to)

@@ -9,8 +9,8 @@ import torch
 
 from nvlm.data.pack import collate
 from nvlm.data.work import count_work
-from nvlm.plan.activations import ENGINE, kept
-from nvlm.plan.load import batch_load
+from nvlm.estimate.activations import ENGINE, kept
+from nvlm.estimate.load import batch_load
 from tests.dist.ranks import as_rank, frozen_parts, kept_bytes
 from tests.dist.test_plan import ROWS, SETTINGS, WIDE
 from tests.models import TILE, sample_of, small_config

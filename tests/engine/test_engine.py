@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nvlm import device
+from nvlm.processes import device
 from tests.engine.choose import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,9 +59,9 @@ def no_gpu(*args, **kwargs):
 
 for name in [name for name in vars(extension) if name.startswith("multi_tensor")]:
     setattr(extension, name, no_gpu)
-from nvlm.cli import compose_config
+from nvlm.commands.compose import compose_config
 from nvlm.data.loader import load_steps
-from nvlm.parallel import distributed
+from nvlm.processes.groups import distributed
 from nvlm.train.loop import build_steps, build_trainer
 from nvlm.train.step import train_step
 

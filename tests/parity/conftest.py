@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from nvlm.parallel import distributed
+from nvlm.processes.groups import distributed
 from tests.models import small_config
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nvlm.arch.base import parameter_group
-from nvlm.arch.stages import build_parts
-from nvlm.batch import Batch
+from nvlm.arch.pipeline import build_parts
+from nvlm.data.batch import Batch
 from nvlm.llm.adapters import AdaptedColumnLinear, AdaptedRowLinear
 from nvlm.train.optim import freeze
 from nvlm.weights.merge import adapter_names, is_adapter, merge

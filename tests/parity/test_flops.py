@@ -14,14 +14,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nvlm.arch.stages import build_parts
-from nvlm.batch import PAD, Batch
+from nvlm.arch.pipeline import build_parts
+from nvlm.attention import packing
+from nvlm.attention.visibility import causal_mask, visible
+from nvlm.data.amounts import Work
+from nvlm.data.batch import PAD, Batch
 from nvlm.data.pack import collate
 from nvlm.data.work import count_work
-from nvlm.flops import Work, backward, forward, hardware_flops, model_flops
-from nvlm.lengths import sample_work
-from nvlm.llm import packing
-from nvlm.llm.masks import causal_mask, visible
+from nvlm.estimate.flops import backward, forward, hardware_flops, model_flops
+from nvlm.estimate.lengths import sample_work
 from nvlm.train.optim import freeze
 from nvlm.vision.encoder import InternViT
 from nvlm.vision.path import VisionPath, solo_groups

@@ -10,14 +10,14 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from nvlm.arch.stages import Stages, next_logits
-from nvlm.batch import IGNORE, PAD, Sample
+from nvlm.arch.pipeline import Stages, next_logits
+from nvlm.attention.cache import KeepsKeys, generating
+from nvlm.data.batch import IGNORE, PAD, Sample
 from nvlm.data.pack import collate
 from nvlm.generate import decode
 from nvlm.generate.decode import continue_rows
 from nvlm.generate.sampling import Sampling
-from nvlm.llm.cache import KeepsKeys, generating
-from nvlm.parallel import distributed
+from nvlm.processes.groups import distributed
 from tests.models import TILE, Twins, build_twins, sample_of, small_config
 from tests.parity.test_models import ONE, ONE_TILE, TEXT, TWO
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nvlm.arch.stages import build_parts
-from nvlm.batch import in_line
+from nvlm.arch.pipeline import build_parts
+from nvlm.attention.packing import samples_in_line
+from nvlm.data.batch import in_line
 from nvlm.data.pack import collate
-from nvlm.llm.packing import samples_in_line
 from tests.models import TILE, sample_of, small_config
 from tests.parity.test_models import ONE, ONE_TILE, TEXT, TWO
 

@@ -19,21 +19,21 @@ import torch
 from torch import Tensor
 
 from nvlm.arch.base import parameter_group
-from nvlm.arch.stages import Stages, next_logits
+from nvlm.arch.pipeline import Stages, next_logits
+from nvlm.arch.registry import build_architecture
 from nvlm.arch.xattn.attention import GatedCrossAttention
-from nvlm.batch import IGNORE, IMAGE, Batch, Sample
-from nvlm.config import cross_layers
+from nvlm.attention import packing
+from nvlm.attention.cache import generating
+from nvlm.config.values import cross_layers
+from nvlm.data.batch import IGNORE, IMAGE, Batch, Sample
 from nvlm.data.encode import encode
 from nvlm.data.messages import first_question
 from nvlm.data.outline import build_encoder
 from nvlm.data.pack import collate
 from nvlm.data.tokenizer import load_tokenizer
-from nvlm.llm import packing
 from nvlm.llm.adapters import Linears
-from nvlm.llm.cache import generating
-from nvlm.registry import build_architecture
 from nvlm.train.optim import freeze
-from nvlm.vision.reduce import pixel_shuffle
+from nvlm.vision.pooling import pixel_shuffle
 from nvlm.weights import llm as llm_weights
 from nvlm.weights.parts import joined
 from tests.models import (

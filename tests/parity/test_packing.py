@@ -10,11 +10,11 @@ import torch
 from torch.nn.attention.flex_attention import create_mask
 
 from nvlm.arch.base import VisionLanguageModel
-from nvlm.batch import PAD, Batch, in_line
+from nvlm.attention.core import attend
+from nvlm.attention.packing import samples_in_line, seen_columns, seen_keys
+from nvlm.attention.visibility import causal_mask, unseen_keys
+from nvlm.data.batch import PAD, Batch, in_line
 from nvlm.data.pack import collate
-from nvlm.llm.attention import attend
-from nvlm.llm.masks import causal_mask, unseen_keys
-from nvlm.llm.packing import samples_in_line, seen_columns, seen_keys
 from tests.models import TILE, Twins, build_twins, sample_of, small_config
 from tests.parity.test_models import ONE, ONE_TILE, TEXT, TWO
 
@@ -92,7 +92,7 @@ def test_the_whole_model_with_block_masks(arch, lined, twins, monkeypatch):
     expected = model(batch)
     monkeypatch.setattr(VisionLanguageModel, "packs", lambda self, batch: True)
     seen = []
-    monkeypatch.setattr("nvlm.llm.attention.attend_blocks", counted(seen))
+    monkeypatch.setattr("nvlm.attention.core.attend_blocks", counted(seen))
     model.requires_grad_(False)
     try:
         got = model(batch)
@@ -105,7 +105,7 @@ def test_the_whole_model_with_block_masks(arch, lined, twins, monkeypatch):
 
 
 def counted(seen: list):
-    from nvlm.llm.packing import attend_blocks
+    from nvlm.attention.packing import attend_blocks
 
     return lambda *arguments: seen.append(0) or attend_blocks(*arguments)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from benchmarks.peers import Peer, llava_model, transformers_model
 from nvlm.arch.base import VisionLanguageModel
-from nvlm.arch.stages import build_parts
-from nvlm.batch import Sample
-from nvlm.config import Config
+from nvlm.arch.pipeline import build_parts
+from nvlm.config.values import Config
+from nvlm.data.batch import Sample
 from nvlm.data.pack import collate
 from nvlm.vision.encoder import InternViT
 from nvlm.vision.path import VisionPath, solo_groups

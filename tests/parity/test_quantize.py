@@ -7,7 +7,7 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
-from nvlm.config import ConfigError
+from nvlm.config.values import ConfigError
 from nvlm.vision.path import VisionPath
 from nvlm.vision.quantize import MOST, quantize
 from tests.models import TILE, build_twins, small_config

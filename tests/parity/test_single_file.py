@@ -25,17 +25,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nvlm.arch.base import VisionLanguageModel
-from nvlm.arch.stages import build_parts
-from nvlm.batch import IMAGE
-from nvlm.config import Config
+from nvlm.arch.pipeline import build_parts
+from nvlm.arch.registry import build_architecture
+from nvlm.config.values import Config
+from nvlm.data.batch import IMAGE
 from nvlm.data.encode import encode
 from nvlm.data.outline import build_encoder
 from nvlm.data.pack import collate
+from nvlm.data.record import Record
 from nvlm.data.tokenizer import TINY
 from nvlm.export.describe import describe
 from nvlm.export.readback import check_readable
-from nvlm.record import Record
-from nvlm.registry import build_architecture
 from nvlm.vision.encoder import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
 from nvlm.weights import internvit

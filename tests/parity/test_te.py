@@ -8,8 +8,8 @@ import importlib.util
 import pytest
 import torch
 
-from nvlm.arch.stages import build_parts
-from nvlm.cli import compose_config
+from nvlm.arch.pipeline import build_parts
+from nvlm.commands.compose import compose_config
 from nvlm.llm.backend import fp8_settings
 from nvlm.llm.norm import RMSNorm
 from nvlm.train.state import is_scale, metadata

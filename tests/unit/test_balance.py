@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvlm.vision.balance import seat_tiles, shares, spread
+from nvlm.vision.prepass import seat_tiles, shares, spread
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=6)
 

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from nvlm.cli import check_overrides
-from nvlm.config import ConfigError, cross_layers
-from nvlm.lengths import most_image_tokens
-from nvlm.rules import check_world
+from nvlm.commands.compose import check_overrides
+from nvlm.config.rules import check_world
+from nvlm.config.values import ConfigError, cross_layers
+from nvlm.estimate.lengths import most_image_tokens
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_right_overrides_pass():
 
 def test_configuration_is_checked_without_torch():
     code = (
-        "import sys; from nvlm.cli import check_overrides; check_overrides(['arch=xattn']);"
+        "import sys; from nvlm.commands.compose import check_overrides; check_overrides(['arch=xattn']);"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from nvlm import parallel
-from nvlm.counts import llm_parameters, parameters
-from nvlm.plan.memory import gpus_needed
+from nvlm.estimate.counts import llm_parameters, parameters
+from nvlm.estimate.memory import gpus_needed
+from nvlm.processes import groups
 
 PUBLISHED = {  # llm, projector of D and H, projector of X without its norm
     "34b": (34_388_917_248, 408_970_240),
@@ -18,16 +18,16 @@ PUBLISHED = {  # llm, projector of D and H, projector of X without its norm
 
 
 @pytest.fixture(scope="module")
-def groups(configured):
-    with parallel.distributed(configured().parallel, seed=0):
+def joined(configured):
+    with groups.distributed(configured().parallel, seed=0):
         yield
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
 @pytest.mark.parametrize("size", ["34b", "72b"])
 @pytest.mark.parametrize("letter", ["d", "x", "h"])
-def test_all_recipes_build_with_exact_counts(configured, groups, letter, size, stage):
-    from nvlm.arch.stages import build_parts
+def test_all_recipes_build_with_exact_counts(configured, joined, letter, size, stage):
+    from nvlm.arch.pipeline import build_parts
     from nvlm.train.optim import count_groups, freeze
     from nvlm.vision.encoder import InternViT
     from nvlm.vision.path import solo_groups
@@ -54,9 +54,9 @@ def test_all_recipes_build_with_exact_counts(configured, groups, letter, size, s
 
 
 @pytest.mark.parametrize("arch", ["decoder", "hybrid"])
-def test_adapters_are_counted_exactly(configured, groups, arch):
-    from nvlm.arch.stages import build_parts
-    from nvlm.counts import adapter_parameters
+def test_adapters_are_counted_exactly(configured, joined, arch):
+    from nvlm.arch.pipeline import build_parts
+    from nvlm.estimate.counts import adapter_parameters
     from nvlm.train.optim import freeze
 
     config = configured(f"arch={arch}", "llm=yi-34b", "dry_run=true", "peft=lora", "peft.rank=8", "stage.new=[]")

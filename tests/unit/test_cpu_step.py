@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nvlm.batch import IGNORE, IMAGE, PAD, without_padding
+from nvlm.attention import packing
+from nvlm.attention.core import attend
+from nvlm.attention.packing import runs
+from nvlm.attention.visibility import causal_mask
+from nvlm.data.batch import IGNORE, IMAGE, PAD, without_padding
 from nvlm.data.pack import collate
-from nvlm.llm import packing
-from nvlm.llm.attention import attend
-from nvlm.llm.masks import causal_mask
-from nvlm.llm.packing import runs
 from nvlm.llm.swiglu import SwiGLU
 from tests.models import TILE, Story, sample_of, small_config
 

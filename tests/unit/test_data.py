@@ -11,18 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from nvlm import registry
-from nvlm.batch import IGNORE, IMAGE
+from nvlm.arch import registry
 from nvlm.data import chat
+from nvlm.data.batch import IGNORE, IMAGE
 from nvlm.data.encode import encode
 from nvlm.data.images import decode_image
 from nvlm.data.loader import Steps, load_steps, step_records
 from nvlm.data.messages import read_turns
 from nvlm.data.outline import build_encoder
 from nvlm.data.pack import collate, pack
+from nvlm.data.record import BadRecord, Record
 from nvlm.data.sources import JsonlRecords
 from nvlm.data.tokenizer import load_tokenizer
-from nvlm.record import BadRecord, Record
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nvlm.batch import places_of
+from nvlm.data.batch import places_of
 from nvlm.llm.dropout import dropped
 
 S, B, F = 64, 48, 96

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from nvlm.cli import check_overrides
-from nvlm.config import Config, ConfigError, Kind, from_mapping, kinds_of
-from nvlm.fields import Choice, FileName, FilePath, Range, Text
+from nvlm.commands.compose import check_overrides
+from nvlm.config.fields import Choice, FileName, FilePath, Range, Text
+from nvlm.config.values import Config, ConfigError, Kind, from_mapping, kinds_of
 
 
 def fields(cls: type = Config, path: str = "") -> Iterator[tuple[str, Kind]]:

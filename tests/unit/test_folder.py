@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from nvlm.config import ConfigError
-from nvlm.folder import begin, check_folder, outlook, owned
-from nvlm.runs import has_run, read_run_config
+from nvlm.config.values import ConfigError
+from nvlm.runs.folder import has_run, read_run_config
+from nvlm.runs.ownership import begin, check_folder, outlook, owned
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import subprocess, sys, time
 from pathlib import Path
-from nvlm.folder import owned
+from nvlm.runs.ownership import owned
 with owned(Path(sys.argv[1])) as lock:
     if len(sys.argv) > 2:  # a worker, that outlives its launcher for so many seconds
         subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({sys.argv[2]})"], pass_fds=[lock])

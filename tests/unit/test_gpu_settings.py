@@ -7,10 +7,11 @@ import importlib.util
 import pytest
 import torch
 
-from nvlm import device, launch
-from nvlm.config import ConfigError
+from nvlm.attention.packing import _compiled
+from nvlm.commands import launch
+from nvlm.config.values import ConfigError
 from nvlm.llm import backend, build
-from nvlm.llm.packing import _compiled
+from nvlm.processes import device
 
 
 @pytest.fixture

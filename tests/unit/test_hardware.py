@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nvlm.hardware import GPUS, known_gpu
+from nvlm.config.hardware import GPUS, known_gpu
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from nvlm.data.images import decode_image, image_path, image_size
+from nvlm.data.record import BadRecord
 from nvlm.export.modeling_nvlm import open_rgb
-from nvlm.record import BadRecord
 
 STORED = Image.fromarray(np.arange(40 * 24 * 3, dtype=np.uint8).reshape(24, 40, 3) // 3 * 5)  # 40 x 24 px
 LOSSLESS = ("TIFF", "PNG", "WEBP")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from nvlm import inputs
-from nvlm.config import Config, ConfigError
+from nvlm.config.values import Config, ConfigError
+from nvlm.weights import inputs
 from nvlm.weights.published import read_headers
 from nvlm.weights.sources import TINY
 

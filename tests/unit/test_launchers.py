@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nvlm.config import ConfigError
-from nvlm.launchers import check_allocation, find_task, first_node
+from nvlm.config.values import ConfigError
+from nvlm.processes.launchers import check_allocation, find_task, first_node
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500",

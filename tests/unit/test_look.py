@@ -11,12 +11,17 @@ import sys
 import pytest
 from PIL import Image
 
-from nvlm.config import ConfigError
+from nvlm.arch.registry import layout_rule
+from nvlm.config.values import Config, ConfigError
 from nvlm.data.look import check_data
 from nvlm.data.sources import JsonlRecords
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
 ASKED = {"messages": GOOD["messages"][:1]}
+
+
+def looked_at(config: Config) -> None:
+    check_data(config, layout_rule(config.arch.name))
 
 
 def write(path, *rows):
@@ -30,7 +35,7 @@ def look(configured, tmp_path):
         paths = [f"data.path={write(tmp_path / 'r.jsonl', *train)}"]
         if heldout is not None:
             paths.append(f"data.heldout_path={write(tmp_path / 'h.jsonl', *heldout)}")
-        check_data(configured("data=jsonl", *paths, *overrides))
+        looked_at(configured("data=jsonl", *paths, *overrides))
 
     return check
 
@@ -42,7 +47,7 @@ def test_good_files_and_runs_without_files_pass(look, configured):
     look((GOOD,), (ASKED,), "evaluate=none")
     with pytest.raises(ConfigError, match="its first record is unusable"):
         look((GOOD,), (ASKED, GOOD), "evaluate.questions=1")  # the only one that is asked
-    check_data(configured())
+    looked_at(configured())
 
 
 @pytest.mark.parametrize(
@@ -67,7 +72,7 @@ def test_a_held_out_path_that_is_not_there_is_called_by_its_key(configured, tmp_
     good = write(tmp_path / "r.jsonl", GOOD)
     config = configured("data=jsonl", f"data.path={good}", "data.heldout_path=nosuch.jsonl")
     with pytest.raises(ConfigError, match=f"data.heldout_path: got 'nosuch.jsonl' in {os.getcwd()}, expected a .jsonl"):
-        check_data(config)
+        looked_at(config)
 
 
 def test_training_records_none_of_which_can_be_used_are_refused_at_once(look):
@@ -115,8 +120,10 @@ def test_looking_loads_no_torch(tmp_path):
     Image.new("RGB", (300, 100)).save(tmp_path / "a.png")
     write(tmp_path / "r.jsonl", GOOD | {"images": ["a.png"]})
     code = (
-        "import sys; from nvlm.cli import compose_config; from nvlm.data.look import check_data\n"
-        f"check_data(compose_config('data=jsonl', 'data.path={tmp_path}/r.jsonl'))\n"
+        "import sys; from nvlm.arch.registry import layout_rule; from nvlm.commands.compose import compose_config\n"
+        "from nvlm.data.look import check_data\n"
+        f"config = compose_config('data=jsonl', 'data.path={tmp_path}/r.jsonl')\n"
+        "check_data(config, layout_rule(config.arch.name))\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from nvlm import registry
-from nvlm.batch import IGNORE
+from nvlm.arch import registry
+from nvlm.data.batch import IGNORE
 from nvlm.data.encode import encode
 from nvlm.data.messages import NoAnswer, first_question, place_images, read_turns
 from nvlm.data.outline import build_encoder
+from nvlm.data.record import BadRecord, Record, one_record, printable
 from nvlm.data.sources import read_line
 from nvlm.data.tokenizer import load_tokenizer
-from nvlm.record import BadRecord, Record, one_record, printable
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
 

@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nvlm import registry
-from nvlm.batch import IMAGE, check_placeholders
-from nvlm.cli import compose_config
+from nvlm.arch import registry
+from nvlm.commands.compose import compose_config
+from nvlm.data.batch import IMAGE, check_placeholders
 from nvlm.data.encode import encode
 from nvlm.data.images import image_size
 from nvlm.data.loader import Steps, load_steps, plan_window, step_records
 from nvlm.data.outline import build_encoder, outline
 from nvlm.data.pack import deal, pack
-from nvlm.record import BadRecord, Record
+from nvlm.data.record import BadRecord, Record
 from nvlm.tiling import TAG_STYLES
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 120), st.integers(0, 60)), max_size=60)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nvlm.config import ConfigError
-from nvlm.place import check_place, sweep_folder
+from nvlm.config.values import ConfigError
+from nvlm.runs.place import check_place, sweep_folder
 
 
 @pytest.mark.parametrize("plain", ["arch=xattn,seed=2", "tiling.tag=2d_grid", "stage.new=[projector,xattn]", "n" * 200])

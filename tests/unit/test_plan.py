@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
-from nvlm import launch
-from nvlm.config import ConfigError
-from nvlm.flops import model_flops
-from nvlm.hardware import GPUS, GiB
-from nvlm.plan.cli import main
-from nvlm.plan.layouts import candidates, name, overrides, plan
-from nvlm.plan.load import step_load
-from nvlm.plan.memory import least_memory, memory, most_in_flight, rank_memory
-from nvlm.plan.parameters import held
-from nvlm.plan.refuse import check_memory
-from nvlm.plan.speed import bubble_share, speed
-from nvlm.rules import check_world, validate
+from nvlm.commands import launch
+from nvlm.commands.plan import main
+from nvlm.config.hardware import GPUS, GiB
+from nvlm.config.rules import check_world, validate
+from nvlm.config.values import ConfigError
+from nvlm.estimate.flops import model_flops
+from nvlm.estimate.layouts import candidates, name, overrides, plan
+from nvlm.estimate.load import step_load
+from nvlm.estimate.memory import least_memory, memory, most_in_flight, rank_memory
+from nvlm.estimate.parameters import held
+from nvlm.estimate.refuse import check_memory
+from nvlm.estimate.speed import bubble_share, speed
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = GPUS["h100"]
@@ -251,7 +251,7 @@ def test_the_command_tells_all_parts_and_writes_them(tmp_path):
     """In a process of its own, in which torch is nowhere."""
     out = tmp_path / "plan.json"
     code = (
-        "import sys; from nvlm.plan.cli import main\n"
+        "import sys; from nvlm.commands.plan import main\n"
         f"status = main(['gpus=16', 'gpu=h200', 'arch=hybrid', 'llm=qwen2-7b', 'json={out}'])\n"
         "assert not any(m == 'torch' or m.startswith('megatron') for m in sys.modules)\n"
         "sys.exit(status)\n"
@@ -330,7 +330,7 @@ def test_the_launcher_refuses_by_what_the_driver_tells(tmp_path):
                  "llm.tokenizer=tiny",
                  "init.vision=nowhere", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
     code = (
-        "import sys, time; from nvlm.cli import main\n"
+        "import sys, time; from nvlm.commands.compose import main\n"
         f"sys.argv[1:] = {arguments!r}\n"
         "status = main(time.time())\n"
         "assert not any(m == 'torch' or m.startswith('megatron') for m in sys.modules)\n"

@@ -17,11 +17,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from nvlm.cli import compose_config
-from nvlm.config import ConfigError
+from nvlm.commands.compose import compose_config
+from nvlm.config.values import ConfigError
 from nvlm.export.describe import describe
-from nvlm.launch import check_weights
 from nvlm.weights import defaults
+from nvlm.weights.check import check_weights
 from nvlm.weights.described import check_language, check_vision, check_whole
 from nvlm.weights.sources import model_source, vision_source
 from tests.published import LANGUAGES, SMALL, encoder_model, internvit_names, language_model, write_release
@@ -411,7 +411,7 @@ def test_the_command_refuses_before_it_writes_and_without_torch(tmp_path, qwen):
     assert done.stderr.startswith("error: init.llm: ") and done.stderr.count("\n") == 1, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     code = (
-        "import sys; from nvlm.cli import compose_config; from nvlm.weights.sources import model_source\n"
+        "import sys; from nvlm.commands.compose import compose_config; from nvlm.weights.sources import model_source\n"
         f"model_source(compose_config(*{SMALL!r}, 'init.llm={qwen}')); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

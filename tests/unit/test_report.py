@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from nvlm import registry
+from nvlm.arch import registry
 from nvlm.data.encode import fill
 from nvlm.data.outline import build_encoder, outline
+from nvlm.data.record import Record
 from nvlm.evaluate.report import Shown, draw_pictures, write_report
-from nvlm.record import Record
 
 
 def picture(width, height):

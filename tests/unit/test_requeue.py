@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from nvlm.requeue import requeued
+from nvlm.processes.requeue import requeued
 
 
 @pytest.fixture

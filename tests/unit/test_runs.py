@@ -1,6 +1,6 @@
 """A run's folder."""
 
-from nvlm.runs import weight_keys
+from nvlm.runs.folder import weight_keys
 
 
 def test_a_weight_without_a_copy_of_its_own_stands_under_its_fp32_one():

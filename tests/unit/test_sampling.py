@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from nvlm.config import ConfigError
+from nvlm.config.values import ConfigError
 from nvlm.data.tokenizer import ChatTokenizer, load_tokenizer
 from nvlm.generate.choose import Chooser, draw, nucleus
 from nvlm.generate.sampling import Sampling

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from nvlm import sinks
-from nvlm.files import write_whole
-from nvlm.sinks import Appended, json_line
+from nvlm.runs import sinks
+from nvlm.runs.files import write_whole
+from nvlm.runs.sinks import Appended, json_line
 from nvlm.train.metrics import Board, keep_steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,7 +135,7 @@ def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path):
 
 PRINTING = """
 import sys, time
-from nvlm.sinks import steady_streams
+from nvlm.runs.sinks import steady_streams
 from rich.console import Console
 from rich.progress import Progress
 steady_streams()

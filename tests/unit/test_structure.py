@@ -14,10 +14,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def imports(folder: str) -> dict[str, set[str]]:
-    """Modules imported anywhere in each file under nvlm/`folder`."""
+ROOMS = (
+    "tiling", "config", "runs", "processes", "data", "weights", "attention", "llm", "vision", "arch", "estimate",
+    "export", "train", "generate", "evaluate", "commands",
+)  # fmt: skip
+"""From the ground up: a room imports only rooms before it."""
+
+NO_TORCH = ("torch", "megatron", "hydra")
+NO_ARCHITECTURE = ("nvlm.arch.decoder", "nvlm.arch.xattn", "nvlm.arch.hybrid")
+
+
+def imports(where: str) -> dict[str, set[str]]:
+    """Modules imported anywhere in each file of the folder, or in the one file, nvlm/`where`."""
     found = {}
-    for path in [*(ROOT / "nvlm" / folder).rglob("*.py"), *(ROOT / "nvlm").glob(f"{folder}.py")]:
+    for path in [*(ROOT / "nvlm" / where).rglob("*.py"), *(ROOT / "nvlm").glob(f"{where}.py")]:
         names = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
@@ -30,38 +40,55 @@ def imports(folder: str) -> dict[str, set[str]]:
     return found
 
 
+def test_every_module_is_in_a_room():
+    folders = {path.name for path in (ROOT / "nvlm").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(ROOMS)
+    # The doctor is what a user runs where nothing else can be imported: python -m nvlm.doctor.
+    assert {path.name for path in (ROOT / "nvlm").glob("*.py")} == {"__init__.py", "doctor.py"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_import_goes_up(room):
+    above = tuple(f"nvlm.{other}" for other in ROOMS[ROOMS.index(room) + 1 :])
+    for path, names in imports(room).items():
+        up = [name for name in names if ".".join(name.split(".")[:2]) in above]
+        assert not up, f"{path} imports {up}"
+
+
 @pytest.mark.parametrize(
-    ("folder", "never"),
+    ("where", "never"),
     [
-        ("tiling", ("megatron", "torch.distributed", "nvlm.data", "nvlm.arch", "nvlm.config")),
-        ("data", ("megatron", "torch.distributed", "nvlm.arch", "nvlm.parallel", "nvlm.train", "nvlm.llm")),
-        ("vision", ("nvlm.arch", "nvlm.train", "nvlm.data")),
-        ("llm", ("nvlm.arch", "nvlm.train", "nvlm.data", "nvlm.vision")),
-        ("arch", ("nvlm.train", "nvlm.data", "nvlm.vision", "nvlm.evaluate")),
+        ("tiling", ("megatron", "torch.distributed")),
+        ("config", NO_TORCH),
+        ("runs/folder", NO_TORCH),
+        ("runs/ownership", NO_TORCH),
+        ("runs/files", NO_TORCH),
+        ("processes/workers", NO_TORCH),
+        ("processes/launchers", NO_TORCH),
+        ("processes/requeue", (*NO_TORCH, "submitit")),
+        ("data", ("megatron", "torch.distributed")),
+        ("data/amounts", NO_TORCH),
+        ("data/outline", NO_TORCH),
+        ("data/look", NO_TORCH),
+        ("weights", ("megatron",)),
+        ("weights/check", NO_TORCH),
+        ("weights/inputs", NO_TORCH),
+        ("vision", ("nvlm.data.loader", "nvlm.data.sources", "nvlm.data.encode")),
+        ("llm", ("nvlm.data.loader", "nvlm.data.sources", "nvlm.data.encode")),
         ("arch/decoder", ("nvlm.arch.xattn", "nvlm.arch.hybrid")),
         ("arch/xattn", ("nvlm.arch.decoder", "nvlm.arch.hybrid")),
-        ("train", ("nvlm.arch.decoder", "nvlm.arch.xattn", "nvlm.arch.hybrid")),
-        ("evaluate", ("nvlm.arch.decoder", "nvlm.arch.xattn", "nvlm.arch.hybrid", "nvlm.train")),
-        ("generate", ("nvlm.arch.decoder", "nvlm.arch.xattn", "nvlm.arch.hybrid", "nvlm.evaluate")),
-        ("weights", ("megatron", "nvlm.arch", "nvlm.train", "nvlm.llm", "nvlm.vision", "nvlm.data", "nvlm.export")),
-        ("export", ("megatron", "nvlm.arch", "nvlm.llm", "nvlm.vision", "nvlm.train.loop", "nvlm.parallel")),
+        ("estimate", ("torch", "megatron", "nvlm.arch.base", "nvlm.arch.pipeline", "nvlm.llm", "nvlm.vision")),
+        ("export", ("megatron", "nvlm.arch.base", "nvlm.llm", "nvlm.vision")),
         ("export/modeling_nvlm", ("nvlm", "megatron", "transformers")),
-        ("config", ("torch", "megatron", "hydra")),
-        ("runs", ("torch", "megatron", "hydra")),
-        ("folder", ("torch", "megatron", "hydra")),
-        ("sinks", ("torch", "megatron", "hydra", "nvlm")),
-        ("launchers", ("torch", "megatron", "hydra", "omegaconf")),
-        ("requeue", ("torch", "megatron", "hydra", "submitit")),
-        ("doctor", ("torch", "megatron", "hydra", "omegaconf", "numpy")),
-        ("rules", ("torch", "megatron", "hydra")),
-        ("counts", ("torch", "megatron", "hydra")),
-        ("hardware", ("torch", "megatron", "hydra", "nvlm")),
-        ("plan", ("torch", "megatron", "nvlm.arch", "nvlm.llm", "nvlm.vision", "nvlm.train", "nvlm.parallel")),
-        ("flops", ("torch", "megatron", "hydra", "nvlm.lengths", "nvlm.data")),
+        ("train", NO_ARCHITECTURE),
+        ("generate", NO_ARCHITECTURE),
+        ("evaluate", NO_ARCHITECTURE),
+        ("commands/compose", ("torch", "megatron")),
+        ("doctor", (*NO_TORCH, "omegaconf", "numpy")),
     ],
 )
-def test_imports_run_one_way(folder, never):
-    for path, names in imports(folder).items():
+def test_what_a_room_does_without(where, never):
+    for path, names in imports(where).items():
         for name in names:
             assert not any(name == other or name.startswith(f"{other}.") for other in never), f"{path} imports {name}"
 
@@ -75,7 +102,7 @@ def test_only_device_speaks_of_cuda():
 
 def test_the_cpu_answers_for_cuda_only_where_there_is_none():
     code = (
-        "import torch; from nvlm import device\n"
+        "import torch; from nvlm.processes import device\n"
         "asked = torch.cuda.current_device\n"
         "device.has_cuda = lambda: True\n"
         "torch.cuda.set_device = lambda rank: None\n"
@@ -93,7 +120,7 @@ def test_the_cpu_answers_for_cuda_only_where_there_is_none():
 def test_layout_rules_come_without_megatron():
     """A loader worker that unpickles a layout rule must not pull in Megatron."""
     code = (
-        "import sys; from nvlm import registry\n"
+        "import sys; from nvlm.arch import registry\n"
         "for name in ('decoder', 'xattn', 'hybrid'): registry.layout_rule(name)\n"
         "assert not any(m.startswith('megatron') for m in sys.modules)"
     )

@@ -11,18 +11,18 @@ import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nvlm import registry
-from nvlm.batch import IMAGE
-from nvlm.config import ConfigError
+from nvlm.arch import registry
+from nvlm.config.values import ConfigError
 from nvlm.data import chat
+from nvlm.data.batch import IMAGE
 from nvlm.data.encode import encode
 from nvlm.data.messages import Turn, first_question, read_turns
 from nvlm.data.outline import build_encoder
+from nvlm.data.record import BadRecord, Record
 from nvlm.data.tokenizer import TINY, load_tokenizer
 from nvlm.export.describe import describe
 from nvlm.export.modeling_nvlm import NVLM
 from nvlm.generate.text import words
-from nvlm.record import BadRecord, Record
 
 PAD_TEXT = "<|vision_pad|>"
 SPECIAL = ["<|startoftext|>", "<|im_start|>", "<|im_end|>", PAD_TEXT]

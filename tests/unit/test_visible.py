@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nvlm.batch import ALL_TILES, PAD
-from nvlm.llm.attention import CoreAttention, attend
-from nvlm.llm.masks import causal_mask, visible
+from nvlm.attention.core import CoreAttention, attend
+from nvlm.attention.visibility import causal_mask, visible
+from nvlm.data.batch import ALL_TILES, PAD
 
 
 def matrix(*rows: str) -> torch.Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nvlm.cli import check_overrides, near_keys
-from nvlm.config import ConfigError
-from nvlm.words import plain_words, quoted
+from nvlm.commands.compose import check_overrides, near_keys
+from nvlm.commands.words import plain_words, quoted
+from nvlm.config.values import ConfigError
 
 TEXTS = [
     "é", "名前", "~x", "it's", 'say "hi"', "a=b", "a#b", "a;b", "a(b)", "(", "20241127", "007", "1e3", "1_0", "true",

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Starts two workers of the code in argv[1] and exits as they do; SIGTERM gives them argv[2] seconds.
 LAUNCHER = """
 import os, sys
-from nvlm.workers import run_workers
+from nvlm.processes.workers import run_workers
 sys.exit(run_workers([sys.executable, "-c", sys.argv[1]], 2, os.environ, float(sys.argv[2]))[0])
 """
 PREFIX = "import os, signal, sys, time\nfrom pathlib import Path\nrank = os.environ['RANK']\n"
@@ -74,9 +74,9 @@ def test_a_failed_rank_is_named(tmp_path):
 
 
 def test_a_refused_configuration_is_said_once_and_by_whoever_finds_it(tmp_path):
-    same = "from nvlm.workers import report\nreport('error: no')\nsys.exit(2)"
+    same = "from nvlm.processes.workers import report\nreport('error: no')\nsys.exit(2)"
     assert ends(launcher(tmp_path, same), tmp_path) == (2, "error: no\n")
-    one = "from nvlm.workers import report\nif rank == '1': report('error: no'); sys.exit(2)\ntime.sleep(600)"
+    one = "from nvlm.processes.workers import report\nif rank == '1': report('error: no'); sys.exit(2)\ntime.sleep(600)"
     assert ends(launcher(tmp_path, one), tmp_path) == (2, "error: no\n")
 
 
@@ -115,7 +115,7 @@ def test_who_does_not_stop_in_time_is_killed(tmp_path):
 
 
 FORKING = """
-from nvlm.workers import take_forks_along
+from nvlm.processes.workers import take_forks_along
 take_forks_along()
 if os.fork() == 0:
     if os.fork() == 0: Path('ready' + rank).touch()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nvlm.batch import IMAGE, Batch
+from nvlm.data.batch import IMAGE, Batch
 
 
 def fill(words_BSH: Tensor, batch: Batch, columns_S: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:

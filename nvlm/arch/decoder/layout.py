@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nvlm.layout import Layout, Piece
 from nvlm.tiling.grid import TilePlan
+from nvlm.tiling.placement import Layout, Piece
 
 
 def layout(plan: TilePlan, tags: Sequence[tuple[int, ...]]) -> Layout:

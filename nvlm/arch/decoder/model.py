@@ -5,7 +5,7 @@ from __future__ import annotations
 from nvlm.arch.base import Architecture
 from nvlm.arch.decoder.fusion import fill
 from nvlm.arch.decoder.layout import layout
-from nvlm.config import ArchConfig
+from nvlm.config.values import ArchConfig
 
 
 def architecture(arch: ArchConfig) -> Architecture:

@@ -8,7 +8,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from nvlm.arch.xattn.fusion import TileKeys, key_norm, place
-from nvlm.batch import PAD, Batch
+from nvlm.data.batch import PAD, Batch
 
 
 class TaggedTileKeys(TileKeys):

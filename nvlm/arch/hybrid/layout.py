@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nvlm.arch.decoder.layout import with_tags
-from nvlm.layout import Layout
 from nvlm.tiling.grid import TilePlan
+from nvlm.tiling.placement import Layout
 
 
 def layout(plan: TilePlan, tags: Sequence[tuple[int, ...]]) -> Layout:

@@ -11,7 +11,7 @@ from nvlm.arch.decoder.fusion import fill
 from nvlm.arch.hybrid.fusion import TaggedTileKeys
 from nvlm.arch.hybrid.layout import layout
 from nvlm.arch.xattn.attention import GatedCrossAttention
-from nvlm.config import ArchConfig
+from nvlm.config.values import ArchConfig
 
 
 def architecture(arch: ArchConfig) -> Architecture:

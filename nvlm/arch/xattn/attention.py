@@ -17,9 +17,9 @@ from megatron.core.utils import init_method_normal
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from nvlm.attention.cache import KeepsKeys
+from nvlm.attention.core import attend, for_kernel
 from nvlm.llm.adapters import Linears
-from nvlm.llm.attention import attend, for_kernel
-from nvlm.llm.cache import KeepsKeys
 from nvlm.llm.layer import project
 
 

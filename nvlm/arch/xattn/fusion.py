@@ -8,7 +8,7 @@ from collections.abc import Callable
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from nvlm.batch import IMAGE, Batch
+from nvlm.data.batch import IMAGE, Batch
 from nvlm.llm.norm import RMSNorm
 
 

@@ -8,7 +8,7 @@ from nvlm.arch.base import Architecture
 from nvlm.arch.xattn.attention import GatedCrossAttention
 from nvlm.arch.xattn.fusion import TileKeys
 from nvlm.arch.xattn.layout import layout
-from nvlm.config import ArchConfig
+from nvlm.config.values import ArchConfig
 
 
 def architecture(arch: ArchConfig) -> Architecture:

@@ -1,0 +1,29 @@
+"""Names to builders. An unknown name lists the known ones."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from nvlm.config.values import Config, problem
+
+_ARCHITECTURES = {
+    "decoder": "nvlm.arch.decoder",
+    "xattn": "nvlm.arch.xattn",
+    "hybrid": "nvlm.arch.hybrid",
+}
+
+
+def _package(name: str) -> str:
+    if name not in _ARCHITECTURES:
+        raise problem("arch.name", repr(name), f"one of {', '.join(_ARCHITECTURES)}", "arch=hybrid")
+    return _ARCHITECTURES[name]
+
+
+def build_architecture(config: Config):
+    """The nvlm.arch.base.Architecture that `config.arch` names."""
+    return import_module(f"{_package(config.arch.name)}.model").architecture(config.arch)
+
+
+def layout_rule(name: str):
+    """The architecture's layout of an image, without importing any model code."""
+    return import_module(f"{_package(name)}.layout").layout

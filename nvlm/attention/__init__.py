@@ -1,0 +1,1 @@
+"""Who sees whom, and the kernels that compute it."""

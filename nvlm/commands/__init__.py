@@ -1,0 +1,1 @@
+"""The commands that a user types: composing a configuration, launching, dry runs, planning, generating, exporting."""

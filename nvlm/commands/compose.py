@@ -1,0 +1,212 @@
+"""The command line: compose and check every run that it asks for, then start each.
+
+Imports no torch, so that a mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nvlm.commands import launch
+from nvlm.commands.mistakes import answered
+from nvlm.commands.words import SWEEP_FLAGS, parse, plain_words
+from nvlm.config.rules import validate
+from nvlm.config.values import Config, ConfigError, from_mapping, near_keys, problem
+from nvlm.estimate.lengths import check_lengths
+from nvlm.processes.requeue import in_job, requeued
+from nvlm.runs.folder import steps_done
+from nvlm.runs.ownership import check_folder, flat
+from nvlm.runs.place import check_place, sweep_folder
+from nvlm.weights.check import check_weights
+
+CONF = launch.ROOT / "conf"
+LISTING = "launch/train.py --cfg job lists all keys and their values"
+
+
+OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)  # for conf/config.yaml
+
+
+def main(started: float) -> int:
+    """Answer the command line; `started`: time.time() when it was given. Returns the exit status."""
+    return answered(lambda: _answer(started))
+
+
+def _answer(started: float) -> int:
+    sys.argv[1:] = plain_words(sys.argv[1:])  # Hydra reads them again
+    configs = check_overrides(sys.argv[1:])
+    sweep = any(word in SWEEP_FLAGS for word in sys.argv)
+    if len(configs) > 1 and not sweep:
+        raise problem("command line", f"{len(configs)} runs", "one, or -m for a sweep", "add -m")
+    elsewhere = any(word.startswith("hydra/launcher=") for word in sys.argv[1:])  # in jobs, on other machines
+    for config in configs:
+        if not elsewhere:
+            launch.check_machine(config)
+        if config.resume == "never":  # else only the run's folder tells what is needed
+            check_weights(config)
+    if configs and all(config.dry_run for config in configs):
+        launch.quiet()
+        from nvlm.commands.dryrun import dry_run
+
+        for config in configs:
+            dry_run(config)
+        return 0
+    if configs and not elsewhere:
+        _check_place(sys.argv[1:], sweep)
+        for config, folder in zip(configs, _folders(sys.argv[1:], sweep)):
+            check_folder(config, folder)
+            if config.resume == "auto":
+                check_weights(config, folder)
+    _through_hydra(started)
+    return 0
+
+
+def _check_place(arguments: Sequence[str], sweep: bool) -> None:
+    """Raise ConfigError where the folder of the run, or of the sweep, cannot be made."""
+    key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
+    own = [word for word in arguments if word.startswith("hydra.") or word.startswith("name=")] if sweep else arguments
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("config", overrides=[*own], return_hydra_config=True)
+    check_place(Path(OmegaConf.select(composed, key)), key)
+
+
+def _folders(arguments: Sequence[str], sweep: bool) -> Iterator[Path]:
+    """The folder of each run, as Hydra is going to name it."""
+    for number, combination in enumerate(_runs(arguments)):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("config", overrides=[*combination], return_hydra_config=True)
+        composed.hydra.job.num, composed.hydra.job.id = number, str(number)
+        HydraConfig.instance().set_config(composed)  # which names of folders may refer to
+        hydra_config = composed.hydra
+        yield Path(hydra_config.sweep.dir, hydra_config.sweep.subdir) if sweep else Path(hydra_config.run.dir)
+
+
+def _through_hydra(started: float) -> None:
+    """Start each run in its folder, as Hydra names it. Also answers --help and the like."""
+    begins = iter([started])  # only a sweep's first run began with the command
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints tracebacks of its own, and exits
+
+    @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+    def job(composed: DictConfig) -> None:
+        run_dir = Path(HydraConfig.get().runtime.output_dir)
+        if status := answered(lambda: _start(composed, run_dir, next(begins, time.time()))):
+            sys.exit(status)
+
+    try:
+        job()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explain(error, ()) from None
+
+
+def _start(composed: DictConfig, run_dir: Path, started: float) -> int:
+    config = to_config(composed)
+    if in_job():
+        launch.check_machine(config)
+    with requeued(lambda: steps_done(run_dir) < config.train.steps):
+        launch.start(config, run_dir, started)
+    return 0
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Hydra's composed configuration as a validated value."""
+    values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    return check_lengths(validate(from_mapping(Config, values)))
+
+
+def compose_config(*overrides: str) -> Config:
+    """The configuration of conf/ under `overrides`, validated."""
+    return to_config(_compose(overrides))
+
+
+def check_overrides(arguments: list[str], also: Sequence[str] = ()) -> list[Config]:
+    """Compose and validate every run that `arguments` ask for, before the first one starts.
+
+    `also`: keys of the command's own, which a mistyped one may have meant. Raises ConfigError.
+    Empty where `arguments` hold a flag that Hydra answers itself, such as --help.
+    """
+    if any(word.startswith("-") and word not in SWEEP_FLAGS for word in arguments):
+        return []
+    configs = []
+    for combination in _runs(arguments):
+        try:
+            configs.append(compose_config(*combination))
+        except ConfigError:
+            raise
+        except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+            raise _explain(error, also) from None
+    return configs
+
+
+def _runs(arguments: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The overrides of each run that `arguments` ask for."""
+    overrides = [parse(word) for word in plain_words(arguments) if not word.startswith("-")]
+    for override in overrides:
+        _check_group(override)
+    choices = [
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [o.input_line]
+        for o in overrides
+    ]
+    return itertools.product(*choices)
+
+
+def _check_group(override: Override) -> None:
+    """A group takes the name of one of its files. Hydra's own complaint does not say which group it is about."""
+    group, got = override.key_or_group, override.value()
+    if (CONF / group).is_dir() and not override.is_sweep_override() and not isinstance(got, str | list):
+        raise _unknown_value(group, str(got).lower() if got is not None else "null")
+
+
+def _unknown_value(group: str, got: str) -> ConfigError:
+    known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    near = get_close_matches(got, known, n=1)
+    key = "+experiment" if group == "experiment" else group  # which no run has by default
+    return problem(group, repr(got), f"one of {', '.join(known)}", f"{key}={near[0] if near else known[0]}")
+
+
+def _compose(overrides=()) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
+def _explain(error: Exception, also: Sequence[str]) -> ConfigError:
+    """Hydra's and OmegaConf's complaints in this project's form."""
+    text = str(error)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return unknown_key(match[1], also)
+    if match := re.search(r"Could not find '([^']+)/([^'/]*)'", text):
+        return _unknown_value(match[1], match[2])
+    if "Could not load 'hydra/launcher/submitit" in text:
+        what, expected = "hydra/launcher=slurm", "it, which sends the runs of a sweep to Slurm"
+        return problem(what, "no hydra-submitit-launcher", expected, f"pip install -e '{launch.ROOT}[slurm]'")
+    if match := re.search(r"Missing mandatory value: (\S+)", text):
+        return problem(match[1], "nothing", "a value", f"{match[1]}=...")
+    return ConfigError(f"configuration: {_first_line(error)}. Fix: {LISTING}")
+
+
+def unknown_key(key: str, also: Sequence[str] = ()) -> ConfigError:
+    """What to say about a key that neither the configuration has nor is one of `also`."""
+    known = list(flat(OmegaConf.to_container(_compose(), resolve=False)))
+    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "experiment"))
+    near = near_keys(key, [*also, *known, *groups, "+experiment"])
+    expected = f"one of {', '.join(near)}" if near else f"one of the keys of {', '.join(groups)}"
+    return problem(key, "a key that does not exist", expected, f"{near[0]}=..." if 0 < len(near) <= 3 else LISTING)

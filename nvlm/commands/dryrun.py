@@ -1,0 +1,113 @@
+"""Builds any configuration on the meta device and prints what it is made of: no memory, no data, no weights."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from nvlm.config.hardware import GPUS
+from nvlm.config.values import Config, cross_layers
+from nvlm.estimate.lengths import image_tokens
+from nvlm.estimate.memory import gib, memory
+from nvlm.processes import groups
+from nvlm.tiling.grid import TilePlan
+from nvlm.weights.sources import Source, model_source, vision_source
+
+
+def dry_run(config: Config) -> None:
+    """Print parameters by module group, tokens per image, layers with cross-attention, and the layout."""
+    console = Console(width=100)
+    console.print(f"[bold]{config.name}[/]  {config.arch.name}, {config.llm.name}, {config.vision.name}")
+    console.print(_parameters(config))
+    console.print(_tokens(config))
+    layers = cross_layers(config)
+    console.print(
+        f"gated cross-attention: {f'{len(layers)} layers: ' + ', '.join(map(str, layers)) if layers else 'none'}"
+    )
+    for source in _sources(config):
+        names = {part.name for parts in source.parts.values() for part in parts}
+        size = sum(source.stored[name].bytes for name in names)
+        console.print(
+            f"{source.key}={source.folder}: {len(names):,} tensors of {', '.join(source.parts)}, {size / 1e9:.2f} GB, "
+            f"with the names, shapes and dtypes that they should have"
+        )
+    p = config.parallel
+    console.print(
+        f"layout: tensor {p.tensor} x pipeline {p.pipeline} x context {p.context} = {p.replica} processes a replica; "
+        f"text stream {config.data.seq_length} tokens, cross-attended {config.data.cross_length}"
+    )
+    if config.gpu:
+        console.print(_memory(config))
+
+
+def _memory(config: Config) -> str:
+    replicas = config.parallel.data
+    needed = memory(config, replicas)
+    return (
+        f"memory: {gib(needed.total)} of {gib(GPUS[config.gpu].memory)} on the fullest of "
+        f"{replicas * config.parallel.replica} {config.gpu}, every row full, every sample with an image of "
+        f"{config.tiling.max_tiles} tiles ({needed.parts})"
+    )
+
+
+def _sources(config: Config) -> list[Source]:
+    """What config.init names, checked already; not the encoder that ships with the package."""
+    found = [vision_source(config)] if config.init.vision not in (None, "tiny") else []
+    return found + list(filter(None, [model_source(config)]))
+
+
+def _parameters(config: Config) -> Table:
+    from nvlm.arch.pipeline import build_parts
+    from nvlm.train.optim import count_groups, freeze
+    from nvlm.vision.encoder import InternViT
+    from nvlm.vision.path import solo_groups
+
+    one = dataclasses.replace(
+        config.parallel,
+        tensor=1,
+        pipeline=1,
+        virtual=1,
+        context=1,
+        context_heads=1,
+        sequence=False,
+        distributed_optimizer=False,
+    )
+    # Modules of Megatron's own, which the meta device holds; their parameters are the same in any precision.
+    plain = dataclasses.replace(config.precision, name="fp32", edges=0, encoder=False, param_gather=False)
+    whole = dataclasses.replace(config, parallel=one, precision=plain)
+    with groups.distributed(one, config.seed), torch.device("meta"):
+        (model,) = build_parts(whole)
+        encoder = InternViT(whole, solo_groups()).requires_grad_(False)
+        freeze(model, config)
+        counts = count_groups([model], encoder)
+    table = Table(title=f"parameters, stage {config.stage.name}", title_justify="left")
+    table.add_column("module group")
+    table.add_column("parameters", justify="right")
+    table.add_column("in training")
+    for count in counts:
+        known = {0: "frozen", count.parameters: "trainable"}
+        learns = known.get(count.learning, f"{count.learning:,} in adapters") if count.parameters else "-"
+        table.add_row(count.name, f"{count.parameters:,}", learns)
+    table.add_section()
+    learning = sum(count.learning for count in counts)
+    table.add_row("total", f"{sum(count.parameters for count in counts):,}", f"{learning:,} trainable")
+    return table
+
+
+def _tokens(config: Config) -> Table:
+    tag_style, per_tile = config.tiling.tag, config.vision.tile_tokens
+    table = Table(title=f"tokens per image, {per_tile} a tile, tags: {tag_style}", title_justify="left")
+    for heading in ("tiles", "text stream", "cross-attended", "encoder"):
+        table.add_column(heading, justify="right")
+    for tiles in range(1, config.tiling.max_tiles + 1):
+        plan = TilePlan(tiles, 1, config.vision.tile_size)
+        stream, cross = image_tokens(config, plan)
+        name = "1" if tiles == 1 else f"{tiles} + thumbnail"
+        patches = (plan.tile_size // config.vision.patch) ** 2
+        table.add_row(name, f"{stream:,}", f"{cross:,}", f"{plan.num_tiles} x {patches}")
+    if tag_style != "none" and config.llm.tokenizer is None:
+        table.caption = f"each tag counted as {config.llm.tag_tokens} tokens; llm.tokenizer=DIR counts exactly"
+    return table

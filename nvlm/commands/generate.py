@@ -1,0 +1,119 @@
+"""The command: a conversation with a model, its words on standard output as they come."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from nvlm.commands import launch
+from nvlm.commands.mistakes import answered
+from nvlm.commands.request import HELP, Request, parse
+from nvlm.config.values import ConfigError
+
+_STOP_SECONDS = 5.0  # there is nothing to save
+_ADD_IMAGE = "/image "
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Answer the command line; returns the exit status."""
+    return answered(lambda: _answer(arguments))
+
+
+def _answer(arguments: Sequence[str]) -> int:
+    if any(word in ("-h", "--help") for word in arguments):
+        print(HELP)
+        return 0
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever interrupts wants no traceback
+    request = parse(arguments)
+    task = launch.launched()
+    launch.check_processes(request.config, len(launch.gpus_here()))
+    processes = request.config.parallel.replica
+    if processes > 1 and task is None:
+        return launch.spawn(["-m", "nvlm.commands.generate", *arguments], processes, _STOP_SECONDS)[0]
+    return work(request)
+
+
+def work(request: Request) -> int:
+    """Hold the conversation in this process, which is one of the layout's."""
+    launch.quiet()
+    from nvlm.data.record import BadRecord
+    from nvlm.generate.generator import Conversation, check, opened
+
+    config = request.config
+    try:
+        if request.prompt:  # before the weights are read
+            check(config, Conversation([user_turn(request.prompt, request.images)], request.images), request.sampling)
+        with opened(config) as generator:
+            converse(generator, request)
+    except BadRecord as error:  # raised by all processes alike
+        raise ConfigError(str(error)) from None
+    return 0
+
+
+def user_turn(text: str, images: Sequence) -> dict[str, str]:
+    """A user's message with the places of its own `images` marked. Raises BadRecord."""
+    from nvlm.data.messages import place_images, read_turns
+
+    (turn,) = place_images(read_turns([{"role": "user", "content": text}]), len(images))
+    return {"role": turn.role, "content": turn.text}
+
+
+def converse(generator, request: Request) -> None:
+    """The prompt's turn and, with chat=true, those of standard input. A turn that cannot be read is told and left out;
+    without chat=true it raises BadRecord."""
+    from nvlm.config.values import IMAGE_MARK
+    from nvlm.data.record import BadRecord
+    from nvlm.generate.generator import Conversation
+    from nvlm.processes import groups
+
+    def show(_, piece: str) -> None:
+        if groups.is_first_rank():
+            print(piece, end="", flush=True)
+
+    said = Conversation([])
+    added = list(request.images)
+    for line in _lines(request):
+        if line.startswith(_ADD_IMAGE):
+            added.append(Path(line.removeprefix(_ADD_IMAGE).strip()))
+            continue
+        try:
+            asked = Conversation([*said.messages, user_turn(line, added)], [*said.images, *added])
+            (answer,) = generator.generate([asked], request.sampling, show)
+        except BadRecord as error:
+            if not request.chat:
+                raise
+            if groups.is_first_rank():
+                print(f"error: {error}; this turn is left out", file=sys.stderr, flush=True)
+        else:
+            show(0, "\n")
+            # What the model says is no image, whatever it says.
+            reply = {"role": "assistant", "content": answer.replace(IMAGE_MARK, "")}
+            said = Conversation([*asked.messages, reply], asked.images)
+        added = []
+
+
+def _lines(request: Request) -> Iterator[str]:
+    """The prompt, then with chat=true the lines of standard input, which the first process reads for all."""
+    from nvlm.processes import groups
+
+    if request.prompt:
+        yield request.prompt
+    patient = groups.patient_group() if request.chat else None
+    while request.chat:
+        line = groups.from_first_rank(_read() if groups.is_first_rank() else None, patient)
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\r\n")
+
+
+def _read() -> str:
+    if sys.stdin.isatty():
+        print("> ", end="", flush=True)
+    return sys.stdin.readline()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,252 @@
+"""From a validated configuration to workers: in place under torchrun or srun, else in processes of our own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import logging
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from nvlm.arch.registry import layout_rule
+from nvlm.commands.mistakes import answered
+from nvlm.config.hardware import GPUS, known_gpu
+from nvlm.config.rules import check_world, validate
+from nvlm.config.values import TE_INSTALL, Config, ConfigError, from_mapping, problem
+from nvlm.data.look import check_data
+from nvlm.estimate.counts import parameters
+from nvlm.estimate.memory import fewest_gpus, gpus_needed
+from nvlm.estimate.refuse import check_memory
+from nvlm.processes.launchers import Task, check_allocation, find_task
+from nvlm.processes.workers import EXPLAINED, run_workers, take_forks_along
+from nvlm.runs.folder import steps_done
+from nvlm.runs.ownership import ROOT, check_folder, outlook, owned
+from nvlm.runs.sinks import steady_streams
+from nvlm.weights.check import check_weights
+
+
+def start(config: Config, run_dir: Path, started: float) -> None:
+    """Train: in this process under torchrun or srun, else in workers of our own."""
+    steady_streams()
+    check_weights(config, run_dir)
+    task = launched()
+    if task is None:
+        with owned(run_dir) as lock:
+            _look(config, run_dir)
+            if _has_work(config, run_dir):
+                _in_workers(config, run_dir, started, lock)
+        return
+    with contextlib.ExitStack() as held:
+        refusal = _claim(config, run_dir, held) if task.rank == 0 else None
+        work(config, run_dir, started, refusal)
+
+
+def _look(config: Config, run_dir: Path) -> None:
+    check_folder(config, run_dir)
+    if config.resume == "auto":
+        print(outlook(config, run_dir), flush=True)
+
+
+def _has_work(config: Config, run_dir: Path) -> bool:
+    """Whether there is a step to do, or an evaluation."""
+    heldout = config.data.source != "jsonl" or config.data.heldout_path
+    return steps_done(run_dir) < config.train.steps or bool(config.evaluate.questions and heldout)
+
+
+def _claim(config: Config, run_dir: Path, held: contextlib.ExitStack) -> str | None:
+    """Own the folder for as long as `held` is open; why not, where that is refused: the other ranks are to hear it."""
+    try:
+        held.enter_context(owned(run_dir))
+        _look(config, run_dir)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _in_workers(config: Config, run_dir: Path, started: float, lock: int) -> None:
+    """Train in workers. They get the configuration from here: a file in the folder might be another start's by then."""
+    with open(os.memfd_create("config"), "w") as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+        file.flush()
+        arguments = ["-m", "nvlm.commands.launch", str(file.fileno()), str(run_dir), repr(started)]
+        processes = config.parallel.replica * config.parallel.data
+        status, stopped = spawn(arguments, processes, config.train.stop_seconds, (file.fileno(), lock))
+    if status or stopped:  # a signal ends a sweep, too
+        sys.exit(status)
+
+
+def spawn(
+    arguments: Sequence[str], processes: int, stop_seconds: float, inherit: Sequence[int] = ()
+) -> tuple[int, bool]:
+    """Run `python ARGUMENTS` as workers on this machine; returns as `run_workers` does."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    }
+    if processes > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    return run_workers([sys.executable, *arguments], processes, environment, stop_seconds, inherit)
+
+
+def work(config: Config, run_dir: Path, started: float, refusal: str | None = None) -> None:
+    """Train in this process. `refusal`: why the first process may not, which it tells the others."""
+    quiet()
+    steady_streams()
+    take_forks_along()
+    from nvlm.evaluate.closing import closing_evaluation
+    from nvlm.train.loop import run
+
+    run(config, run_dir, refusal, closing_evaluation(config, run_dir, started))
+
+
+def quiet() -> None:
+    """Megatron tells at every import what is not installed; environment.json holds it once."""
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="megatron")
+    # Megatron's distributed optimizer keeps fp32 weights as views, and looks at their gradients.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # Megatron reads a checkpoint by its ranks
+    # Megatron calls collectives by their older names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def launched() -> Task | None:
+    """The task that torchrun, srun or mpirun started this process as, in torch's variables too; None: started alone."""
+    task = find_task(os.environ)
+    if task is not None:
+        os.environ.update(task.variables())
+    return task
+
+
+@functools.cache
+def gpus_here() -> tuple[tuple[str, int], ...]:
+    """Name and memory in bytes of each GPU that this process may use, asked without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible == "" or shutil.which("nvidia-smi") is None:
+        return ()
+    query = ["nvidia-smi", "--query-gpu=uuid,name,memory.total", "--format=csv,noheader,nounits"]
+    listing = subprocess.run(query, capture_output=True, text=True)
+    lines = listing.stdout.splitlines() if listing.returncode == 0 else []
+    rows = [[word.strip() for word in line.split(",")] for line in lines if line.count(",") == 2]
+    if visible is not None:
+        rows = _visible(rows, visible.split(","))
+    # A GPU that shares the machine's memory tells none.
+    return tuple((name, int(size) * 2**20 if size.isdecimal() else 0) for _, name, size in rows)
+
+
+def _visible(rows: list[list[str]], wanted: list[str]) -> list[list[str]]:
+    """Those of `rows` that CUDA_VISIBLE_DEVICES names by number or by the beginning of their UUID, up to one that it
+    names wrongly, as CUDA has it. A part of a GPU (MIG) is looked up by nobody here: it stands for a whole one."""
+    found = []
+    for name in map(str.strip, wanted):
+        named = [row for number, row in enumerate(rows) if name == str(number) or (name and row[0].startswith(name))]
+        if not named and not name.startswith("MIG-"):
+            break
+        found += named[:1] or rows[:1]
+    return found
+
+
+def check_machine(config: Config) -> None:
+    """Raise ConfigError where this machine cannot run `config`; of a dry run, where the GPU that it names cannot."""
+    if not config.dry_run:
+        check_data(config, layout_rule(config.arch.name))
+        check_launcher(config)
+        check_logging(config)
+        check_devices(config)
+        check_engine(config)
+    check_fits(config)
+
+
+def check_logging(config: Config) -> None:
+    """The package that is to tell of the run is there."""
+    if config.logging.name == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise problem("logging=wandb", "no wandb", "it", f"pip install -e '{ROOT}[wandb]', or logging=none")
+
+
+def check_launcher(config: Config) -> None:
+    """What started this process, if it was not a shell, started as many as `config` can use."""
+    task = launched()
+    if task is not None:
+        check_world(config, task.world)
+    check_allocation(os.environ, shlex.join(["python", *sys.argv]))
+
+
+def check_devices(config: Config) -> None:
+    """A full-size model does not train on CPU: say what it needs instead."""
+    gpus = len(gpus_here())
+    total = sum(parameters(config).values())
+    if gpus == 0 and total > 2e9:
+        needed, fewest = gpus_needed(config), fewest_gpus(config)
+        wanted = f"{needed} GPUs" if needed else "more shards of the model than this layout has, on GPUs"
+        better = f", with parallel.pipeline={fewest[1]} {fewest[0]} GPUs" if fewest and fewest[0] != needed else ""
+        raise ConfigError(
+            f"devices: got a machine without GPUs, expected {wanted} of 80 GB or more for "
+            f"{total / 1e9:.1f}B parameters ({config.parallel.tensor} tensor x {config.parallel.pipeline} pipeline x "
+            f"{config.parallel.context} context = {config.parallel.replica} a replica){better}. Fix: start it there "
+            f"under torchrun or srun; here, dry_run=true builds and counts it, and launch/plan.py lists what fits"
+        )
+    check_processes(config, gpus)
+
+
+def check_fits(config: Config) -> None:
+    """Raise ConfigError where the run cannot fit the GPU that config.gpu names, or else this machine's largest."""
+    if config.gpu:
+        name, capacity = config.gpu, GPUS[config.gpu].memory
+    else:
+        if config.dry_run or not gpus_here():
+            return
+        name, capacity = max(gpus_here(), key=lambda gpu: gpu[1])
+        known = known_gpu(name)
+        capacity = known.memory if known else capacity
+    task = None if config.dry_run else launched()
+    processes = task.world if task else config.parallel.replica * config.parallel.data
+    if capacity:
+        check_memory(config, processes, name, capacity)
+
+
+def check_engine(config: Config) -> None:
+    """FP8 and offload need Transformer Engine, which can be seen to be missing without loading anything."""
+    if importlib.util.find_spec("transformer_engine") is not None:
+        return
+    if config.precision.recipe:
+        what, fix = f"precision={config.precision.name}", f"{TE_INSTALL}, or precision=bf16"
+        raise problem(what, "no Transformer Engine", "one: FP8 products are its own", fix)
+    if config.train.offload:
+        fix = f"{TE_INSTALL}, or train.offload=false"
+        raise problem("train.offload=true", "no Transformer Engine", "one: it does the moving", fix)
+
+
+def check_processes(config: Config, gpus: int) -> None:
+    """Processes of our own on this machine are no more than its `gpus`, where it has any."""
+    processes = config.parallel.replica * config.parallel.data
+    if gpus and not launched() and processes > gpus:
+        raise problem("parallel", f"{processes} processes", f"at most the {gpus} GPUs here", "use torchrun or srun")
+
+
+def _worker() -> int:
+    """`python -m nvlm.commands.launch DESCRIPTOR FOLDER STARTED`: one of our own workers."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before there is anything to save it needs no traceback
+    return answered(_worker_s_part, failed=EXPLAINED)
+
+
+def _worker_s_part() -> int:
+    descriptor, run_dir, started = sys.argv[1:]
+    values = os.pread(int(descriptor), os.fstat(int(descriptor)).st_size, 0)  # all workers share its position
+    config = validate(from_mapping(Config, OmegaConf.to_container(OmegaConf.create(values.decode()))))
+    work(config, Path(run_dir), float(started))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_worker())

@@ -1,0 +1,83 @@
+"""The command: all layouts of a number of GPUs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from nvlm.commands import launch
+from nvlm.commands.compose import check_overrides
+from nvlm.commands.mistakes import answered
+from nvlm.config.fields import named
+from nvlm.config.hardware import GPU, GPUS, known_gpu
+from nvlm.config.values import problem
+from nvlm.estimate.layouts import plan
+from nvlm.estimate.report import as_json, print_plan
+from nvlm.runs.files import write_whole
+
+HELP = f"""python launch/plan.py gpus=64 gpu=h100 [key=value ...]
+
+gpus=N          of the whole run
+gpu=NAME        one of {", ".join(GPUS)}; without it, the kind that this machine has
+top=8           layouts to show
+tiles=N text=N  what every sample is like: an image of N regular tiles, N tokens of text with labels
+json=PATH       writes all layouts that fit, part by part
+arch=hybrid llm=qwen2-72b precision=fp8_current +experiment=nvlm_h_72b_sft ...   as for launch/train.py;
+                parallel.tensor=8 and the like, and train.recompute=full, hold a layout to what they say"""
+
+OPTIONS = ("gpus", "top", "tiles", "text", "json")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Answer the command line; returns the exit status: 1 where nothing fits."""
+    return answered(lambda: _answer(arguments))
+
+
+def _answer(arguments: Sequence[str]) -> int:
+    if any(word in ("-h", "--help") for word in arguments):
+        print(HELP)
+        return 0
+    own = {key: value for key, _, value in (word.partition("=") for word in arguments) if key in OPTIONS}
+    others = [word for word in arguments if word.partition("=")[0] not in OPTIONS]
+    numbers = {key: _number(own, key, least) for key, least in (("gpus", 1), ("top", 1), ("tiles", 0), ("text", 1))}
+    if numbers["gpus"] is None:
+        raise problem("gpus", "nothing", "the number of GPUs of the whole run", "gpus=64")
+    if "json" in own and not Path(own["json"]).parent.is_dir():
+        raise problem("json", named(own["json"]), "a file in a folder that is there", "json=PATH")
+    configs = check_overrides([*others, "dry_run=true"], OPTIONS)
+    if len(configs) != 1:
+        raise problem("command line", f"{len(configs)} configurations", "one", "give each key one value")
+    (config,) = configs
+    gpu = GPUS[config.gpu] if config.gpu else _here()
+    if gpu.peak(config.precision.name) is None:
+        raise problem(f"precision={config.precision.name}", f"gpu={config.gpu}", "a GPU with FP8", "precision=bf16")
+    tiles = numbers["tiles"]
+    if tiles is not None and tiles > config.tiling.max_tiles:
+        fix = f"tiles={config.tiling.max_tiles}, or tiling.max_tiles={tiles}"
+        raise problem("tiles", tiles, f"at most tiling.max_tiles={config.tiling.max_tiles}", fix)
+    fixed = [word.partition("=")[0].lstrip("+") for word in others]
+    found = plan(config, numbers["gpus"], gpu, [key for key in fixed if "." in key], tiles, numbers["text"])
+    print_plan(found, config, numbers["top"] or 8)
+    if "json" in own:
+        write_whole(Path(own["json"]), json.dumps(as_json(found), indent=1) + "\n")
+    return 0 if found.fitting else 1
+
+
+def _number(own: dict[str, str], key: str, least: int) -> int | None:
+    """The option's value; None where it is not given."""
+    if key not in own:
+        return None
+    text = own[key]
+    if not text.isdecimal() or int(text) < least:
+        raise problem(key, repr(text), f"a whole number of at least {least}", f"{key}={max(least, 8)}")
+    return int(text)
+
+
+def _here() -> GPU:
+    """The GPU of this machine."""
+    found = [known_gpu(name) for name, _ in launch.gpus_here()]
+    if not found or found[0] is None:
+        got = "nothing, on a machine without one" if not found else "nothing, on one whose GPU is not known"
+        raise problem("gpu", got, f"one of {', '.join(GPUS)}", "gpu=h100")
+    return found[0]

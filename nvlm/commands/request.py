@@ -1,0 +1,104 @@
+"""What a command asks for: its own keys, the configuration of the model, and where the weights are.
+
+Imports no torch, so that a mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvlm.commands.compose import check_overrides
+from nvlm.config.fields import named
+from nvlm.config.values import Config, DataConfig, from_mapping, problem
+from nvlm.generate.config import for_generation, read_config
+from nvlm.generate.sampling import Sampling
+
+HELP = """python launch/generate.py checkpoint=DIR [image=PATH] prompt="..." [key=value ...]
+
+checkpoint=DIR      a run folder (its newest checkpoint), or one of its checkpoints/step_N
+image=PATH          an image, or several: image=[a.png,b.png]; <image> in the prompt marks their places, else in front
+prompt=TEXT         the user's first words; system=TEXT replaces the run's system message, system= leaves it out
+max_new_tokens=256  temperature=0  top_p=1  seed=0      temperature 0 takes the likeliest token
+chat=true           reads further turns from standard input, a line each; /image PATH adds an image to the next one
+parallel.tensor=2 and other keys of the run's configuration change it; without a checkpoint it is composed from conf/"""
+
+OPTIONS = ("checkpoint", "image", "prompt", "system", "max_new_tokens", "temperature", "top_p", "seed", "chat")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One conversation to hold, with the model of `config`, whose weights are what config.init names."""
+
+    config: Config
+    images: tuple[Path, ...]
+    prompt: str | None
+    sampling: Sampling
+    chat: bool
+
+
+def parse(arguments: Sequence[str]) -> Request:
+    """A command line as a request. Raises ConfigError."""
+    own, others = _split(arguments)
+    chat = _number(own, "chat", {"true": True, "false": False}.__getitem__, False)
+    sampling = Sampling(
+        max_new_tokens=_number(own, "max_new_tokens", int, Sampling().max_new_tokens),
+        temperature=_number(own, "temperature", float, Sampling().temperature),
+        top_p=_number(own, "top_p", float, Sampling().top_p),
+        seed=_number(own, "seed", int, Sampling().seed),
+    )
+    config = read_config(own["checkpoint"], others) if own.get("checkpoint") else _composed(others)
+    if "system" in own:
+        values = dataclasses.asdict(config.data) | {"system": own["system"] or None}
+        config = dataclasses.replace(config, data=from_mapping(DataConfig, values, "data."))
+    if not chat and not own.get("prompt"):
+        raise problem("prompt", "nothing", "the user's words, or chat=true to read them", 'prompt="What is this?"')
+    sampling.prompt_room(config.llm.max_positions)
+    images = _images(own.get("image", ""))
+    return Request(config=config, images=images, prompt=own.get("prompt"), sampling=sampling, chat=chat)
+
+
+def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The command's own keys, as they came, and the other words. Hydra would read a prompt's signs as grammar."""
+    own, others = {}, []
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise problem("command line", repr(word), "key=value", "--help lists the keys")
+        if key in OPTIONS:
+            own[key] = value
+        else:
+            others.append(word)
+    return own, others
+
+
+def _number(own: dict[str, str], key: str, kind, default):
+    if key not in own:
+        return default
+    try:
+        return kind(own[key])
+    except (ValueError, KeyError):
+        expected = {int: "a whole number", float: "a number"}.get(kind, "true or false")
+        raise problem(key, repr(own[key]), expected, f"{key}={str(default).lower()}") from None
+
+
+def _images(text: str) -> tuple[Path, ...]:
+    listed = text[1:-1].split(",") if text.startswith("[") and text.endswith("]") else [text]
+    paths = tuple(Path(name.strip()) for name in listed if name.strip())
+    for path in paths:
+        if not path.is_file():
+            raise problem("image", named(path), "an image file", "image=PATH")
+    return paths
+
+
+def _composed(overrides: Sequence[str]) -> Config:
+    configs = check_overrides(list(overrides), OPTIONS)
+    if len(configs) != 1:
+        raise problem("command line", f"{len(configs)} configurations", "one", "give each key one value")
+    (config,) = configs
+    if not (config.init.llm or config.init.release or config.init.checkpoint):
+        fix = "checkpoint=runs/NAME, init.release=DIR or init.llm=DIR"
+        raise problem("checkpoint", "nothing", "a run folder, or weights that config.init names", fix)
+    return for_generation(config)

@@ -1,0 +1,80 @@
+"""The words of a command line, `key=value`, as Hydra reads them.
+
+Hydra's grammar trips over é, ~, # and quotes, reads name=20241127 as a number and a comma as a sweep. What can be meant
+as text alone is quoted here, so that a user need not know how.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+
+from nvlm.config.values import Config, kinds_of, problem
+
+SWEEP_FLAGS = ("-m", "--multirun")
+_KEY = re.compile(r"[+~]{0,2}[\w./@-]+", re.ASCII)
+
+
+def plain_words(arguments: Sequence[str]) -> list[str]:
+    """`arguments` with the values quoted that are text and that Hydra would read as something else."""
+    sweep = any(word in SWEEP_FLAGS for word in arguments)
+    return [word if word.startswith("-") else _plain(word, sweep) for word in arguments]
+
+
+def parse(word: str) -> Override:
+    """One word, through Hydra's own parser. Raises ConfigError."""
+    try:
+        read = _parser().parse_overrides([word])[0]
+    except HydraException:
+        read = None
+    if read is None or not read.key_or_group:
+        raise problem("command line", repr(word), "key=value", "--help lists the keys")
+    if read.is_delete():
+        raise problem("command line", repr(word), "every key to have a value", f"leave {word} out")
+    return read
+
+
+def _plain(word: str, sweep: bool) -> str:
+    key, equals, value = word.partition("=")
+    if not equals or not _KEY.fullmatch(key):
+        return word
+    if key.startswith("hydra.") and value.startswith("~"):  # a folder; a shell leaves the ~ of key=~/folder alone
+        return _plain(f"{key}={os.path.expanduser(value)}", sweep) if os.path.expanduser(value) != value else word
+    try:
+        (read,) = _parser().parse_overrides([word])
+    except HydraException:
+        parts = value.split(",") if sweep else [value]
+        return f"{key}={','.join(map(quoted, parts))}"
+    listed = read.is_sweep_override()
+    is_text = (not sweep) if listed else isinstance(read.value(), int | float)  # true and false among them
+    return f"{key}={quoted(value)}" if key in _text_keys() and is_text else word
+
+
+def quoted(value: str) -> str:
+    """`value` as Hydra's quoted string."""
+    return QuotedString(value, Quote.double).with_quotes()
+
+
+@functools.cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()
+
+
+@functools.cache
+def _text_keys() -> frozenset[str]:
+    return frozenset(_texts(Config, ""))
+
+
+def _texts(cls: type, path: str) -> Iterator[str]:
+    for name, kind in kinds_of(cls).items():
+        if dataclasses.is_dataclass(kind.type):
+            yield from _texts(kind.type, f"{path}{name}.")
+        elif kind.type is str:
+            yield f"{path}{name}"

@@ -1,0 +1,127 @@
+"""What a field may hold, stated where it is declared: `steps: Annotated[int, Range(1)]`. Needs nothing but Python.
+
+`value in limit` tells whether it may, `str(limit)` what is expected, `limit.instead(value)` what to write in its place.
+nvlm.config.values.from_mapping holds every value to the limit of its field.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from difflib import get_close_matches
+
+_LONGEST_NAME = 200  # bytes: file systems allow 255, and the trainer names files after some
+SWEEPS = "sweep"  # the folder beside the runs that holds those of sweeps
+
+
+class Range:
+    """Numbers from `least` to `most`, both allowed, or strictly `above` and `below` a bound; `also` is one more.
+
+    Neither NaN nor infinity is ever in it. `example`: a value to suggest where no bound is one.
+    """
+
+    def __init__(self, least=None, most=None, *, above=None, below=None, also=None, example=None) -> None:
+        self.least, self.most, self.above, self.below = least, most, above, below
+        self.also, self.example = also, example
+
+    def __contains__(self, value: float) -> bool:
+        inside = (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+        return inside or value == self.also
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        told = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+        return told + (f", or {self.also:g}" if self.also is not None else "")
+
+    def instead(self, value: float) -> str:
+        """The example, or else the bound on the side of `value`."""
+        over = self.most is not None and value > self.most
+        bound = self.most if over or self.least is None else self.least
+        return str(bound if self.example is None else self.example)
+
+
+class Choice:
+    """One of a few words."""
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
+    def __contains__(self, value: str) -> bool:
+        return value in self.words
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.words)}"
+
+    def instead(self, value: str) -> str:
+        """The word that is most like `value`."""
+        return (get_close_matches(value, self.words, n=1) or self.words)[0]
+
+
+class FileName:
+    """The name of a file or folder of the run's own: it stays where it is put, and is not hidden."""
+
+    def __contains__(self, value: str) -> bool:
+        plain = value and not value.startswith(".") and value.isprintable() and not set("/\\") & set(value)
+        return bool(plain) and value != SWEEPS and len(os.fsencode(value)) <= _LONGEST_NAME
+
+    def __str__(self) -> str:
+        return (
+            f"a folder's name: at most {_LONGEST_NAME} bytes, printable, without a slash, not beginning with a dot, "
+            f"and not {SWEEPS}, where sweeps are"
+        )
+
+    def instead(self, value: str) -> str:
+        """The letters and digits of `value`."""
+        kept = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in value).strip("-")
+        return kept.encode()[:80].decode(errors="ignore") if kept not in ("", SWEEPS) else "my-run"
+
+
+class Text:
+    """A text that a tokenizer can read, and which does not hold the mark `without`."""
+
+    def __init__(self, without: str = "") -> None:
+        self.without = without
+
+    def __contains__(self, value: str) -> bool:
+        return _encodable(value) and not (self.without and self.without in value)
+
+    def __str__(self) -> str:
+        return "a text in UTF-8" + (f" without {self.without}" if self.without else "")
+
+    def instead(self, value: str) -> str:
+        """`value` without what it must not hold."""
+        plain = value.encode(errors="ignore").decode()
+        return f"'\"{plain.replace(self.without, '') if self.without else plain}\"'"
+
+
+def _encodable(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
+        return False
+    return True
+
+
+class FilePath:
+    """A path of a file or folder that is to be read."""
+
+    def __contains__(self, value: str) -> bool:
+        return "\0" not in value
+
+    def __str__(self) -> str:
+        return "a path, without a NUL character"
+
+    def instead(self, value: str) -> str:
+        """`value` up to the character that no path has."""
+        return value.partition("\0")[0]
+
+
+def named(path: str | os.PathLike) -> str:
+    """A path for a message: one that is relative, with the folder that it is relative to."""
+    return repr(str(path)) + ("" if os.path.isabs(path) else f" in {os.getcwd()}")

@@ -1,0 +1,190 @@
+"""Every rule that spans several fields of a configuration, one message each. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+
+from nvlm.config.values import FP8_RECIPES, Config, problem
+
+PROFILED = 6  # steps until a trace is whole
+
+
+def _data(config: Config) -> None:
+    data = config.data
+    if data.tokenize != "apart" and config.arch.name != "decoder":
+        # Tags of the others are bound to their tiles one by one.
+        raise problem("data.tokenize", data.tokenize, f"apart for arch={config.arch.name}", "data.tokenize=apart")
+    if data.tokenize == "vllm" and (config.tiling.tag != "1d" or config.tiling.max_tiles > 9):
+        got = f"vllm with tiling.tag={config.tiling.tag} tiling.max_tiles={config.tiling.max_tiles}"
+        raise problem("data.tokenize", got, "tiling.tag=1d and at most 9 tiles, as vLLM has", "data.tokenize=apart")
+    if data.source == "jsonl" and not data.path and not config.dry_run:
+        raise problem("data.path", "nothing", "a .jsonl file", "data.path=records.jsonl")
+    if data.seq_length > config.llm.max_positions:
+        positions = config.llm.max_positions
+        expected = f"at most the positions that the model knows, llm.max_positions={positions}"
+        fix = f"data.seq_length={positions}, or llm.max_positions={data.seq_length} where the model learns that many"
+        raise problem("data.seq_length", data.seq_length, expected, fix)
+
+
+def _shapes(config: Config) -> None:
+    llm, vision, tensor = config.llm, config.vision, config.parallel.tensor
+    if llm.heads % llm.kv_heads:
+        raise problem("llm.heads", llm.heads, f"a multiple of llm.kv_heads={llm.kv_heads}", "change one of them")
+    if llm.head_dim % 2:
+        fix = f"llm.head_dim={llm.head_dim + 1}"
+        raise problem("llm.head_dim", llm.head_dim, "an even number: rotary angles turn pairs", fix)
+    if vision.hidden % vision.heads:
+        raise problem("vision.hidden", vision.hidden, f"a multiple of vision.heads={vision.heads}", "change one")
+    cell = vision.patch * vision.downsample
+    if vision.tile_size % cell:
+        fix = f"vision.tile_size={max(1, vision.tile_size // cell) * cell}"
+        raise problem("vision.tile_size", vision.tile_size, f"a multiple of patch x downsample = {cell}", fix)
+    split = {"llm.heads": llm.heads, "llm.kv_heads": llm.kv_heads, "llm.ffn": llm.ffn}
+    largest = math.gcd(*split.values())
+    for what, size in split.items():
+        if size % tensor:
+            raise problem("parallel.tensor", tensor, f"a divisor of {what}={size}", f"parallel.tensor={largest}")
+    if llm.padded_vocab % tensor:
+        got = f"{llm.padded_vocab} rows (a multiple of llm.vocab_multiple={llm.vocab_multiple})"
+        raise problem(
+            "llm.vocab",
+            got,
+            f"a multiple of parallel.tensor={tensor}",
+            f"llm.vocab_multiple={128 if 128 % tensor == 0 else tensor}",
+        )
+    if config.arch.name == "decoder":
+        if config.arch.cross_every:
+            raise problem("arch.cross_every", config.arch.cross_every, "0 for arch=decoder", "arch.cross_every=0")
+    elif not 1 <= config.arch.cross_every <= llm.layers:
+        fix = f"arch.cross_every={llm.cross_every}"
+        raise problem("arch.cross_every", config.arch.cross_every, f"1 to llm.layers={llm.layers}", fix)
+
+
+def _layout(config: Config) -> None:
+    p, llm = config.parallel, config.llm
+    if p.sequence and p.tensor == 1:
+        raise problem("parallel.sequence", True, "parallel.tensor above 1", "parallel.sequence=false")
+    if p.virtual > 1 and p.pipeline == 1:
+        raise problem("parallel.virtual", p.virtual, "1 without pipeline stages", "parallel.pipeline=2")
+    if llm.layers % p.stages:
+        fix = f"parallel.pipeline={math.gcd(llm.layers, p.pipeline)} parallel.virtual=1"
+        raise problem("parallel.pipeline x virtual", p.stages, f"a divisor of llm.layers={llm.layers}", fix)
+    if p.context % p.context_heads:
+        expected = f"a divisor of parallel.context={p.context}"
+        raise problem("parallel.context_heads", p.context_heads, expected, "parallel.context_heads=1")
+    groups = llm.kv_heads // p.tensor
+    if groups % p.context_heads:
+        expected = f"a divisor of llm.kv_heads / parallel.tensor = {groups}"
+        fix = f"parallel.context_heads={math.gcd(groups, p.context)}"
+        raise problem("parallel.context_heads", p.context_heads, expected, fix)
+
+
+def _init(config: Config) -> None:
+    given = [name for name in ("llm", "release", "checkpoint") if getattr(config.init, name)]
+    if len(given) > 1:
+        both = " and ".join(f"init.{name}" for name in given)
+        raise problem(both, "several sources of the language model", "one of them", f"leave init.{given[0]} out")
+    if config.init.release and config.init.vision:
+        fix = "init.vision=null, which takes the release's own, or init.release=null"
+        raise problem("init.release and init.vision", "two encoders", "one of them", fix)
+
+
+def _schedule(config: Config) -> None:
+    if config.optim.warmup >= config.train.steps:
+        raise problem("optim.warmup", config.optim.warmup, f"fewer than train.steps={config.train.steps}", "lower it")
+    if config.optim.min_lr > config.optim.lr:
+        expected = f"at most optim.lr={config.optim.lr:g}, from which it falls"
+        raise problem("optim.min_lr", config.optim.min_lr, expected, f"optim.min_lr={config.optim.lr / 10:g}")
+    if config.profile and config.train.steps < PROFILED:
+        raise problem("profile", True, f"train.steps of at least {PROFILED}, its last ones are traced", "profile=false")
+
+
+def _stage(config: Config) -> None:
+    groups = set(config.stage.trainable)
+    if config.arch.name == "decoder":
+        groups -= {"xattn"}
+    if not groups:
+        raise problem(
+            "stage", "nothing to train", "at least one module group that learns", "stage.train_projector=true"
+        )
+
+
+def _peft(config: Config) -> None:
+    peft = config.peft
+    if peft.name == "none":
+        return
+    known = {"llm"} if config.arch.name == "decoder" else {"llm", "xattn"}
+    learns = known.intersection(config.stage.trainable).difference(config.stage.new)
+    if learns.isdisjoint(peft.targets):
+        expected = f"a group that stage={config.stage.name} trains and does not declare new ({', '.join(learns)})"
+        none = f"a stage with adapters: stage={config.stage.name} trains new groups alone, and those learn in full"
+        fix = f"peft.targets=[{','.join(sorted(learns))}]" if learns else "peft=none, or stage=sft"
+        raise problem("peft.targets", list(peft.targets), expected if learns else none, fix)
+
+
+def _precision(config: Config) -> None:
+    precision, llm, tensor = config.precision, config.llm, config.parallel.tensor
+    if precision.recipe is None:
+        for what in ("edges", "encoder", "param_gather"):
+            got = getattr(precision, what)
+            if got:
+                known = ", ".join(FP8_RECIPES)
+                raise problem(f"precision.{what}", got, f"nothing without FP8 (precision={known})", "leave it out")
+        return
+    if 2 * precision.edges >= llm.layers:
+        expected = f"fewer than half of llm.layers={llm.layers}"
+        raise problem("precision.edges", precision.edges, expected, "precision.edges=1")
+    if precision.edges and precision.name == "fp8_delayed":
+        # Its scales are brought up to date once for all layers, at the end of a pass.
+        expected = "0 with fp8_delayed, which has all layers or none in FP8"
+        raise problem("precision.edges", precision.edges, expected, "precision=fp8_current")
+    if precision.param_gather and not config.parallel.distributed_optimizer:
+        expected = "parallel.distributed_optimizer=true, which keeps the weights in fp32"
+        raise problem("precision.param_gather", True, expected, "add it, or precision.param_gather=false")
+    if precision.param_gather and precision.name == "mxfp8":
+        # Megatron gathers its weights through the gradients' buffer, in bf16.
+        expected = "a recipe whose weights can be gathered in FP8: fp8_delayed, fp8_current or fp8_blockwise"
+        raise problem("precision.param_gather", True, expected, "precision.param_gather=false")
+    if config.peft.name != "none":
+        raise problem("peft", config.peft.name, "none with FP8: adapted linears compute in bf16", "precision=bf16")
+    widths = {
+        "llm.hidden": llm.hidden,
+        "llm.ffn / parallel.tensor": llm.ffn // tensor,
+        "llm.heads x llm.head_dim / parallel.tensor": llm.heads * llm.head_dim // tensor,
+        "llm.kv_heads x llm.head_dim / parallel.tensor": llm.kv_heads * llm.head_dim // tensor,
+    }
+    for what, width in widths.items():
+        if width % precision.width_multiple:
+            expected = f"a multiple of {precision.width_multiple} for precision={precision.name}"
+            raise problem(what, width, expected, "precision=bf16, or another parallel.tensor")
+
+
+def _memory(config: Config) -> None:
+    train, p = config.train, config.parallel
+    if train.offload and train.recompute != "none":
+        raise problem(
+            "train.offload", True, "train.recompute=none: what is not kept cannot be moved", "train.offload=false"
+        )
+    if train.offload and p.pipeline > 1:
+        raise problem("train.offload", True, "parallel.pipeline=1", "train.recompute=full train.offload=false")
+
+
+def validate(config: Config) -> Config:
+    """Return `config`, or raise ConfigError for the first rule that it breaks (lengths: nvlm.estimate.lengths)."""
+    for rule in (_data, _shapes, _layout, _init, _schedule, _stage, _peft, _precision, _memory):
+        rule(config)
+    return config
+
+
+def check_world(config: Config, world: int) -> int:
+    """The data-parallel size of `world` processes under `config`; raises ConfigError where it does not divide."""
+    replica = config.parallel.replica
+    if world % replica:
+        expected = f"a multiple of {replica} (tensor x pipeline x context)"
+        raise problem("number of processes", world, expected, f"start {max(1, world // replica) * replica}")
+    data = world // replica
+    if config.train.global_batch % data:
+        expected = f"a multiple of the {data} data-parallel replicas"
+        fix = f"train.global_batch={max(1, config.train.global_batch // data) * data}"
+        raise problem("train.global_batch", config.train.global_batch, expected, fix)
+    return data

@@ -1,0 +1,49 @@
+"""A record as it was read, and what happens to one that cannot be used. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from nvlm.config.values import ConfigError
+
+_LONGEST = 300  # characters of a reason
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used; the message is the reason that skipped.jsonl gives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One conversation as it was read: messages of {role, content}, and its images, not yet decoded."""
+
+    id: str
+    messages: list[dict[str, Any]]
+    images: list[Any]
+
+
+@contextmanager
+def one_record() -> Iterator[None]:
+    """Turns whatever goes wrong with the one record that is read, decoded or encoded in the block into BadRecord.
+
+    Readers and decoders of untrusted input raise exceptions of any type. A failed assertion is our own mistake, too
+    little memory the machine's, a ConfigError the user's: these pass.
+    """
+    try:
+        yield
+    except (AssertionError, ConfigError, MemoryError):
+        raise
+    except BadRecord as error:
+        raise type(error)(printable(str(error))) from error
+    except Exception as error:
+        raise BadRecord(printable(f"{type(error).__name__}: {error}")) from error
+
+
+def printable(text: str) -> str:
+    """`text` as one line of limited length that every console and file can hold."""
+    line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."

@@ -1,0 +1,188 @@
+"""All layouts of a number of GPUs: those that fit, the fastest first, and why the others are refused."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from nvlm.config.hardware import GPU
+from nvlm.config.rules import check_world, validate
+from nvlm.config.values import Config, ConfigError
+from nvlm.estimate.load import Load, step_load
+from nvlm.estimate.memory import Memory, gib, memory
+from nvlm.estimate.speed import Speed, bubble_share, speed
+
+TENSOR = (1, 2, 4, 8, 16)
+MOST_STAGES = 64  # virtual ones counted: beyond, a stage is a layer or two
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """A layout that the rules allow, with what it is predicted to take."""
+
+    config: Config
+    replicas: int
+    load: Load
+    memory: Memory
+    speed: Speed | None  # None: it does not fit
+
+    @property
+    def gpus(self) -> int:
+        """Of all replicas."""
+        return self.replicas * self.config.parallel.replica
+
+    @property
+    def samples_per_second(self) -> float:
+        """Of the whole run."""
+        return self.load.samples * self.replicas / self.speed.step
+
+    @property
+    def bubble(self) -> float:
+        """Idle time to busy time."""
+        return bubble_share(self.config, self.load.micro_batches)
+
+    def mfu(self, gpu: GPU) -> float:
+        """Share of the GPUs' peak in the run's precision."""
+        return self.speed.flops / self.speed.step / (self.gpus * gpu.peak(self.config.precision.name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why some layouts do not run."""
+
+    reason: str
+    layouts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Of all layouts of `gpus` GPUs. `fitting`: the fastest first. `nearest`: of those too large the smallest."""
+
+    gpus: int
+    gpu: GPU
+    fitting: tuple[Option, ...]
+    nearest: Option | None
+    refused: tuple[Refusal, ...]
+
+
+def plan(
+    config: Config, gpus: int, gpu: GPU, fixed: Sequence[str] = (), tiles: int | None = None, text: int | None = None
+) -> Plan:
+    """Try all layouts. `fixed`: keys (parallel.tensor, train.recompute, ...) that stay as `config` has them.
+
+    `tiles`, `text`: as in `step_load`.
+    """
+    fitting, large, refused = [], [], {}
+    for candidate in candidates(config, gpus, fixed):
+        try:
+            replicas = check_world(validate(candidate), gpus)
+        except ConfigError as error:
+            reason = str(error).partition(". Fix: ")[0]
+            # What differs in numbers alone is one reason.
+            refused.setdefault(re.sub(r"\d+", "", reason), (reason, []))[1].append(name(candidate))
+            continue
+        load = step_load(candidate, replicas, tiles, text)
+        needed = memory(candidate, replicas, load)
+        fits = needed.total <= gpu.memory
+        found = Option(
+            config=candidate,
+            replicas=replicas,
+            load=load,
+            memory=needed,
+            speed=speed(candidate, replicas, gpu, load) if fits else None,
+        )
+        (fitting if fits else large).append(found)
+    return Plan(
+        gpus=gpus,
+        gpu=gpu,
+        fitting=tuple(sorted(fitting, key=lambda option: -option.samples_per_second)),
+        nearest=min(large, key=lambda option: option.memory.total, default=None),
+        refused=tuple(Refusal(reason=why, layouts=tuple(dict.fromkeys(names))) for why, names in refused.values())
+        + _too_large(large, gpu),
+    )
+
+
+def name(config: Config) -> str:
+    """A layout in few words."""
+    p = config.parallel
+    parts = [f"tensor {p.tensor}", f"pipeline {p.pipeline}"]
+    parts += [f"virtual {p.virtual}"] if p.virtual > 1 else []
+    heads = f" ({p.context_heads} over heads)" if p.context_heads > 1 else ""
+    parts += [f"context {p.context}{heads}"] if p.context > 1 else []
+    return " x ".join(parts)
+
+
+def overrides(config: Config, replicas: int) -> str:
+    """What to write on the command line for it."""
+    p = config.parallel
+    values = {
+        "parallel.tensor": p.tensor,
+        "parallel.sequence": str(p.sequence).lower(),
+        "parallel.pipeline": p.pipeline,
+        "parallel.virtual": p.virtual,
+        "parallel.context": p.context,
+        "parallel.context_heads": p.context_heads,
+        "parallel.data": replicas,
+        "parallel.distributed_optimizer": str(p.distributed_optimizer).lower(),
+        "train.recompute": config.train.recompute,
+    }
+    one = {"parallel.pipeline", "parallel.virtual", "parallel.context", "parallel.context_heads", "parallel.data"}
+    return " ".join(f"{key}={value}" for key, value in values.items() if not (key in one and value == 1))
+
+
+def candidates(config: Config, gpus: int, fixed: Sequence[str]) -> Iterator[Config]:
+    """Layouts to try, the rules not asked yet: sizes whose product divides `gpus`, and what is recomputed."""
+
+    def choices(key: str, values: Sequence) -> Sequence:
+        return (getattr(config.parallel, key),) if f"parallel.{key}" in fixed else values
+
+    layers, asked = config.llm.layers, {f"parallel.{size}" for size in ("tensor", "pipeline", "context")} & set(fixed)
+    recomputes = (config.train.recompute,) if "train.recompute" in fixed else ("none", "selective", "full")
+    for tensor in choices("tensor", TENSOR):
+        for pipeline in choices("pipeline", _divisors(layers, MOST_STAGES)):
+            for context in choices("context", _powers_of_two(gpus)):
+                if gpus % (tensor * pipeline * context) and not asked:  # what was asked for gets an answer
+                    continue
+                virtuals = _divisors(layers // math.gcd(layers, pipeline), MOST_STAGES // pipeline)
+                for virtual in choices("virtual", virtuals if pipeline > 1 else (1,)):
+                    for heads in choices("context_heads", sorted({1, context})):
+                        parallel = replace(
+                            config.parallel,
+                            tensor=tensor,
+                            pipeline=pipeline,
+                            virtual=virtual,
+                            context=context,
+                            context_heads=heads,
+                            sequence=choices("sequence", (tensor > 1,))[0],
+                            distributed_optimizer=choices("distributed_optimizer", (True,))[0],
+                        )
+                        for recompute in recomputes:
+                            train = replace(config.train, recompute=recompute)
+                            yield replace(config, parallel=parallel, train=train)
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
+
+
+def _powers_of_two(most: int) -> list[int]:
+    return [2**n for n in range(4) if 2**n <= most]
+
+
+def _too_large(large: Sequence[Option], gpu: GPU) -> tuple[Refusal, ...]:
+    """One line for each way to cut the weights."""
+    by_cut: dict[tuple[int, int], list[Option]] = {}
+    for option in large:
+        p = option.config.parallel
+        by_cut.setdefault((p.tensor, p.pipeline), []).append(option)
+    found = []
+    for (tensor, pipeline), options in sorted(by_cut.items()):
+        best = min(options, key=lambda option: option.memory.total)
+        reason = (
+            f"memory, tensor {tensor} x pipeline {pipeline}: at least {gib(best.memory.total)}, more than "
+            f"{gib(gpu.memory)}; {best.memory.largest} alone {gib(getattr(best.memory, best.memory.largest))}"
+        )
+        found.append(Refusal(reason=reason, layouts=tuple(dict.fromkeys(name(option.config) for option in options))))
+    return tuple(found)

@@ -1,0 +1,86 @@
+"""How many tokens an image takes, before any is made: exact with a tokenizer, by the preset's tag length without.
+
+And what a sample with one is made of, for whoever plans.
+"""
+
+from __future__ import annotations
+
+from nvlm.arch.registry import layout_rule
+from nvlm.config.values import Config, problem
+from nvlm.data.amounts import Work
+from nvlm.data.tokenizer import load_tokenizer
+from nvlm.tiling.grid import TilePlan, ratios
+from nvlm.tiling.tags import tile_tags
+
+_TEXT = 16  # the shortest question and answer with their ChatML marks, tokens
+
+
+def tag_ids(config: Config, plan: TilePlan) -> list[tuple[int, ...]]:
+    """Token ids of each tile's tag, thumbnail last; stand-ins of `llm.tag_tokens` where no tokenizer is named."""
+    names = tile_tags(plan, config.tiling.tag, config.tiling.max_tiles, config.llm.thumbnail_tag)
+    if config.llm.tokenizer is None:
+        return [(0,) * (config.llm.tag_tokens if name else 0) for name in names]
+    tokenizer = load_tokenizer(config.llm.tokenizer)
+    return [tokenizer.encode(name) for name in names]
+
+
+def image_tokens(config: Config, plan: TilePlan) -> tuple[int, int]:
+    """Tokens of an image in the text stream, its `<Image>` marks not counted, and cross-attended ones."""
+    return layout_rule(config.arch.name)(plan, tag_ids(config, plan)).tokens(config.vision.tile_tokens)
+
+
+def sample_work(config: Config, text: int, regular: int) -> Work:
+    """A sample of one image of `regular` tiles (with its thumbnail and tags), then `text` tokens that see all of it and
+    are all learned from.
+
+    Without an image: 0 tiles.
+    """
+    if not regular:
+        return Work(tokens=text, pairs=text * (text + 1) // 2, outputs=text)
+    plan, per_tile = TilePlan(regular, 1, config.vision.tile_size), config.vision.tile_tokens
+    layout = layout_rule(config.arch.name)(plan, tag_ids(config, plan))
+    stream, keys = layout.tokens(per_tile)
+    of_tile = [sum(p.length(per_tile) for p in layout.cross if p.tile == tile) for tile in range(plan.num_tiles)]
+    seen = sum(p.length(per_tile) * (of_tile[p.tile] if p.own_tile else keys) for p in layout.stream)
+    tokens = stream + text
+    return Work(
+        tokens=tokens,
+        pairs=tokens * (tokens + 1) // 2,
+        outputs=text,
+        tiles=plan.num_tiles,
+        projected=sum(p.ids is None for p in (*layout.stream, *layout.cross)),
+        keys=keys,
+        cross_pairs=seen + text * keys,
+    )
+
+
+def most_image_tokens(config: Config) -> tuple[int, int]:
+    """`image_tokens` of the image that takes most."""
+    plans = [TilePlan(cols, rows, config.vision.tile_size) for cols, rows in ratios(config.tiling.max_tiles)]
+    streams, crosses = zip(*(image_tokens(config, plan) for plan in plans))
+    return max(streams), max(crosses)
+
+
+def check_lengths(config: Config) -> Config:
+    """Return `config`, or raise ConfigError where one image with all its tiles and tags does not fit."""
+    stream, cross = most_image_tokens(config)
+    image = f"one image of {config.tiling.max_tiles} tiles with its tags"
+    if config.data.seq_length < stream + _TEXT:
+        raise problem(
+            "data.seq_length",
+            config.data.seq_length,
+            f"at least {stream + _TEXT} tokens: {stream} for {image} in the text stream of "
+            f"arch={config.arch.name}, {_TEXT} for text",
+            f"data.seq_length={stream + _TEXT}, or fewer tiling.max_tiles",
+        )
+    if config.data.cross_length < cross:
+        fix = f"data.cross_length={cross}, or fewer tiling.max_tiles"
+        raise problem("data.cross_length", config.data.cross_length, f"at least {cross} tokens for {image}", fix)
+    return config
+
+
+def check_vocabulary(config: Config) -> None:
+    """Raise ConfigError where the tokenizer is missing, or has tokens for which the model has no embedding."""
+    vocab = load_tokenizer(config.llm.tokenizer or "", config.llm.bos).vocab
+    if vocab > config.llm.vocab:
+        raise problem("llm.vocab", config.llm.vocab, f"at least the tokenizer's {vocab}", f"llm.vocab={vocab}")

@@ -1,0 +1,105 @@
+"""What a replica's step is made of, for a sample that stands for all.
+
+The sample is one image of `tiles` regular tiles, with thumbnail and tags, and text, all of which has labels. By default
+the tiles are the most that the run allows, and text fills a row. Lengths are those that are computed, padding included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nvlm.arch.registry import layout_rule
+from nvlm.config.values import Config
+from nvlm.data.amounts import Work
+from nvlm.estimate.lengths import sample_work
+from nvlm.tiling.grid import TilePlan
+
+if TYPE_CHECKING:
+    from nvlm.data.batch import Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """A micro-batch of one replica, and how many of them make a step."""
+
+    work: Work  # of a micro-batch: real tokens, tiles and keys
+    rows: int
+    length: int  # columns of a row
+    keys: int  # of a row
+    stream_tiles: int  # of a micro-batch
+    key_tiles: int
+    micro_batches: int
+    samples: int  # of a replica's step
+
+    @property
+    def tokens(self) -> int:
+        """Positions of a micro-batch's text streams."""
+        return self.rows * self.length
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a replica's step."""
+        return self.work.tiles * self.micro_batches
+
+
+def step_load(config: Config, replicas: int, tiles: int | None = None, text: int | None = None) -> Load:
+    """The load of each of `replicas`. `tiles`, `text`: of the sample, regular tiles and tokens; None: the most."""
+    data, p = config.data, config.parallel
+    tiles = config.tiling.max_tiles if tiles is None else tiles
+    if text is None:
+        image = sample_work(config, 0, tiles).tokens
+        text = max((data.row_length if data.row_length > image else data.seq_length) - image, 1)
+    sample = sample_work(config, text, tiles)
+    a_row = max(1, data.row_length // sample.tokens)
+    if sample.keys:
+        a_row = max(1, min(a_row, data.cross_length // sample.keys))
+    samples = math.ceil(config.train.global_batch / replicas)
+    all_rows = math.ceil(samples / a_row)
+    rows = min(config.train.micro_batch, all_rows)
+    micro_batches = math.ceil(all_rows / rows)
+    if p.virtual > 1:  # interleaved stages take turns
+        micro_batches = math.ceil(micro_batches / p.pipeline) * p.pipeline
+    each = rows * min(a_row, samples)
+    stream, keys = _tiles_by_place(config, tiles)
+    return Load(
+        work=Work(**{f.name: each * getattr(sample, f.name) for f in dataclasses.fields(Work)}),
+        rows=rows,
+        length=_up(min(a_row, samples) * sample.tokens, config.row_multiple),
+        keys=_up(min(a_row, samples) * sample.keys, config.row_multiple),
+        stream_tiles=each * stream,
+        key_tiles=each * keys,
+        micro_batches=micro_batches,
+        samples=samples,
+    )
+
+
+def batch_load(batch: Batch, work: Work) -> Load:
+    """The load of a step of one micro-batch, as it is; `work`: what nvlm.data.work counts in it."""
+    rows, length = batch.tokens.shape
+    return Load(
+        work=work,
+        rows=rows,
+        length=length,
+        keys=batch.cross_tokens.shape[1],
+        stream_tiles=len(batch.stream_tiles),
+        key_tiles=len(batch.cross_tiles),
+        micro_batches=1,
+        samples=sum(map(len, batch.ids)),
+    )
+
+
+def _tiles_by_place(config: Config, tiles: int) -> tuple[int, int]:
+    """Tiles of the sample's image in the text stream and among the keys."""
+    if not tiles:
+        return 0, 0
+    plan = TilePlan(tiles, 1, config.vision.tile_size)
+    layout = layout_rule(config.arch.name)(plan, [()] * plan.num_tiles)
+    stream, keys = (sum(piece.ids is None for piece in pieces) for pieces in (layout.stream, layout.cross))
+    return stream, keys
+
+
+def _up(count: int, multiple: int) -> int:
+    return math.ceil(count / multiple) * multiple

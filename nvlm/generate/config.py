@@ -1,0 +1,74 @@
+"""The configuration of a trained run, changed so that its model answers. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from nvlm.config.rules import validate
+from nvlm.config.values import Config, ConfigError, PrecisionConfig, from_mapping, near_keys, problem
+from nvlm.estimate.lengths import check_lengths
+from nvlm.runs.folder import find_checkpoint, read_run_config
+from nvlm.runs.ownership import flat
+from nvlm.weights.check import check_weights
+
+_ONE_PROCESS = {
+    "tensor": 1,
+    "pipeline": 1,
+    "virtual": 1,
+    "context": 1,
+    "context_heads": 1,
+    "sequence": False,
+    "data": 1,
+    "distributed_optimizer": False,
+}
+
+
+def read_config(checkpoint: str | Path, overrides: Sequence[str] = (), also: Sequence[str] = ()) -> Config:
+    """The configuration of a run's folder or of one of its step folders, whose weights a model is to begin with.
+
+    Its layout is one process unless `overrides` ("key=value" of the configuration) say otherwise. `also`: keys that are
+    no part of it, which a mistyped one may have meant. Raises ConfigError.
+    """
+    folder = find_checkpoint(Path(checkpoint).resolve(), "checkpoint")
+    before = read_run_config(folder)
+    values = dataclasses.asdict(before)
+    values["parallel"] |= _ONE_PROCESS
+    # The weights are all in the checkpoint, but for the encoder's, which never change.
+    encoder = values["init"]["vision"] or values["init"]["release"]
+    values["init"] = {"llm": None, "release": None, "vision": encoder, "checkpoint": str(folder)}
+    values["peft"]["targets"] = before.adapted or before.peft.targets  # what was new had no adapters
+    values["stage"]["new"] = []
+    values["train"] |= {"offload": False, "recompute": "none"}  # nothing is kept for a backward pass
+    # FP8 products take tokens by the dozen, and weights are kept in bf16.
+    plain = {"edges": 0, "encoder": False, "param_gather": False}
+    values["precision"] = plain | {"name": PrecisionConfig(**plain | values["precision"]).dtype}
+    known = flat(values)
+    changes = [re.sub("^precision=", "precision.name=", word) for word in overrides]  # as for a run it names all of it
+    for word in changes:
+        key = word.partition("=")[0]
+        if key not in known:
+            near = near_keys(key, [*also, *known])
+            expected = f"one of {', '.join(near)}" if near else "a key of the run's config.yaml"
+            raise problem(key, "a key that does not exist", expected, f"{near[0]}=..." if near else "leave it out")
+    try:
+        changed = OmegaConf.to_container(OmegaConf.merge(values, OmegaConf.from_dotlist(changes)))
+    except (OmegaConfBaseException, ValueError, YAMLError) as error:
+        raise ConfigError(f"command line: {str(error).splitlines()[0]}. Fix: write key=value") from None
+    return for_generation(check_lengths(validate(from_mapping(Config, changed))))
+
+
+def for_generation(config: Config) -> Config:
+    """Return `config`, or raise ConfigError where its layout cannot generate text or its weights are not there."""
+    for key in ("context", "data"):
+        got = getattr(config.parallel, key)
+        if got != 1:
+            raise problem(f"parallel.{key}", got, "1 to generate text", f"parallel.{key}=1")
+    check_weights(config)
+    return config

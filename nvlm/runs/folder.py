@@ -1,0 +1,124 @@
+"""A run's folder on disk: its configuration and its checkpoints. Imports no torch.
+
+It holds `config.yaml` and `checkpoints/`: step folders, `frozen/` beside them, and `latest`, a step's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from nvlm.config.values import Config, ConfigError, from_mapping, problem
+from nvlm.config.fields import named
+
+FROZEN = "frozen"
+INPUTS = "inputs.json"  # what the run began with, by content
+
+
+def has_run(run_dir: Path) -> bool:
+    """Whether `run_dir` is the folder of a run: its config.yaml is one that a run wrote."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        return False
+    groups = ("arch", "llm", "vision", "tiling", "data", "stage", "train", "optim")
+    return isinstance(values, dict) and all(isinstance(values.get(group), dict) for group in groups)
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    mark = run_dir / "checkpoints" / "latest"
+    if not mark.is_file():
+        return None
+    folder = mark.parent / mark.read_text().strip()
+    if not folder.is_dir():
+        there = [other.name for other in steps_of(mark.parent)]
+        fix = f"write {there[-1]} into it" if there else "delete it to begin anew"
+        raise problem(str(mark), folder.name, f"one of {', '.join(there) or 'none'}, which are there", fix)
+    return folder
+
+
+def steps_done(run_dir: Path) -> int:
+    """Steps that the newest complete checkpoint of a run holds, 0 without one."""
+    folder = latest(run_dir)
+    return int(folder.name.removeprefix("step_")) if folder else 0
+
+
+def steps_of(root: Path) -> list[Path]:
+    """The step folders below `root`, oldest first."""
+    return sorted(root.glob("step_*"))
+
+
+MASTER = "optimizer.state.param."
+"""What the fp32 copies of weights are called in a checkpoint, before the weight's name."""
+
+
+def weight_keys(keys: Iterable[str]) -> dict[str, str]:
+    """By a weight's name the key that it stands under in a checkpoint of tensors `keys`: its name, or that of its fp32
+    copy where the weight itself was kept in FP8, and is not there."""
+    keys = set(keys)
+    weights = {key: key for key in keys if not key.startswith("optimizer.")}
+    masters = {key.removeprefix(MASTER): key for key in keys if key.startswith(MASTER)}
+    return masters | weights
+
+
+def find_checkpoint(path: Path, key: str) -> Path:
+    """The step folder that `path` means: itself, or the newest of a run folder. `key`: the setting that named it."""
+    if path.parent.name == "checkpoints" and path.name.startswith("step_") and path.is_dir():
+        return path
+    if folder := latest(path):
+        return folder
+    runs = sorted(str(other.parent.parent) for other in path.parent.glob("*/checkpoints/latest"))
+    fix = f"{key}={runs[-1]}" if runs else f"{key}=RUN"
+    raise problem(key, named(path), "a run folder with a checkpoint, or one of its checkpoints/step_N", fix)
+
+
+# What runs of earlier versions did not write, and would have written.
+_NOT_RECORDED = {"logging": {"name": "none", "project": None, "entity": None, "mode": "online"}}
+
+
+def read_run_config(folder: Path) -> Config:
+    """The configuration of the run that the step folder `folder` belongs to."""
+    path = folder.parent.parent / "config.yaml"
+    if not path.is_file():
+        raise problem(str(path), "no such file", "the configuration that its run wrote", "copy the whole run folder")
+    try:
+        return from_mapping(Config, _NOT_RECORDED | OmegaConf.to_container(OmegaConf.load(path)))
+    except ConfigError as error:  # of an older version, or edited
+        raise ConfigError(f"{path}: {error}") from None
+
+
+# What no tensor's name or shape shows.
+_MATHS = (
+    "llm.heads llm.kv_heads llm.head_dim llm.vocab llm.rope_theta llm.rope_scaling llm.norm_eps "
+    "vision.name vision.heads vision.tile_size vision.patch vision.downsample vision.norm_eps"
+).split()
+
+
+def check_same_model(config: Config, folder: Path) -> None:
+    """Raise ConfigError where the checkpoint `folder` is of a model that computes other things than `config`'s."""
+    before = read_run_config(folder)
+    if lost := [group for group in before.adapted if group not in config.adapted]:
+        raise _adapters_lost(folder, lost, before.adapted)
+    names = [*_MATHS, "arch.bind_tags"] if before.arch.name == config.arch.name else _MATHS
+    if before.adapted and config.adapted:
+        names = [*names, "peft.alpha"]
+    for name in names:
+        group, key = name.split(".")
+        old, new = (getattr(getattr(one, group), key) for one in (before, config))
+        if old != new:
+            raise problem(f"init.checkpoint={folder}: {name}", old, f"{new}, as in this run", f"{name}={old}")
+
+
+def _adapters_lost(folder: Path, lost: Sequence[str], adapted: Sequence[str]) -> ConfigError:
+    export = f"python launch/export_hf.py checkpoint={folder.parent.parent} out=DIR"
+    fix = (
+        f"peft=lora peft.targets=[{','.join(adapted)}] goes on with them; to learn all weights, merge them ({export}) "
+        "and begin with init.release=DIR init.vision=null"
+    )
+    got = f"adapters on {', '.join(lost)}, which this run does not have"
+    return problem(f"init.checkpoint={folder}", got, "a run with the same adapters, or a model without any", fix)

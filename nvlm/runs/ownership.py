@@ -1,0 +1,230 @@
+"""A run's folder while the run goes on: who owns it, what a resumed run may change, what a run begins it with.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from nvlm.config.values import Config, ConfigError, problem
+from nvlm.runs.files import write_whole
+from nvlm.runs.folder import INPUTS, has_run, latest, steps_done
+
+ROOT = Path(__file__).resolve().parents[2]
+LOCK = ".lock"
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "megatron-core",
+    "transformer-engine",
+    "flash-attn",
+    "apex",
+    "hydra-core",
+    "datasets",
+    "tokenizers",
+    "pillow",
+    "numpy",
+)
+# What a run writes into its folder.
+_OURS = (
+    "config.yaml", "environment.json", "inputs.json", "metrics.jsonl", "skipped.jsonl", "tensorboard", "checkpoints",
+    "profile", "heldout.json", "answers.jsonl", "wandb_id", "report.html", "curves.png", "gallery",
+)  # fmt: skip
+_ENDING = 10.0  # seconds given to the workers of a launcher that was killed
+
+
+@contextlib.contextmanager
+def owned(run_dir: Path) -> Iterator[int]:
+    """Hold `run_dir` for this run alone; yields the file descriptor of the lock.
+
+    The kernel releases it when the last process that has the descriptor ends, however it ends. Raises ConfigError where
+    another run holds the folder, or where the folder has files of somebody else's under names that a run would write.
+    """
+    _check_ours(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise unwritable(run_dir, error) from None
+    try:
+        _lock(descriptor, run_dir)
+        _sign(descriptor)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def check_folder(config: Config, run_dir: Path) -> None:
+    """Raise ConfigError where `run_dir` holds a run that `config` would overwrite or cannot go on with. Only reads."""
+    _check_ours(run_dir)
+    if (run_dir / "checkpoints" / "latest").is_file():
+        _check_resume(config, run_dir)
+
+
+def outlook(config: Config, run_dir: Path) -> str:
+    """What a run with resume=auto is about to do in `run_dir`, in one line."""
+    folder, done = latest(run_dir), steps_done(run_dir)
+    if folder is None:
+        return f"no checkpoint in {run_dir}: beginning at step 0"
+    if done >= config.train.steps:
+        return f"{run_dir} is done: {done} of {config.train.steps} steps"
+    return f"going on from step {done} of {config.train.steps}: {folder}"
+
+
+def begin(config: Config, run_dir: Path, anew: bool) -> None:
+    """Write what the run is made of beside it: config.yaml and environment.json. `anew`: it begins at its first step,
+    and what an earlier run of the folder, which never came to a checkpoint, told of its steps goes.
+
+    Raises ConfigError where the folder cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+        write_whole(run_dir / "environment.json", json.dumps(_environment(), indent=1) + "\n")
+        if anew:
+            for stale in ("metrics.jsonl", "skipped.jsonl"):
+                (run_dir / stale).unlink(missing_ok=True)
+            shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+    except OSError as error:
+        raise unwritable(run_dir, error) from None
+
+
+def unwritable(run_dir: Path, error: OSError) -> ConfigError:
+    """What to say where the folder of a run cannot be written."""
+    fix = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "hydra.run.dir=DIR names another"
+    return problem(f"run folder {run_dir}", error.strerror or error, "a folder that can be written", fix)
+
+
+# What a resumed run may change; the rest decides what its steps compute.
+_FREE = ("name", "resume", "dry_run", "profile", "gpu", "init.llm", "init.checkpoint", "parallel.",
+         "evaluate.", "logging.", "data.heldout_", "data.workers", "data.max_skipped", "train.log_every",
+         "train.save_every", "train.keep", "train.async_save", "train.save_frozen", "train.threads", "train.recompute",
+         "train.stop_seconds", "train.spike_factor", "train.max_bad_steps", "vision.balance",
+         "vision.tiles_per_call", "vision.graph", "train.offload")  # fmt: skip
+
+# Files that are compared by content with what the run recorded, and may lie elsewhere.
+_IDENTIFIED = ("data.path", "init.vision", "llm.tokenizer")
+
+
+def _check_ours(run_dir: Path) -> None:
+    if has_run(run_dir):
+        return
+    foreign = [name for name in _OURS if os.path.lexists(run_dir / name)]
+    ours = ("latest", "frozen", "step_*")
+    if foreign == ["checkpoints"] and not any(file for name in ours for file in run_dir.glob(f"checkpoints/{name}")):
+        return  # the root of a disk of their own
+    if foreign:
+        got = f"{', '.join(foreign)}, which would be overwritten, and no config.yaml of a run of this trainer"
+        raise problem(f"run folder {run_dir}", got, "a run's folder or one without such files", "name=OTHER")
+
+
+def _check_resume(config: Config, run_dir: Path) -> None:
+    if config.resume == "never":
+        fix = "resume=auto goes on with it, name=OTHER starts another, deleting the folder starts anew"
+        raise problem(f"run folder {run_dir}", "one that holds a run", "a new one with resume=never", fix)
+    before = flat(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))
+    free = (*_FREE, *_IDENTIFIED) if (run_dir / INPUTS).is_file() else _FREE
+    for key, value in flat(dataclasses.asdict(config)).items():
+        old = before.get(key)
+        if key == "train.steps" and isinstance(old, int) and value >= old:  # a run may be made longer
+            continue
+        if old != value and not key.startswith(free):
+            expected = f"{old}, as the run began" + (", or more" if key == "train.steps" else "")
+            raise problem(f"resume of {run_dir}: {key}", value, expected, f"{key}={old}, or name=OTHER for another run")
+
+
+def flat(values: dict, path: str = "") -> dict[str, object]:
+    """Nested `values` with dotted keys."""
+    leaves: dict[str, object] = {}
+    for key, value in values.items():
+        plain = list(value) if isinstance(value, tuple) else value  # as YAML reads it back
+        leaves |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": plain}
+    return leaves
+
+
+def _lock(descriptor: int, run_dir: Path) -> None:
+    deadline = time.monotonic() + _ENDING
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            holder = _holder(descriptor)
+            if not _was_killed(holder) or time.monotonic() > deadline:
+                raise _taken(run_dir, holder) from None
+        except OSError as error:
+            effect = "a second start of this run would not be noticed"
+            print(f"run folder {run_dir} cannot be locked ({error.strerror}): {effect}", file=sys.stderr)
+            return
+        time.sleep(0.05)
+
+
+def _sign(descriptor: int) -> None:
+    """Say in the locked file who holds it."""
+    holder = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": shlex.join(sys.argv),
+    }
+    with contextlib.suppress(OSError):  # without room for it the lock still holds
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
+
+
+def _holder(descriptor: int) -> dict:
+    """Who signed; empty where that cannot be read (yet)."""
+    try:
+        signed = json.loads(os.pread(descriptor, 2**20, 0))
+    except ValueError:
+        return {}
+    return signed if isinstance(signed, dict) else {}
+
+
+def _was_killed(holder: dict) -> bool:
+    """Whether the launcher is gone: its workers, which hold the lock with it, are about to follow."""
+    return holder.get("host") == socket.gethostname() and not os.path.exists(f"/proc/{holder.get('pid')}")
+
+
+def _taken(run_dir: Path, holder: dict) -> ConfigError:
+    who = "another process"
+    if holder:
+        who = f"process {holder.get('pid')} on {holder.get('host')}, started {holder.get('started')}"
+        who += f" ({holder.get('command')})"
+    fix = "name=OTHER, or end that run first" + (f" (kill {holder.get('pid')})" if holder else "")
+    return problem(f"run folder {run_dir}", f"one that is in use by {who}", "a folder of this run's own", fix)
+
+
+def _environment() -> dict:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = bool(subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip())
+    return {
+        "python": sys.version.split()[0],
+        "packages": versions,
+        "git_commit": commit,
+        "git_changed": changed,
+    }

@@ -1,0 +1,182 @@
+"""What a run reads, identified by content: its data, encoder, tokenizer and first weights. Imports no torch.
+
+`inputs.json` in the run folder has the identities. A resume, the next stage, export and generation compare theirs with
+it, so that a file that was replaced under the same name is noticed, and one that was only moved is not. Large files are
+sampled, which takes seconds at 100 GB: a change that keeps a large file's size may escape where it is smaller than the
+distance of two samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from nvlm.config.values import Config, problem
+from nvlm.data.sources import Records
+from nvlm.data.tokenizer import tokenizer_file
+from nvlm.runs.files import write_whole
+from nvlm.runs.folder import INPUTS, find_checkpoint
+from nvlm.weights.published import Stored
+from nvlm.weights.sources import VISION, Source, model_source, vision_source
+
+_WHOLE = 1 << 26  # bytes: smaller files are read whole
+_BLOCK = 1 << 16  # bytes
+_BLOCKS = 64  # of a larger file, evenly spaced, first and last included
+_PIECE = 1 << 12  # bytes of a tensor, at its start, middle and end
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What one input was: where it lay, how large it was, and a digest of its content."""
+
+    path: str
+    bytes: int
+    digest: str
+    records: int | None = None
+
+    def same(self, other: Identity) -> bool:
+        """Whether the two have the same content, wherever they lie."""
+        return (self.bytes, self.digest, self.records) == (other.bytes, other.digest, other.records)
+
+
+def of_file(path: Path, records: int | None = None) -> Identity:
+    """A file by its size and its bytes, sampled where it is larger than 64 MiB; `records`: how many it holds."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256") if size <= _WHOLE else _sampled(file, size)
+    return Identity(str(path.resolve()), size, found.hexdigest(), records)
+
+
+def of_tensors(folder: str, stored: Mapping[str, Stored], prefix: str = "") -> Identity:
+    """Tensors by name (without `prefix`), type, shape and a sample of their bytes, however they are cut into files."""
+    found, total = hashlib.sha256(), 0
+    places = {file: _places(file) for file in {one.file for one in stored.values()}}
+    for name, one in sorted(stored.items()):
+        start, end = places[one.file][name]
+        found.update(f"{name.removeprefix(prefix)} {one.dtype} {one.shape}\n".encode())
+        with open(one.file, "rb") as file:
+            for at in (start, (start + end - _PIECE) // 2, end - _PIECE):
+                file.seek(max(start, at))
+                found.update(file.read(min(_PIECE, end - start)))
+        total += end - start
+    return Identity(str(Path(folder).resolve()), total, found.hexdigest())
+
+
+def of_records(config: Config, records: Records) -> Identity:
+    """The training records: their file, or of pages that are drawn anew the first and the last one."""
+    if config.data.source == "jsonl":
+        return of_file(Path(config.data.path or ""), len(records))
+    found = hashlib.sha256()
+    for record in (records[0], records[len(records) - 1]):
+        found.update(json.dumps(record.messages).encode())
+        for image in record.images:
+            found.update(image)
+    return Identity(config.data.source, 0, found.hexdigest(), len(records))
+
+
+def of_encoder(config: Config) -> Identity:
+    """The frozen encoder's published weights."""
+    return _of_source(vision_source(config), ["vision"])
+
+
+def of_tokenizer(config: Config) -> Identity:
+    """The run's tokenizer file."""
+    return of_file(tokenizer_file(config.llm.tokenizer))
+
+
+def of_first_weights(config: Config) -> Identity | None:
+    """What the language model and the new modules begin with; None for random numbers."""
+    if config.init.checkpoint:
+        folder = find_checkpoint(Path(config.init.checkpoint), "init.checkpoint")
+        return replace(of_file(folder / "digests.json"), path=str(folder.resolve()))
+    source = model_source(config)
+    return None if source is None else _of_source(source, [group for group in source.parts if group != "vision"])
+
+
+def check_model(config: Config, run_dir: Path) -> None:
+    """Raise ConfigError where `config` reads another encoder or tokenizer than the run in `run_dir`, whose weights it
+    takes, was trained with."""
+    before = read(run_dir)
+    if "encoder" in before:
+        key = "init.vision" if config.init.vision else "init.release"
+        _compare("encoder", before, of_encoder(config), run_dir, key)
+    if "tokenizer" in before and config.llm.tokenizer:
+        _compare("tokenizer", before, of_tokenizer(config), run_dir, "llm.tokenizer")
+
+
+def check_records(config: Config, run_dir: Path, records: Records) -> None:
+    """Raise ConfigError where the run in `run_dir` was trained with other records than these."""
+    before = read(run_dir)
+    if "records" in before:
+        _compare("records", before, of_records(config, records), run_dir, "data.path")
+
+
+def record(config: Config, run_dir: Path, records: Records) -> None:
+    """Write down what a run begins with."""
+    inputs = {
+        "records": of_records(config, records),
+        "encoder": of_encoder(config),
+        "tokenizer": of_tokenizer(config),
+        "weights": of_first_weights(config),
+    }
+    write(run_dir, inputs)
+
+
+def write(run_dir: Path, inputs: Mapping[str, Identity | None]) -> None:
+    """Record what a run begins with."""
+    found = {name: asdict(one) for name, one in inputs.items() if one is not None}
+    write_whole(run_dir / INPUTS, json.dumps(found, indent=1) + "\n")
+
+
+def read(run_dir: Path) -> dict[str, Identity]:
+    """What the run in `run_dir` began with; empty where it recorded nothing."""
+    path = run_dir / INPUTS
+    if not path.is_file():
+        return {}
+    try:
+        return {name: Identity(**values) for name, values in json.loads(path.read_text()).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise problem(str(path), "a damaged file", "what the run wrote", "restore it, or delete it") from None
+
+
+def _compare(name: str, before: Mapping[str, Identity], now: Identity, run_dir: Path, key: str) -> None:
+    old = before[name]
+    if not old.same(now):
+        raise problem(
+            key,
+            f"{now.path} ({_told(now)})",
+            f"the {name} that {run_dir} was trained with: {old.path} as it was then ({_told(old)})",
+            f"{key}=PATH of that one, or name=OTHER for a run that begins anew",
+        )
+
+
+def _told(one: Identity) -> str:
+    counts = {"records": one.records, "bytes": one.bytes or None}
+    told = [f"{count:,} {name}" for name, count in counts.items() if count is not None]
+    return ", ".join([*told, f"digest {one.digest[:12]}"])
+
+
+def _of_source(source: Source, groups: Iterable[str]) -> Identity:
+    names = {part.name for group in groups for part in source.parts[group]}
+    return of_tensors(source.folder, {name: one for name, one in source.stored.items() if name in names}, VISION)
+
+
+def _sampled(file, size: int):
+    found = hashlib.sha256()
+    for number in range(_BLOCKS):
+        file.seek(number * (size - _BLOCK) // (_BLOCKS - 1))
+        found.update(file.read(_BLOCK))
+    return found
+
+
+def _places(file: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a safetensors file begins and ends, bytes from the file's start."""
+    with open(file, "rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(length))
+    starts = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: (8 + length + start, 8 + length + end) for name, (start, end) in starts.items()}
