@@ -24,7 +24,7 @@ LAYOUTS = ("plain", "whole layers recomputed", "MLPs recomputed", "language mode
 @pytest.mark.parametrize("precision", ["bf16", "fp8_current", "fp8_delayed"])
 @pytest.mark.parametrize("arch", ["decoder", "xattn", "hybrid"])
 def test_a_forward_pass_keeps_what_is_foretold(arch, precision, setting, monkeypatch):
-    for room in ("llm.attention", "arch.xattn.attention"):  # bf16 all through, as on a GPU
+    for room in ("attention.core", "arch.xattn.attention"):  # bf16 all through, as on a GPU
         monkeypatch.setattr(f"nvlm.{room}.for_kernel", lambda x: x)
     config = small_config(f"arch={arch}", *WIDE, *SETTINGS[setting], f"precision={precision}")
     batch = collate([[sample_of(story, config) for story in row] for row in ROWS], TILE, config.row_multiple)
