@@ -1,6 +1,6 @@
 """Who can load an exported folder: its own code always, vLLM and NVLM-D-72B's own class within limits.
 
-Both were tried with exports of this project: vLLM 0.33, and the class under transformers 4.39.3 and 5.23.
+Both were tried with earlier exports: vLLM 0.33, and the class under transformers 4.39.3 and 5.23. No test runs them.
 """
 
 from __future__ import annotations
