@@ -49,7 +49,7 @@ def parse(arguments: Sequence[str]) -> Request:
         top_p=_number(own, "top_p", float, Sampling().top_p),
         seed=_number(own, "seed", int, Sampling().seed),
     )
-    config = read_config(own["checkpoint"], others) if own.get("checkpoint") else _composed(others)
+    config = read_config(own["checkpoint"], others, OPTIONS) if own.get("checkpoint") else _composed(others)
     if "system" in own:
         values = dataclasses.asdict(config.data) | {"system": own["system"] or None}
         config = dataclasses.replace(config, data=from_mapping(DataConfig, values, "data."))
