@@ -142,7 +142,8 @@ def save(overrides: tuple[str, ...], run: Path) -> tuple[dict[str, torch.Tensor]
 def go_on(overrides: tuple[str, ...], run: Path) -> tuple[dict[str, torch.Tensor], Curve]:
     with joined(compose_config(*overrides)) as device:
         trainer, step = built(overrides, device, first=3)
-        assert restore.load(trainer, latest(run)) == (3, {"mean": 0.1})
+        loaded = restore.load(trainer, latest(run))
+        assert (loaded.step, loaded.numbers) == (3, {"mean": 0.1})
         return held(trainer), [step(), step()]
 
 
