@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nvlm.commands.launch import quiet
-from nvlm.commands.mistakes import answered
+from nvlm.commands.mistakes import answered_or_helped
 from nvlm.export.options import parse
 
 HELP = """python launch/export_hf.py checkpoint=RUN out=DIR [key=value ...]
@@ -19,13 +19,10 @@ shard_gb=5       the largest file, GB"""
 
 def main(arguments: Sequence[str]) -> int:
     """Answer the command line; returns the exit status."""
-    return answered(lambda: _answer(arguments))
+    return answered_or_helped(arguments, HELP, _answer)
 
 
 def _answer(arguments: Sequence[str]) -> int:
-    if any(word in ("-h", "--help") for word in arguments):
-        print(HELP)
-        return 0
     quiet()
     options = parse(arguments)
     from nvlm.export.export import export

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nvlm.commands import launch
-from nvlm.commands.mistakes import answered
+from nvlm.commands.mistakes import answered_or_helped
 from nvlm.commands.request import HELP, Request, parse
 from nvlm.config.values import ConfigError
 
@@ -18,13 +18,10 @@ _ADD_IMAGE = "/image "
 
 def main(arguments: Sequence[str]) -> int:
     """Answer the command line; returns the exit status."""
-    return answered(lambda: _answer(arguments))
+    return answered_or_helped(arguments, HELP, _answer)
 
 
 def _answer(arguments: Sequence[str]) -> int:
-    if any(word in ("-h", "--help") for word in arguments):
-        print(HELP)
-        return 0
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever interrupts wants no traceback
     request = parse(arguments)
     task = launch.launched()

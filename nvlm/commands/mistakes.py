@@ -9,7 +9,7 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from nvlm.config.values import ConfigError, problem
 from nvlm.processes.workers import report
@@ -50,6 +50,18 @@ def answered(command: Callable[[], int], failed: int = FAILED) -> int:
         return INTERRUPTED
     finally:
         _drop_what_cannot_be_written()
+
+
+def answered_or_helped(arguments: Sequence[str], help_text: str, command: Callable[[Sequence[str]], int]) -> int:
+    """As `answered` of `command(arguments)`; prints `help_text` instead where -h or --help is among the arguments."""
+
+    def answer() -> int:
+        if {"-h", "--help"}.isdisjoint(arguments):
+            return command(arguments)
+        print(help_text)
+        return 0
+
+    return answered(answer)
 
 
 def _status(command: Callable[[], int]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nvlm.commands import launch
 from nvlm.commands.compose import check_overrides
-from nvlm.commands.mistakes import answered
+from nvlm.commands.mistakes import answered_or_helped
 from nvlm.config.fields import named
 from nvlm.config.hardware import GPU, GPUS, known_gpu
 from nvlm.config.values import problem
@@ -31,13 +31,10 @@ OPTIONS = ("gpus", "top", "tiles", "text", "json")
 
 def main(arguments: Sequence[str]) -> int:
     """Answer the command line; returns the exit status: 1 where nothing fits."""
-    return answered(lambda: _answer(arguments))
+    return answered_or_helped(arguments, HELP, _answer)
 
 
 def _answer(arguments: Sequence[str]) -> int:
-    if any(word in ("-h", "--help") for word in arguments):
-        print(HELP)
-        return 0
     own = {key: value for key, _, value in (word.partition("=") for word in arguments) if key in OPTIONS}
     others = [word for word in arguments if word.partition("=")[0] not in OPTIONS]
     numbers = {key: _number(own, key, least) for key, least in (("gpus", 1), ("top", 1), ("tiles", 0), ("text", 1))}

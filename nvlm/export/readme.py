@@ -1,6 +1,6 @@
 """Who can load an exported folder: its own code always, vLLM and NVLM-D-72B's own class within limits.
 
-Both were tried with earlier exports: vLLM 0.33, and the class under transformers 4.39.3 and 5.23. No test runs them.
+The limits are those of vLLM 0.33 and of the class under transformers 4.39.3 and 5.23. No test runs either.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _vllm(config: Config, files: Sequence[str]) -> list[str]:
         "",
         "## vLLM (0.33)",
         "",
-        "`vllm serve . --trust-remote-code`. Its logits were seen to equal those of modeling_nvlm.py.",
+        "`vllm serve . --trust-remote-code`",
     ]
     if "configuration_nvlm_d.py" not in files:
         lines.append("First copy configuration_nvlm_d.py and the other .py files of nvidia/NVLM-D-72B here: it stops")

@@ -34,7 +34,7 @@ from nvlm.train.phases import Phases, build_profiler
 from nvlm.train.restore import Loaded, load
 from nvlm.train.skipped import stopped, too_many
 from nvlm.train.step import Trainer, train_step
-from nvlm.train.tracker import Silent, Tracker, build_tracker
+from nvlm.train.tracker import SILENT, Silent, Tracker, build_tracker
 from nvlm.train.waiting import impatient
 from nvlm.train.watch import Watchdog
 from nvlm.vision.path import build_vision
@@ -68,7 +68,7 @@ def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: E
         steps = replace(steps, ends=loaded.ends)
         idle.check_gates(trainer.stages.parts)
         counts = count_groups(trainer.stages.parts, trainer.vision.path.encoder)
-        tracker = None
+        tracker: Tracker | Silent = SILENT
         if groups.is_first_rank():
             begin_folder(config, run_dir, anew=not goes_on)
             tracker = opened.enter_context(contextlib.closing(build_tracker(config, run_dir, resumed=goes_on)))
@@ -82,8 +82,7 @@ def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: E
             return
         if evaluation is not None:
             scores = evaluation(trainer, functools.partial(watch.mark, config.train.steps, "evaluate"))
-            if tracker is not None:
-                tracker.log({"step": config.train.steps} | scores)
+            tracker.log({"step": config.train.steps} | scores)
 
 
 def train(
@@ -93,11 +92,11 @@ def train(
     loaded: Loaded,
     run_dir: Path,
     told: Callable[[int, str], None],
-    tracker: Tracker | Silent | None,
+    tracker: Tracker | Silent,
 ) -> bool:
     """The loop. False where SIGTERM or SIGINT ended it, with a checkpoint. BrokenRun: too many bad steps in a row.
 
-    `told`: hears of each step's phases as they begin. `tracker`: the first process's.
+    `told`: hears of each step's phases as they begin.
     """
     first, guard = loaded.step, Guard(config.train.spike_factor, **loaded.numbers)
     settings, due, waiting = config.train, False, idle.expected(config)

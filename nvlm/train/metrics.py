@@ -26,7 +26,7 @@ from nvlm.runs.sinks import Appended, json_line, spared
 from nvlm.train.optim import GroupCount
 from nvlm.train.skipped import Tally
 from nvlm.train.step import StepResult
-from nvlm.train.tracker import Silent, Tracker
+from nvlm.train.tracker import SILENT, Silent, Tracker
 from nvlm.vision.prepass import shares
 
 
@@ -34,9 +34,9 @@ class Metrics:
     """Context manager around a training loop. With `active` False it only counts."""
 
     def __init__(
-        self, config: Config, run_dir: Path, first_step: int, active: bool, tracker: Tracker | Silent | None = None
+        self, config: Config, run_dir: Path, first_step: int, active: bool, tracker: Tracker | Silent = SILENT
     ) -> None:
-        self.tracker = tracker or Silent()
+        self.tracker = tracker
         self.config, self.active, self.first = config, active, first_step
         self.run_dir, self.step = run_dir, first_step
         self.tally = Tally()

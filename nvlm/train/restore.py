@@ -37,12 +37,12 @@ _ADAPTERS = "adapters of "  # a module group
 class Loaded:
     """What a checkpoint says beside its tensors.
 
-    `ends`: where the run was to end before it was made longer, first to last. `rates`: of the next step, as it would
-    have been, and as it is in a run of this one's length.
+    `ends`: the former values of train.steps of a run that was extended, oldest first. `rates`: the next step's
+    learning rate on the former schedule and on this run's.
     """
 
     step: int  # steps that are done
-    numbers: dict[str, float]  # the loop's own
+    numbers: dict[str, float]  # of the guard
     ends: tuple[int, ...]
     rates: tuple[float, float]
 

@@ -68,9 +68,12 @@ class Silent:
         """Nothing."""
 
 
+SILENT = Silent()
+
+
 def build_tracker(config: Config, run_dir: Path, resumed: bool) -> Tracker | Silent:
     """The tracker that `config` asks for."""
-    return Tracker(config, run_dir, resumed) if config.logging.name == "wandb" else Silent()
+    return Tracker(config, run_dir, resumed) if config.logging.name == "wandb" else SILENT
 
 
 def _identity(run_dir: Path, resumed: bool) -> str:
