@@ -31,7 +31,7 @@ def main() -> None:
     from nvlm.commands.launch import quiet
     from nvlm.data.loader import load_steps
     from nvlm.processes import groups
-    from nvlm.train.checkpoint import Checkpoints, latest
+    from nvlm.train.checkpoint.save import Checkpoints, latest
     from nvlm.train.loop import build_steps, build_trainer
     from nvlm.train.step import train_step
 

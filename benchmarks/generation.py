@@ -16,15 +16,15 @@ import sys
 import time
 
 from nvlm.arch import registry
-from nvlm.arch.pipeline import build_parts, build_stages
+from nvlm.arch.pipeline import build_parts, build_pipeline
 from nvlm.commands import launch
 from nvlm.commands.compose import compose_config
 from nvlm.config.values import Config
 from nvlm.data.batch import Batch
-from nvlm.data.encode import encode
 from nvlm.data.messages import first_question
-from nvlm.data.outline import build_encoder
+from nvlm.data.outline import build_processor
 from nvlm.data.pack import collate
+from nvlm.data.samples import encode
 from nvlm.data.sources import build_records
 from nvlm.generate.decode import continue_rows
 from nvlm.generate.sampling import Sampling
@@ -36,9 +36,9 @@ ARCHITECTURES = ("decoder", "xattn", "hybrid")
 
 def prompts(config: Config, rows: int, device) -> Batch:
     """Questions about `rows` pages, their tiles encoded."""
-    encoder = build_encoder(config, registry.layout_rule(config.arch.name), resize="exact")
+    processor = build_processor(config, registry.placement_rule(config.arch.name), resize="exact")
     records = build_records(config.data, config.seed, heldout=True)
-    samples = [encode(first_question(records[row])[0], encoder, generate=True) for row in range(rows)]
+    samples = [encode(first_question(records[row])[0], processor, generate=True) for row in range(rows)]
     batch = collate([[sample] for sample in samples], config.vision.tile_size).to(device)
     with contextlib.redirect_stdout(sys.stderr):  # its progress
         return build_vision(config, device).encode(batch)
@@ -56,7 +56,7 @@ def measure(arch: str, rows: int, options: argparse.Namespace) -> tuple[float, f
     overrides = (f"arch={arch}", f"precision={options.precision}", f"data.heldout_records={rows}")
     config = compose_config(*overrides)
     with groups.distributed(config.parallel, config.seed, options.threads) as device:
-        stages = build_stages(config, [part.to(device) for part in build_parts(config)])
+        stages = build_pipeline(config, [part.to(device) for part in build_parts(config)])
         batch = prompts(config, rows, device)
         for recompute in (False, True):  # warm up
             timed(stages, batch, 4, recompute)

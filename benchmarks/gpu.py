@@ -42,7 +42,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nvlm.arch import registry
-from nvlm.arch.pipeline import build_parts, build_stages, tile_use_of_rank
+from nvlm.arch.pipeline import build_parts, build_pipeline, tile_use_of_rank
 from nvlm.attention.core import attend
 from nvlm.attention.packing import samples_in_line, seen_columns, seen_keys
 from nvlm.attention.visibility import causal_mask, unseen_keys
@@ -51,11 +51,11 @@ from nvlm.commands.compose import compose_config
 from nvlm.config.hardware import known_gpu
 from nvlm.config.values import FP8_RECIPES, Config, ConfigError
 from nvlm.data.batch import PAD, Sample
-from nvlm.data.encode import encode
 from nvlm.data.loader import load_steps
-from nvlm.data.outline import build_encoder, outline
+from nvlm.data.outline import build_processor, outline
 from nvlm.data.pack import collate
 from nvlm.data.record import Record
+from nvlm.data.samples import encode
 from nvlm.data.work import count_work
 from nvlm.estimate.activations import ENGINE, TORCH
 from nvlm.estimate.flops import model_flops
@@ -337,7 +337,7 @@ def learner(config: Config) -> Iterator[Trainer]:
         parts = [part.to(device) for part in build_parts(config)]
         for part in parts:
             freeze(part, config)
-        stages = build_stages(config, parts)
+        stages = build_pipeline(config, parts)
         chunks = tuple(wrap(part, config) for part in parts)
         parts[0].config.finalize_model_grads_func = stages.finalize
         fresh = replace(config, init=replace(config.init, vision=None))
@@ -373,19 +373,19 @@ def measured(config: Config, size: Size, tiles: int, samples: Sequence[Sample], 
 
 def some_samples(config: Config, size: Size, tiles: int) -> list[Sample]:
     """As many alike as fill a row: an image of `tiles` tiles and `size.text` tokens of text, half of it answers."""
-    encoder = replace(build_encoder(config, registry.layout_rule(config.arch.name)), cross_length=10**6)
+    processor = replace(build_processor(config, registry.placement_rule(config.arch.name)), cross_length=10**6)
     image = Image.new("RGB", (config.vision.tile_size * tiles, config.vision.tile_size), "gray")
     letters = size.text // 2
     while True:
         words = "".join(chr(97 + n * 7 % 26) for n in range(letters))
         messages = [dict(role="user", content="<image>\n" + words), dict(role="assistant", content=words)]
         record = Record(f"{tiles} tiles", messages, [image])
-        sketch = outline(record, replace(encoder, seq_length=10**6))
+        sketch = outline(record, replace(processor, seq_length=10**6))
         text = sum(len(run.ids) for run in sketch.runs)
         if text >= size.text:
             break
         letters += max(1, (size.text - text) // 2)
-    sample = encode(record, replace(encoder, seq_length=10**6))
+    sample = encode(record, replace(processor, seq_length=10**6))
     count = max(1, size.row // len(sample.tokens))
     return [replace(sample, id=f"{sample.id} {number}") for number in range(count)]
 

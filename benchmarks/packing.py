@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nvlm.arch.registry import layout_rule
+from nvlm.arch.registry import placement_rule
 from nvlm.commands.compose import compose_config
 from nvlm.data.loader import Steps, step_records
-from nvlm.data.outline import build_encoder, outline
+from nvlm.data.outline import build_processor, outline
 from nvlm.data.pack import deal, pack
 from nvlm.data.sources import build_records
 from nvlm.estimate.lengths import image_tokens
@@ -63,10 +63,10 @@ class Shape:
 def pages(arch: str, shape: Shape) -> tuple[Mix, float]:
     """Three windows of embedded pages, and the CPU seconds that measuring one record took."""
     config = compose_config(f"arch={arch}")
-    encoder, records = build_encoder(config, layout_rule(arch)), build_records(config.data, config.seed)
+    processor, records = build_processor(config, placement_rule(arch)), build_records(config.data, config.seed)
     count = min(3 * shape.samples, len(records) // shape.samples * shape.samples)
     start = time.process_time()
-    lengths = [outline(records[i], encoder).lengths(encoder.tile_tokens) for i in range(count)]
+    lengths = [outline(records[i], processor).lengths(processor.tile_tokens) for i in range(count)]
     seconds = (time.process_time() - start) / count
     rows = shape.multiple * config.data.seq_length, shape.multiple * config.data.cross_length
     return Mix(f"pages, {arch}", lengths, *rows), seconds
@@ -163,10 +163,10 @@ def line(mix: Mix, shape: Shape) -> str:
 def check() -> None:
     """Fail unless the loader's own batches have the positions that this file computes for them."""
     config, shape = compose_config("arch=hybrid"), Shape(window=2, global_batch=32, micro_batch=3, multiple=1)
-    encoder, records = build_encoder(config, layout_rule("hybrid")), build_records(config.data, config.seed)
-    steps = Steps(records, encoder, 0, 2, 32, 3, 500, 0, 1, multiple=ROUND, window=2)
+    processor, records = build_processor(config, placement_rule("hybrid")), build_records(config.data, config.seed)
+    steps = Steps(records, processor, 0, 2, 32, 3, 500, 0, 1, multiple=ROUND, window=2)
     drawn = [i for step in range(2) for i in step_records(0, step, 32, len(records))]
-    lengths = [outline(records[i], encoder).lengths(encoder.tile_tokens) for i in drawn]
+    lengths = [outline(records[i], processor).lengths(processor.tile_tokens) for i in drawn]
     want = ours(Mix("", lengths, 500, config.data.cross_length), shape, 2)
     got = [batch for step in range(2) for batch in steps[step].micro_batches]
     assert sum(batch.tokens.numel() for batch in got) == computed(want, 0)

@@ -199,7 +199,7 @@ def encoded_steps(config: Config, trainer: Trainer, count: int) -> list[StepData
 
 def weights_of(trainer: Trainer, config: Config) -> dict[str, Tensor]:
     """The model's weights under their published names, copied."""
-    (part,) = trainer.stages.parts
+    (part,) = trainer.pipeline.parts
     return copy.deepcopy(published([*llm.parts(config.llm), *projector.parts(config)], part.weights()))
 
 

@@ -215,19 +215,19 @@ def make_batches(config, tiles: list[int]) -> list:
     from PIL import Image
 
     from nvlm.arch import registry
-    from nvlm.data.encode import encode
-    from nvlm.data.outline import build_encoder
+    from nvlm.data.outline import build_processor
     from nvlm.data.pack import collate
     from nvlm.data.record import Record
+    from nvlm.data.samples import encode
 
-    encoder = build_encoder(config, registry.layout_rule(config.arch.name))
+    processor = build_processor(config, registry.placement_rule(config.arch.name))
     side, generator = config.vision.tile_size, np.random.default_rng(0)
     batches = []
     for number, count in enumerate(tiles):
         shape = (2 * side, 3 * side, 3) if count == 7 else (side, side, 3)
         picture = Image.fromarray(generator.integers(256, size=shape, dtype=np.uint8))
         talk = [{"role": "user", "content": "<image> what is it?"}, {"role": "assistant", "content": "one two " * 12}]
-        sample = encode(Record(str(number), talk, [picture]), encoder)
+        sample = encode(Record(str(number), talk, [picture]), processor)
         assert len(sample.pixels) == count
         batches.append(collate([[sample]], side, config.row_multiple))
     return batches

@@ -217,7 +217,7 @@ def gpu_row(torch: Probe, has_torch: bool) -> Row:
         costs = f"the driver knows CUDA up to {driver[0]}.{driver[1]}, torch is built for {built}: the GPU is not used"
         fix = f"update the driver to one of CUDA {built}, or install a torch built for CUDA {driver[0]}.x"
         return Row("GPU and driver", COSTS, found, costs, fix)
-    fix = "echo \"$CUDA_VISIBLE_DEVICES\"; python -c \"import torch; torch.zeros(1).cuda()\"  # says why"
+    fix = 'echo "$CUDA_VISIBLE_DEVICES"; python -c "import torch; torch.zeros(1).cuda()"  # says why'
     return Row("GPU and driver", COSTS, f"{found}; torch sees none", "the GPU is not used", fix)
 
 

@@ -22,10 +22,10 @@ from nvlm.arch.registry import build_architecture
 from nvlm.commands.compose import compose_config
 from nvlm.config.values import Config, cross_layers
 from nvlm.data.batch import Batch, Sample
-from nvlm.data.encode import encode
-from nvlm.data.outline import build_encoder
+from nvlm.data.outline import build_processor
 from nvlm.data.pack import collate
 from nvlm.data.record import Record
+from nvlm.data.samples import encode
 from nvlm.data.tokenizer import load_tokenizer
 from nvlm.vision.encoder import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
@@ -228,7 +228,7 @@ def record_of(story: Story) -> Record:
 
 def sample_of(story: Story, config: Config) -> Sample:
     """The story by our pipeline."""
-    return encode(record_of(story), build_encoder(config, build_architecture(config).layout))
+    return encode(record_of(story), build_processor(config, build_architecture(config).placement))
 
 
 def batch_of(rows: Sequence[Sequence[Story]], twins: Twins) -> Batch:

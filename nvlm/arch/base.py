@@ -30,7 +30,7 @@ from nvlm.attention.context import attended_columns, gather_columns, own_columns
 from nvlm.attention.core import rotary_angles, rotary_frequencies
 from nvlm.attention.packing import Packing, runs, samples_in_line, seen_columns, seen_keys
 from nvlm.attention.visibility import causal_mask, unseen_keys
-from nvlm.config.values import Config, cross_layers, stage_layers
+from nvlm.config.values import Config, cross_layers, pipeline_layers
 from nvlm.data.batch import IGNORE, Batch, check_placeholders, in_line, without_padding
 from nvlm.llm.backend import uses_te
 from nvlm.llm.build import FUSED_NORMS, block_submodules, llm_config, of_megatron
@@ -39,7 +39,7 @@ from nvlm.llm.layer import DecoderBlock, learns, project
 from nvlm.llm.loss import token_losses
 from nvlm.llm.norm import LayerNorm
 from nvlm.processes.groups import seeded
-from nvlm.tiling.placement import LayoutRule, TileUse
+from nvlm.tiling.placement import PlacementRule, TileUse
 
 Project = Callable[[Tensor], Tensor]
 """Features [..., C] to the language model's width [..., H]."""
@@ -54,7 +54,7 @@ class Architecture:
     """
 
     name: str
-    layout: LayoutRule
+    placement: PlacementRule
     projector: str  # "mlp" (two layers) or "affine" (one)
     stream: Callable[[Tensor, Batch, Tensor, Project], Tensor] | None
     keys: Callable[[TransformerConfig], nn.Module] | None
@@ -62,12 +62,12 @@ class Architecture:
     cross_attention: ModuleSpec | None
 
 
-def tile_use(config: Config, architecture: Architecture, stage: int) -> TileUse:
+def tile_use(config: Config, architecture: Architecture, pipeline_stage: int) -> TileUse:
     """What pipeline stage `stage` (virtual ones counted) does with tiles."""
     carriers = {number - 1 for number in cross_layers(config)}
     return TileUse(
-        stream=stage == 0 and architecture.stream is not None,
-        keys=architecture.keys is not None and not carriers.isdisjoint(stage_layers(config, stage)),
+        stream=pipeline_stage == 0 and architecture.stream is not None,
+        keys=architecture.keys is not None and not carriers.isdisjoint(pipeline_layers(config, pipeline_stage)),
     )
 
 
@@ -108,22 +108,22 @@ class VisionLanguageModel(MegatronModule):
         config: Config,
         architecture: Architecture,
         megatron: TransformerConfig,
-        stage: int = 0,
+        pipeline_stage: int = 0,
         others: Sequence[VisionLanguageModel] = (),
     ) -> None:
         super().__init__(config=megatron)
         self.model_type = ModelType.encoder_or_decoder  # the pipeline schedules ask for it
         self.share_embeddings_and_output_weights = False  # nvlm.arch.pipeline sums tied gradients
         self.llm, self.tile_tokens, self.inner = config.llm, config.vision.tile_tokens, config.parallel.context_heads
-        self.pre_process, self.post_process = stage == 0, stage == config.parallel.stages - 1
-        self.architecture, self.use = architecture, tile_use(config, architecture, stage)
-        self.first_layer = stage_layers(config, stage).start
+        self.pre_process, self.post_process = pipeline_stage == 0, pipeline_stage == config.parallel.pipeline_stages - 1
+        self.architecture, self.use = architecture, tile_use(config, architecture, pipeline_stage)
+        self.first_layer = pipeline_layers(config, pipeline_stage).start
         self.in_line = uses_te(config) and config.parallel.context == 1
         self.whole_rows, self.row_multiple = config.parallel.context == 1, config.row_multiple
         self.drops_inputs = bool(config.adapted) and config.peft.dropout > 0
         self.longest = max(config.data.seq_length, config.data.row_length)
         self.borrowed: Callable[[Tensor], Tensor] | None = None  # embeds tags on a stage without the embedding
-        virtual = stage // config.parallel.pipeline if config.parallel.virtual > 1 else None
+        virtual = pipeline_stage // config.parallel.pipeline if config.parallel.virtual > 1 else None
         self.register_buffer("frequencies", rotary_frequencies(config.llm), persistent=False)
         self.shared: dict[str, nn.Module] = {}  # a plain dictionary: what others own is not registered here
         if self.use:
@@ -142,7 +142,7 @@ class VisionLanguageModel(MegatronModule):
                 )
         self.decoder = DecoderBlock(
             megatron,
-            block_submodules(config, stage_layers(config, stage), architecture.cross_attention),
+            block_submodules(config, pipeline_layers(config, pipeline_stage), architecture.cross_attention),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),

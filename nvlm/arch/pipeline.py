@@ -99,7 +99,7 @@ class BorrowedWords:
 
 
 @dataclass(slots=True)
-class Stages:
+class Pipeline:
     """What the pipeline stages of one model share. `begin` before a step's forward, `finalize` behind its backward."""
 
     parts: list[VisionLanguageModel]
@@ -153,30 +153,32 @@ def _tag_ids(batches: Sequence[Batch]) -> Tensor:
     return torch.cat([found[0].new_zeros(1), *found]).unique().to(batches[0].tokens.device)
 
 
-def build_stages(config: Config, parts: list[VisionLanguageModel]) -> Stages:
+def build_pipeline(config: Config, parts: list[VisionLanguageModel]) -> Pipeline:
     """Find what the stages share, and make all copies equal. Call it before the optimizer is built."""
     copied = find_copied(parts)
     for one in copied:
         one.equalize()
     # The first rank's later virtual stages have no embedding either.
-    bare = range(1, config.parallel.stages)
+    bare = range(1, config.parallel.pipeline_stages)
     architecture = registry.build_architecture(config)
-    lend = architecture.tags_in_keys and any(tile_use(config, architecture, stage).keys for stage in bare)
-    return Stages(parts, copied, lend)
+    lend = architecture.tags_in_keys and any(
+        tile_use(config, architecture, pipeline_stage).keys for pipeline_stage in bare
+    )
+    return Pipeline(parts, copied, lend)
 
 
 @torch.no_grad()
-def next_logits(stages: Stages, batch: Batch, last_B: Tensor, past: Past | None = None) -> Tensor | None:
-    """Logits [B, vocabulary] behind column `last_B[b]` of each row on the last stage, None on the others.
+def next_logits(pipeline: Pipeline, batch: Batch, last_B: Tensor, past: Past | None = None) -> Tensor | None:
+    """Logits [B, vocabulary] behind column `last_B[b]` of each row on the last pipeline stage, None on the others.
 
     All stages call it together. `past`: as in `VisionLanguageModel.hidden`.
     """
     if past is None:
-        stages.begin([batch])
+        pipeline.begin([batch])
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     ranks, rank = dist.get_process_group_ranks(pipeline), pipeline.rank()
     logits_BV = None
-    for part in stages.parts:
+    for part in pipeline.parts:
         if not part.pre_process:
             part.set_input_tensor(_receive(part, batch, ranks[rank - 1]))
         hidden_SBH = part.hidden(batch, past)
@@ -184,7 +186,7 @@ def next_logits(stages: Stages, batch: Batch, last_B: Tensor, past: Past | None 
             logits_BV = part.last_logits(hidden_SBH, last_B)
         else:
             dist.send(hidden_SBH.contiguous(), ranks[(rank + 1) % len(ranks)])
-    stages.borrowed = None
+    pipeline.borrowed = None
     return logits_BV
 
 

@@ -24,6 +24,6 @@ def build_architecture(config: Config):
     return import_module(f"{_package(config.arch.name)}.model").architecture(config.arch)
 
 
-def layout_rule(name: str):
-    """The architecture's layout of an image, without importing any model code."""
-    return import_module(f"{_package(name)}.layout").layout
+def placement_rule(name: str):
+    """The architecture's rule for placing an image's tiles and tags, without importing any model code."""
+    return import_module(f"{_package(name)}.placement").placement

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from nvlm.arch.registry import layout_rule
+from nvlm.arch.registry import placement_rule
 from nvlm.commands.mistakes import answered
 from nvlm.config.hardware import GPUS, known_gpu
 from nvlm.config.rules import check_world, validate
@@ -160,7 +160,7 @@ def _visible(rows: list[list[str]], wanted: list[str]) -> list[list[str]]:
 def check_machine(config: Config) -> None:
     """Raise ConfigError where this machine cannot run `config`; of a dry run, where the GPU that it names cannot."""
     if not config.dry_run:
-        check_data(config, layout_rule(config.arch.name))
+        check_data(config, placement_rule(config.arch.name))
         check_launcher(config)
         check_logging(config)
         check_devices(config)

@@ -66,9 +66,9 @@ def _layout(config: Config) -> None:
         raise problem("parallel.sequence", True, "parallel.tensor above 1", "parallel.sequence=false")
     if p.virtual > 1 and p.pipeline == 1:
         raise problem("parallel.virtual", p.virtual, "1 without pipeline stages", "parallel.pipeline=2")
-    if llm.layers % p.stages:
+    if llm.layers % p.pipeline_stages:
         fix = f"parallel.pipeline={math.gcd(llm.layers, p.pipeline)} parallel.virtual=1"
-        raise problem("parallel.pipeline x virtual", p.stages, f"a divisor of llm.layers={llm.layers}", fix)
+        raise problem("parallel.pipeline x virtual", p.pipeline_stages, f"a divisor of llm.layers={llm.layers}", fix)
     if p.context % p.context_heads:
         expected = f"a divisor of parallel.context={p.context}"
         raise problem("parallel.context_heads", p.context_heads, expected, "parallel.context_heads=1")

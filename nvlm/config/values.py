@@ -19,7 +19,7 @@ from typing import Annotated
 
 from nvlm.config.fields import Choice, FileName, FilePath, Range, Text
 from nvlm.config.hardware import GPUS
-from nvlm.tiling.budget import tokens_per_tile
+from nvlm.tiling.grid import tokens_per_tile
 from nvlm.tiling.tags import TAG_STYLES
 
 GROUPS = ("vision", "projector", "xattn", "llm")
@@ -254,7 +254,7 @@ class ParallelConfig:
         return self.tensor * self.pipeline * self.context
 
     @property
-    def stages(self) -> int:
+    def pipeline_stages(self) -> int:
         """Parts that the layers are cut into, virtual ones counted."""
         return self.pipeline * self.virtual
 
@@ -462,10 +462,10 @@ def cross_layers(config: Config) -> tuple[int, ...]:
     return tuple(range(every, config.llm.layers + 1, every)) if every else ()
 
 
-def stage_layers(config: Config, stage: int) -> range:
-    """0-based layers of pipeline stage `stage` (virtual ones counted: stage v * pipeline + p is on rank p)."""
-    count = config.llm.layers // config.parallel.stages
-    return range(stage * count, (stage + 1) * count)
+def pipeline_layers(config: Config, pipeline_stage: int) -> range:
+    """0-based layers of pipeline stage `pipeline_stage`; virtual stages count: v * pipeline + p is on rank p."""
+    count = config.llm.layers // config.parallel.pipeline_stages
+    return range(pipeline_stage * count, (pipeline_stage + 1) * count)
 
 
 def near_keys(key: str, known: Sequence[str]) -> list[str]:

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from nvlm.data.amounts import Work
 from nvlm.data.batch import Batch, Sample
-from nvlm.data.encode import encode
-from nvlm.data.outline import Encoder, outline
+from nvlm.data.outline import Processor, outline
 from nvlm.data.pack import collate, deal, pack
 from nvlm.data.record import BadRecord, one_record
+from nvlm.data.samples import encode
 from nvlm.data.sources import Records
 from nvlm.data.work import count_work
 
@@ -72,7 +72,7 @@ class Steps(Dataset):
     """Map-style: index = step."""
 
     records: Records
-    encoder: Encoder
+    processor: Processor
     seed: int
     steps: int
     global_batch: int
@@ -121,7 +121,7 @@ class Steps(Dataset):
 
     def _collate(self, step: int, rows: Sequence[tuple[int, list[Sample]]]) -> Batch:
         samples, numbers = [row for _, row in rows], [number for number, _ in rows]
-        return collate(samples, self.encoder.tile_size, self.multiple, step=step, numbers=numbers)
+        return collate(samples, self.processor.tile_size, self.multiple, step=step, numbers=numbers)
 
     def _micro_batches(self, rows: list) -> list[list]:
         """At least one, the last ones maybe short or empty."""
@@ -132,7 +132,7 @@ class Steps(Dataset):
 
 def _encode(steps: Steps, planned: Planned) -> Sample:
     with one_record():
-        sample = encode(steps.records[planned.index], steps.encoder)
+        sample = encode(steps.records[planned.index], steps.processor)
     got = (sample.tokens.numel(), sample.cross_tokens.numel())
     if got != planned.lengths:
         raise ValueError(
@@ -151,7 +151,7 @@ def plan_window(steps: Steps, numbers: range) -> tuple[StepPlan, ...]:
     good = [planned for found, _ in measured for planned in found]
     lengths = [planned.lengths for planned in good]
     # Every step gets a row where it can: a step without one would still move the weights.
-    rows = pack(lengths, steps.row_length, steps.encoder.cross_length, at_least=len(numbers))
+    rows = pack(lengths, steps.row_length, steps.processor.cross_length, at_least=len(numbers))
     seed = (steps.seed, numbers.start // steps.window, len(numbers))
     hands = deal([tuple(good[i] for i in row) for row in rows], len(numbers), seed)
     return tuple(StepPlan(tuple(hand), bad) for hand, (_, bad) in zip(hands, measured))
@@ -163,8 +163,8 @@ def _measure(steps: Steps, indices: Sequence[int]) -> tuple[list[Planned], tuple
     for index in indices:
         try:
             with one_record():
-                found = outline(steps.records[index], steps.encoder)
-            good.append(Planned(index, found.lengths(steps.encoder.tile_tokens), found.fewer_tiles))
+                found = outline(steps.records[index], steps.processor)
+            good.append(Planned(index, found.lengths(steps.processor.tile_tokens), found.fewer_tiles))
         except BadRecord as reason:
             bad.append((steps.records.name(index), str(reason)))
     return good, tuple(bad)

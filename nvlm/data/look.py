@@ -9,17 +9,17 @@ from pathlib import Path
 from nvlm.config.values import Config, problem
 from nvlm.data.images import open_regular
 from nvlm.data.messages import first_question
-from nvlm.data.outline import Encoder, build_encoder, outline
+from nvlm.data.outline import Processor, build_processor, outline
 from nvlm.data.record import BadRecord, Record, one_record
 from nvlm.data.sources import check_file, read_line
-from nvlm.tiling.placement import LayoutRule
+from nvlm.tiling.placement import PlacementRule
 
 _MOST = 20  # records of a file
 _SHOWN = 3  # reasons in a message
 _LONGEST = 1 << 26  # bytes of a line
 
 
-def check_data(config: Config, layout: LayoutRule) -> None:
+def check_data(config: Config, placement: PlacementRule) -> None:
     """Raise ConfigError where a file of records is not there, or none of its first records can be used.
 
     Held-out records must have an answer too. Reads image headers, but no pixels. A run that only wants to be counted
@@ -27,16 +27,16 @@ def check_data(config: Config, layout: LayoutRule) -> None:
     """
     if config.data.source != "jsonl" or config.dry_run:
         return
-    encoder = build_encoder(config, layout)
-    _check("data.path", config.data.path, _MOST, lambda record: outline(record, encoder))
+    processor = build_processor(config, placement)
+    _check("data.path", config.data.path, _MOST, lambda record: outline(record, processor))
     if config.data.heldout_path and config.evaluate.questions:
         asked = min(_MOST, config.evaluate.questions)
-        _check("data.heldout_path", config.data.heldout_path, asked, lambda record: _question(record, encoder))
+        _check("data.heldout_path", config.data.heldout_path, asked, lambda record: _question(record, processor))
 
 
-def _question(record: Record, encoder: Encoder) -> None:
+def _question(record: Record, processor: Processor) -> None:
     asked, _ = first_question(record)
-    outline(asked, encoder, generate=True)
+    outline(asked, processor, generate=True)
 
 
 def _check(key: str, path: str | None, most: int, use: Callable[[Record], object]) -> None:

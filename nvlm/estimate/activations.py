@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nvlm.config.values import Config, stage_layers
+from nvlm.config.values import Config, pipeline_layers
 from nvlm.estimate.load import Load
 from nvlm.estimate.parameters import element_bytes, layer_kind, learning_groups, uses_tiles
 
@@ -44,7 +44,7 @@ def kernels_of(config: Config) -> Kernels:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """Of one micro-batch on one stage, bytes."""
+    """Of one micro-batch on one pipeline stage, bytes."""
 
     layers: tuple[float, ...]  # of each layer, as train.recompute has it
     whole: float  # of the layer that keeps most, nothing recomputed
@@ -60,30 +60,30 @@ class Kept:
         return sum(self.layers) + self.shared + self.fusion + self.head + self.output
 
 
-def kept(config: Config, stage: int, load: Load, kernels: Kernels) -> Kept:
+def kept(config: Config, pipeline_stage: int, load: Load, kernels: Kernels) -> Kept:
     """What stage `stage` (virtual ones counted) keeps of a micro-batch."""
     sizes = _Sizes.of(config, load, kernels)
-    layers, whole = _layers(config, sizes, stage)
-    last, learns = stage == config.parallel.stages - 1, "llm" in sizes.learns
+    layers, whole = _layers(config, sizes, pipeline_stage)
+    last, learns = pipeline_stage == config.parallel.pipeline_stages - 1, "llm" in sizes.learns
     outputs = load.work.outputs / config.parallel.context if last else 0.0
     logits = 4 * outputs * config.llm.padded_vocab / config.parallel.tensor
     head = sizes.norm(learns) + outputs * config.llm.hidden * sizes.element * learns if last else 0.0
     return Kept(
         layers=layers,
         whole=whole,
-        shared=_shared(config, sizes, uses_tiles(config, stage).keys),
-        fusion=_fusion(config, sizes, stage, load),
+        shared=_shared(config, sizes, uses_tiles(config, pipeline_stage).keys),
+        fusion=_fusion(config, sizes, pipeline_stage, load),
         head=head + logits,
         logits=logits,
         output=0.0 if last else sizes.hidden,
     )
 
 
-def _layers(config: Config, s: _Sizes, stage: int) -> tuple[tuple[float, ...], float]:
+def _layers(config: Config, s: _Sizes, pipeline_stage: int) -> tuple[tuple[float, ...], float]:
     """What each layer keeps as train.recompute has it, and the most that one does with nothing recomputed."""
-    found, whole, flows = [], 0.0, _flows_in(config, s, stage)
+    found, whole, flows = [], 0.0, _flows_in(config, s, pipeline_stage)
     known: dict[tuple, tuple[float, float, bool]] = {}  # layers are of few kinds
-    for layer in stage_layers(config, stage):
+    for layer in pipeline_layers(config, pipeline_stage):
         kind = (*layer_kind(config, layer), flows)
         if kind not in known:
             known[kind] = _layer(config, s, *kind)
@@ -92,7 +92,7 @@ def _layers(config: Config, s: _Sizes, stage: int) -> tuple[tuple[float, ...], f
         whole = max(whole, none)
     if config.train.offload:  # the others wait in the host's memory, but for one on its way
         found = found[-2:]
-    elif stage == 0:
+    elif pipeline_stage == 0:
         found[0] += s.unsplit
     return tuple(found), whole
 
@@ -151,10 +151,10 @@ def _shared(config: Config, s: _Sizes, keys: bool) -> float:
     return angles + masks * again
 
 
-def _flows_in(config: Config, s: _Sizes, stage: int) -> bool:
+def _flows_in(config: Config, s: _Sizes, pipeline_stage: int) -> bool:
     """Whether a gradient passes through the input of the stage's first layer."""
     # Received, recomputed and offloaded inputs ask for one.
-    if stage > 0 or config.train.recompute != "none" or config.train.offload:
+    if pipeline_stage > 0 or config.train.recompute != "none" or config.train.offload:
         return True
     return "llm" in s.learns or ("projector" in s.learns and uses_tiles(config, 0).stream)
 
@@ -228,9 +228,9 @@ def _mlp(config: Config, s: _Sizes, fp8: bool, flows: bool) -> tuple[float, floa
     return kept, norm + (0 if s.kernels.fused_norm else s.hidden), True
 
 
-def _fusion(config: Config, s: _Sizes, stage: int, load: Load) -> float:
+def _fusion(config: Config, s: _Sizes, pipeline_stage: int, load: Load) -> float:
     """Projected tiles in the stream, and keys."""
-    use, learns = uses_tiles(config, stage), "projector" in s.learns
+    use, learns = uses_tiles(config, pipeline_stage), "projector" in s.learns
     tile, h = config.vision.tile_tokens, config.llm.hidden
     kept = 0.0
     if use.stream and learns:
@@ -242,7 +242,7 @@ def _fusion(config: Config, s: _Sizes, stage: int, load: Load) -> float:
         words = config.arch.name == "hybrid" and ("xattn" in s.learns or "llm" in s.learns)
         kept += tokens * normed if learns or "xattn" in s.learns else 0
         kept += s.keys * normed if words else 0
-        # One tensor for all layers of the stage, whole on each rank; with dropout each layer keeps its own.
+        # One tensor for all layers of the pipeline stage, whole on each rank; with dropout each layer keeps its own.
         whole = "xattn" in s.learns or ("xattn" in s.adapts and not config.peft.dropout)
         kept += s.keys * h * s.element if whole else 0
     return kept

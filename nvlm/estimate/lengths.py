@@ -5,7 +5,7 @@ And what a sample with one is made of, for whoever plans.
 
 from __future__ import annotations
 
-from nvlm.arch.registry import layout_rule
+from nvlm.arch.registry import placement_rule
 from nvlm.config.values import Config, problem
 from nvlm.data.amounts import Work
 from nvlm.data.tokenizer import load_tokenizer
@@ -26,7 +26,7 @@ def tag_ids(config: Config, plan: TilePlan) -> list[tuple[int, ...]]:
 
 def image_tokens(config: Config, plan: TilePlan) -> tuple[int, int]:
     """Tokens of an image in the text stream, its `<Image>` marks not counted, and cross-attended ones."""
-    return layout_rule(config.arch.name)(plan, tag_ids(config, plan)).tokens(config.vision.tile_tokens)
+    return placement_rule(config.arch.name)(plan, tag_ids(config, plan)).tokens(config.vision.tile_tokens)
 
 
 def sample_work(config: Config, text: int, regular: int) -> Work:
@@ -38,17 +38,17 @@ def sample_work(config: Config, text: int, regular: int) -> Work:
     if not regular:
         return Work(tokens=text, pairs=text * (text + 1) // 2, outputs=text)
     plan, per_tile = TilePlan(regular, 1, config.vision.tile_size), config.vision.tile_tokens
-    layout = layout_rule(config.arch.name)(plan, tag_ids(config, plan))
-    stream, keys = layout.tokens(per_tile)
-    of_tile = [sum(p.length(per_tile) for p in layout.cross if p.tile == tile) for tile in range(plan.num_tiles)]
-    seen = sum(p.length(per_tile) * (of_tile[p.tile] if p.own_tile else keys) for p in layout.stream)
+    placement = placement_rule(config.arch.name)(plan, tag_ids(config, plan))
+    stream, keys = placement.tokens(per_tile)
+    of_tile = [sum(p.length(per_tile) for p in placement.cross if p.tile == tile) for tile in range(plan.num_tiles)]
+    seen = sum(p.length(per_tile) * (of_tile[p.tile] if p.own_tile else keys) for p in placement.stream)
     tokens = stream + text
     return Work(
         tokens=tokens,
         pairs=tokens * (tokens + 1) // 2,
         outputs=text,
         tiles=plan.num_tiles,
-        projected=sum(p.ids is None for p in (*layout.stream, *layout.cross)),
+        projected=sum(p.ids is None for p in (*placement.stream, *placement.cross)),
         keys=keys,
         cross_pairs=seen + text * keys,
     )

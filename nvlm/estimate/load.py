@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nvlm.arch.registry import layout_rule
+from nvlm.arch.registry import placement_rule
 from nvlm.config.values import Config
 from nvlm.data.amounts import Work
 from nvlm.estimate.lengths import sample_work
@@ -96,8 +96,8 @@ def _tiles_by_place(config: Config, tiles: int) -> tuple[int, int]:
     if not tiles:
         return 0, 0
     plan = TilePlan(tiles, 1, config.vision.tile_size)
-    layout = layout_rule(config.arch.name)(plan, [()] * plan.num_tiles)
-    stream, keys = (sum(piece.ids is None for piece in pieces) for pieces in (layout.stream, layout.cross))
+    placement = placement_rule(config.arch.name)(plan, [()] * plan.num_tiles)
+    stream, keys = (sum(piece.ids is None for piece in pieces) for pieces in (placement.stream, placement.cross))
     return stream, keys
 
 

@@ -13,7 +13,7 @@ from nvlm.config.values import Config
 from nvlm.estimate.activations import Kept, Kernels, kept, kernels_of
 from nvlm.estimate.counts import vision_parameters
 from nvlm.estimate.load import Load, step_load
-from nvlm.estimate.parameters import element_bytes, held, uses_tiles, virtual_stages
+from nvlm.estimate.parameters import element_bytes, held, pipeline_stages_of, uses_tiles
 
 OUTSIDE = 2.5 * GiB  # CUDA's context, NCCL's buffers, workspaces of cuBLAS and cuDNN
 FRAGMENTED = 0.05  # of what comes and goes within a step: lost between its blocks
@@ -94,8 +94,8 @@ def rank_memory(
 ) -> Memory:
     """Of the processes on one pipeline rank."""
     parameters, element = held(config, pipeline_rank), element_bytes(config)
-    stages = virtual_stages(config, pipeline_rank)
-    chunks = [kept(config, stage, load, kernels or kernels_of(config)) for stage in stages]
+    stages = pipeline_stages_of(config, pipeline_rank)
+    chunks = [kept(config, pipeline_stage, load, kernels or kernels_of(config)) for pipeline_stage in stages]
     activations = most_in_flight([chunk.total for chunk in chunks], config, pipeline_rank, load.micro_batches)
     working = activations + _backward_workspace(config, load, chunks) + element * parameters.largest
     encoding = _encoder_workspace(config, load)
@@ -140,7 +140,7 @@ def most_in_flight(chunks: list[float], config: Config, rank: int, micro_batches
 
 def _features(config: Config, load: Load, stages: list[int]) -> float:
     """Of all tiles of a step that the rank's stages use; and of all its replica's tiles the pixels."""
-    uses = [uses_tiles(config, stage) for stage in stages]
+    uses = [uses_tiles(config, pipeline_stage) for pipeline_stage in stages]
     tiles = load.stream_tiles * any(use.stream for use in uses) + load.key_tiles * any(use.keys for use in uses)
     pixels = load.tiles * 3 * config.vision.tile_size**2
     return tiles * load.micro_batches * tile_bytes(config) + pixels

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from nvlm.arch.registry import layout_rule
-from nvlm.config.values import Config, stage_layers
+from nvlm.arch.registry import placement_rule
+from nvlm.config.values import Config, pipeline_layers
 from nvlm.tiling.grid import TilePlan
 from nvlm.tiling.placement import TileUse
 
@@ -38,30 +38,30 @@ def element_bytes(config: Config) -> int:
     return 4 if config.precision.dtype == "fp32" else 2
 
 
-def virtual_stages(config: Config, rank: int) -> list[int]:
+def pipeline_stages_of(config: Config, rank: int) -> list[int]:
     """Stages (virtual ones counted) on pipeline rank `rank`."""
     p = config.parallel
     return [v * p.pipeline + rank for v in range(p.virtual)]
 
 
-def uses_tiles(config: Config, stage: int) -> TileUse:
+def uses_tiles(config: Config, pipeline_stage: int) -> TileUse:
     """What the stage does with tiles, as nvlm.arch.base.tile_use tells from the architecture's modules."""
     in_stream, in_keys = _places(config.arch.name)
-    return TileUse(stream=stage == 0 and in_stream, keys=in_keys and carriers_of(config, stage) > 0)
+    return TileUse(stream=pipeline_stage == 0 and in_stream, keys=in_keys and carriers_of(config, pipeline_stage) > 0)
 
 
 @functools.cache
 def _places(arch: str) -> tuple[bool, bool]:
     """Whether an architecture puts tiles into the text stream, and among the keys."""
     plan = TilePlan(2, 1, 1)
-    layout = layout_rule(arch)(plan, [()] * plan.num_tiles)
+    layout = placement_rule(arch)(plan, [()] * plan.num_tiles)
     stream, keys = (any(piece.ids is None for piece in pieces) for pieces in (layout.stream, layout.cross))
     return stream, keys
 
 
-def carriers_of(config: Config, stage: int) -> int:
+def carriers_of(config: Config, pipeline_stage: int) -> int:
     """Layers with gated cross-attention on a stage."""
-    layers, every = stage_layers(config, stage), config.arch.cross_every
+    layers, every = pipeline_layers(config, pipeline_stage), config.arch.cross_every
     return layers.stop // every - layers.start // every if every else 0
 
 
@@ -87,8 +87,8 @@ def learning_groups(config: Config) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _weights(config: Config, rank: int) -> Iterator[_Weight]:
-    llm, tensor, stages = config.llm, config.parallel.tensor, virtual_stages(config, rank)
-    last = config.parallel.stages - 1
+    llm, tensor, stages = config.llm, config.parallel.tensor, pipeline_stages_of(config, rank)
+    last = config.parallel.pipeline_stages - 1
     words = llm.padded_vocab * llm.hidden // tensor
     if 0 in stages or (last in stages and llm.tied):
         yield _Weight("llm", words)
@@ -96,11 +96,11 @@ def _weights(config: Config, rank: int) -> Iterator[_Weight]:
         yield _Weight("llm", llm.hidden)
         if not llm.tied:
             yield _Weight("llm", words)
-    layers = [layer for stage in stages for layer in stage_layers(config, stage)]
+    layers = [layer for pipeline_stage in stages for layer in pipeline_layers(config, pipeline_stage)]
     for (crosses, fp8), count in Counter(layer_kind(config, layer) for layer in layers).items():
         for weight in _layer(config, crosses, fp8):
             yield replace(weight, count=count)
-    uses = [uses_tiles(config, stage) for stage in stages]
+    uses = [uses_tiles(config, pipeline_stage) for pipeline_stage in stages]
     if any(uses):  # virtual stages of a process share one projector, and norms of keys
         yield from _projector(config)
     if any(use.keys for use in uses):

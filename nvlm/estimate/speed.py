@@ -1,7 +1,7 @@
 """How long a step takes, by arithmetic: the encoder's pass, the pipeline, and what of the communication shows.
 
-The shares below are set so that published runs of language models on H100 come out (tests/unit/test_plan.py), not
-measured with this code; `python benchmarks/gpu.py` measures.
+The shares of peak below reproduce published runs of language models on H100 (tests/unit/estimate/test_plan.py). They
+were not measured with this code; `python benchmarks/gpu.py` does that.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import math
 from dataclasses import dataclass
 
 from nvlm.config.hardware import GPU
-from nvlm.config.values import Config, cross_layers, stage_layers
+from nvlm.config.values import Config, cross_layers, pipeline_layers
 from nvlm.data.amounts import Work
 from nvlm.estimate.activations import kept, kernels_of
 from nvlm.estimate.flops import Flops, hardware_flops, model_flops
 from nvlm.estimate.load import Load
 from nvlm.estimate.memory import tile_bytes
-from nvlm.estimate.parameters import Held, carriers_of, element_bytes, held, uses_tiles, virtual_stages
+from nvlm.estimate.parameters import Held, carriers_of, element_bytes, held, pipeline_stages_of, uses_tiles
 
 # Of the peak, while large products are computed.
 PRODUCTS = 0.58
@@ -120,17 +120,17 @@ def _products(config: Config, gpu: GPU, fp8: bool) -> float:
 
 def _busy(config: Config, gpu: GPU, load: Load, flops: Flops, keys: Flops, rank: int) -> float:
     """Seconds that a rank computes for one micro-batch, forward and backward."""
-    p, stages = config.parallel, virtual_stages(config, rank)
-    layers = sum(len(stage_layers(config, stage)) for stage in stages) / config.llm.layers
-    carriers = sum(carriers_of(config, stage) for stage in stages) / max(len(cross_layers(config)), 1)
+    p, stages = config.parallel, pipeline_stages_of(config, rank)
+    layers = sum(len(pipeline_layers(config, pipeline_stage)) for pipeline_stage in stages) / config.llm.layers
+    carriers = sum(carriers_of(config, pipeline_stage) for pipeline_stage in stages) / max(len(cross_layers(config)), 1)
     linears = layers * (flops.linears + flops.mlp) + carriers * (flops.cross_linears - keys.cross_linears)
     scores = layers * flops.scores + carriers * flops.cross_scores
-    output = flops.output if p.stages - 1 in stages else 0.0
+    output = flops.output if p.pipeline_stages - 1 in stages else 0.0
     rate, plain = _products(config, gpu, fp8=True), _products(config, gpu, fp8=False)
     seconds = linears / p.context / rate + output / p.context / plain + carriers * keys.cross_linears / rate
     seconds += scores / p.context / (SCORES * gpu.peak(config.precision.dtype))
     seconds += _projections(config, load, stages) * flops.projector / plain
-    kept_bytes = sum(kept(_plain(config), stage, load, kernels_of(config)).total for stage in stages)
+    kept_bytes = sum(kept(_plain(config), pipeline_stage, load, kernels_of(config)).total for pipeline_stage in stages)
     return seconds / p.tensor + PASSES * kept_bytes / gpu.memory_bandwidth
 
 
@@ -142,7 +142,7 @@ def _plain(config: Config) -> Config:
 def _projections(config: Config, load: Load, stages: list[int]) -> float:
     """How much of a micro-batch's projecting a rank does: each stage with keys projects them for itself."""
     tiles = 0.0
-    for use in (uses_tiles(config, stage) for stage in stages):
+    for use in (uses_tiles(config, pipeline_stage) for pipeline_stage in stages):
         tiles += load.stream_tiles / config.parallel.context * use.stream + load.key_tiles * use.keys
     return tiles / max(load.work.projected, 1)
 
@@ -184,12 +184,12 @@ def _shown(config: Config) -> float:
 
 def _wires(config: Config, load: Load, rank: int) -> tuple[float, float, float]:
     """Bytes that a rank sends for one micro-batch: tensor, context, and hidden states to a neighbour."""
-    p, llm, stages = config.parallel, config.llm, virtual_stages(config, rank)
+    p, llm, stages = config.parallel, config.llm, pipeline_stages_of(config, rank)
     element = element_bytes(config)
     tokens = load.tokens / p.context
     hidden = tokens * llm.hidden * element
-    layers = sum(len(stage_layers(config, stage)) for stage in stages)
-    carriers = sum(carriers_of(config, stage) for stage in stages)
+    layers = sum(len(pipeline_layers(config, pipeline_stage)) for pipeline_stage in stages)
+    carriers = sum(carriers_of(config, pipeline_stage) for pipeline_stage in stages)
     again = config.train.recompute == "full"
     # With sequence parallelism a block gathers and scatters, forward and backward, and gathers once more for its
     # weights' gradients; without it sums forward and backward. A layer has two blocks, cross-attention is half of one.
@@ -222,7 +222,7 @@ def _vision_bytes(config: Config, load: Load) -> float:
     seats = config.parallel.replica
     most = 0
     for rank in range(config.parallel.pipeline):
-        uses = [uses_tiles(config, stage) for stage in virtual_stages(config, rank)]
+        uses = [uses_tiles(config, pipeline_stage) for pipeline_stage in pipeline_stages_of(config, rank)]
         stream, keys = any(use.stream for use in uses), any(use.keys for use in uses)
         most = max(most, load.stream_tiles * stream + load.key_tiles * keys)
     return most * load.micro_batches * tile_bytes(config) * (seats - 1) / seats

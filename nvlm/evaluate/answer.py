@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nvlm.arch.pipeline import Stages
+from nvlm.arch.pipeline import Pipeline
 from nvlm.data.batch import Sample
 from nvlm.data.pack import collate
 from nvlm.data.tokenizer import ChatTokenizer
@@ -17,7 +17,7 @@ from nvlm.vision.prepass import BalancedVision
 
 
 def answer(
-    stages: Stages,
+    pipeline: Pipeline,
     vision: BalancedVision,
     prompts: Sequence[Sample],
     tokenizer: ChatTokenizer,
@@ -29,4 +29,4 @@ def answer(
     """The model's greedy continuation of each prompt, up to a token that ends it or `max_new_tokens`."""
     (batch,) = vision.encode([collate([[prompt] for prompt in prompts], tile_size, multiple).to(device)])
     sampling = Sampling(max_new_tokens=max_new_tokens)
-    return [words(ids, tokenizer) for ids in continue_rows(stages, batch, sampling, tokenizer.ends, multiple)]
+    return [words(ids, tokenizer) for ids in continue_rows(pipeline, batch, sampling, tokenizer.ends, multiple)]

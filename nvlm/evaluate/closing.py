@@ -24,7 +24,7 @@ def closing_evaluation(config: Config, run_dir: Path, started: float) -> Evaluat
         records = build_records(config.data, config.seed, heldout=True)
         if records is None:
             return {}
-        score = evaluate(trainer.stages, trainer.vision, records, config, run_dir, trainer.device, alive)
+        score = evaluate(trainer.pipeline, trainer.vision, records, config, run_dir, trainer.device, alive)
         if groups.is_first_rank():
             _tell(score, time.time() - started)
         kinds = {f"heldout/{kind}": share for kind, share in score.by_kind.items()}

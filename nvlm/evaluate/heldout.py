@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from nvlm.arch import registry
-from nvlm.arch.pipeline import Stages
+from nvlm.arch.pipeline import Pipeline
 from nvlm.config.values import Config
 from nvlm.data.batch import Sample
-from nvlm.data.encode import fill
 from nvlm.data.messages import NoAnswer, first_question
-from nvlm.data.outline import Encoder, build_encoder, outline
+from nvlm.data.outline import Processor, build_processor, outline
 from nvlm.data.record import BadRecord, one_record
+from nvlm.data.samples import fill
 from nvlm.data.sources import Records
 from nvlm.evaluate.answer import answer
 from nvlm.evaluate.report import Shown, draw_pictures, write_report
@@ -55,7 +55,7 @@ class _Asked:
 
 
 def evaluate(
-    stages: Stages,
+    pipeline: Pipeline,
     vision: BalancedVision,
     records: Records,
     config: Config,
@@ -69,7 +69,7 @@ def evaluate(
     answer is named and not scored. `alive` is called before each batch.
     """
     # Evaluation resizes exactly, whatever training does.
-    encoder = build_encoder(config, registry.layout_rule(config.arch.name), resize="exact")
+    processor = build_processor(config, registry.placement_rule(config.arch.name), resize="exact")
     rank, size = groups.data_rank()
     rows, shown, unanswered = [], [], []
     mine = range(min(config.evaluate.questions, len(records)))[rank::size]
@@ -79,7 +79,7 @@ def evaluate(
         for index in mine[start : start + config.evaluate.batch]:
             try:
                 with one_record():
-                    chosen.append(_ask(records, index, encoder))
+                    chosen.append(_ask(records, index, processor))
             except NoAnswer:
                 unanswered.append(records.name(index))
             except BadRecord as reason:
@@ -87,10 +87,10 @@ def evaluate(
         if not chosen:
             continue
         got = answer(
-            stages,
+            pipeline,
             vision.within_replica(),  # replicas may have different numbers of batches
             [asked.sample for asked in chosen],
-            encoder.tokenizer,
+            processor.tokenizer,
             config.evaluate.max_new_tokens,
             device,
             config.vision.tile_size,
@@ -98,7 +98,7 @@ def evaluate(
         )
         rows += [_row(asked.id, asked.kind, text, asked.expected) for asked, text in zip(chosen, got)]
         room = config.evaluate.gallery - len(shown)
-        shown += [_shown(asked, text, encoder) for asked, text in zip(chosen[:room], got)]
+        shown += [_shown(asked, text, processor) for asked, text in zip(chosen[:room], got)]
     rows = groups.gather_over_data(rows)
     score = _score(rows, groups.gather_over_data(unanswered))
     if groups.is_first_rank():
@@ -115,16 +115,16 @@ def _write(score: Score, rows: Sequence[dict], run_dir: Path) -> None:
     write_whole(run_dir / "heldout.json", json.dumps(asdict(score) | {"unanswered": len(score.unanswered)}))
 
 
-def _ask(records: Records, index: int, encoder: Encoder) -> _Asked:
+def _ask(records: Records, index: int, processor: Processor) -> _Asked:
     record, expected = first_question(records[index])
-    sketch = outline(record, encoder, generate=True)
-    expected = encoder.tokenizer.decode(encoder.tokenizer.encode(expected))
-    question, sample = record.messages[-1]["content"], fill(record, sketch, encoder)
+    sketch = outline(record, processor, generate=True)
+    expected = processor.tokenizer.decode(processor.tokenizer.encode(expected))
+    question, sample = record.messages[-1]["content"], fill(record, sketch, processor)
     return _Asked(record.id, records.kind(index), question, expected, sketch.plans, sample)
 
 
-def _shown(asked: _Asked, text: str, encoder: Encoder) -> Shown:
-    pictures = draw_pictures(asked.plans, asked.sample.pixels, encoder)
+def _shown(asked: _Asked, text: str, processor: Processor) -> Shown:
+    pictures = draw_pictures(asked.plans, asked.sample.pixels, processor)
     return Shown(asked.question, pictures, text, asked.expected)
 
 

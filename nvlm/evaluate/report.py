@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from nvlm.config.values import IMAGE_MARK, Config
-from nvlm.data.outline import Encoder
+from nvlm.data.outline import Processor
 from nvlm.runs.files import write_whole
 from nvlm.tiling.grid import TilePlan
 
@@ -35,13 +35,13 @@ class Shown:
 
 
 def draw_pictures(
-    plans: Sequence[TilePlan], pixels: Tensor, encoder: Encoder
+    plans: Sequence[TilePlan], pixels: Tensor, processor: Processor
 ) -> tuple[tuple[Image.Image, Image.Image], ...]:
     """Page and strip of each of `plans`, from what the encoder saw: `pixels` uint8 [T, 3, px, px], their tiles."""
     pictures = []
     for plan, tiles in zip(plans, pixels.split([plan.num_tiles for plan in plans]) if plans else ()):
         images = [Image.fromarray(tile.permute(1, 2, 0).numpy()) for tile in tiles]
-        pictures.append((draw_page(plan, images, encoder.tags(plan)), draw_strip(images)))
+        pictures.append((draw_page(plan, images, processor.tags(plan)), draw_strip(images)))
     return tuple(pictures)
 
 

@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nvlm.arch.pipeline import Stages, next_logits, share_from_last
+from nvlm.arch.pipeline import Pipeline, next_logits, share_from_last
 from nvlm.attention.cache import KeyValues, Past, cached, generating
 from nvlm.attention.visibility import unseen_keys
 from nvlm.data.batch import ALL_TILES, IGNORE, PAD, Batch
@@ -33,7 +33,7 @@ Tell = Callable[[int, int], None]
 
 
 def continue_rows(
-    stages: Stages,
+    pipeline: Pipeline,
     batch: Batch,
     sampling: Sampling,
     ends: Collection[int],
@@ -50,10 +50,10 @@ def continue_rows(
     recompute = recompute or parallel_state.get_context_parallel_world_size() > 1
     rows = _Whole(batch, sampling.max_new_tokens, multiple) if recompute else _Kept(batch)
     choose, texts = Chooser(sampling, len(batch.tokens)), [[] for _ in batch.tokens]
-    caching = nullcontext([]) if recompute else cached(stages.parts)
-    with generating(stages.parts), device.untranslated(), caching as caches:
+    caching = nullcontext([]) if recompute else cached(pipeline.parts)
+    with generating(pipeline.parts), device.untranslated(), caching as caches:
         while True:
-            logits_BV = next_logits(stages, rows.batch, rows.last_B, rows.past)
+            logits_BV = next_logits(pipeline, rows.batch, rows.last_B, rows.past)
             tokens_B = torch.zeros_like(rows.last_B) if logits_BV is None else choose(logits_BV, rows.numbers)
             tokens_B = share_from_last(tokens_B)
             tokens = tokens_B.tolist()

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from nvlm.arch import registry
-from nvlm.arch.pipeline import Stages, build_parts, build_stages, tile_use_of_rank
+from nvlm.arch.pipeline import Pipeline, build_parts, build_pipeline, tile_use_of_rank
 from nvlm.config.values import Config, problem
 from nvlm.data.batch import Sample
-from nvlm.data.encode import encode
-from nvlm.data.outline import Encoder, build_encoder, outline
+from nvlm.data.outline import Processor, build_processor, outline
 from nvlm.data.pack import collate
 from nvlm.data.record import BadRecord, Record, one_record
+from nvlm.data.samples import encode
 from nvlm.estimate.lengths import check_vocabulary
 from nvlm.generate.config import read_config
 from nvlm.generate.decode import continue_rows
@@ -52,7 +52,7 @@ class Generator:
     """This process's part of a model. All processes call its methods together, with the same arguments."""
 
     config: Config
-    stages: Stages
+    pipeline: Pipeline
     vision: BalancedVision
     device: torch.device
     untrained: tuple[str, ...] = ()  # module groups with random weights: an image means nothing to them
@@ -70,29 +70,29 @@ class Generator:
         """
         if self.untrained and any(one.images for one in conversations):
             raise BadRecord(f"no image can be answered: the weights of {' and '.join(self.untrained)} are random")
-        encoder, config = prompt_encoder(self.config, sampling), self.config
-        samples = [_encode(number, one, encoder) for number, one in enumerate(conversations)]
+        processor, config = prompt_processor(self.config, sampling), self.config
+        samples = [_encode(number, one, processor) for number, one in enumerate(conversations)]
         multiple = config.row_multiple
         batch = collate([[sample] for sample in samples], config.vision.tile_size, multiple).to(self.device)
         (batch,) = self.vision.encode([batch])
-        texts = [TextStream(encoder.tokenizer) for _ in samples]
+        texts = [TextStream(processor.tokenizer) for _ in samples]
 
         def tell(row: int, token: int) -> None:
             if piece := texts[row].push(token):
                 stream(row, piece)
 
-        rows = continue_rows(self.stages, batch, sampling, encoder.tokenizer.ends, multiple, tell)
+        rows = continue_rows(self.pipeline, batch, sampling, processor.tokenizer.ends, multiple, tell)
         for number, text in enumerate(texts):
             if piece := text.flush():
                 stream(number, piece)
-        return [words(ids, encoder.tokenizer) for ids in rows]
+        return [words(ids, processor.tokenizer) for ids in rows]
 
 
-def prompt_encoder(config: Config, sampling: Sampling) -> Encoder:
+def prompt_processor(config: Config, sampling: Sampling) -> Processor:
     """Prompts as evaluation has them, with room for the new tokens, and for the keys of any number of images."""
     room = sampling.prompt_room(config.llm.max_positions)
     return replace(
-        build_encoder(config, registry.layout_rule(config.arch.name), resize="exact"),
+        build_processor(config, registry.placement_rule(config.arch.name), resize="exact"),
         seq_length=room,
         cross_length=sys.maxsize,
         limit=f"what max_new_tokens={sampling.max_new_tokens} leaves of llm.max_positions={config.llm.max_positions}",
@@ -102,12 +102,12 @@ def prompt_encoder(config: Config, sampling: Sampling) -> Encoder:
 def check(config: Config, conversation: Conversation, sampling: Sampling) -> None:
     """Raise BadRecord or ConfigError for what `Generator.generate` could not answer; needs no model."""
     with one_record():
-        outline(_record(0, conversation), prompt_encoder(config, sampling), generate=True)
+        outline(_record(0, conversation), prompt_processor(config, sampling), generate=True)
 
 
-def _encode(number: int, conversation: Conversation, encoder: Encoder) -> Sample:
+def _encode(number: int, conversation: Conversation, processor: Processor) -> Sample:
     with one_record():
-        return encode(_record(number, conversation), encoder, generate=True)
+        return encode(_record(number, conversation), processor, generate=True)
 
 
 def _record(number: int, conversation: Conversation) -> Record:
@@ -124,7 +124,7 @@ def build_generator(config: Config, device: torch.device) -> Generator:
     needed = ("projector",) if config.arch.name == "decoder" else ("projector", "xattn")
     team = build_team(tile_use_of_rank(config, groups.pipeline_rank()), "replica")
     untrained = tuple(group for group in needed if origins[group] == "random")
-    return Generator(config, build_stages(config, parts), BalancedVision(vision, team), device, untrained)
+    return Generator(config, build_pipeline(config, parts), BalancedVision(vision, team), device, untrained)
 
 
 @contextmanager

@@ -19,10 +19,7 @@ def uses_te(config: Config) -> bool:
     Adapted linears are Megatron's own; fp32 is for comparisons, which are to be made with torch's arithmetic.
     """
     return (
-        device.has_cuda()
-        and config.precision.dtype == "bf16"
-        and config.peft.name == "none"
-        and why_not_te() is None
+        device.has_cuda() and config.precision.dtype == "bf16" and config.peft.name == "none" and why_not_te() is None
     )
 
 

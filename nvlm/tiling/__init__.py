@@ -1,6 +1,6 @@
 """Dynamic high resolution tiling: which grid an image gets, its tags, its pixels and its token counts.
 
-grid, tags and budget are plain Python, so a config can be checked without loading torch; the names that
+grid and tags are plain Python, so a config can be checked without loading torch; the names that
 need torch live in pixels and are loaded on first use.
 """
 
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nvlm.tiling.budget import tokens_per_tile
-from nvlm.tiling.grid import TilePlan, choose_grid, fit_max_tiles, plan_tiles, ratios
+from nvlm.tiling.grid import TilePlan, choose_grid, fit_max_tiles, plan_tiles, ratios, tokens_per_tile
 from nvlm.tiling.tags import TAG_STYLES, tile_tags
 
 if TYPE_CHECKING:

@@ -112,3 +112,17 @@ def _require_positive(**values: int) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name}, got {value}, expected a positive number, fix: raise {name}")
+
+
+def tokens_per_tile(tile_size: int = 448, patch_size: int = 14, downsample: int = 2) -> int:
+    """Tokens of one tile after pixel shuffle: 256 for 448 px, 14 px patches and a factor of 2 per side."""
+    for name, value in (("tile_size", tile_size), ("patch_size", patch_size), ("downsample", downsample)):
+        if value <= 0:
+            raise ValueError(f"{name}, got {value}, expected a positive number, fix: raise {name}")
+    side, rest = divmod(tile_size, patch_size * downsample)
+    if rest:
+        raise ValueError(
+            f"tile_size, got {tile_size}, expected a multiple of patch_size * downsample = "
+            f"{patch_size} * {downsample} = {patch_size * downsample}, fix: change one of the three"
+        )
+    return side * side

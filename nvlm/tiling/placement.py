@@ -25,7 +25,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Placement:
     """Into the text stream, and into the cross-attended keys."""
 
     stream: tuple[Piece, ...]
@@ -51,5 +51,5 @@ class TileUse:
         return TileUse(self.stream or other.stream, self.keys or other.keys)
 
 
-LayoutRule = Callable[[TilePlan, Sequence[tuple[int, ...]]], Layout]
-"""(plan, tag ids of each tile, thumbnail last) -> Layout; one per architecture."""
+PlacementRule = Callable[[TilePlan, Sequence[tuple[int, ...]]], Placement]
+"""(plan, tag ids of each tile, thumbnail last) -> Placement; one per architecture."""

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from nvlm.arch import registry
-from nvlm.arch.pipeline import build_parts, build_stages, tile_use_of_rank
+from nvlm.arch.pipeline import build_parts, build_pipeline, tile_use_of_rank
 from nvlm.config.rules import check_world
 from nvlm.config.values import Config, ConfigError
 from nvlm.data.loader import StepData, Steps, load_steps
-from nvlm.data.outline import build_encoder
+from nvlm.data.outline import build_processor
 from nvlm.data.sources import build_records
 from nvlm.estimate.lengths import check_vocabulary
 from nvlm.export.text import training_note
@@ -26,12 +26,12 @@ from nvlm.runs.ownership import begin as begin_folder
 from nvlm.runs.sinks import Appended
 from nvlm.train import idle
 from nvlm.train.begin import begin
-from nvlm.train.checkpoint import Checkpoints
+from nvlm.train.checkpoint.restore import Loaded, load
+from nvlm.train.checkpoint.save import Checkpoints
 from nvlm.train.guard import Guard, broken
 from nvlm.train.metrics import Metrics, print_groups, skipped_lines
 from nvlm.train.optim import build_optimizer, count_groups, freeze, wrap
 from nvlm.train.phases import Phases, build_profiler
-from nvlm.train.restore import Loaded, load
 from nvlm.train.skipped import stopped, too_many
 from nvlm.train.step import Trainer, train_step
 from nvlm.train.tracker import SILENT, Silent, Tracker, build_tracker
@@ -66,8 +66,8 @@ def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: E
         trainer = build_trainer(config, device, begins=not goes_on)
         loaded = resume(trainer, config, run_dir)
         steps = replace(steps, ends=loaded.ends)
-        idle.check_gates(trainer.stages.parts)
-        counts = count_groups(trainer.stages.parts, trainer.vision.path.encoder)
+        idle.check_gates(trainer.pipeline.parts)
+        counts = count_groups(trainer.pipeline.parts, trainer.vision.path.encoder)
         tracker: Tracker | Silent = SILENT
         if groups.is_first_rank():
             begin_folder(config, run_dir, anew=not goes_on)
@@ -171,7 +171,7 @@ def build_steps(config: Config) -> Steps:
     rank, size = groups.data_rank()
     return Steps(
         records=build_records(config.data, config.seed),
-        encoder=build_encoder(config, registry.layout_rule(config.arch.name)),
+        processor=build_processor(config, registry.placement_rule(config.arch.name)),
         seed=config.seed,
         steps=config.train.steps,
         global_batch=config.train.global_batch,
@@ -191,13 +191,13 @@ def build_trainer(config: Config, device, begins: bool = True) -> Trainer:
     origins = begin(parts, config) if begins else {}
     for part in parts:
         freeze(part, config)
-    stages = build_stages(config, parts)
+    pipeline = build_pipeline(config, parts)
     chunks = tuple(wrap(part, config) for part in parts)
     optimizer, schedule = build_optimizer(chunks, config)
     megatron = parts[0].config
-    megatron.grad_scale_func, megatron.finalize_model_grads_func = optimizer.scale_loss, stages.finalize
+    megatron.grad_scale_func, megatron.finalize_model_grads_func = optimizer.scale_loss, pipeline.finalize
     if config.parallel.overlap:
         megatron.no_sync_func = chunks[0].no_sync  # gradients are reduced behind the last micro-batch alone
     team = build_team(tile_use_of_rank(config, groups.pipeline_rank()), config.vision.balance)
     vision = BalancedVision(build_vision(config, device), team)
-    return Trainer(chunks, stages, vision, optimizer, schedule, device, origins)
+    return Trainer(chunks, pipeline, vision, optimizer, schedule, device, origins)

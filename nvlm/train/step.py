@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from nvlm.arch.pipeline import Stages
+from nvlm.arch.pipeline import Pipeline
 from nvlm.attention.context import own_columns
 from nvlm.data.amounts import Work
 from nvlm.data.batch import IGNORE, Batch
@@ -30,7 +30,7 @@ class Trainer:
     """What a step works on. `chunks`: this process's parts of the model, one for each virtual pipeline stage."""
 
     chunks: tuple[DistributedDataParallel, ...]
-    stages: Stages
+    pipeline: Pipeline
     vision: BalancedVision
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
@@ -88,7 +88,7 @@ def forward_backward(
     mark("vision")
     batches = trainer.vision.encode([batch.to(trainer.device) for batch in micro_batches])
     mark("forward-backward")
-    trainer.stages.begin(batches)
+    trainer.pipeline.begin(batches)
     iterators = [iter(batches) for _ in trainer.chunks]
     losses = get_forward_backward_func()(
         forward_step_func=_forward,

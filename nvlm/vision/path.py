@@ -49,7 +49,6 @@ class VisionPath:
         calls = [self._call(normalize(some)) for some in pixels_T3.split(self.tiles_per_call)]
         return pixel_shuffle(torch.cat(calls), self.downsample)
 
-
     def _call(self, pixels_T3: Tensor) -> Tensor:
         return (self.full if len(pixels_T3) == self.tiles_per_call else self.encoder)(pixels_T3)
 

@@ -75,7 +75,7 @@ def reference_gradients(twins: Twins, case: Case) -> tuple[float, dict[str, Tens
 
 def load_weights(trainer: Trainer, folder: Path) -> None:
     """The weights that `prepare` wrote, into every part."""
-    parts = dict(enumerate(trainer.stages.parts))
+    parts = dict(enumerate(trainer.pipeline.parts))
     states = {number: part.sharded_state_dict(metadata=metadata()) for number, part in parts.items()}
     for number, state in dist_checkpointing.load(states, str(folder)).items():
         parts[number].load_state_dict(state)
@@ -121,14 +121,14 @@ def step_in_layout(case: Case, out: Path) -> Outcome:
         ).tolist()
         trainer.optimizer.prepare_grads()
         norm = trainer.optimizer.get_grad_norm()
-        learning = [p for part in trainer.stages.parts for p in part.parameters()]
+        learning = [p for part in trainer.pipeline.parts for p in part.parameters()]
         for parameter in learning:
             parameter.data.copy_(parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter))
-        differ = max((spread_of(copied) for copied in trainer.stages.copied), default=0.0)
+        differ = max((spread_of(copied) for copied in trainer.pipeline.copied), default=0.0)
         if dist_rank() == 0:
             out.mkdir()
         torch.distributed.barrier()
-        states = [part.sharded_state_dict(metadata=metadata()) for part in trainer.stages.parts]
+        states = [part.sharded_state_dict(metadata=metadata()) for part in trainer.pipeline.parts]
         dist_checkpointing.save({f"part{n}": state for n, state in enumerate(states)}, str(out))
         return Outcome(loss / count, float(norm), sum(encoded), differ)
 

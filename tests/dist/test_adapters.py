@@ -16,8 +16,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from nvlm.commands.compose import compose_config
-from nvlm.data.encode import encode
-from nvlm.data.outline import build_encoder
+from nvlm.data.samples import encode
+from nvlm.data.outline import build_processor
 from nvlm.data.pack import collate
 from nvlm.data.sources import build_records
 from nvlm.export.options import parse
@@ -29,9 +29,9 @@ from nvlm.runs.folder import check_same_model
 from nvlm.weights.merge import is_adapter
 from nvlm.weights.sources import model_source
 from nvlm.processes.groups import distributed
-from nvlm.arch.registry import layout_rule
-from nvlm.train import restore
-from nvlm.train.checkpoint import FROZEN, latest
+from nvlm.arch.registry import placement_rule
+from nvlm.train.checkpoint import restore
+from nvlm.train.checkpoint.save import FROZEN, latest
 from nvlm.train.loop import build_trainer
 from tests.dist.layouts import Case, metadata, prepare, reference_gradients, run_cases, step_in_layout
 from tests.dist.run import joined, run_distributed
@@ -190,7 +190,7 @@ def step_from(overrides: tuple[str, ...], base: Path, run: Path) -> None:
     """Begin with the weights of `base`, make two steps, save."""
     with joined(compose_config(*overrides)) as device:
         trainer, step = built(overrides, device)
-        assert restore.load_weights(trainer.stages.parts, latest(base)) == []
+        assert restore.load_weights(trainer.pipeline.parts, latest(base)) == []
         for _ in range(2):
             step()
         saved(trainer, overrides, run, 2)
@@ -215,8 +215,8 @@ def with_more_adapters(base: Path) -> None:
     """The next stage of a run with adapters on the language model alone gives cross-attention adapters, too."""
     with joined(compose_config(*BESIDE, "stage.new=[]")) as device:
         trainer, step = built((*BESIDE, "stage.new=[]"), device)
-        assert restore.load_weights(trainer.stages.parts, latest(base)) == []
-        weights = dict(trainer.stages.parts[0].named_parameters())
+        assert restore.load_weights(trainer.pipeline.parts, latest(base)) == []
+        weights = dict(trainer.pipeline.parts[0].named_parameters())
         before = tensors_in(latest(base))
         up = {name for name in weights if name.endswith("adapter.up.weight")}
         assert {name for name in up if weights[name].any()} == up & before.keys() != up
@@ -259,9 +259,9 @@ def differ_from_exported(overrides: tuple[str, ...], run: Path, out: Path) -> fl
         trainer, _ = built(overrides, device)
         restore.load(trainer, latest(run))
         record = build_records(config.data, config.seed)[0]
-        sample = encode(record, build_encoder(config, layout_rule(config.arch.name), resize="exact"))
+        sample = encode(record, build_processor(config, placement_rule(config.arch.name), resize="exact"))
         batch = trainer.vision.encode([collate([[sample]], config.vision.tile_size)])[0]
-        [model] = trainer.stages.parts
+        [model] = trainer.pipeline.parts
         with torch.no_grad():
             expected = model.logits(model.hidden(batch))[: len(sample.tokens), 0]
     model = NVLM.from_folder(out, dtype=torch.float32)

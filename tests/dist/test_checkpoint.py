@@ -22,8 +22,8 @@ from megatron.core import dist_checkpointing
 from nvlm.commands.compose import compose_config
 from nvlm.config.values import ConfigError
 from nvlm.data.loader import load_steps
-from nvlm.train import checkpoint, restore, writer
-from nvlm.train.checkpoint import Checkpoints, latest
+from nvlm.train.checkpoint import restore, save, writer
+from nvlm.train.checkpoint.save import Checkpoints, latest
 from nvlm.runs.digests import MANIFEST, faults
 from nvlm.train.loop import build_steps, build_trainer
 from nvlm.train.step import Trainer, train_step
@@ -59,7 +59,7 @@ def saved(trainer: Trainer, overrides: tuple[str, ...], run: Path, step: int, **
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, whole, by a reader that knows no layout."""
-    frozen = folder.parent / checkpoint.FROZEN
+    frozen = folder.parent / save.FROZEN
     return {
         name: tensor
         for part in (folder, frozen)
@@ -345,7 +345,7 @@ def test_damage_is_refused_by_name_and_a_whole_one_offered(tmp_path):
 
 
 def write_one(overrides: tuple[str, ...], run: Path, left_out: str | None) -> None:
-    complete = checkpoint.optimizer_state
+    complete = save.optimizer_state
 
     def incomplete(*arguments):
         state = complete(*arguments)
@@ -355,7 +355,7 @@ def write_one(overrides: tuple[str, ...], run: Path, left_out: str | None) -> No
     with joined(compose_config(*overrides)) as device:
         trainer, _ = built(overrides, device)
         if left_out:
-            checkpoint.optimizer_state = incomplete
+            save.optimizer_state = incomplete
         saved(trainer, overrides, run, 1)
 
 
@@ -392,7 +392,7 @@ def next_stage(overrides: tuple[str, ...], run: Path, onward: Path, new: tuple[s
     """Another stage's trainer from the weights of `run`, in its own layout; what it then writes goes to `onward`."""
     with joined(compose_config(*overrides)) as device:
         trainer, _ = built(overrides, device)
-        absent = restore.load_weights(trainer.stages.parts, latest(run), new)
+        absent = restore.load_weights(trainer.pipeline.parts, latest(run), new)
         saved(trainer, overrides, onward, 1)
         return absent
 
@@ -478,11 +478,11 @@ def only_weights_come_back(run: Path) -> list[bool]:
         for name, delayed in (("with", True), ("without", False)):
             trainer, _ = scaled(device, b"learned", delayed)
             with torch.no_grad():
-                next(trainer.stages.parts[0].parameters()).fill_(0.5)
+                next(trainer.pipeline.parts[0].parameters()).fill_(0.5)
             folder = saved(trainer, FP32, run / name, 1)
             other, _ = scaled(device, b"fresh", delayed)
-            restore.load_weights(other.stages.parts, folder)
-            found.append(bool((next(other.stages.parts[0].parameters()) == 0.5).all()))
+            restore.load_weights(other.pipeline.parts, folder)
+            found.append(bool((next(other.pipeline.parts[0].parameters()) == 0.5).all()))
         return found
 
 

@@ -26,7 +26,7 @@ from nvlm.export.options import parse
 from nvlm.export.shards import ShardWriter
 from nvlm.export.text import Text
 from nvlm.runs.ownership import begin as begin_folder
-from nvlm.train.checkpoint import Checkpoints
+from nvlm.train.checkpoint.save import Checkpoints
 from nvlm.train.loop import build_trainer
 from nvlm.weights.parts import shapes
 from nvlm.weights.sources import whole_model

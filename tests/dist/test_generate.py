@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nvlm.arch.pipeline import Stages
+from nvlm.arch.pipeline import Pipeline
 from nvlm.data.pack import collate
 from nvlm.generate.decode import continue_rows
 from nvlm.generate.sampling import Sampling
@@ -53,7 +53,7 @@ def generate(case: Case) -> list[list[list[int]]]:
     with joined(case.config) as device:
         trainer = build_trainer(case.config, device)
         load_weights(trainer, case.folder / "weights")
-        stages, config = trainer.stages, trainer.stages.parts[0].config
+        stages, config = trainer.pipeline, trainer.pipeline.parts[0].config
         (batch,) = trainer.vision.within_replica().encode([batch_of(case.config).to(device)])
         multiple = case.config.row_multiple
         texts = [continue_rows(stages, batch, sampling, [case_stop(case)], multiple) for sampling in SAMPLINGS]
@@ -74,7 +74,7 @@ def expected(tmp_path_factory):
             config = small_config(f"arch={arch}", "llm.layers=4", "tiling.tag=1d", *overrides)
             folder = tmp_path_factory.mktemp(arch)
             case, twins = prepare(config, folder, ())
-            batch, stages = twins.vision.encode(batch_of(config)), Stages([twins.model], [], lend=False)
+            batch, stages = twins.vision.encode(batch_of(config)), Pipeline([twins.model], [], lend=False)
             stop = continue_rows(stages, batch, SAMPLINGS[0], ())[1][3]
             (folder / "stop").write_text(str(stop))
             found[arch] = case, [continue_rows(stages, batch, sampling, [stop]) for sampling in SAMPLINGS]

@@ -29,8 +29,8 @@ def logits(trainer: Trainer, batch: Batch, keep: set[int]) -> torch.Tensor:
     own = torch.tensor([tile in keep for tile in range(len(batch.pixels))])
     pixels = torch.where(own[:, None, None, None], batch.pixels, 255 - batch.pixels)
     (encoded,) = trainer.vision.encode([replace(batch, pixels=pixels)])
-    with generating(trainer.stages.parts):
-        return next_logits(trainer.stages, encoded, torch.full((len(batch.tokens),), batch.tokens.shape[1] - 9))
+    with generating(trainer.pipeline.parts):
+        return next_logits(trainer.pipeline, encoded, torch.full((len(batch.tokens),), batch.tokens.shape[1] - 9))
 
 
 def after_thirty_steps(arch: str) -> tuple[float, float]:
@@ -38,7 +38,7 @@ def after_thirty_steps(arch: str) -> tuple[float, float]:
     config = compose_config(f"arch={arch}", "peft=lora", *SMALL)
     with joined(config) as device:
         trainer = build_trainer(config, device)
-        idle.check_gates(trainer.stages.parts)
+        idle.check_gates(trainer.pipeline.parts)
         steps = list(load_steps(build_steps(config), 0, 0))
         batch = steps[0].micro_batches[0]
         every = set(range(len(batch.pixels)))
@@ -67,7 +67,7 @@ def watched(overrides: tuple[str, ...], steps: int) -> tuple[str | None, list[st
     with joined(config) as device:
         trainer, refusal, warnings = build_trainer(config, device), None, []
         try:
-            idle.check_gates(trainer.stages.parts)
+            idle.check_gates(trainer.pipeline.parts)
         except ConfigError as error:
             refusal = str(error)
         waiting = idle.expected(config)

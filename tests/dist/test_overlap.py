@@ -11,7 +11,7 @@ from megatron.core import dist_checkpointing
 from nvlm.data.loader import StepData
 from nvlm.data.amounts import Work
 from nvlm.processes.groups import distributed
-from nvlm.train.checkpoint import Checkpoints, latest
+from nvlm.train.checkpoint.save import Checkpoints, latest
 from nvlm.train.loop import build_trainer
 from nvlm.train.step import train_step
 from tests.dist.layouts import own_batches, prepare

@@ -18,7 +18,7 @@ from nvlm.attention import packing
 from nvlm.estimate.activations import Kernels, kept
 from nvlm.estimate.load import batch_load
 from nvlm.estimate.memory import memory
-from nvlm.estimate.parameters import held, virtual_stages
+from nvlm.estimate.parameters import held, pipeline_stages_of
 from nvlm.train.loop import build_trainer
 from nvlm.train.step import train_step
 from nvlm.vision.encoder import InternViT
@@ -104,7 +104,7 @@ def test_a_forward_pass_keeps_what_is_foretold(arch, setting, monkeypatch):
     batch = batch.with_features(features if fp32 else features.bfloat16())
     for rank in range(config.parallel.pipeline):
         with as_rank(config, rank):
-            for part, stage in zip(frozen_parts(config), virtual_stages(config, rank), strict=True):
+            for part, stage in zip(frozen_parts(config), pipeline_stages_of(config, rank), strict=True):
                 load = batch_load(computed(part, batch), count_work(batch))
                 foretold = kept(config, stage, load, cpu_kernels(config, load.rows))
                 # What is sent on is not the backward pass's, but waits for it.
@@ -120,7 +120,7 @@ def sizes_of(config) -> dict[str, int]:
         train_step(trainer, StepData((batch,), records=1, skipped=(), work=count_work(batch)))
         buffers = [buffer for chunk in trainer.chunks for buffer in chunk.buffers]
         gradients = {b.grad_data.untyped_storage().data_ptr(): b.grad_data.untyped_storage().nbytes() for b in buffers}
-        parameters = [p for part in trainer.stages.parts for p in part.parameters()]
+        parameters = [p for part in trainer.pipeline.parts for p in part.parameters()]
         encoder = InternViT(config, solo_groups())
         return {
             "weights": sum(p.numel() * p.element_size() for p in parameters),

@@ -11,7 +11,7 @@ from megatron.core import parallel_state, tensor_parallel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nvlm.arch.pipeline import build_parts, build_stages
+from nvlm.arch.pipeline import build_parts, build_pipeline
 from nvlm.data.batch import Batch
 from nvlm.commands.compose import compose_config
 from nvlm.config.values import Config
@@ -77,7 +77,7 @@ def whole_logits(config: Config, parts: list) -> Tensor | None:
     """Logits [B, S, V] of the batch through all stages; on the processes of the last one."""
     batch = text_batch(config)
     batch = batch.with_features(torch.zeros(0, config.vision.tile_tokens, 4 * config.vision.hidden))
-    stages = build_stages(config, parts)
+    stages = build_pipeline(config, parts)
     stages.begin([batch])
     ranks = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
     rank = ranks.index(dist.get_rank())

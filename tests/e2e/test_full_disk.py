@@ -12,7 +12,7 @@ import pytest
 from nvlm.data.loader import Steps
 from tests.e2e.preloaded import alive, run
 from tests.e2e.test_faults import SMALL, latest, replace_steps, rows
-from tests.unit.test_sinks import scalars
+from tests.unit.runs.test_sinks import scalars
 
 FILLER = Path("runs", "run", "filler")
 

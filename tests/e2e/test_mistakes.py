@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def shell(line: str, where: Path, **environment: str) -> subprocess.CompletedProcess:
     """`line` by bash in `where`; `train`, `generate`, `export_hf` and `plan` are the commands."""
     names = "\n".join(
-        f"{name}() {{ {sys.executable} {ROOT}/launch/{name}.py \"$@\"; }}"
+        f'{name}() {{ {sys.executable} {ROOT}/launch/{name}.py "$@"; }}'
         for name in ("train", "generate", "export_hf", "plan")
     )
     given = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(where)} | environment
@@ -75,7 +75,7 @@ def test_what_is_printed_to_closed_streams_is_in_no_file(tmp_path):
         "    return 7\n"
         "sys.exit(answered(command))"
     )
-    done = shell(f"PYTHONPATH={ROOT} {sys.executable} -c \"$CODE\" <&- >&- 2>&-", tmp_path, CODE=code)
+    done = shell(f'PYTHONPATH={ROOT} {sys.executable} -c "$CODE" <&- >&- 2>&-', tmp_path, CODE=code)
     assert done.returncode == 7
     assert (tmp_path / "file").read_text() == ""
 

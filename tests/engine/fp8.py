@@ -19,8 +19,9 @@ from nvlm.estimate.load import step_load
 from nvlm.estimate.memory import rank_memory
 from nvlm.evaluate.closing import closing_evaluation
 from nvlm.export.trained import TrainedWeights
-from nvlm.train import loop, restore
-from nvlm.train.checkpoint import latest
+from nvlm.train import loop
+from nvlm.train.checkpoint import restore
+from nvlm.train.checkpoint.save import latest
 from nvlm.train.loop import build_steps
 from nvlm.train.step import settle
 from tests.dist import run as run_module
@@ -108,7 +109,7 @@ def test_weights_kept_in_fp8_give_the_same_steps(name, world):
 def held(trainer) -> dict[str, torch.Tensor]:
     """What multiplies, bit by bit: bytes and scales of weights in FP8."""
     found = {}
-    for name, weight in trainer.stages.parts[0].named_parameters():
+    for name, weight in trainer.pipeline.parts[0].named_parameters():
         if is_float8tensor(weight):
             found |= {name: weight._data.clone(), f"{name} scale": weight._scale_inv.clone()}
     return found
@@ -117,7 +118,7 @@ def held(trainer) -> dict[str, torch.Tensor]:
 def weights_in_bytes(trainer) -> int:
     """Of the decoder and what is beside it, as they lie there."""
     tensors = []
-    for weight in trainer.stages.parts[0].parameters():
+    for weight in trainer.pipeline.parts[0].parameters():
         tensors += [weight._data, weight._transpose] if is_float8tensor(weight) else [weight]
     return sum(x.numel() * x.element_size() for x in tensors)
 
@@ -188,8 +189,8 @@ def logits(overrides: tuple[str, ...]) -> torch.Tensor:
         settle(trainer)
         batch = next(iter(load_steps(build_steps(config), 0, 0))).micro_batches[0].to(device)
         (batch,) = trainer.vision.encode([batch])
-        with generating(trainer.stages.parts):
-            found = next_logits(trainer.stages, batch, torch.full((len(batch.tokens),), 5))
+        with generating(trainer.pipeline.parts):
+            found = next_logits(trainer.pipeline, batch, torch.full((len(batch.tokens),), 5))
         step()  # and training goes on
         return found.float().clone()
 

@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from nvlm.arch.pipeline import Stages, next_logits
+from nvlm.arch.pipeline import Pipeline, next_logits
 from nvlm.attention.cache import KeepsKeys, generating
 from nvlm.data.batch import IGNORE, PAD, Sample
 from nvlm.data.pack import collate
@@ -23,6 +23,7 @@ from tests.parity.test_models import ONE, ONE_TILE, TEXT, TWO
 
 ARCHITECTURES = ["decoder", "xattn", "hybrid"]
 STORIES = [TWO, TEXT, ONE, ONE_TILE]  # two, no, one and one image; all of different lengths
+
 
 @pytest.fixture(scope="module")
 def twins():
@@ -56,8 +57,8 @@ def run(twins: Twins, samples: list[Sample], sampling: Sampling, ends: Collectio
     return continue_rows(stages_of(twins), batch, sampling, ends, **how)
 
 
-def stages_of(twins: Twins) -> Stages:
-    return Stages([twins.model], [], lend=False)
+def stages_of(twins: Twins) -> Pipeline:
+    return Pipeline([twins.model], [], lend=False)
 
 
 def watched(monkeypatch) -> list[tuple[int, Tensor]]:

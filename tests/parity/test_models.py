@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from nvlm.arch.base import parameter_group
-from nvlm.arch.pipeline import Stages, next_logits
+from nvlm.arch.pipeline import Pipeline, next_logits
 from nvlm.arch.registry import build_architecture
 from nvlm.arch.xattn.attention import GatedCrossAttention
 from nvlm.attention import packing
 from nvlm.attention.cache import generating
 from nvlm.config.values import cross_layers
 from nvlm.data.batch import IGNORE, IMAGE, Batch, Sample
-from nvlm.data.encode import encode
 from nvlm.data.messages import first_question
-from nvlm.data.outline import build_encoder
+from nvlm.data.outline import build_processor
 from nvlm.data.pack import collate
+from nvlm.data.samples import encode
 from nvlm.data.tokenizer import load_tokenizer
 from nvlm.llm.adapters import Linears
 from nvlm.train.optim import freeze
@@ -234,7 +234,7 @@ def test_next_tokens_are_the_references_likeliest(arch):
     batch = batch_of([[story] for story in stories], twins)
     lengths = [len(reference_sample(story, twins.config).labels) for story in stories]
     for back in range(1, 4):
-        stages = Stages([twins.model], [], lend=False)
+        stages = Pipeline([twins.model], [], lend=False)
         with generating([twins.model]):
             likeliest = next_logits(stages, batch, torch.tensor(lengths) - back).argmax(-1)
         for story, length, token in zip(stories, lengths, likeliest):
@@ -644,8 +644,11 @@ def test_recomputing_changes_nothing(arch, stage, rows):
 
 def test_generation_prompts_end_where_the_assistant_begins():
     config = small_config("arch=decoder")
-    encoder = build_encoder(config, build_architecture(config).layout)
-    whole, prompt = encode(record_of(TWO), encoder), encode(first_question(record_of(TWO))[0], encoder, generate=True)
+    processor = build_processor(config, build_architecture(config).placement)
+    whole, prompt = (
+        encode(record_of(TWO), processor),
+        encode(first_question(record_of(TWO))[0], processor, generate=True),
+    )
     assert torch.equal(prompt.tokens, whole.tokens[: len(prompt.tokens)])
     first = (whole.labels != IGNORE).nonzero()[0].item()
     assert len(prompt.tokens) == first + 1 and (prompt.labels == IGNORE).all()

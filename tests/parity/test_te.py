@@ -12,7 +12,7 @@ from nvlm.arch.pipeline import build_parts
 from nvlm.commands.compose import compose_config
 from nvlm.llm.backend import fp8_settings
 from nvlm.llm.norm import RMSNorm
-from nvlm.train.state import is_scale, metadata
+from nvlm.train.checkpoint.state import is_scale, metadata
 from tests.models import small_config
 
 pytestmark = pytest.mark.skipif(

@@ -73,8 +73,8 @@ def test_no_import_goes_up(room):
         ("weights", ("megatron",)),
         ("weights/check", NO_TORCH),
         ("weights/inputs", NO_TORCH),
-        ("vision", ("nvlm.data.loader", "nvlm.data.sources", "nvlm.data.encode")),
-        ("llm", ("nvlm.data.loader", "nvlm.data.sources", "nvlm.data.encode")),
+        ("vision", ("nvlm.data.loader", "nvlm.data.sources", "nvlm.data.samples")),
+        ("llm", ("nvlm.data.loader", "nvlm.data.sources", "nvlm.data.samples")),
         ("arch/decoder", ("nvlm.arch.xattn", "nvlm.arch.hybrid")),
         ("arch/xattn", ("nvlm.arch.decoder", "nvlm.arch.hybrid")),
         ("estimate", ("torch", "megatron", "nvlm.arch.base", "nvlm.arch.pipeline", "nvlm.llm", "nvlm.vision")),
@@ -121,7 +121,7 @@ def test_layout_rules_come_without_megatron():
     """A loader worker that unpickles a layout rule must not pull in Megatron."""
     code = (
         "import sys; from nvlm.arch import registry\n"
-        "for name in ('decoder', 'xattn', 'hybrid'): registry.layout_rule(name)\n"
+        "for name in ('decoder', 'xattn', 'hybrid'): registry.placement_rule(name)\n"
         "assert not any(m.startswith('megatron') for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

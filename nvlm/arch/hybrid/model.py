@@ -9,7 +9,7 @@ from megatron.core.transformer import ModuleSpec
 from nvlm.arch.base import Architecture
 from nvlm.arch.decoder.fusion import fill
 from nvlm.arch.hybrid.fusion import TaggedTileKeys
-from nvlm.arch.hybrid.layout import layout
+from nvlm.arch.hybrid.placement import placement
 from nvlm.arch.xattn.attention import GatedCrossAttention
 from nvlm.config.values import ArchConfig
 
@@ -19,5 +19,5 @@ def architecture(arch: ArchConfig) -> Architecture:
     cross = ModuleSpec(module=GatedCrossAttention, params={"init_std": arch.cross_std})
     keys = partial(TaggedTileKeys, bind_tags=arch.bind_tags)
     return Architecture(
-        "hybrid", layout, projector="mlp", stream=fill, keys=keys, tags_in_keys=True, cross_attention=cross
+        "hybrid", placement, projector="mlp", stream=fill, keys=keys, tags_in_keys=True, cross_attention=cross
     )

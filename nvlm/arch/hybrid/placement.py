@@ -1,0 +1,20 @@
+"""NVLM-H's placement rule: thumbnail in the text stream, regular tiles with their tags cross-attended (section 4.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nvlm.arch.decoder.placement import with_tags
+from nvlm.tiling.grid import TilePlan
+from nvlm.tiling.placement import Placement
+
+
+def placement(plan: TilePlan, tags: Sequence[tuple[int, ...]]) -> Placement:
+    """[thumbnail tag, thumbnail] in the stream; [tag 1, tile 1, ..., tag n, tile n] as keys.
+
+    A one-tile image has no regular tile: it is its own thumbnail and adds no key.
+    """
+    return Placement(
+        stream=with_tags([plan.num_tiles - 1], tags),
+        cross=with_tags(range(plan.num_regular), tags),
+    )

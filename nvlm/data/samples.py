@@ -1,0 +1,90 @@
+"""Record -> Sample: an outline with its pixels, placeholder runs of exactly K per tile, labels, visibility numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from nvlm.data.batch import ALL_TILES, IGNORE, IMAGE, PAD, Sample
+from nvlm.data.images import decode_image
+from nvlm.data.outline import Outline, Processor, outline
+from nvlm.data.record import Record
+from nvlm.tiling import tile_image
+from nvlm.tiling.grid import TilePlan
+
+
+def encode(record: Record, processor: Processor, generate: bool = False) -> Sample:
+    """Encode a conversation for training, or with `generate` as a prompt for its next turn. Raises BadRecord."""
+    return fill(record, outline(record, processor, generate), processor)
+
+
+def fill(record: Record, sketch: Outline, processor: Processor) -> Sample:
+    """`sketch`, the outline of `record`, with its pixels. Raises BadRecord."""
+    return _assemble(record.id, sketch, _tiles(record, sketch.plans, processor), processor.tile_tokens)
+
+
+def _tiles(record: Record, plans: Sequence[TilePlan], processor: Processor) -> torch.Tensor:
+    """uint8 [T, 3, px, px] of all images that `plans` cover."""
+    parts = [torch.zeros(0, 3, processor.tile_size, processor.tile_size, dtype=torch.uint8)]
+    for source, plan in zip(record.images, plans):
+        image = decode_image(source, processor.max_pixels)
+        tiled = tile_image(image, max(plan.num_regular, 1), processor.resize, processor.tile_size)
+        assert tiled.plan == plan, "tile_image and plan_tiles disagree"
+        parts.append(tiled.pixels)
+    return torch.cat(parts)
+
+
+def _assemble(name: str, sketch: Outline, pixels: torch.Tensor, tile_tokens: int) -> Sample:
+    runs, placements = sketch.runs, sketch.placements
+    first_tile = [0, *accumulate(plan.num_tiles for plan in sketch.plans)]
+    tokens: list[int] = []
+    trained: list[bool] = []
+    image_of: list[int] = []
+    tile_of: list[int] = []
+    stream_tiles: list[int] = []
+
+    def add(ids: Sequence[int], learns: bool, image: int, tile: int) -> None:
+        tokens.extend(ids)
+        trained.extend([learns] * len(ids))
+        image_of.extend([image] * len(ids))
+        tile_of.extend([tile] * len(ids))
+
+    latest = PAD
+    for run in runs:
+        if run.image is None:
+            add(run.ids, run.trained, latest, ALL_TILES)
+            continue
+        latest = run.image
+        for piece in placements[run.image].stream:
+            if piece.ids is None:
+                stream_tiles.append(first_tile[run.image] + piece.tile)
+            ids = [IMAGE] * tile_tokens if piece.ids is None else piece.ids
+            add(ids, False, latest, piece.tile if piece.own_tile else ALL_TILES)
+
+    cross = [(image, piece) for image, placement in enumerate(placements) for piece in placement.cross]
+    lengths = [piece.length(tile_tokens) for _, piece in cross]
+    tags = {(image, piece.tile): piece.ids for image, piece in cross if piece.ids is not None}
+    cross_tokens = [i for _, piece in cross for i in (piece.ids if piece.ids is not None else [IMAGE] * tile_tokens)]
+    tiles = [(image, piece.tile) for image, piece in cross if piece.ids is None]
+    # The logits at t predict the token at t + 1, so a label stands one place before its token.
+    labels = [tokens[t] if trained[t] else IGNORE for t in range(1, len(tokens))] + [IGNORE]
+
+    def long(values) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.long)
+
+    return Sample(
+        id=name,
+        tokens=long(tokens),
+        labels=long(labels),
+        image=long(image_of),
+        tile=long(tile_of),
+        stream_tiles=long(stream_tiles),
+        cross_tokens=long(cross_tokens),
+        cross_image=long(i for (i, _), n in zip(cross, lengths) for _ in range(n)),
+        cross_tile=long(p.tile for (_, p), n in zip(cross, lengths) for _ in range(n)),
+        cross_tiles=long(first_tile[i] + t for i, t in tiles),
+        cross_tags=tuple(tags.get(key, ()) for key in tiles),
+        pixels=pixels,
+    )

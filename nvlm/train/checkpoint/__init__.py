@@ -1,0 +1,1 @@
+"""Checkpoints: writing them beside training, reading them into any layout."""

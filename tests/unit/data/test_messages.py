@@ -1,0 +1,175 @@
+"""What a record may say: what has a meaning elsewhere is understood or refused by name, never passed over."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nvlm.arch import registry
+from nvlm.data.batch import IGNORE
+from nvlm.data.messages import NoAnswer, first_question, place_images, read_turns
+from nvlm.data.outline import build_processor
+from nvlm.data.record import BadRecord, Record, one_record, printable
+from nvlm.data.samples import encode
+from nvlm.data.sources import read_line
+from nvlm.data.tokenizer import load_tokenizer
+
+TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+
+
+@pytest.fixture
+def processor(configured):
+    return build_processor(configured("arch=decoder"), registry.placement_rule("decoder"))
+
+
+def learned(record, processor):
+    sample = encode(record, processor)
+    ids = sample.labels[sample.labels != IGNORE].tolist()
+    return load_tokenizer("tiny").tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def line(**keys):
+    return json.dumps({"messages": TALK} | keys).encode()
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"image": "a.png"}, "key `image` is not read: paths of images stand in the list `images`"),
+        ({"video": "a.mp4"}, "key `video` is not read"),
+        ({"audios": ["a.wav"]}, "key `audios` is not read"),
+        ({"system": "Be kind."}, "key `system` is not read: it stands in `messages`"),
+        ({"tools": [{}]}, "key `tools` is not read"),
+        ({"rejected": "no"}, "key `rejected` is not read"),
+        ({"conversations": [{"from": "human", "value": "?"}]}, "key `conversations` is not read"),
+    ],
+)
+def test_a_key_that_others_give_a_meaning_is_refused_by_name(tmp_path, keys, reason):
+    with pytest.raises(BadRecord, match=reason):
+        read_line(line(**keys), "r:1", tmp_path)
+    empty = {key: type(value)() for key, value in keys.items()}
+    for nothing in (empty, dict.fromkeys(keys)):
+        assert read_line(line(**nothing), "r:1", tmp_path).messages == TALK
+
+
+def test_keys_that_mean_nothing_to_anyone_are_the_users_own(tmp_path):
+    record = read_line(line(source="web", score=0.5, meta={"page": 3}, id=7), "r:1", tmp_path)
+    assert record == Record("7", TALK, [])
+    assert read_line(line(id=None), "r:1", tmp_path).id == "r:1"
+
+
+def test_llavas_form_is_named(tmp_path):
+    row = {"id": "0", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}
+    with pytest.raises(BadRecord, match="`conversations` .LLaVA's form. in the place of `messages`"):
+        read_line(json.dumps(row).encode(), "r:1", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("hello", "a message is text, expected an object"),
+        ({"role": "user"}, "content of a message of role user is null, expected text"),
+        ({"role": "user", "content": {"text": "hi"}}, "is an object, expected text"),
+        ({"role": ["user"], "content": "hi"}, r"role \['user'\], expected one of"),
+        ({"role": "tool", "content": "4"}, "role 'tool', expected one of"),
+        ({"role": "user", "content": "hi", "name": "Ann"}, "key 'name' of a message of role user is not understood"),
+        ({"role": "user", "content": "hi", "images": ["a.png"]}, "key 'images' of a message"),
+        ({"role": "user", "content": ["hello"]}, "a part of a content list is text, expected an object"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "a part of type 'image_url', expected text or image"),
+        ({"role": "user", "content": [{"type": "video"}]}, "a part of type 'video'"),
+        ({"role": "user", "content": [{"text": "hi"}]}, "a part of type None"),
+        ({"role": "user", "content": [{"type": "text", "text": None}]}, "the text of a part is null"),
+        ({"role": "user", "content": [{"type": "text", "content": "hi"}]}, "key 'content' of a part of type text"),
+        ({"role": "user", "content": [{"type": "image", "image": "a.png"}]}, "key 'image' of a part of type image"),
+        ({"role": "user", "content": "ok \ud800 bad"}, r"U\+D800 in a message, half of a surrogate pair"),
+        ({"role": "user", "content": [{"type": "text", "text": "\udfff"}]}, r"U\+DFFF"),
+        ({"role": "assistant", "content": "a", "weight": 0.5}, "weight 0.5 of a message of role assistant, expected"),
+        ({"role": "assistant", "content": "a", "loss": "no"}, "loss 'no'"),
+        ({"role": "assistant", "content": "a", "loss": True, "weight": 0}, "loss and weight .* contradict"),
+        ({"role": "user", "content": "hi", "loss": True}, "only an assistant's are learned"),
+        ({"role": "assistant", "content": "a", "train": False}, "key 'train' of a message"),
+    ],
+)
+def test_a_message_that_is_not_understood_is_refused_by_name(message, reason):
+    with pytest.raises(BadRecord, match=reason):
+        read_turns([message])
+
+
+def test_columns_of_a_table_that_say_nothing_are_no_keys():
+    """As writers of Parquet and JSON leave them in rows that do not use them."""
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "hi", "image_url": None}]
+    (turn,) = read_turns([{"role": "user", "content": parts, "tool_calls": [], "name": None, "loss": None}])
+    assert turn.text == "<image>hi" and not turn.learned
+
+
+@pytest.mark.parametrize("mark", [{"loss": False}, {"weight": 0}, {"weight": 0.0}, {"loss": False, "weight": 0}])
+def test_a_turn_with_loss_false_is_read_but_not_learned(processor, mark):
+    messages = [*TALK, {"role": "user", "content": "again"}, {"role": "assistant", "content": "learn this"}]
+    marked = [messages[0], messages[1] | mark, *messages[2:]]
+    assert learned(Record("r", messages, []), processor) == "yes<|im_end|>learn this<|im_end|>"
+    assert learned(Record("r", marked, []), processor) == "learn this<|im_end|>"
+    one, other = (encode(Record("r", talk, []), processor) for talk in (messages, marked))
+    assert one.tokens.equal(other.tokens)
+    with pytest.raises(BadRecord, match="no assistant turn to learn from: all have loss false or weight 0"):
+        encode(Record("r", marked[:2], []), processor)
+
+
+@pytest.mark.parametrize("empty", ["", "  \n"])
+def test_an_empty_answer_alone_is_nothing_to_learn(processor, empty):
+    silent = [TALK[0], {"role": "assistant", "content": empty}]
+    with pytest.raises(BadRecord, match="no words to learn"):
+        encode(Record("r", silent, []), processor)
+    assert learned(Record("r", [*silent, *TALK], []), processor).endswith("yes<|im_end|>")
+
+
+@pytest.mark.parametrize(("marks", "images"), [(1, 2), (2, 1), (1, 0), (3, 2)])
+def test_marks_that_do_not_add_up_are_refused_with_both_counts(marks, images):
+    turns = read_turns([{"role": "user", "content": "Compare" + " <image>" * marks}, TALK[1]])
+    with pytest.raises(BadRecord, match=f"{marks} <image> marks, but {images} images"):
+        place_images(turns, images)
+
+
+def test_without_marks_images_stand_in_front_of_the_first_user_turn():
+    turns = read_turns([{"role": "system", "content": "S"}, *TALK])
+    assert [turn.text for turn in place_images(turns, 2)] == ["S", "<image>\n<image>\nhi", "yes"]
+    assert place_images(turns, 0) == turns
+
+
+def test_a_held_out_answer_is_the_first_that_is_learned():
+    parts = [{"type": "text", "text": "re"}, {"type": "text", "text": "d"}]
+    asked, answer = first_question(Record("r", [TALK[0], {"role": "assistant", "content": parts}], []))
+    assert answer == "red" and asked.messages == [TALK[0]]
+    skipped = [TALK[0], TALK[1] | {"loss": False}, {"role": "user", "content": "more"}, TALK[1] | {"content": "no"}]
+    asked, answer = first_question(Record("r", skipped, []))
+    assert answer == "no" and [message["content"] for message in asked.messages] == ["hi", "yes", "more"]
+    for messages in (TALK[:1], [TALK[0], {"role": "assistant", "content": " "}]):
+        with pytest.raises(NoAnswer):
+            first_question(Record("r", messages, []))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Failed to decode image"), "RuntimeError: Failed to decode image"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (RecursionError("too deep"), "RecursionError: too deep"),
+        (BadRecord("line 1\nline 2 \ud800"), r"line 1 line 2 \ud800"),
+    ],
+)
+def test_whatever_one_record_raises_is_a_bad_record_with_one_line(error, reason):
+    with pytest.raises(BadRecord) as caught, one_record():
+        raise error
+    assert str(caught.value) == reason
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, SystemExit, AssertionError])
+def test_what_no_record_is_to_blame_for_passes(error):
+    with pytest.raises(error), one_record():
+        raise error
+
+
+def test_reasons_are_one_line_of_limited_length():
+    assert printable("a\tb\n\x1b[31mc") == r"a b \x1b[31mc"
+    assert len(printable("x" * 1000)) == 300

@@ -1,0 +1,381 @@
+"""Plans: what is counted, what is refused and why, and the two commands that tell it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from megatron.core.pipeline_parallel.schedules import get_schedule_table
+
+from nvlm.commands import launch
+from nvlm.commands.plan import main
+from nvlm.config.hardware import GPUS, GiB
+from nvlm.config.rules import check_world, validate
+from nvlm.config.values import ConfigError
+from nvlm.estimate.flops import model_flops
+from nvlm.estimate.layouts import candidates, name, overrides, plan
+from nvlm.estimate.load import step_load
+from nvlm.estimate.memory import least_memory, memory, most_in_flight, rank_memory
+from nvlm.estimate.parameters import held
+from nvlm.estimate.refuse import check_memory
+from nvlm.estimate.speed import bubble_share, speed
+
+ROOT = Path(__file__).resolve().parents[3]
+H100 = GPUS["h100"]
+
+
+# --- what a step is made of ---
+
+
+def test_a_sample_fills_its_row_and_a_replica_its_micro_batches(configured):
+    config = configured("+experiment=nvlm_h_72b_sft", "dry_run=true", "train.global_batch=256")
+    load = step_load(config, replicas=8)
+    assert (load.length, load.rows, load.micro_batches, load.samples) == (1280, 1, 32, 32)
+    assert (load.stream_tiles, load.key_tiles, load.work.tiles) == (1, 6, 7)
+    assert load.tiles == 32 * 7
+    assert load.work.tokens == 1280 and load.work.keys == 6 * (256 + 5)
+    assert load.work.outputs == 1280 - 256 - 5  # no label on an image's tokens
+
+
+def test_short_samples_share_rows_until_one_of_both_budgets_is_full(configured):
+    keys = ["data.row_length=5120", "data.cross_length=3200"]
+    config = configured("+experiment=nvlm_h_72b_sft", "dry_run=true", *keys)
+    load = step_load(config, replicas=4, tiles=2, text=100)  # 361 tokens, 522 keys: six to a row
+    assert (load.work.tokens, load.work.keys) == (6 * 361, 6 * 522)
+    assert load.micro_batches == -(-64 // 6)
+    text = step_load(config, replicas=4, tiles=0, text=100)
+    assert (text.work.tokens, text.keys, text.tiles) == (5100, 0, 0)
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize(("ranks", "virtual", "micro_batches"), [(2, 1, 1), (4, 1, 9), (8, 1, 3), (2, 2, 2), (2, 2, 8),
+                                                                 (4, 3, 8), (4, 2, 4), (4, 5, 40)])  # fmt: skip
+def test_in_flight_is_what_megatrons_schedule_keeps(configured, ranks, virtual, micro_batches):
+    config = configured("arch=decoder", "llm=yi-34b", "llm.layers=120", "dry_run=true",
+                        f"parallel.pipeline={ranks}", f"parallel.virtual={virtual}")  # fmt: skip
+    chunks = [3.0**chunk for chunk in range(virtual)]  # so that no two mixtures are equal
+    order = [chunk for _, chunk in get_schedule_table(micro_batches, virtual, ranks)]
+    for rank in range(ranks):
+        ahead = ranks - rank - 1 if virtual == 1 else 2 * (ranks - rank - 1) + (virtual - 1) * ranks
+        ahead, now, most, done = min(ahead, len(order)), 0.0, 0.0, 0
+        for number, chunk in enumerate(order):
+            now += chunks[chunk]
+            most = max(most, now)
+            if number >= ahead:
+                now -= chunks[virtual - 1 - order[done]]
+                done += 1
+        assert most_in_flight(chunks, config, rank, micro_batches) == pytest.approx(most)
+
+
+def test_each_part_falls_with_what_cuts_it(configured):
+    def need(*keys, replicas=8):
+        return memory(configured("+experiment=nvlm_h_72b_sft", "dry_run=true", *keys), replicas)
+
+    plain, more = need(), need(replicas=16)
+    assert more.optimizer == plain.optimizer / 2 and more.weights == plain.weights
+    assert more.features == pytest.approx(plain.features / 2)
+    kept = [need(f"train.recompute={how}").activations for how in ("none", "selective", "full")]
+    assert kept[0] > 1.5 * kept[1] > 1.5 * kept[2] > 0
+    staged = need("parallel.pipeline=4")
+    assert staged.gradients < 0.3 * plain.gradients and staged.encoder == plain.encoder
+    frozen = need("stage=pretrain")
+    assert frozen.gradients < 0.2 * plain.gradients and frozen.weights == plain.weights
+    adapted = need("peft=lora", "stage.new=[]")
+    assert adapted.optimizer < 0.02 * plain.optimizer < adapted.weights
+    beside = need("peft=lora")  # cross-attention, new here, learns in full
+    assert adapted.optimizer < beside.optimizer < 0.05 * plain.optimizer
+    fp8 = need("precision=fp8_current")
+    assert 1.5 * plain.weights < fp8.weights < 2 * plain.weights and fp8.activations < plain.activations
+    offloaded = need("train.offload=true")
+    assert offloaded.activations < 0.2 * plain.activations
+    least = least_memory(configured("+experiment=nvlm_h_72b_sft", "dry_run=true"), 8)
+    assert least.total < plain.total and least.features == least.reserve == 0
+
+
+def test_weights_kept_in_fp8_alone_cost_half_and_travel_in_half(configured):
+    keys = ("llm=qwen2-72b", "precision=fp8_current", "parallel.tensor=8", "parallel.distributed_optimizer=true")
+    plain, kept = (configured(*keys, f"precision.param_gather={gather}") for gather in ("false", "true"))
+    linears = held(plain, 0).quantized
+    assert held(plain, 0).kept_in_fp8 == 0 and held(kept, 0).kept_in_fp8 == linears > 0.9 * held(plain, 0).all
+    load = step_load(plain, 4)
+    memory = [rank_memory(config, 4, 0, load) for config in (plain, kept)]
+    assert memory[0].weights - memory[1].weights == 2 * linears
+    assert memory[0].total - memory[1].total == 2 * linears
+    traffic = [speed(config, 4, H100, load).traffic.data for config in (plain, kept)]
+    assert traffic[0] - traffic[1] == pytest.approx(linears * 3 / 4)
+    frozen = configured(*keys, "precision.param_gather=true", "stage=pretrain", "arch=xattn")
+    own = configured(*keys, "stage=pretrain", "arch=xattn")
+    assert 0 < held(frozen, 0).kept_in_fp8 < 0.2 * held(own, 0).quantized  # cross-attention's
+
+
+def test_the_papers_layouts_of_34b_fit_its_gpus(configured):
+    for letter in "dxh":
+        config = configured(f"+experiment=nvlm_{letter}_34b_sft", "dry_run=true")
+        assert memory(config, 128 // config.parallel.replica).total < H100.memory
+
+
+# --- speed ---
+
+
+@pytest.mark.parametrize("keys", [(), ("parallel.pipeline=2",), ("stage=pretrain",), ("train.recompute=full",)])
+def test_a_step_takes_longer_than_its_products_at_the_peak(configured, keys):
+    config = configured("+experiment=nvlm_h_72b_sft", "dry_run=true", *keys)
+    load = step_load(config, 4)
+    found = speed(config, 4, H100, load)
+    gpus = 4 * config.parallel.replica
+    assert found.flops == 4 * load.micro_batches * model_flops(config, load.work).total
+    assert 1.5 < found.step / (found.flops / gpus / H100.bf16) < 5
+    again = speed(dataclasses.replace(config, train=dataclasses.replace(config.train, recompute="full")), 4, H100, load)
+    assert again.flops == found.flops and (again.step > found.step or config.train.recompute == "full")
+
+
+def test_bubble_and_traffic_are_the_schedules(configured):
+    def laid(*keys):
+        return configured("+experiment=nvlm_d_72b_sft", "dry_run=true", *keys)
+
+    assert bubble_share(laid(), 32) == 3 / 32
+    assert bubble_share(laid("parallel.virtual=5"), 32) == 3 / 160
+    one = laid("parallel.pipeline=1")
+    load = step_load(one, 2)
+    assert speed(one, 2, H100, load).traffic.pipeline == 0
+    # One layer's four collectives of the forward, four of the backward, and two gathers for weights' gradients.
+    each = 10 * 7 / 8 * load.tokens * 8192 * 2
+    assert speed(one, 2, H100, load).traffic.tensor == load.micro_batches * 80 * each
+    alone = laid("parallel.tensor=1", "parallel.sequence=false")
+    sent = speed(alone, 1, H100, step_load(alone, 1)).traffic
+    assert sent.tensor == sent.context == sent.data == 0 and sent.pipeline > 0
+
+
+L70 = "llm.layers=80 llm.hidden=8192 llm.heads=64 llm.ffn=28672 parallel.tensor=4 parallel.virtual=5"
+L405 = "llm.layers=128 llm.hidden=16384 llm.heads=128 llm.ffn=53248 parallel.tensor=8 parallel.virtual=8"
+# TFLOP/s a GPU of Llama 3 runs on H100, rows of 8192 tokens: the Llama 3 paper in bf16 (126 layers there), and
+# Megatron-Bridge's pages in FP8.
+PUBLISHED = [
+    (430, 8192, 2048, f"{L405} parallel.pipeline=16"),
+    (400, 16384, 2048, f"{L405} parallel.pipeline=16"),
+    (731, 64, 256, f"{L70} parallel.pipeline=8 precision=fp8_current"),
+    (744, 8, 128, "parallel.tensor=1 parallel.sequence=false precision=fp8_current"),
+    (827, 1024, 1024, f"{L405} parallel.pipeline=8 parallel.context=2 precision=fp8_current"),
+]
+
+
+@pytest.mark.parametrize(("published", "gpus", "batch", "keys"), PUBLISHED)
+def test_published_runs_come_out(configured, published, gpus, batch, keys):
+    rows = ("data.seq_length=8192", "data.row_length=8192", f"train.global_batch={batch}", "llm.vocab_multiple=128")
+    config = configured("arch=decoder", "llm=llama3.1-8b", "dry_run=true", *rows, *keys.split())
+    replicas = gpus // config.parallel.replica
+    found = speed(config, replicas, H100, step_load(config, replicas, tiles=0))
+    assert found.flops / found.step / gpus / 1e12 == pytest.approx(published, rel=0.12)
+
+
+# --- layouts ---
+
+
+def test_every_layout_is_listed_once_or_refused_with_a_reason(configured):
+    config = configured("+experiment=nvlm_h_72b_sft", "dry_run=true")
+    found = plan(config, 64, H100)
+    tried = list(candidates(config, 64, ()))
+    refused = {layout for refusal in found.refused for layout in refusal.layouts}
+    for candidate in tried:
+        fits = [o for o in found.fitting if o.config == candidate]
+        try:
+            replicas = check_world(validate(candidate), 64)
+        except ConfigError:
+            assert not fits and name(candidate) in refused
+            continue
+        if memory(candidate, replicas).total <= H100.memory:
+            assert len(fits) == 1 and fits[0].gpus == 64
+        else:
+            assert not fits and name(candidate) in refused
+    rates = [option.samples_per_second for option in found.fitting]
+    assert len(rates) > 50 and rates == sorted(rates, reverse=True)
+    assert all(0.05 < option.mfu(H100) < 0.6 for option in found.fitting)
+    assert sum("memory" in refusal.reason for refusal in found.refused) > 3
+
+
+def test_a_layout_in_words_is_that_layout(configured):
+    base = ("+experiment=nvlm_h_72b_sft", "dry_run=true")
+    found = plan(configured(*base), 128, H100)
+    for option in found.fitting[:: len(found.fitting) // 5]:
+        said = configured(*base, *overrides(option.config, option.replicas).split())
+        assert dataclasses.replace(said.parallel, data=1) == dataclasses.replace(option.config.parallel, data=1)
+        assert said.parallel.data * said.parallel.replica == 128
+        assert said.train == option.config.train
+
+
+def test_what_is_asked_for_is_held_to(configured):
+    config = configured("+experiment=nvlm_d_34b_sft", "dry_run=true", "parallel.tensor=4", "train.recompute=full")
+    found = plan(config, 32, H100, fixed=("parallel.tensor", "train.recompute"))
+    assert {(o.config.parallel.tensor, o.config.train.recompute) for o in found.fitting} == {(4, "full")}
+    wrong = plan(config, 30, H100, fixed=("parallel.tensor",))
+    assert not wrong.fitting and "expected a multiple of 4" in wrong.refused[0].reason
+
+
+def test_where_nothing_fits_the_nearest_is_told(configured, capsys):
+    assert main(["gpus=8", "gpu=h100", "+experiment=nvlm_d_72b_sft"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Nothing fits 8 GPUs. Nearest: tensor 8 x pipeline 1, recompute" in said and "GiB too much" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["gpu=h100"], "gpus: got nothing"),
+        (["gpus=0", "gpu=h100"], "gpus: got '0', expected a whole number of at least 1"),
+        (["gpus=two", "gpu=h100"], "gpus: got 'two'"),
+        (["gpus=-8", "gpu=h100"], "gpus: got '-8'"),
+        (["gpus=8", "gpu=h10"], "gpu: got 'h10', expected one of h100, h100-pcie, h200, a100-80gb, b200. Fix: gpu="),
+        (["gpus=8"], "gpu: got nothing, on a machine without one"),
+        (["gpus=8", "gpu=a100-80gb", "llm=qwen2-7b", "precision=fp8_current"], "expected a GPU with FP8"),
+        (["gpus=8", "gpu=h100", "tiles=7"], "tiles: got 7, expected at most tiling.max_tiles=6"),
+        (["gpus=8", "gpu=h100", "arch=decoder,xattn"], "2 configurations"),
+        (["gpus=8", "gpu=h100", "gpsu=8"], "gpsu: got a key that does not exist, expected one of gpu, gpus"),
+        (["gpus=8", "gpu=h100", "parallel.tensor=3"], "parallel.tensor: got 3"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(launch, "gpus_here", lambda: ())
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and said in told and told.count("\n") == 1
+
+
+def test_the_command_tells_all_parts_and_writes_them(tmp_path):
+    """In a process of its own, in which torch is nowhere."""
+    out = tmp_path / "plan.json"
+    code = (
+        "import sys; from nvlm.commands.plan import main\n"
+        f"status = main(['gpus=16', 'gpu=h200', 'arch=hybrid', 'llm=qwen2-7b', 'json={out}'])\n"
+        "assert not any(m == 'torch' or m.startswith('megatron') for m in sys.modules)\n"
+        "sys.exit(status)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for word in ("weights", "encoder", "gradients", "optimizer", "activations", "features", "workspace", "bubble",
+                 "samples/s", "MFU", "refused: ", "Assumed: "):  # fmt: skip
+        assert word in run.stdout
+    layouts = json.loads(out.read_text())["layouts"]
+    assert layouts[0]["samples_per_second"] >= layouts[-1]["samples_per_second"] > 0
+    parts = dict(layouts[0]["memory"])
+    assert parts.pop("total") == pytest.approx(sum(parts.values())) and parts["encoder"] == 2 * 5_536_496_000
+
+
+# --- refusals of runs ---
+
+
+def test_a_run_that_cannot_fit_is_refused_with_a_change_that_helps(configured):
+    config = configured("+experiment=nvlm_h_72b_sft", "dry_run=true")
+    with pytest.raises(ConfigError) as refused:
+        check_memory(config, 64, "NVIDIA H100 80GB HBM3", H100.memory)
+    said = str(refused.value)
+    assert "got 79." in said and "gradients 34.9" in said and "Fix: train.recompute=selective" in said
+    assert "launch/plan.py gpus=64" in said
+    helped = configured("+experiment=nvlm_h_72b_sft", "dry_run=true", "train.recompute=selective")
+    check_memory(helped, 64, "", H100.memory)
+    check_memory(config, 64, "", GPUS["h200"].memory)
+    check_memory(config, 128, "", H100.memory)
+
+
+@pytest.mark.parametrize(
+    ("keys", "processes", "fix"),
+    [
+        (("parallel.distributed_optimizer=false",), 128, "parallel.distributed_optimizer=true"),
+        (("parallel.tensor=4",), 64, "parallel.tensor=8 parallel.sequence=true"),
+        ((), 8, "the same layout on"),
+        (("parallel.tensor=1", "parallel.sequence=false"), 64, "parallel.tensor=8 parallel.sequence=true"),
+    ],
+)
+def test_the_change_is_enough(configured, keys, processes, fix):
+    base = ("+experiment=nvlm_h_72b_sft", "dry_run=true", *keys)
+    with pytest.raises(ConfigError, match="memory: got") as refused:
+        check_memory(configured(*base), processes, "h100", H100.memory)
+    words = str(refused.value).partition("Fix: ")[2].partition(" (")[0]
+    assert words.startswith(fix)
+    changed, _, gpus = words.partition(" on ")
+    changes = [word for word in changed.split() if "=" in word]
+    gpus = int(gpus.split()[0]) if gpus else processes
+    again = configured(*base, *changes)
+    check_memory(again, gpus, "h100", H100.memory)
+
+
+SMI = """#!/bin/sh
+echo "GPU-aa11, NVIDIA H100 80GB HBM3, {memory}"
+echo "GPU-bb22, NVIDIA H200, {memory}"
+"""
+
+
+def with_gpus(folder: Path, memory: str) -> dict[str, str]:
+    """An environment whose nvidia-smi tells of two GPUs."""
+    tool = folder / "nvidia-smi"
+    tool.write_text(SMI.format(memory=memory))
+    tool.chmod(0o755)
+    return {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"} | {
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"
+    }
+
+
+def test_the_launcher_refuses_by_what_the_driver_tells(tmp_path):
+    """No torch, no run folder."""
+    records = tmp_path / "records.jsonl"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    records.write_text(json.dumps({"messages": turns}) + "\n")
+    arguments = ["arch=decoder", "llm=qwen2-7b", "parallel.tensor=2", "data=jsonl", f"data.path={records}",
+                 "llm.tokenizer=tiny",
+                 "init.vision=nowhere", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
+    code = (
+        "import sys, time; from nvlm.commands.compose import main\n"
+        f"sys.argv[1:] = {arguments!r}\n"
+        "status = main(time.time())\n"
+        "assert not any(m == 'torch' or m.startswith('megatron') for m in sys.modules)\n"
+        "sys.exit(status)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=with_gpus(tmp_path, "81559"))
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.startswith("error: memory: got ") and "at most 79.1 GiB of NVIDIA H100 80GB HBM3" in run.stderr
+    assert run.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("told", "gpus"), [("81559", (81559 * 2**20,) * 2), ("[N/A]", (0, 0)), ("", (0, 0))])
+def test_gpus_are_known_without_torch(tmp_path, monkeypatch, told, gpus):
+    for key, value in with_gpus(tmp_path, told).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert tuple(size for _, size in launch.gpus_here.__wrapped__()) == gpus
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert launch.gpus_here.__wrapped__() == ()
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        ("1", ["H200"]),
+        ("1,0", ["H200", "H100"]),
+        ("GPU-b", ["H200"]),
+        ("0,-1,1", ["H100"]),
+        ("7", []),
+        ("MIG-x", ["H100"]),
+    ],
+)
+def test_gpus_that_are_hidden_do_not_count(tmp_path, monkeypatch, visible, names):
+    for key, value in with_gpus(tmp_path, "81559").items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [name.split()[1] for name, _ in launch.gpus_here.__wrapped__()] == names
+
+
+def test_a_dry_run_is_held_to_the_gpu_that_it_names(configured, monkeypatch):
+    monkeypatch.setattr(launch, "gpus_here", lambda: ())
+    small = ("arch=decoder", "llm=qwen2-7b", "dry_run=true")
+    launch.check_fits(configured(*small))
+    with pytest.raises(ConfigError, match=r"on 4 GPUs .* expected at most 79.1 GiB of h100"):
+        launch.check_fits(configured("arch=decoder", "llm=yi-34b", "dry_run=true", "parallel.tensor=4", "gpu=h100"))
+    with pytest.raises(ConfigError, match="gpu: got 'h1000', expected one of"):
+        configured(*small, "gpu=h1000")
+    assert GPUS["h200"].memory > 139 * GiB
