@@ -175,8 +175,8 @@ def next_logits(pipeline: Pipeline, batch: Batch, last_B: Tensor, past: Past | N
     """
     if past is None:
         pipeline.begin([batch])
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
-    ranks, rank = dist.get_process_group_ranks(pipeline), pipeline.rank()
+    group = parallel_state.get_pipeline_model_parallel_group()
+    ranks, rank = dist.get_process_group_ranks(group), group.rank()
     logits_BV = None
     for part in pipeline.parts:
         if not part.pre_process:
@@ -192,9 +192,9 @@ def next_logits(pipeline: Pipeline, batch: Batch, last_B: Tensor, past: Past | N
 
 def share_from_last(values: Tensor) -> Tensor:
     """`values` of the last pipeline stage, on all of them."""
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
-    if pipeline.size() > 1:
-        dist.broadcast(values, dist.get_process_group_ranks(pipeline)[-1], group=pipeline)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() > 1:
+        dist.broadcast(values, dist.get_process_group_ranks(group)[-1], group=group)
     return values
 
 
