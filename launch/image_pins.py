@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = str(Path(__file__).resolve().parent.parent)
 sys.path.insert(0, ROOT)
 
-from nvlm.doctor import pinned, requirements  # noqa: E402
+from nvlm.doctor.versions import pinned, requirements  # noqa: E402
 
 
 def canonical(name: str) -> str:

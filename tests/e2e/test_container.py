@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nvlm import doctor
+from nvlm.doctor.versions import pinned, requirements, satisfies
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = (ROOT / "Dockerfile").read_text().splitlines()
@@ -52,8 +52,8 @@ def test_what_the_image_has_is_pinned_and_what_it_lacks_comes_from_our_constrain
     written = dict(line.split("==") for line in file.read_text().split())
     for name, version in IMAGE.items():
         assert written[name.replace("_", "-")] == version
-    missing = [name for name in doctor.requirements() if name not in IMAGE]
-    assert {name: written[name] for name in missing} == {name: doctor.pinned()[name] for name in missing}
+    missing = [name for name in requirements() if name not in IMAGE]
+    assert {name: written[name] for name in missing} == {name: pinned()[name] for name in missing}
     assert len(written) == len(IMAGE) + len(missing)
 
 
@@ -62,9 +62,9 @@ def test_a_replaced_package_fails_the_build(image, tmp_path, changed):
     file = tmp_path / "pins.txt"
     pins(image, "write", str(file))
     packages = next((tmp_path / "image" / "lib").glob("python*/site-packages"))
-    for name in doctor.requirements():  # as pip would have left them
+    for name in requirements():  # as pip would have left them
         if name not in IMAGE:
-            install(packages, name.replace("-", "_"), doctor.pinned()[name])
+            install(packages, name.replace("-", "_"), pinned()[name])
     assert pins(image, "check", str(file)).returncode == 0
     install(packages, *changed)
     done = pins(image, "check", str(file))
@@ -74,8 +74,8 @@ def test_a_replaced_package_fails_the_build(image, tmp_path, changed):
 
 def test_the_image_s_torch_is_one_that_setup_py_takes():
     told = next(re.search(r"torch (\S+) and CUDA", line)[1] for line in LINES if "torch 2." in line and "CUDA" in line)
-    assert doctor.satisfies(told, doctor.requirements()["torch"])
-    assert not doctor.satisfies("2.11.0a0", doctor.requirements()["torch"])
+    assert satisfies(told, requirements()["torch"])
+    assert not satisfies("2.11.0a0", requirements()["torch"])
 
 
 def test_the_install_line_is_in_step_with_setup_py():

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nvlm import doctor
+from nvlm.config.values import TE_INSTALL
+from nvlm.doctor.versions import pinned, requirements, satisfies
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = """
@@ -64,8 +65,8 @@ class Machine:
     def everything(self, cuda: str | None = "13.0", usable: bool = True) -> None:
         """All that setup.py requires, at the versions of constraints.txt."""
         modules = {"hydra-core": "hydra", "pillow": "PIL", "megatron-core": "megatron.core"}
-        for name in doctor.requirements():
-            self.package(name, doctor.pinned()[name], modules.get(name, name))
+        for name in requirements():
+            self.package(name, pinned()[name], modules.get(name, name))
         self.package("torch", "2.13.0", "torch", TORCH.format(cuda=cuda, usable=usable))
 
     def gpu(self, cuda: str = "13.1", driver: str = "590.44") -> None:
@@ -99,7 +100,7 @@ def machine(bare, tmp_path) -> Machine:
 def test_without_anything_every_line_is_there_and_the_status_is_1(machine):
     status, rows, output = machine.diagnose()
     assert status == 1 and "training is impossible: torch, " in output
-    for name, specifier in doctor.requirements().items():
+    for name, specifier in requirements().items():
         assert rows[name][0] == "STOPS", name
         assert f"fix: pip install -c {ROOT / 'constraints.txt'} '{name}{specifier}'" in rows[name][1]
     assert "checkpoints hang" in rows["psutil"][1]
@@ -118,7 +119,7 @@ def test_a_whole_machine_trains(machine):
     assert rows["NCCL"] == ("ok", "2.29.7") and rows["cuDNN"] == ("ok", "92000")
     assert rows["transformer-engine"] == ("ok", "2.12.0")
     assert rows["flash-attn"][0] == "ok"  # missed by nobody where Transformer Engine is
-    assert all(rows[name][0] == "ok" for name in doctor.requirements())
+    assert all(rows[name][0] == "ok" for name in requirements())
 
 
 def test_without_a_gpu_it_costs_but_trains(machine):
@@ -126,7 +127,7 @@ def test_without_a_gpu_it_costs_but_trains(machine):
     status, rows, _ = machine.diagnose()
     assert status == 0
     assert rows["GPU and driver"][0] == rows["transformer-engine"][0] == "costs"
-    assert "no FP8" in rows["transformer-engine"][1] and doctor.TE_INSTALL in rows["transformer-engine"][1]
+    assert "no FP8" in rows["transformer-engine"][1] and TE_INSTALL in rows["transformer-engine"][1]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_one_version_of_python_is_asked_for_everywhere():
         "setup.py": r'python_requires=">=(3\.\d+)"',
         "README.md": r"Python (3\.\d+) or later",
         "Makefile": r"Python (3\.\d+) or later",
-        "nvlm/doctor.py": r'satisfies\(found, ">=(3\.\d+)"\)',
+        "nvlm/doctor/packages.py": r'satisfies\(found, ">=(3\.\d+)"\)',
     }
     found = {name: re.findall(pattern, (ROOT / name).read_text()) for name, pattern in asked.items()}
     assert found == dict.fromkeys(asked, ["3.12"])
@@ -209,7 +210,7 @@ def test_another_pillow_costs_its_tilings(machine):
         (old / "METADATA").write_text("Metadata-Version: 2.1\nName: pillow\nVersion: 11.0.0\n")
     status, rows, _ = machine.diagnose()
     assert status == 0 and rows["pillow"][0] == "costs"
-    assert f"'pillow=={doctor.pinned()['pillow']}'" in rows["pillow"][1]
+    assert f"'pillow=={pinned()['pillow']}'" in rows["pillow"][1]
 
 
 def test_the_other_apex_is_told_from_nvidia_s(machine):
@@ -266,4 +267,4 @@ def test_this_environment_trains():
     ],
 )
 def test_versions_compare_as_numbers(version, specifier, fits):
-    assert doctor.satisfies(version, specifier) is fits
+    assert satisfies(version, specifier) is fits

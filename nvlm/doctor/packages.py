@@ -1,0 +1,104 @@
+"""Rows about Python and its packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from nvlm.config.values import TE_INSTALL
+from nvlm.doctor.probe import Probe, there
+from nvlm.doctor.rows import COSTS, OK, STOPS, Row
+from nvlm.doctor.versions import ROOT, install, installed, pinned, satisfies
+
+# Import names where they are not the package's own.
+MODULES = {"hydra-core": "hydra", "pillow": "PIL", "megatron-core": "megatron.core"}
+COSTS_OF = {
+    "psutil": "Megatron's checkpoints hang without it",
+    "pillow": "images cannot be read",
+    "torch": "nothing runs",
+    "megatron-core": "no model can be built",
+}
+
+
+def python_row() -> Row:
+    """The interpreter."""
+    found = ".".join(map(str, sys.version_info[:3]))
+    if not satisfies(found, ">=3.12"):
+        return Row("Python", STOPS, found, "Megatron-Core needs 3.12 or later", "python3.12 -m venv .venv")
+    return Row("Python", OK, found)
+
+
+def package_row(package: str, specifier: str, told: Mapping[str, Probe]) -> Row:
+    """A package that setup.py requires."""
+    module = MODULES.get(package, package)
+    version = installed(package) or (str(told[module].values.get("version", "")) if module in told else "")
+    fix, costs = install(f"{package}{specifier}"), COSTS_OF.get(package, "training does not start")
+    if not there(module.split(".")[0]):
+        return Row(package, STOPS, f"{version}, but no module {module}" if version else "missing", costs, fix)
+    if reason := told[module].reason if module in told else "":
+        found = f"{version or 'installed'}, does not load: {reason}"
+        return Row(package, STOPS, found, costs, f"{fix} --force-reinstall --no-deps")
+    if version and not satisfies(version, specifier):
+        return Row(package, STOPS, f"{version}, {specifier} is required", "this version is not what was built for", fix)
+    pin = pinned().get(package)
+    if package == "pillow" and pin and version != pin:
+        costs = f"tilings differ by a few levels from those of {pin}, with which they were tested"
+        return Row(package, COSTS, version, costs, install(f"pillow=={pin}"))
+    return Row(package, OK, version or "installed")
+
+
+def engine_row(told: Probe, torch: Probe) -> Row:
+    """Transformer Engine: missing, there but broken, or usable."""
+    version = installed("transformer-engine") or installed("transformer_engine")
+    costs = "no FP8, slower attention and norms; training runs on torch's own"
+    broken = f"{version}, does not load: {told.reason}"
+    if not there("transformer_engine"):
+        found = f"{version}, but no module" if version else "missing"
+        return Row("transformer-engine", COSTS, found, costs, TE_INSTALL)
+    if told.reason:
+        parts = " ".join(f"transformer-engine{end}" for end in ("", "-cu12", "-cu13", "-torch"))
+        return Row("transformer-engine", COSTS, broken, costs, f"pip uninstall -y {parts}; {TE_INSTALL}")
+    capability = torch.values.get("capability")
+    if capability and tuple(capability) < (8, 9):
+        return Row("transformer-engine", COSTS, str(version), "this GPU has no FP8: Ada, Hopper or later ones do")
+    return Row("transformer-engine", OK, str(version or told.values.get("version", "installed")))
+
+
+def flash_row(told: Probe, engine: Row) -> Row:
+    """flash-attn, a choice of Transformer Engine's beside cuDNN."""
+    version = installed("flash-attn")
+    fix = "pip install --no-build-isolation flash-attn"
+    costs = "little: Transformer Engine has cuDNN's attention to choose from, too"
+    if not there("flash_attn"):
+        return Row("flash-attn", OK if engine.state == OK else COSTS, "missing", costs, fix)
+    if told.reason:
+        broken = "Transformer Engine and others that import it fail with it"
+        fix = f"pip uninstall -y flash-attn; {fix}"
+        return Row("flash-attn", COSTS, f"{version}, does not load: {told.reason}", broken, fix)
+    return Row("flash-attn", OK, str(version or told.values.get("version", "installed")))
+
+
+def apex_row(told: Probe) -> Row:
+    """NVIDIA's Apex, which its repository and images have, or the other project of that name."""
+    unneeded = "nothing: the fused optimizer is Transformer Engine's or torch's"
+    spec = importlib.util.find_spec("apex") if there("apex") else None
+    if spec is None:
+        return Row("apex", OK, "missing", unneeded)
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not any((folder / "multi_tensor_apply").is_dir() for folder in folders):
+        costs = "not NVIDIA's Apex but another project of that name: imports of it may fail"
+        found = f"{installed('apex') or 'installed'}, without apex.multi_tensor_apply"
+        return Row("apex", COSTS, found, costs, "pip uninstall -y apex")
+    if told.reason or not told.values.get("fused"):
+        why = told.reason or "built without its CUDA extensions"
+        return Row("apex", OK, f"NVIDIA's, of no use: {why}", unneeded)
+    return Row("apex", OK, f"NVIDIA's {installed('apex') or ''}".strip())
+
+
+def optional_row(package: str, costs: str, extra: str) -> Row:
+    """A package that only some commands need."""
+    version = installed(package)
+    fix = "" if version else f"pip install -c {ROOT / 'constraints.txt'} -e '{ROOT}[{extra}]'"
+    return Row(package, OK, version) if version else Row(package, COSTS, "missing", costs, fix)

@@ -1,0 +1,79 @@
+"""Importing packages in processes of their own, and asking each a few questions."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+TIMEOUT = 120.0  # seconds for an import: from a slow network disk torch alone takes a minute
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a package told in a process of its own: `values`, or the `reason` why it told nothing."""
+
+    values: Mapping[str, object]
+    reason: str = ""
+
+
+# What is asked of a package once it is imported; each expression on its own, so that one may fail.
+QUESTIONS = {
+    "torch": {
+        "version": "m.__version__",
+        "built_for": "m.version.cuda",
+        "usable": "m.cuda.is_available()",
+        "cudnn": "m.backends.cudnn.version()",
+        "nccl": "'.'.join(map(str, m.cuda.nccl.version()))",
+        "gpus": "[m.cuda.get_device_name(i) for i in range(m.cuda.device_count())]",
+        "capability": "list(m.cuda.get_device_capability())",
+    },
+    "torchvision": {"resizes": "bool(__import__('torchvision.transforms.v2.functional').ops.nms)"},
+    "megatron.core": {"version": "m.__version__"},
+    "transformer_engine.pytorch": {"version": "__import__('transformer_engine').__version__"},
+    "flash_attn": {"version": "m.__version__"},
+    "apex": {"fused": "bool(__import__('amp_C').multi_tensor_adam)"},
+    "psutil": {},
+}
+# Packages that link against libraries which only torch finds, such as NCCL's: torch is imported before them.
+BUILT_ON_TORCH = ("torchvision", "megatron.core", "transformer_engine.pytorch", "flash_attn", "apex")
+
+
+def probe(module: str, timeout: float = TIMEOUT) -> Probe:
+    """Import `module` in another process, as the trainer would, and ask it its QUESTIONS."""
+    code = (
+        f"import importlib, json, sys{', torch' if module in BUILT_ON_TORCH else ''}\n"
+        f"m, told = importlib.import_module({module!r}), {{}}\n"
+        f"for name, question in {QUESTIONS.get(module, {})!r}.items():\n"
+        "    try: told[name] = eval(question)\n"
+        "    except Exception: pass\n"
+        "print('\\n' + json.dumps(told, default=str))\n"
+    )
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return Probe({}, f"its import takes more than {timeout:g} s")
+    if done.returncode < 0:
+        return Probe({}, f"its import is killed by signal {-done.returncode}")
+    if done.returncode:
+        return Probe({}, last_line(done.stderr) or f"its import ends with status {done.returncode}")
+    try:
+        return Probe(json.loads(last_line(done.stdout)))
+    except ValueError:
+        return Probe({}, "its import ends the process")
+
+
+def last_line(text: str) -> str:
+    """The last line of `text` that is not empty."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def there(module: str) -> bool:
+    """Whether a top-level module can be found, with or without metadata."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
