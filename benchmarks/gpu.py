@@ -66,7 +66,7 @@ from nvlm.processes import groups
 from nvlm.train.loop import build_steps, build_trainer
 from nvlm.train.optim import freeze, wrap
 from nvlm.train.step import Trainer, forward_backward, train_step
-from nvlm.vision.encoder import InternViT
+from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
 from nvlm.vision.prepass import BalancedVision, build_team
 

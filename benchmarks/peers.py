@@ -46,11 +46,12 @@ from nvlm.llm.build import DTYPES, FUSED_NORMS, llm_config, of_megatron
 from nvlm.llm.norm import FullWidthRMSNorm, LayerNorm
 from nvlm.tiling import normalize
 from nvlm.train.optim import wrap
-from nvlm.vision.encoder import encoder_config
+from nvlm.vision.encoders.internvit import description as internvit
+from nvlm.vision.encoders.internvit.model import encoder_config
 from nvlm.vision.pooling import pixel_shuffle
-from nvlm.weights import internvit, llm, projector
+from nvlm.weights import llm, projector
 from nvlm.weights.parts import Part, below, joined, published
-from nvlm.weights.sources import LANGUAGE, VISION
+from nvlm.weights.published import LANGUAGE, VISION
 
 Weights = Mapping[str, Tensor]
 

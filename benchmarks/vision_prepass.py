@@ -192,9 +192,9 @@ def trainer_of(overrides: list[str], **sizes):
     from nvlm.commands.compose import compose_config
     from nvlm.processes.groups import distributed
     from nvlm.train.loop import build_trainer
-    from nvlm.vision.encoder import InternViT
+    from nvlm.vision.encoders.internvit import description as internvit
+    from nvlm.vision.encoders.internvit.model import InternViT
     from nvlm.vision.path import solo_groups
-    from nvlm.weights import internvit
     from nvlm.weights.parts import published
 
     # A port of its own for each: the store of the groups before may still be closing.

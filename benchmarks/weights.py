@@ -81,9 +81,10 @@ def write_run(run: Path, layers: int) -> None:
     import torch
     from torch.distributed import checkpoint
 
+    from nvlm.inputs.sources import whole_model
     from nvlm.runs.digests import write_manifest
     from nvlm.runs.ownership import begin as begin_folder
-    from nvlm.weights.sources import VISION, whole_model
+    from nvlm.weights.published import VISION
 
     config = compose(layers)
     begin_folder(config, run, anew=True)
@@ -215,7 +216,8 @@ def arithmetic() -> None:
     """The same for all 80 layers and InternViT-6B by counting: what the fullest rank holds, and maps at one time."""
     import re
 
-    from nvlm.weights import internvit, llm
+    from nvlm.vision.encoders.internvit import description as internvit
+    from nvlm.weights import llm
     from nvlm.weights.parts import Part
 
     def count(slices) -> int:

@@ -19,12 +19,12 @@ from nvlm.commands.compose import compose_config
 from nvlm.data.pages import CELLS, TILE, digit_pool, draw_digit, on_paper
 from nvlm.processes import groups
 from nvlm.tiling import normalize
-from nvlm.vision.encoder import InternViT
+from nvlm.vision.encoders.internvit import description as internvit
+from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import solo_groups
 from nvlm.vision.pooling import pixel_shuffle
-from nvlm.weights import internvit
+from nvlm.vision.source import TINY
 from nvlm.weights.parts import published
-from nvlm.weights.sources import TINY
 
 BLANK = 10  # the class of a cell without a digit
 STEPS, BATCH, LEARNING_RATE = 2000, 32, 3e-3

@@ -27,9 +27,10 @@ from nvlm.data.pack import collate
 from nvlm.data.record import Record
 from nvlm.data.samples import encode
 from nvlm.data.tokenizer import load_tokenizer
-from nvlm.vision.encoder import InternViT
+from nvlm.vision.encoders.internvit import description as internvit
+from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
-from nvlm.weights import internvit, llm
+from nvlm.weights import llm
 from nvlm.weights.parts import joined, published
 from tests.parity.reference import NO_LOSS, RefDims, ReferenceNVLM, RefSample, Segment
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nvlm.config.values import Config
+from nvlm.inputs.sources import whole_model
 from nvlm.weights.parts import shapes
-from nvlm.weights.sources import whole_model
 
 SMALL = """precision=fp32 arch=decoder llm.layers=4 llm.hidden=24 llm.heads=4 llm.kv_heads=2 llm.head_dim=6 llm.ffn=40
 llm.vocab=522 llm.vocab_multiple=8 llm.rope_theta=5000 llm.norm_eps=1e-5

@@ -28,11 +28,11 @@ from nvlm.commands.words import SWEEP_FLAGS, parse, plain_words
 from nvlm.config.rules import validate
 from nvlm.config.values import Config, ConfigError, from_mapping, near_keys, problem
 from nvlm.estimate.lengths import check_lengths
+from nvlm.inputs.check import check_weights
 from nvlm.processes.requeue import in_job, requeued
 from nvlm.runs.folder import steps_done
 from nvlm.runs.ownership import check_folder, flat
 from nvlm.runs.place import check_place, sweep_folder
-from nvlm.weights.check import check_weights
 
 CONF = launch.ROOT / "conf"
 LISTING = "launch/train.py --cfg job lists all keys and their values"

@@ -12,9 +12,11 @@ from nvlm.config.hardware import GPUS
 from nvlm.config.values import Config, cross_layers
 from nvlm.estimate.lengths import image_tokens
 from nvlm.estimate.memory import gib, memory
+from nvlm.inputs.sources import model_source
 from nvlm.processes import groups
 from nvlm.tiling.grid import TilePlan
-from nvlm.weights.sources import Source, model_source, vision_source
+from nvlm.vision.source import vision_source
+from nvlm.weights.published import Source
 
 
 def dry_run(config: Config) -> None:
@@ -62,7 +64,7 @@ def _sources(config: Config) -> list[Source]:
 def _parameters(config: Config) -> Table:
     from nvlm.arch.pipeline import build_parts
     from nvlm.train.optim import count_groups, freeze
-    from nvlm.vision.encoder import InternViT
+    from nvlm.vision.encoders.internvit.model import InternViT
     from nvlm.vision.path import solo_groups
 
     one = dataclasses.replace(

@@ -28,12 +28,12 @@ from nvlm.data.look import check_data
 from nvlm.estimate.counts import parameters
 from nvlm.estimate.memory import fewest_gpus, gpus_needed
 from nvlm.estimate.refuse import check_memory
+from nvlm.inputs.check import check_weights
 from nvlm.processes.launchers import Task, check_allocation, find_task
 from nvlm.processes.workers import EXPLAINED, run_workers, take_forks_along
 from nvlm.runs.folder import steps_done
 from nvlm.runs.ownership import ROOT, check_folder, outlook, owned
 from nvlm.runs.sinks import steady_streams
-from nvlm.weights.check import check_weights
 
 
 def start(config: Config, run_dir: Path, started: float) -> None:

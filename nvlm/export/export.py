@@ -28,12 +28,13 @@ from nvlm.export.readme import note, readme
 from nvlm.export.shards import DTYPES, Planned, ShardWriter
 from nvlm.export.text import exported_text
 from nvlm.export.trained import TrainedWeights
+from nvlm.inputs.identity import check_model
+from nvlm.inputs.sources import whole_model
 from nvlm.runs.digests import checkpoint_faults, frozen_digest, own_faults
 from nvlm.runs.folder import FROZEN, find_checkpoint, read_run_config
-from nvlm.weights.inputs import check_model
+from nvlm.vision.source import vision_source
 from nvlm.weights.parts import Part, shapes
-from nvlm.weights.published import Stored, read_headers
-from nvlm.weights.sources import VISION, Source, vision_source, whole_model
+from nvlm.weights.published import VISION, Source, Stored, read_headers
 
 CODE = Path(__file__).with_name("modeling_nvlm.py")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from nvlm.config.values import Config, ConfigError, problem
 from nvlm.export.modeling_nvlm import NVLM
-from nvlm.weights.sources import model_source, vision_source
+from nvlm.inputs.sources import model_source
+from nvlm.vision.source import vision_source
 
 
 def check_readable(folder: Path, config: Config, out: Path) -> None:

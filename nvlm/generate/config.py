@@ -14,9 +14,9 @@ from yaml import YAMLError
 from nvlm.config.rules import validate
 from nvlm.config.values import Config, ConfigError, PrecisionConfig, from_mapping, near_keys, problem
 from nvlm.estimate.lengths import check_lengths
+from nvlm.inputs.check import check_weights
 from nvlm.runs.folder import find_checkpoint, read_run_config
 from nvlm.runs.ownership import flat
-from nvlm.weights.check import check_weights
 
 _ONE_PROCESS = {
     "tensor": 1,

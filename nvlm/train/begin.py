@@ -9,10 +9,10 @@ from megatron.core import parallel_state
 
 from nvlm.arch.base import VisionLanguageModel
 from nvlm.config.values import Config
+from nvlm.inputs.sources import model_source
 from nvlm.runs.folder import find_checkpoint
 from nvlm.train.checkpoint.restore import load_weights
 from nvlm.weights.load import read
-from nvlm.weights.sources import model_source
 
 
 def begin(parts: Sequence[VisionLanguageModel], config: Config) -> dict[str, str]:

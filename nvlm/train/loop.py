@@ -18,6 +18,7 @@ from nvlm.data.outline import build_processor
 from nvlm.data.sources import build_records
 from nvlm.estimate.lengths import check_vocabulary
 from nvlm.export.text import training_note
+from nvlm.inputs import identity
 from nvlm.llm.backend import check_precision, describe
 from nvlm.processes import groups
 from nvlm.processes.workers import Signals
@@ -39,7 +40,6 @@ from nvlm.train.waiting import impatient
 from nvlm.train.watch import Watchdog
 from nvlm.vision.path import build_vision
 from nvlm.vision.prepass import BalancedVision, build_team
-from nvlm.weights import inputs
 
 Evaluation = Callable[[Trainer, Callable[[], None]], dict[str, float]]
 """(what was trained, a call that says that this process is alive) -> scores by name. All processes call it together."""
@@ -62,7 +62,7 @@ def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: E
         steps = build_steps(config)
         goes_on = config.resume == "auto" and latest(run_dir) is not None
         if goes_on:
-            groups.raised_together(lambda: inputs.check_records(config, run_dir, steps.records))
+            groups.raised_together(lambda: identity.check_records(config, run_dir, steps.records))
         trainer = build_trainer(config, device, begins=not goes_on)
         loaded = resume(trainer, config, run_dir)
         steps = replace(steps, ends=loaded.ends)
@@ -73,7 +73,7 @@ def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: E
             begin_folder(config, run_dir, anew=not goes_on)
             tracker = opened.enter_context(contextlib.closing(build_tracker(config, run_dir, resumed=goes_on)))
             if not goes_on:
-                inputs.record(config, run_dir, steps.records)
+                identity.record(config, run_dir, steps.records)
             print_groups(counts, config.stage.name, config.optim.lr, trainer.origins)
             print(describe(config))
             if line := training_note(config):

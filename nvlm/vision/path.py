@@ -14,11 +14,11 @@ from nvlm.config.values import Config
 from nvlm.data.batch import Batch
 from nvlm.processes import device
 from nvlm.tiling import normalize
-from nvlm.vision.encoder import InternViT
+from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.pooling import pixel_shuffle
 from nvlm.vision.quantize import FP8Linear, quantize
+from nvlm.vision.source import vision_source
 from nvlm.weights.load import read
-from nvlm.weights.sources import vision_source
 
 
 def solo_groups() -> ProcessGroupCollection:

@@ -1,7 +1,7 @@
 """What the entries of a published config.json mean where it leaves them out: what the classes that read it default to.
 
 Qwen2Config and LlamaConfig are transformers' (a test compares the tables with the installed version; Yi is a Llama).
-InternVisionConfig and InternVLChatConfig are InternVL's, of which NVLM-D-72B has copies.
+InternVLChatConfig is InternVL's, of which NVLM-D-72B has a copy. An encoder's defaults: vision/encoders.
 """
 
 from __future__ import annotations
@@ -18,11 +18,6 @@ LLAMA = _DECODER | dict(
     vocab_size=32000, intermediate_size=11008, num_key_value_heads=None, max_position_embeddings=2048,
     attention_bias=False, mlp_bias=False,
 )  # fmt: skip
-INTERNVIT = dict(
-    num_channels=3, patch_size=14, image_size=224, qkv_bias=False, hidden_size=3200, num_attention_heads=25,
-    intermediate_size=12800, qk_normalization=True, num_hidden_layers=48, hidden_act="gelu", norm_type="rms_norm",
-    layer_norm_eps=1e-6,
-)  # fmt: skip
 INTERNVL = dict(downsample_ratio=0.5, ps_version="v1", select_layer=-1)
 
 LANGUAGES = {"Qwen2ForCausalLM": QWEN2, "LlamaForCausalLM": LLAMA}
@@ -38,7 +33,6 @@ FIXED_LANGUAGE = dict(
     quantization_config=None, compression_config=None,
 )  # fmt: skip
 FIXED_LLAMA = FIXED_LANGUAGE | dict(attention_bias=False)  # Qwen2's class passes over it
-FIXED_VISION = dict(hidden_act="gelu", num_channels=3, quantization_config=None)
 FIXED_WHOLE = dict(ps_version="v2", select_layer=-1, quantization_config=None, use_backbone_lora=0, use_llm_lora=0)
 
 

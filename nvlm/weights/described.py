@@ -1,4 +1,4 @@
-"""What a published config.json says of a model, compared with the run's configuration. Raises ConfigError.
+"""What a published config.json says of a language model, compared with the run's configuration. Raises ConfigError.
 
 What no tensor shows (heads, rotary base and scaling, epsilons) would change every number without a word.
 """
@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nvlm.config.values import Config, LLMConfig, VisionConfig, problem
+from nvlm.config.values import LLMConfig, problem
 from nvlm.weights import defaults
 from nvlm.weights.defaults import completed
 from nvlm.weights.published import check_fixed, check_values
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_NORMS = {"rms_norm": "rms", "layer_norm": "layer"}
 
 
 def check_language(values: Mapping, language: LLMConfig, key: str) -> None:
@@ -89,40 +88,3 @@ def _llama3(rope: Mapping, what: str) -> dict[str, float]:
         return {name: float(rope[name]) for name in _LLAMA3}
     except (KeyError, TypeError, ValueError):
         raise problem(what, dict(rope), ", ".join(_LLAMA3), "download it again") from None
-
-
-def check_vision(values: Mapping, vision: VisionConfig, key: str) -> None:
-    """Compare an encoder's config.json."""
-    check_fixed(values, defaults.FIXED_VISION, key)
-    whole = completed(values, defaults.INTERNVIT)
-    if whole["norm_type"] not in _NORMS:
-        raise problem(f"{key}: config.json: norm_type", whole["norm_type"], " or ".join(_NORMS), "take another encoder")
-    whole["norm_type"] = _NORMS[whole["norm_type"]]
-    expected = {
-        "hidden_size": ("vision.hidden", vision.hidden),
-        "num_hidden_layers": ("vision.layers", vision.layers),
-        "num_attention_heads": ("vision.heads", vision.heads),
-        "intermediate_size": ("vision.ffn", vision.ffn),
-        "image_size": ("vision.tile_size", vision.tile_size),
-        "patch_size": ("vision.patch", vision.patch),
-        "layer_norm_eps": ("vision.norm_eps", vision.norm_eps),
-        "qk_normalization": ("vision.qk_norm", vision.qk_norm),
-        "qkv_bias": ("vision.qkv_bias", vision.qkv_bias),
-        "norm_type": ("vision.norm", vision.norm),
-    }
-    check_values(whole, expected, key, values)
-
-
-def check_whole(values: Mapping, config: Config, key: str) -> None:
-    """Compare the config.json of a whole model in the release's layout, its three parts."""
-    check_language(values.get("llm_config") or {}, config.llm, key)
-    check_vision(values.get("vision_config") or {}, config.vision, key)
-    whole = completed(values, defaults.INTERNVL)
-    check_fixed(whole, defaults.FIXED_WHOLE, key)
-    whole["downsample_ratio"] = round(1 / whole["downsample_ratio"])
-    whole.setdefault("force_image_size", config.vision.tile_size)  # the encoder's, which was compared
-    expected = {
-        "downsample_ratio": ("vision.downsample", config.vision.downsample),
-        "force_image_size": ("vision.tile_size", config.vision.tile_size),
-    }
-    check_values(whole, expected, key, values)

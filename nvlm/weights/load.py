@@ -19,7 +19,7 @@ from torch import Tensor
 from nvlm.config.values import problem
 from nvlm.processes.groups import is_first_rank
 from nvlm.weights.parts import Part
-from nvlm.weights.sources import Source
+from nvlm.weights.published import Source
 
 
 @torch.no_grad()

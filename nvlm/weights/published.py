@@ -7,7 +7,7 @@ Imports no torch: a mistake is answered before any worker starts.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from nvlm.config.values import problem
 from nvlm.weights.parts import Part, shapes
 
 INDEX = "model.safetensors.index.json"
+VISION, LANGUAGE = "vision_model.", "language_model."  # the two towers of a whole model in NVLM-D-72B's layout
+RELEASE_CODE = ("configuration_nvlm_d.NVLM_D_Config", "modeling_nvlm_d.NVLM_D_Model")
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -38,6 +40,16 @@ class Stored:
         for size in self.shape:
             count *= size
         return count * _BYTES.get(self.dtype, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A published folder, and what of the model it holds."""
+
+    key: str  # the setting that names it
+    folder: str
+    parts: Mapping[str, Sequence[Part]]  # by module group
+    stored: Mapping[str, Stored]
 
 
 def read_headers(folder: str, key: str) -> dict[str, Stored]:

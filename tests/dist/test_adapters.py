@@ -27,7 +27,7 @@ from nvlm.runs.ownership import begin as begin_folder
 from nvlm.config.values import ConfigError
 from nvlm.runs.folder import check_same_model
 from nvlm.weights.merge import is_adapter
-from nvlm.weights.sources import model_source
+from nvlm.inputs.sources import model_source
 from nvlm.processes.groups import distributed
 from nvlm.arch.registry import placement_rule
 from nvlm.train.checkpoint import restore

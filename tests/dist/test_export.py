@@ -29,7 +29,7 @@ from nvlm.runs.ownership import begin as begin_folder
 from nvlm.train.checkpoint.save import Checkpoints
 from nvlm.train.loop import build_trainer
 from nvlm.weights.parts import shapes
-from nvlm.weights.sources import whole_model
+from nvlm.inputs.sources import whole_model
 from tests.dist.run import joined, run_distributed
 from tests.published import SMALL, write_release, write_shards
 

@@ -21,7 +21,7 @@ from nvlm.estimate.memory import memory
 from nvlm.estimate.parameters import held, pipeline_stages_of
 from nvlm.train.loop import build_trainer
 from nvlm.train.step import train_step
-from nvlm.vision.encoder import InternViT
+from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import solo_groups
 from tests.dist.ranks import as_rank, computed, frozen_parts, kept_bytes
 from tests.dist.run import joined, run_distributed

@@ -20,7 +20,7 @@ from nvlm.attention.context import gather_columns
 from nvlm.train.begin import begin
 from nvlm.vision.path import build_vision
 from nvlm.weights.parts import published
-from nvlm.weights.sources import model_source
+from nvlm.inputs.sources import model_source
 from tests.dist.run import joined, run_distributed
 
 from tests.published import (

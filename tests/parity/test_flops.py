@@ -24,7 +24,7 @@ from nvlm.data.work import count_work
 from nvlm.estimate.flops import backward, forward, hardware_flops, model_flops
 from nvlm.estimate.lengths import sample_work
 from nvlm.train.optim import freeze
-from nvlm.vision.encoder import InternViT
+from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
 from tests.models import Story, sample_of, small_config
 from tests.parity.test_models import GRIDS, INPUTS, ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO

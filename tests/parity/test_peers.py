@@ -17,11 +17,13 @@ from nvlm.arch.pipeline import build_parts
 from nvlm.config.values import Config
 from nvlm.data.batch import Sample
 from nvlm.data.pack import collate
-from nvlm.vision.encoder import InternViT
+from nvlm.inputs.sources import whole_model
+from nvlm.vision.encoders.internvit import description as internvit
+from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
-from nvlm.weights import internvit, llm, projector
+from nvlm.weights import llm, projector
 from nvlm.weights.parts import below, joined, published, shapes
-from nvlm.weights.sources import LANGUAGE, VISION, whole_model
+from nvlm.weights.published import LANGUAGE, VISION
 from tests.models import STD, TILE, load, parameters_of, sample_of, small_config
 from tests.parity.test_models import ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO
 

@@ -36,11 +36,12 @@ from nvlm.data.samples import encode
 from nvlm.data.tokenizer import TINY
 from nvlm.export.describe import describe
 from nvlm.export.readback import check_readable
-from nvlm.vision.encoder import InternViT
+from nvlm.inputs.sources import whole_model
+from nvlm.vision.encoders.internvit import description as internvit
+from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
-from nvlm.weights import internvit
 from nvlm.weights.parts import published
-from nvlm.weights.sources import VISION, whole_model
+from nvlm.weights.published import VISION
 from tests.models import TILE, Story, record_of, small_config
 from tests.parity.test_models import ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO
 from tests.published import scatter

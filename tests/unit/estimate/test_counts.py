@@ -29,7 +29,7 @@ def joined(configured):
 def test_all_recipes_build_with_exact_counts(configured, joined, letter, size, stage):
     from nvlm.arch.pipeline import build_parts
     from nvlm.train.optim import count_groups, freeze
-    from nvlm.vision.encoder import InternViT
+    from nvlm.vision.encoders.internvit.model import InternViT
     from nvlm.vision.path import solo_groups
 
     config = configured(f"+experiment=nvlm_{letter}_{size}_{stage}", "dry_run=true")

@@ -20,10 +20,12 @@ from safetensors.torch import load_file, save_file
 from nvlm.commands.compose import compose_config
 from nvlm.config.values import ConfigError
 from nvlm.export.describe import describe
+from nvlm.inputs.check import check_weights
+from nvlm.inputs.sources import check_whole, model_source
+from nvlm.vision.encoders.internvit import description as internvit
+from nvlm.vision.source import vision_source
 from nvlm.weights import defaults
-from nvlm.weights.check import check_weights
-from nvlm.weights.described import check_language, check_vision, check_whole
-from nvlm.weights.sources import model_source, vision_source
+from nvlm.weights.described import check_language
 from tests.published import LANGUAGES, SMALL, encoder_model, internvit_names, language_model, write_release
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -272,20 +274,20 @@ def test_rotary_entries_that_contradict_each_other_or_differ_by_layer_are_refuse
 def test_what_an_encoder_s_file_leaves_out_means_internvits_default():
     vision = compose_config("vision=internvit-6b", "llm=qwen2-72b", "dry_run=true").vision
     values = dict(num_hidden_layers=45, image_size=448)
-    check_vision(values, vision, "init.vision")
+    internvit.check_config(values, vision, "init.vision")
     small = compose_config("vision=internvit-300m", "llm=qwen2-72b", "dry_run=true").vision
     whole = dict(image_size=448, num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, intermediate_size=4096,
                  qkv_bias=True, qk_normalization=False, norm_type="layer_norm")  # fmt: skip
-    check_vision(whole, small, "init.vision")
+    internvit.check_config(whole, small, "init.vision")
     for name in whole:
         with pytest.raises(ConfigError, match=f"config.json: {name}: got nothing, which means"):
-            check_vision({k: v for k, v in whole.items() if k != name}, small, "init.vision")
+            internvit.check_config({k: v for k, v in whole.items() if k != name}, small, "init.vision")
     with pytest.raises(ConfigError, match="norm_type: got batch_norm"):
-        check_vision(values | {"norm_type": "batch_norm"}, vision, "init.vision")
+        internvit.check_config(values | {"norm_type": "batch_norm"}, vision, "init.vision")
     with pytest.raises(ConfigError, match='hidden_act: got "quick_gelu", expected "gelu"'):
-        check_vision(values | {"hidden_act": "quick_gelu"}, vision, "init.vision")
+        internvit.check_config(values | {"hidden_act": "quick_gelu"}, vision, "init.vision")
     with pytest.raises(ConfigError, match="Fix: vision.norm=layer$"):
-        check_vision(values | {"norm_type": "layer_norm"}, vision, "init.vision")
+        internvit.check_config(values | {"norm_type": "layer_norm"}, vision, "init.vision")
 
 
 def test_what_a_release_s_file_leaves_out_means_internvl_s_default():
@@ -411,7 +413,7 @@ def test_the_command_refuses_before_it_writes_and_without_torch(tmp_path, qwen):
     assert done.stderr.startswith("error: init.llm: ") and done.stderr.count("\n") == 1, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     code = (
-        "import sys; from nvlm.commands.compose import compose_config; from nvlm.weights.sources import model_source\n"
+        "import sys; from nvlm.commands.compose import compose_config; from nvlm.inputs.sources import model_source\n"
         f"model_source(compose_config(*{SMALL!r}, 'init.llm={qwen}')); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from nvlm.config.values import Config
+from nvlm.inputs import identity
+from nvlm.inputs.sources import model_source
 from nvlm.runs.folder import check_same_model, find_checkpoint, latest
-from nvlm.weights import inputs
-from nvlm.weights.sources import model_source, vision_source
+from nvlm.vision.source import vision_source
 
 
 def check_weights(config: Config, run_dir: Path | None = None) -> None:
@@ -19,10 +20,10 @@ def check_weights(config: Config, run_dir: Path | None = None) -> None:
     if not config.dry_run or config.init.vision or config.init.release:
         vision_source(config)
     if config.resume == "auto" and run_dir is not None and latest(run_dir) is not None:
-        inputs.check_model(config, run_dir)
+        identity.check_model(config, run_dir)
         return
     model_source(config)
     if config.init.checkpoint:
         folder = find_checkpoint(Path(config.init.checkpoint), "init.checkpoint")
         check_same_model(config, folder)
-        inputs.check_model(config, folder.parent.parent)
+        identity.check_model(config, folder.parent.parent)

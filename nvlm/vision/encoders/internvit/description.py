@@ -6,10 +6,21 @@ encoder with `dummy_heads` heads of zeros behind the real ones, so that its numb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from nvlm.config.values import VisionConfig
+from nvlm.config.values import VisionConfig, problem
+from nvlm.weights.defaults import completed
 from nvlm.weights.parts import Part
+from nvlm.weights.published import Stored, check_fixed, check_values
+
+CODE = ("configuration_intern_vit.InternVisionConfig", "modeling_intern_vit.InternVisionModel")
+_DEFAULTS = dict(
+    num_channels=3, patch_size=14, image_size=224, qkv_bias=False, hidden_size=3200, num_attention_heads=25,
+    intermediate_size=12800, qk_normalization=True, num_hidden_layers=48, hidden_act="gelu", norm_type="rms_norm",
+    layer_norm_eps=1e-6,
+)  # fmt: skip
+_FIXED = dict(hidden_act="gelu", num_channels=3, quantization_config=None)
+_NORMS = {"rms_norm": "rms", "layer_norm": "layer"}
 
 
 def parts(vision: VisionConfig, dummy_heads: int = 0) -> list[Part]:
@@ -63,3 +74,33 @@ def _layer(vision: VisionConfig, layer: int, dummy_heads: int) -> Iterator[Part]
     }
     for name, (shape, place) in others.items():
         yield Part(name=f"{hf}.{name}", shape=shape, ours=f"{ours}.{place}")
+
+
+def check_config(values: Mapping, vision: VisionConfig, key: str) -> None:
+    """Compare an encoder's config.json."""
+    check_fixed(values, _FIXED, key)
+    whole = completed(values, _DEFAULTS)
+    if whole["norm_type"] not in _NORMS:
+        raise problem(f"{key}: config.json: norm_type", whole["norm_type"], " or ".join(_NORMS), "take another encoder")
+    whole["norm_type"] = _NORMS[whole["norm_type"]]
+    expected = {
+        "hidden_size": ("vision.hidden", vision.hidden),
+        "num_hidden_layers": ("vision.layers", vision.layers),
+        "num_attention_heads": ("vision.heads", vision.heads),
+        "intermediate_size": ("vision.ffn", vision.ffn),
+        "image_size": ("vision.tile_size", vision.tile_size),
+        "patch_size": ("vision.patch", vision.patch),
+        "layer_norm_eps": ("vision.norm_eps", vision.norm_eps),
+        "qk_normalization": ("vision.qk_norm", vision.qk_norm),
+        "qkv_bias": ("vision.qkv_bias", vision.qkv_bias),
+        "norm_type": ("vision.norm", vision.norm),
+    }
+    check_values(whole, expected, key, values)
+
+
+def dummy_heads(vision: VisionConfig, stored: Mapping[str, Stored], prefix: str) -> int:
+    """Heads of zeros behind the real ones, in tensors `stored` under `prefix`."""
+    first = stored.get(f"{prefix}encoder.layers.0.attn.qkv.weight")
+    rows = first.shape[0] if first else 0
+    extra, rest = divmod(rows - 3 * vision.hidden, 3 * vision.hidden // vision.heads)
+    return extra if extra > 0 and not rest else 0

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nvlm.config.values import Config, ConfigError
-from nvlm.weights import inputs
+from nvlm.inputs import identity
+from nvlm.vision.source import TINY
 from nvlm.weights.published import read_headers
-from nvlm.weights.sources import TINY
 
 
 def tensors(scale: float = 1.0) -> dict[str, np.ndarray]:
@@ -21,8 +21,8 @@ def tensors(scale: float = 1.0) -> dict[str, np.ndarray]:
     return {f"layer.{n}.weight": scale * np.arange(n * 2000, dtype=np.float32).reshape(n, 2000) for n in (1, 2, 3)}
 
 
-def identity(folder: Path, prefix: str = "") -> inputs.Identity:
-    return inputs.of_tensors(str(folder), read_headers(str(folder), "init.vision"), prefix)
+def identified(folder: Path, prefix: str = "") -> identity.Identity:
+    return identity.of_tensors(str(folder), read_headers(str(folder), "init.vision"), prefix)
 
 
 def test_tensors_are_the_same_wherever_they_lie_and_however_files_are_cut(tmp_path):
@@ -34,9 +34,9 @@ def test_tensors_are_the_same_wherever_they_lie_and_however_files_are_cut(tmp_pa
         save_file({name: tensors()[name]}, parted / file)
     (parted / "model.safetensors.index.json").write_text(str({"weight_map": weight_map}).replace("'", '"'))
     save_file({f"vision_model.{name}": tensor for name, tensor in tensors().items()}, prefixed)
-    first = identity(whole)
+    first = identified(whole)
     assert first.bytes == 4 * 12000
-    assert first.same(identity(parted)) and first.same(identity(prefixed, "vision_model."))
+    assert first.same(identified(parted)) and first.same(identified(prefixed, "vision_model."))
 
 
 @pytest.mark.parametrize("what", ["first", "middle", "last", "shape", "type", "name"])
@@ -49,7 +49,7 @@ def test_other_tensors_are_noticed(tmp_path, what):
         weight.flat[{"first": 0, "middle": weight.size // 2, "last": -1}[what]] += 1
     weight = {"shape": weight.reshape(2, -1), "type": weight.view(np.int32)}.get(what, weight)
     save_file(changed | {"layer.4.weight" if what == "name" else "layer.3.weight": weight}, other)
-    assert not identity(one).same(identity(other))
+    assert not identified(one).same(identified(other))
 
 
 def test_a_file_is_sampled_in_a_moment_however_large_it_is(tmp_path):
@@ -57,24 +57,24 @@ def test_a_file_is_sampled_in_a_moment_however_large_it_is(tmp_path):
     with open(path, "wb") as file:
         file.truncate(200 << 30)  # sparse
     started = time.monotonic()
-    whole = inputs.of_file(path)
+    whole = identity.of_file(path)
     assert whole.bytes == 200 << 30 and time.monotonic() - started < 5
     with open(path, "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\n")
-    assert not inputs.of_file(path).same(whole)
+    assert not identity.of_file(path).same(whole)
 
 
 def test_a_small_file_is_read_whole(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_bytes(bytes(3 << 20))
-    before = inputs.of_file(path, records=5)
+    before = identity.of_file(path, records=5)
     moved = path.rename(tmp_path / "moved.jsonl")
-    assert before.same(inputs.of_file(moved, records=5)) and not before.same(inputs.of_file(moved, records=6))
+    assert before.same(identity.of_file(moved, records=5)) and not before.same(identity.of_file(moved, records=6))
     with open(moved, "r+b") as file:
         file.seek(1234567)
         file.write(b"x")
-    assert not before.same(inputs.of_file(moved, records=5))
+    assert not before.same(identity.of_file(moved, records=5))
 
 
 @pytest.fixture
@@ -92,16 +92,16 @@ def begun(tmp_path, configured):
         return replace(base, llm=replace(base.llm, tokenizer=str(found["tokenizer"])))
 
     (tmp_path / "run").mkdir()
-    inputs.record(config(), tmp_path / "run", [1])
+    identity.record(config(), tmp_path / "run", [1])
     return tmp_path / "run", config
 
 
 def test_what_a_run_began_with_is_recorded(begun):
     run, _ = begun
-    found = inputs.read(run)
+    found = identity.read(run)
     assert found.keys() == {"records", "encoder", "tokenizer"}  # the first weights are random
     assert found["records"].records == 1 and found["records"].bytes == 17 and found["encoder"].bytes > 900_000
-    assert inputs.read(run / "elsewhere") == {}
+    assert identity.read(run / "elsewhere") == {}
 
 
 def test_files_that_were_moved_are_taken(begun, tmp_path):
@@ -109,8 +109,8 @@ def test_files_that_were_moved_are_taken(begun, tmp_path):
     moved = {}
     for key, name in (("data", "records.jsonl"), ("tokenizer", "tokenizer.json"), ("encoder", "encoder.safetensors")):
         moved[key] = (tmp_path / name).rename(tmp_path / f"moved-{name}")
-    inputs.check_model(config(**moved), run)
-    inputs.check_records(config(**moved), run, [1])
+    identity.check_model(config(**moved), run)
+    identity.check_records(config(**moved), run, [1])
 
 
 def test_files_that_were_replaced_are_refused_by_name(begun, tmp_path):
@@ -118,14 +118,14 @@ def test_files_that_were_replaced_are_refused_by_name(begun, tmp_path):
     with open(tmp_path / "records.jsonl", "a") as file:
         file.write('{"messages": []}\n')
     with pytest.raises(ConfigError, match=r"data.path: got .*2 records, 34 bytes.*1 records, 17 bytes.*name=OTHER"):
-        inputs.check_records(config(), run, [1, 2])
-    inputs.check_model(config(), run)
+        identity.check_records(config(), run, [1, 2])
+    identity.check_model(config(), run)
     (tmp_path / "tokenizer.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"llm.tokenizer: got .*tokenizer.json"):
-        inputs.check_model(config(), run)
+        identity.check_model(config(), run)
     weights = load_file(TINY)
     name = max(weights, key=lambda name: weights[name].size)
     weights[name].flat[-1] += 1
     save_file(weights, tmp_path / "encoder.safetensors")
     with pytest.raises(ConfigError, match=r"init.vision: got .*encoder.safetensors"):
-        inputs.check_model(config(), run)
+        identity.check_model(config(), run)

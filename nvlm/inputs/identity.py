@@ -18,10 +18,11 @@ from pathlib import Path
 from nvlm.config.values import Config, problem
 from nvlm.data.sources import Records
 from nvlm.data.tokenizer import tokenizer_file
+from nvlm.inputs.sources import model_source
 from nvlm.runs.files import write_whole
 from nvlm.runs.folder import INPUTS, find_checkpoint
-from nvlm.weights.published import Stored
-from nvlm.weights.sources import VISION, Source, model_source, vision_source
+from nvlm.vision.source import vision_source
+from nvlm.weights.published import VISION, Source, Stored
 
 _WHOLE = 1 << 26  # bytes: smaller files are read whole
 _BLOCK = 1 << 16  # bytes

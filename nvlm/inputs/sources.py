@@ -5,30 +5,26 @@ Imports no torch: the launcher refuses a wrong folder before it starts a worker 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
-from nvlm.config.values import Config, LLMConfig, VisionConfig, cross_layers, problem
-from nvlm.weights import internvit, llm, projector
-from nvlm.weights.described import check_language, check_vision, check_whole
+from nvlm.config.values import Config, LLMConfig, cross_layers, problem
+from nvlm.vision.encoders.internvit import description as internvit
+from nvlm.weights import defaults, llm, projector
+from nvlm.weights.defaults import completed
+from nvlm.weights.described import check_language
 from nvlm.weights.parts import Part, below
-from nvlm.weights.published import Stored, check_tensors, check_values, read_config, read_headers
-
-TINY = Path(__file__).parent.parent / "vision" / "tiny_encoder.safetensors"
-VISION, LANGUAGE = "vision_model.", "language_model."
-RELEASE_CODE = ("configuration_nvlm_d.NVLM_D_Config", "modeling_nvlm_d.NVLM_D_Model")
-_VISION_CODE = ("configuration_intern_vit.InternVisionConfig", "modeling_intern_vit.InternVisionModel")
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A published folder, and what of the model it holds."""
-
-    key: str  # the setting that names it
-    folder: str
-    parts: Mapping[str, Sequence[Part]]  # by module group
-    stored: Mapping[str, Stored]
+from nvlm.weights.published import (
+    LANGUAGE,
+    RELEASE_CODE,
+    VISION,
+    Source,
+    Stored,
+    check_fixed,
+    check_tensors,
+    check_values,
+    read_config,
+    read_headers,
+)
 
 
 def model_source(config: Config) -> Source | None:
@@ -38,34 +34,12 @@ def model_source(config: Config) -> Source | None:
     return _release(config, config.init.release) if config.init.release else None
 
 
-def vision_source(config: Config) -> Source:
-    """The published folder that holds the frozen encoder, checked as in `model_source`."""
-    for key in ("vision", "release"):
-        if folder := getattr(config.init, key):
-            return _vision(config.vision, str(TINY) if folder == "tiny" else folder, f"init.{key}")
-    raise problem("init.vision", "nothing", "the frozen encoder's weights", "init.vision=DIR, or vision=tiny")
-
-
 def check_new(config: Config, given: Iterable[str], where: str) -> None:
     """Raise ConfigError where a module group is neither `given` nor one that the stage declares new."""
     needed = {"decoder": ("llm", "projector")}.get(config.arch.name, ("llm", "projector", "xattn"))
     if lost := [group for group in needed if group not in {*given, *config.stage.new}]:
         fix = f"init.checkpoint=RUN of the stage before, or stage.new=[{','.join([*config.stage.new, lost[0]])}]"
         raise problem(f"weights of {', '.join(lost)}", f"none in {where}", "weights of all that is not new", fix)
-
-
-def _vision(vision: VisionConfig, folder: str, key: str) -> Source:
-    stored = read_headers(folder, key)
-    values = read_config(folder, key, (*_VISION_CODE, *RELEASE_CODE)) or {}
-    inside = any(name.startswith(VISION) for name in stored)  # a whole model's folder
-    if inside:
-        stored = {name: one for name, one in stored.items() if name.startswith(VISION)}
-    prefix = VISION if inside else ""
-    parts = below(prefix, internvit.parts(vision, _dummy_heads(vision, stored, prefix)))
-    if values:
-        check_vision(values.get("vision_config") or values, vision, key)
-    check_tensors(parts, stored, key)
-    return Source(key, folder, {"vision": parts}, stored)
 
 
 def _llm(config: Config, folder: str) -> Source:
@@ -87,7 +61,7 @@ def _release(config: Config, folder: str) -> Source:
     if own.get("arch") == config.arch.name == "hybrid":  # what no tensor's name or shape shows
         check_values(own, {"bind_tags": ("arch.bind_tags", config.arch.bind_tags)}, "init.release", own)
     groups = {
-        "vision": below(VISION, internvit.parts(config.vision, _dummy_heads(config.vision, stored, VISION))),
+        "vision": below(VISION, internvit.parts(config.vision, internvit.dummy_heads(config.vision, stored, VISION))),
         "projector": projector.parts(config),
         "xattn": [*projector.key_norms(config), *below(LANGUAGE, _only_cross(config))],
         "llm": below(LANGUAGE, llm.parts(config.llm)),
@@ -97,6 +71,21 @@ def _release(config: Config, folder: str) -> Source:
     spare = [LANGUAGE + name for name in _spare(config.llm, stored)]
     check_tensors([part for parts in given.values() for part in parts], stored, "init.release", spare)
     return Source("init.release", folder, given, stored)
+
+
+def check_whole(values: Mapping, config: Config, key: str) -> None:
+    """Compare the config.json of a whole model in the release's layout, its three parts."""
+    check_language(values.get("llm_config") or {}, config.llm, key)
+    internvit.check_config(values.get("vision_config") or {}, config.vision, key)
+    whole = completed(values, defaults.INTERNVL)
+    check_fixed(whole, defaults.FIXED_WHOLE, key)
+    whole["downsample_ratio"] = round(1 / whole["downsample_ratio"])
+    whole.setdefault("force_image_size", config.vision.tile_size)  # the encoder's, which was compared
+    expected = {
+        "downsample_ratio": ("vision.downsample", config.vision.downsample),
+        "force_image_size": ("vision.tile_size", config.vision.tile_size),
+    }
+    check_values(whole, expected, key, values)
 
 
 def whole_model(config: Config, dummy_heads: int) -> list[Part]:
@@ -119,10 +108,3 @@ def _spare(language: LLMConfig, stored: Mapping[str, Stored]) -> list[str]:
     names = [name.removeprefix(LANGUAGE) for name in stored]
     tied = [llm.HEAD] if language.tied else []
     return tied + [name for name in names if name.endswith(".rotary_emb.inv_freq")]
-
-
-def _dummy_heads(vision: VisionConfig, stored: Mapping[str, Stored], prefix: str) -> int:
-    first = stored.get(f"{prefix}encoder.layers.0.attn.qkv.weight")
-    rows = first.shape[0] if first else 0
-    extra, rest = divmod(rows - 3 * vision.hidden, 3 * vision.hidden // vision.heads)
-    return extra if extra > 0 and not rest else 0

@@ -1,0 +1,1 @@
+"""The vision encoders, a folder each."""
