@@ -43,6 +43,7 @@ from rich.table import Table
 
 from nvlm.arch import registry
 from nvlm.arch.pipeline import build_parts, build_pipeline, tile_use_of_rank
+from nvlm.attention.choice import ENGINE, TORCH
 from nvlm.attention.core import attend
 from nvlm.attention.packing import samples_in_line, seen_columns, seen_keys
 from nvlm.attention.visibility import causal_mask, unseen_keys
@@ -57,7 +58,6 @@ from nvlm.data.pack import collate
 from nvlm.data.record import Record
 from nvlm.data.samples import encode
 from nvlm.data.work import count_work
-from nvlm.estimate.activations import ENGINE, TORCH
 from nvlm.estimate.flops import model_flops
 from nvlm.estimate.load import batch_load
 from nvlm.estimate.memory import memory

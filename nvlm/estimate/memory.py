@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from nvlm.attention.choice import Kernels, kernels_of
 from nvlm.config.hardware import GPUS, GiB
 from nvlm.config.values import Config
-from nvlm.estimate.activations import Kept, Kernels, kept, kernels_of
+from nvlm.estimate.activations import Kept, kept
 from nvlm.estimate.counts import vision_parameters
 from nvlm.estimate.load import Load, step_load
 from nvlm.estimate.parameters import element_bytes, held, pipeline_stages_of, uses_tiles

@@ -8,10 +8,10 @@ from dataclasses import asdict, fields, replace
 from rich.console import Console
 from rich.table import Table
 
+from nvlm.attention.choice import kernels_of
 from nvlm.config.values import Config
 from nvlm.estimate import memory as need
 from nvlm.estimate import speed as pace
-from nvlm.estimate.activations import kernels_of
 from nvlm.estimate.layouts import Option, Plan, name, overrides
 from nvlm.estimate.memory import GiB, Memory, gib, rank_memory
 

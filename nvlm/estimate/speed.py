@@ -10,10 +10,11 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from nvlm.attention.choice import kernels_of
 from nvlm.config.hardware import GPU
 from nvlm.config.values import Config, cross_layers, pipeline_layers
 from nvlm.data.amounts import Work
-from nvlm.estimate.activations import kept, kernels_of
+from nvlm.estimate.activations import kept
 from nvlm.estimate.flops import Flops, hardware_flops, model_flops
 from nvlm.estimate.load import Load
 from nvlm.estimate.memory import tile_bytes

@@ -15,7 +15,8 @@ from nvlm.data.loader import StepData
 from nvlm.data.pack import collate
 from nvlm.data.work import count_work
 from nvlm.attention import packing
-from nvlm.estimate.activations import Kernels, kept
+from nvlm.attention.choice import Kernels
+from nvlm.estimate.activations import kept
 from nvlm.estimate.load import batch_load
 from nvlm.estimate.memory import memory
 from nvlm.estimate.parameters import held, pipeline_stages_of

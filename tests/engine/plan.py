@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 
+from nvlm.attention.choice import ENGINE
 from nvlm.data.pack import collate
 from nvlm.data.work import count_work
-from nvlm.estimate.activations import ENGINE, kept
+from nvlm.estimate.activations import kept
 from nvlm.estimate.load import batch_load
 from tests.dist.ranks import as_rank, frozen_parts, kept_bytes
 from tests.dist.test_plan import ROWS, SETTINGS, WIDE

@@ -71,6 +71,7 @@ def test_no_import_goes_up(room):
         ("data/amounts", NO_TORCH),
         ("data/outline", NO_TORCH),
         ("data/look", NO_TORCH),
+        ("attention/choice", NO_TORCH),
         ("weights", ("megatron",)),
         ("inputs", NO_TORCH),
         ("vision/source", NO_TORCH),
