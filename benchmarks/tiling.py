@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from torchvision import transforms
 from transformers import GotOcr2ImageProcessor
 
-from nvlm.tiling import choose_grid, normalize, tile_image
+from nvlm.tiling import choose_grid, normalize, plan_tiles, tile_image
 from nvlm.tiling.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 SIZES = ((640, 480), (1024, 768), (1920, 1080), (1654, 2339), (3000, 500))
@@ -71,7 +71,7 @@ def hugging_face(image: Image.Image) -> torch.Tensor:
 
 def ours(image: Image.Image, resize: str) -> torch.Tensor:
     """uint8 tiles, as the loader hands them out."""
-    return tile_image(image, MAX_TILES, resize, TILE).pixels
+    return tile_image(image, plan_tiles(*image.size, MAX_TILES, TILE), resize)
 
 
 def ours_normalized(image: Image.Image, resize: str) -> torch.Tensor:

@@ -91,6 +91,7 @@ class Outline:
     """
 
     runs: tuple[Run, ...]
+    sizes: tuple[tuple[int, int], ...]  # width and height of each image, px, by its header
     plans: tuple[TilePlan, ...]
     placements: tuple[Placement, ...]
     fewer_tiles: bool = False
@@ -116,7 +117,7 @@ def outline(record: Record, processor: Processor, generate: bool = False) -> Out
         placements = tuple(place(processor, plan, first_tag=not processor.joined) for plan in plans)
         tags = [processor.tags(plan)[0] for plan in plans]
         runs = _runs(turns, processor, generate, tags) if processor.joined else text
-        sketch = Outline(tuple(runs), tuple(plans), placements, fewer_tiles=plans != wanted)
+        sketch = Outline(tuple(runs), tuple(sizes), tuple(plans), placements, fewer_tiles=plans != wanted)
         over = sketch.lengths(processor.tile_tokens)[0] - processor.seq_length
         if over <= 0:
             return sketch

@@ -10,9 +10,8 @@ import torch
 from nvlm.data.batch import ALL_TILES, IGNORE, IMAGE, PAD, Sample
 from nvlm.data.images import decode_image
 from nvlm.data.outline import Outline, Processor, outline
-from nvlm.data.record import Record
-from nvlm.tiling import tile_image
-from nvlm.tiling.grid import TilePlan
+from nvlm.data.record import BadRecord, Record
+from nvlm.tiling.pixels import tile_image
 
 
 def encode(record: Record, processor: Processor, generate: bool = False) -> Sample:
@@ -22,17 +21,17 @@ def encode(record: Record, processor: Processor, generate: bool = False) -> Samp
 
 def fill(record: Record, sketch: Outline, processor: Processor) -> Sample:
     """`sketch`, the outline of `record`, with its pixels. Raises BadRecord."""
-    return _assemble(record.id, sketch, _tiles(record, sketch.plans, processor), processor.tile_tokens)
+    return _assemble(record.id, sketch, _tiles(record, sketch, processor), processor.tile_tokens)
 
 
-def _tiles(record: Record, plans: Sequence[TilePlan], processor: Processor) -> torch.Tensor:
-    """uint8 [T, 3, px, px] of all images that `plans` cover."""
+def _tiles(record: Record, sketch: Outline, processor: Processor) -> torch.Tensor:
+    """uint8 [T, 3, px, px] of all images, cut as planned from their headers."""
     parts = [torch.zeros(0, 3, processor.tile_size, processor.tile_size, dtype=torch.uint8)]
-    for source, plan in zip(record.images, plans):
+    for source, size, plan in zip(record.images, sketch.sizes, sketch.plans, strict=True):
         image = decode_image(source, processor.max_pixels)
-        tiled = tile_image(image, max(plan.num_regular, 1), processor.resize, processor.tile_size)
-        assert tiled.plan == plan, "tile_image and plan_tiles disagree"
-        parts.append(tiled.pixels)
+        if image.size != size:
+            raise BadRecord(f"{size[0]} x {size[1]} px when it was planned, {image.width} x {image.height} px decoded")
+        parts.append(tile_image(image, plan, processor.resize))
     return torch.cat(parts)
 
 

@@ -12,12 +12,11 @@ from nvlm.tiling.grid import TilePlan, choose_grid, fit_max_tiles, plan_tiles, r
 from nvlm.tiling.tags import TAG_STYLES, tile_tags
 
 if TYPE_CHECKING:
-    from nvlm.tiling.pixels import TiledImage, normalize, tile_image
+    from nvlm.tiling.pixels import normalize, tile_image
 
 __all__ = [
     "TAG_STYLES",
     "TilePlan",
-    "TiledImage",
     "choose_grid",
     "fit_max_tiles",
     "normalize",
@@ -28,7 +27,7 @@ __all__ = [
     "tokens_per_tile",
 ]
 
-_NEEDS_TORCH = ("TiledImage", "normalize", "tile_image")
+_NEEDS_TORCH = ("normalize", "tile_image")
 
 
 def __getattr__(name: str) -> Any:

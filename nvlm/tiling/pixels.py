@@ -7,7 +7,6 @@ Shape legend: T tiles, thumbnail last; 3 channels RGB; tile_size px per side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import PIL
@@ -16,7 +15,7 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from nvlm.tiling.grid import TilePlan, plan_tiles
+from nvlm.tiling.grid import TilePlan
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -26,16 +25,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _PILLOW_ORDERS_PASSES = int(PIL.__version__.split(".")[0]) >= 13
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TiledImage:
-    """One image cut into tiles: pixels is uint8 [T, 3, tile_size, tile_size] with T = plan.num_tiles."""
+def tile_image(image: Image.Image, plan: TilePlan, resize: str = "exact") -> torch.Tensor:
+    """The tiles of an image: uint8 [T, 3, tile_size, tile_size] with T = plan.num_tiles (NVLM section 4.1).
 
-    plan: TilePlan
-    pixels: torch.Tensor
-
-
-def tile_image(image: Image.Image, max_tiles: int = 6, resize: str = "exact", tile_size: int = 448) -> TiledImage:
-    """Resize an image to its grid, cut it into tiles and append the thumbnail (NVLM section 4.1).
+    The image is resized to the grid of `plan` and cut into tiles; the thumbnail is the last. `plan` is what
+    nvlm.tiling.grid.plan_tiles makes of the image's size; no other is made here.
 
     resize "exact" is the bicubic filter of the Pillow that is installed, byte for byte what the published
     preprocessing computes with it. "fast" is torch's antialiased bicubic on uint8: several times quicker, and
@@ -48,11 +42,11 @@ def tile_image(image: Image.Image, max_tiles: int = 6, resize: str = "exact", ti
     EXIF orientation is not applied, as in the published code, so that a plan made from the size in the file's
     header is the plan of the pixels.
 
-    Raises ValueError for an unknown resize, non-positive max_tiles or tile_size, and an image without pixels.
+    Raises ValueError for an unknown resize.
     """
     if resize not in _RESIZERS:
         raise ValueError(f"resize, got {resize!r}, expected one of {', '.join(_RESIZERS)}, fix: use one")
-    plan = plan_tiles(*image.size, max_tiles, tile_size)
+    tile_size = plan.tile_size
     grid_size, thumbnail_size = (plan.width, plan.height), (tile_size, tile_size)
     sizes = [grid_size, thumbnail_size] if plan.num_regular else [thumbnail_size]
     *grid, thumbnail = _RESIZERS[resize](to_rgb(image), sizes)
@@ -62,7 +56,7 @@ def tile_image(image: Image.Image, max_tiles: int = 6, resize: str = "exact", ti
     if grid:
         cells = grid[0].unflatten(1, (plan.rows, tile_size)).unflatten(3, (plan.cols, tile_size))
         pixels[:-1].unflatten(0, (plan.rows, plan.cols)).copy_(cells.permute(1, 3, 0, 2, 4))
-    return TiledImage(plan, pixels)
+    return pixels
 
 
 def normalize(pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -73,7 +67,7 @@ def normalize(pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch
     if pixels.dtype != torch.uint8 or pixels.ndim < 3 or pixels.shape[-3] != 3:
         raise ValueError(
             f"pixels to normalise, got {pixels.dtype} {tuple(pixels.shape)}, expected uint8 [..., 3, h, w], "
-            "fix: pass the pixels of a TiledImage"
+            "fix: pass what tile_image returns"
         )
     # On CUDA torch divides by a Python number through its reciprocal, one bit off; by a tensor it divides.
     white = torch.full((), 255.0, device=pixels.device)

@@ -17,10 +17,10 @@ from nvlm.data.batch import IGNORE, IMAGE
 from nvlm.data.images import decode_image
 from nvlm.data.loader import Steps, load_steps, step_records
 from nvlm.data.messages import read_turns
-from nvlm.data.outline import build_processor
+from nvlm.data.outline import build_processor, outline
 from nvlm.data.pack import collate, pack
 from nvlm.data.record import BadRecord, Record
-from nvlm.data.samples import encode
+from nvlm.data.samples import encode, fill
 from nvlm.data.sources import JsonlRecords
 from nvlm.data.tokenizer import load_tokenizer
 
@@ -132,6 +132,17 @@ def test_bad_images_are_refused_by_name(tmp_path):
             decode_image(path, 10**6)
     with pytest.raises(BadRecord, match="400 x 300 px, more than data.max_pixels=1000"):
         decode_image(whole, 1000)
+
+
+def test_an_image_of_another_size_than_its_header_said_is_refused(processor, tmp_path):
+    """A tile plan is made once, from the header: pixels that came between must not be cut by it."""
+    picture(300, 100).save(tmp_path / "a.png")
+    record = Record("r", talk(("user", "What?"), ("assistant", "A.")), [tmp_path / "a.png"])
+    sketch = outline(record, processor("decoder"))
+    assert sketch.sizes == ((300, 100),)
+    picture(290, 100).save(tmp_path / "a.png")
+    with pytest.raises(BadRecord, match="300 x 100 px when it was planned, 290 x 100 px decoded"):
+        fill(record, sketch, processor("decoder"))
 
 
 def test_jsonl_paths_stay_inside_the_folder(tmp_path):

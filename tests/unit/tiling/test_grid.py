@@ -209,7 +209,7 @@ def test_grid_tags_and_budget_load_no_torch():
     code = (
         "import sys, nvlm.tiling, nvlm.tiling.grid, nvlm.tiling.tags, nvlm.tiling.placement\n"
         "assert 'torch' not in sys.modules and 'PIL' not in sys.modules\n"
-        "from nvlm.tiling import normalize, tile_image, TiledImage\n"
+        "from nvlm.tiling import normalize, tile_image\n"
         "assert 'torch' in sys.modules and callable(normalize) and callable(tile_image)\n"
         "assert not [name for name in sys.modules if name.startswith('megatron')]\n"
     )

@@ -11,11 +11,16 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from nvlm.tiling import TilePlan, choose_grid, normalize, tile_image
+from nvlm.tiling import TilePlan, choose_grid, normalize, plan_tiles, tile_image
 from nvlm.tiling.pixels import to_rgb
 
 EIGHT_BIT = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 WIDE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+def tiles_of(image, max_tiles=6, resize="exact", tile_size=448):
+    """The tiles of an image that is planned by its size, as everywhere."""
+    return tile_image(image, plan_tiles(*image.size, max_tiles, tile_size), resize)
 
 
 def reference_tiles(image, max_tiles, size):
@@ -84,17 +89,17 @@ def test_exact_is_the_published_path_in_every_8_bit_mode(mode):
         image = in_mode(noise(width, height, rng.randrange(10**6)), mode)
         assert image.mode == mode
         max_tiles = rng.choice((1, 6, 12))
-        tiled = tile_image(image, max_tiles, "exact", 16)
+        tiled = tiles_of(image, max_tiles, "exact", 16)
         want = reference_tiles(readable(image), max_tiles, 16)
-        assert tiled.pixels.dtype == torch.uint8
-        assert torch.equal(normalize(tiled.pixels), want), (mode, width, height, max_tiles)
+        assert tiled.dtype == torch.uint8
+        assert torch.equal(normalize(tiled), want), (mode, width, height, max_tiles)
 
 
 @pytest.mark.parametrize("size", [(640, 480), (448, 448), (1920, 1080), (333, 1999), (2000, 3)])
 def test_exact_is_the_published_path_at_448(size):
     image = photo(*size, seed=1)
-    tiled = tile_image(image)
-    assert torch.equal(normalize(tiled.pixels), reference_tiles(image, 6, 448))
+    tiled = tiles_of(image)
+    assert torch.equal(normalize(tiled), reference_tiles(image, 6, 448))
 
 
 @pytest.mark.parametrize("resize", ["exact", "fast"])
@@ -102,27 +107,27 @@ def test_tiles_lie_row_major_and_the_thumbnail_last(resize):
     top, bottom = ([10, 20, 30], [60, 70, 80], [110, 120, 130]), ([150, 160, 170], [200, 210, 220], [7, 8, 9])
     cells = np.array([top, bottom])
     image = Image.fromarray(cells.astype(np.uint8).repeat(32, 0).repeat(32, 1))
-    tiled = tile_image(image, 6, resize, 32)
-    assert tiled.plan == TilePlan(3, 2, 32)
-    assert tiled.pixels.shape == (7, 3, 32, 32)
-    assert tiled.pixels.is_contiguous()
+    tiled = tiles_of(image, 6, resize, 32)
+    assert plan_tiles(*image.size, 6, 32) == TilePlan(3, 2, 32)
+    assert tiled.shape == (7, 3, 32, 32)
+    assert tiled.is_contiguous()
     for k in range(6):
-        assert torch.equal(tiled.pixels[k, :, 16, 16], torch.from_numpy(cells[k // 3, k % 3])), k
-    assert tiled.pixels[6, 0, 4, 4] == 10 and tiled.pixels[6, 0, 28, 16] == 200
+        assert torch.equal(tiled[k, :, 16, 16], torch.from_numpy(cells[k // 3, k % 3])), k
+    assert tiled[6, 0, 4, 4] == 10 and tiled[6, 0, 28, 16] == 200
 
 
 @pytest.mark.parametrize("resize", ["exact", "fast"])
 def test_a_1x1_image_is_its_thumbnail(resize):
     image = photo(40, 42)
-    tiled = tile_image(image, 6, resize, 32)
-    assert tiled.plan.num_tiles == 1 and tiled.pixels.shape == (1, 3, 32, 32)
+    tiled = tiles_of(image, 6, resize, 32)
+    assert tiled.shape == (1, 3, 32, 32)
     whole = torch.from_numpy(np.array(image.resize((32, 32)))).permute(2, 0, 1)
-    assert (tiled.pixels[0].int() - whole.int()).abs().max() <= (0 if resize == "exact" else 2)
+    assert (tiled[0].int() - whole.int()).abs().max() <= (0 if resize == "exact" else 2)
 
 
 def difference(image, max_tiles=6, tile_size=448):
     """Largest difference in levels, and share of values that differ, between fast and exact."""
-    exact, fast = (tile_image(image, max_tiles, resize, tile_size).pixels.int() for resize in ("exact", "fast"))
+    exact, fast = (tiles_of(image, max_tiles, resize, tile_size).int() for resize in ("exact", "fast"))
     gap = (exact - fast).abs()
     return int(gap.max()), float((gap > 0).float().mean())
 
@@ -187,25 +192,25 @@ def test_beyond_16_bits_the_brightest_value_is_white():
 @pytest.mark.parametrize("resize", ["exact", "fast"])
 def test_every_wide_mode_gives_tiles(mode, resize):
     image = Image.new(mode, (40, 20), 200)
-    assert tile_image(image, 6, resize, 16).pixels.eq(200).all()
+    assert tiles_of(image, 6, resize, 16).eq(200).all()
 
 
 def test_alpha_is_dropped_not_blended():
     rgb = photo(40, 20)
     clear = rgb.copy()
     clear.putalpha(0)
-    assert torch.equal(tile_image(clear, tile_size=16).pixels, tile_image(rgb, tile_size=16).pixels)
+    assert torch.equal(tiles_of(clear, tile_size=16), tiles_of(rgb, tile_size=16))
 
 
 @pytest.mark.parametrize("transparency", [3, (1, 2, 3), (1, 2), b"\x00\x01", b"\x00" * 256, -1, 70000])
 @pytest.mark.parametrize("mode", ["1", "L", "P", "PA", "RGB", "I;16", "I"])
 def test_a_transparent_colour_changes_nothing(mode, transparency):
     image = noise(40, 20).convert("L").convert(mode) if mode.startswith("I") else in_mode(noise(40, 20), mode)
-    plain = tile_image(image, tile_size=16).pixels
+    plain = tiles_of(image, tile_size=16)
     image.info["transparency"] = transparency
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(tile_image(image, tile_size=16).pixels, plain)
+        assert torch.equal(tiles_of(image, tile_size=16), plain)
     assert image.info["transparency"] == transparency
 
 
@@ -213,14 +218,14 @@ def test_exif_orientation_is_not_applied():
     image = photo(60, 20)
     turned = photo(60, 20)
     turned.getexif()[0x0112] = 6
-    assert torch.equal(tile_image(turned, tile_size=16).pixels, tile_image(image, tile_size=16).pixels)
+    assert torch.equal(tiles_of(turned, tile_size=16), tiles_of(image, tile_size=16))
 
 
 def test_the_image_is_left_as_it_was():
     image = in_mode(noise(50, 30), "RGBA")
     before = image.tobytes()
     for resize in ("exact", "fast"):
-        tile_image(image, 6, resize, 16)
+        tiles_of(image, 6, resize, 16)
     assert image.mode == "RGBA" and image.tobytes() == before
 
 
@@ -228,7 +233,7 @@ def test_tiles_do_not_share_memory_with_the_image():
     image = noise(16, 16)  # already the size of its tile, so that no resize copies
     before = image.tobytes()
     for resize in ("exact", "fast"):
-        tile_image(image, 6, resize, 16).pixels.zero_()
+        tiles_of(image, 6, resize, 16).zero_()
     assert image.tobytes() == before
 
 
@@ -274,9 +279,15 @@ def test_normalize_refuses_other_tensors(pixels):
 
 def test_an_unknown_resize_lists_the_known_ones():
     with pytest.raises(ValueError, match="got 'lanczos', expected one of exact, fast"):
-        tile_image(photo(8, 8), resize="lanczos")
+        tiles_of(photo(8, 8), resize="lanczos")
 
 
-def test_an_image_without_pixels_is_refused():
-    with pytest.raises(ValueError, match="width, got 0"):
-        tile_image(Image.new("RGB", (0, 5)))
+@pytest.mark.parametrize("resize", ["exact", "fast"])
+def test_the_plan_alone_says_into_what_an_image_is_cut(resize):
+    """Also a plan that no rule makes of this size: nothing is planned again."""
+    image = photo(30, 90)
+    tiled = tile_image(image, TilePlan(2, 1, 16), resize)
+    whole = torch.from_numpy(np.array(image.resize((32, 16)))).permute(2, 0, 1).int()
+    assert tiled.shape == (3, 3, 16, 16)
+    for k in range(2):
+        assert (tiled[k].int() - whole[:, :, 16 * k : 16 * k + 16]).abs().max() <= (0 if resize == "exact" else 2)
