@@ -49,8 +49,9 @@ from nvlm.attention.packing import samples_in_line, seen_columns, seen_keys
 from nvlm.attention.visibility import causal_mask, unseen_keys
 from nvlm.commands import launch
 from nvlm.commands.compose import compose_config
+from nvlm.config.compute import FP8_RECIPES
 from nvlm.config.hardware import known_gpu
-from nvlm.config.values import FP8_RECIPES, Config, ConfigError
+from nvlm.config.values import Config, ConfigError
 from nvlm.data.batch import PAD, Sample
 from nvlm.data.loader import load_steps
 from nvlm.data.outline import build_processor, outline

@@ -25,8 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 from nvlm.commands import launch
 from nvlm.commands.mistakes import answered
 from nvlm.commands.words import SWEEP_FLAGS, parse, plain_words
+from nvlm.config.mapping import from_mapping, near_keys
 from nvlm.config.rules import validate
-from nvlm.config.values import Config, ConfigError, from_mapping, near_keys, problem
+from nvlm.config.values import Config, ConfigError, problem
 from nvlm.estimate.lengths import check_lengths
 from nvlm.inputs.check import check_weights
 from nvlm.processes.requeue import in_job, requeued

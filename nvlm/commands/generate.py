@@ -60,7 +60,7 @@ def user_turn(text: str, images: Sequence) -> dict[str, str]:
 def converse(generator, request: Request) -> None:
     """The prompt's turn and, with chat=true, those of standard input. A turn that cannot be read is told and left out;
     without chat=true it raises BadRecord."""
-    from nvlm.config.values import IMAGE_MARK
+    from nvlm.config.data import IMAGE_MARK
     from nvlm.data.record import BadRecord
     from nvlm.generate.generator import Conversation
     from nvlm.processes import groups

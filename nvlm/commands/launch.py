@@ -22,8 +22,9 @@ from omegaconf import OmegaConf
 from nvlm.arch.registry import placement_rule
 from nvlm.commands.mistakes import answered
 from nvlm.config.hardware import GPUS, known_gpu
+from nvlm.config.mapping import from_mapping
 from nvlm.config.rules import check_world, validate
-from nvlm.config.values import TE_INSTALL, Config, ConfigError, from_mapping, problem
+from nvlm.config.values import TE_INSTALL, Config, ConfigError, problem
 from nvlm.data.look import check_data
 from nvlm.estimate.counts import parameters
 from nvlm.estimate.memory import fewest_gpus, gpus_needed

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvlm.commands.compose import check_overrides
+from nvlm.config.data import DataConfig
 from nvlm.config.fields import named
-from nvlm.config.values import Config, DataConfig, from_mapping, problem
+from nvlm.config.mapping import from_mapping
+from nvlm.config.values import Config, problem
 from nvlm.generate.config import for_generation, read_config
 from nvlm.generate.sampling import Sampling
 

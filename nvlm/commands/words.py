@@ -16,7 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from nvlm.config.values import Config, kinds_of, problem
+from nvlm.config.mapping import kinds_of
+from nvlm.config.values import Config, problem
 
 SWEEP_FLAGS = ("-m", "--multirun")
 _KEY = re.compile(r"[+~]{0,2}[\w./@-]+", re.ASCII)

@@ -1,7 +1,7 @@
 """What a field may hold, stated where it is declared: `steps: Annotated[int, Range(1)]`. Needs nothing but Python.
 
 `value in limit` tells whether it may, `str(limit)` what is expected, `limit.instead(value)` what to write in its place.
-nvlm.config.values.from_mapping holds every value to the limit of its field.
+nvlm.config.mapping.from_mapping holds every value to the limit of its field.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from difflib import get_close_matches
+from typing import Annotated
 
 _LONGEST_NAME = 200  # bytes: file systems allow 255, and the trainer names files after some
 SWEEPS = "sweep"  # the folder beside the runs that holds those of sweeps
@@ -120,6 +121,13 @@ class FilePath:
     def instead(self, value: str) -> str:
         """`value` up to the character that no path has."""
         return value.partition("\0")[0]
+
+
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(above=0, example=1)]
+NotNegative = Annotated[float, Range(0)]
+Location = Annotated[str, FilePath()]
 
 
 def named(path: str | os.PathLike) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from nvlm.config.values import FP8_RECIPES, Config, problem
+from nvlm.config.compute import FP8_RECIPES
+from nvlm.config.values import Config, problem
 
 PROFILED = 6  # steps until a trace is whole
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nvlm.config.values import IMAGE_MARK
+from nvlm.config.data import IMAGE_MARK
 from nvlm.data.messages import Turn
 from nvlm.data.record import BadRecord
 from nvlm.data.tokenizer import ChatTokenizer

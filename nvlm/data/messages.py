@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from nvlm.config.values import IMAGE_MARK
+from nvlm.config.data import IMAGE_MARK
 from nvlm.data.record import BadRecord, Record
 
 ROLES = ("system", "user", "assistant")

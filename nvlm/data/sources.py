@@ -10,7 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from nvlm.config.values import DataConfig, problem
+from nvlm.config.data import DataConfig
+from nvlm.config.values import problem
 from nvlm.data.images import image_path, open_regular
 from nvlm.data.messages import check_row
 from nvlm.data.record import BadRecord, Record, printable

@@ -15,7 +15,8 @@ import matplotlib.pyplot as plt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from nvlm.config.values import IMAGE_MARK, Config
+from nvlm.config.data import IMAGE_MARK
+from nvlm.config.values import Config
 from nvlm.data.outline import Processor
 from nvlm.runs.files import write_whole
 from nvlm.tiling.grid import TilePlan

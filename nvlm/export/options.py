@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from nvlm.config.fields import Range
-from nvlm.config.values import Location, from_mapping, problem
+from nvlm.config.fields import Location, Range
+from nvlm.config.mapping import from_mapping
+from nvlm.config.values import problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

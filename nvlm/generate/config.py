@@ -11,8 +11,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from nvlm.config.compute import PrecisionConfig
+from nvlm.config.mapping import from_mapping, near_keys
 from nvlm.config.rules import validate
-from nvlm.config.values import Config, ConfigError, PrecisionConfig, from_mapping, near_keys, problem
+from nvlm.config.values import Config, ConfigError, problem
 from nvlm.estimate.lengths import check_lengths
 from nvlm.inputs.check import check_weights
 from nvlm.runs.folder import find_checkpoint, read_run_config

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from nvlm.config.values import ConfigError, ParallelConfig, problem
+from nvlm.config.compute import ParallelConfig
+from nvlm.config.values import ConfigError, problem
 from nvlm.processes import device
 from nvlm.processes.workers import LISTENER
 

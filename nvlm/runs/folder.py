@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from nvlm.config.values import Config, ConfigError, from_mapping, problem
+from nvlm.config.mapping import from_mapping
+from nvlm.config.values import Config, ConfigError, problem
 from nvlm.config.fields import named
 
 FROZEN = "frozen"

@@ -13,7 +13,8 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
-from nvlm.config.values import PrecisionConfig, problem
+from nvlm.config.compute import PrecisionConfig
+from nvlm.config.values import problem
 from nvlm.llm.backend import frozen_recipe
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from nvlm.config.hardware import GPUS
-from nvlm.config.values import Config, from_mapping
+from nvlm.config.mapping import from_mapping
+from nvlm.config.values import Config
 from nvlm.data.amounts import Work
 from nvlm.estimate.flops import model_flops
 from tests.e2e.test_train import rows, train

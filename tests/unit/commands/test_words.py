@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nvlm.commands.compose import check_overrides, near_keys
+from nvlm.commands.compose import check_overrides
 from nvlm.commands.words import plain_words, quoted
+from nvlm.config.mapping import near_keys
 from nvlm.config.values import ConfigError
 
 TEXTS = [

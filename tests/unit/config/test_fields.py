@@ -10,7 +10,8 @@ import pytest
 
 from nvlm.commands.compose import check_overrides
 from nvlm.config.fields import Choice, FileName, FilePath, Range, Text
-from nvlm.config.values import Config, ConfigError, Kind, from_mapping, kinds_of
+from nvlm.config.mapping import Kind, from_mapping, kinds_of
+from nvlm.config.values import Config, ConfigError
 
 
 def fields(cls: type = Config, path: str = "") -> Iterator[tuple[str, Kind]]:
