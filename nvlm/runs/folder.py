@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from nvlm.config.fields import named
 from nvlm.config.mapping import from_mapping
 from nvlm.config.values import Config, ConfigError, problem
-from nvlm.config.fields import named
 
 FROZEN = "frozen"
 INPUTS = "inputs.json"  # what the run began with, by content

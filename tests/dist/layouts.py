@@ -16,14 +16,23 @@ from megatron.core import dist_checkpointing, parallel_state
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nvlm.processes import groups
-from nvlm.config.values import Config
 from nvlm.config.rules import validate
+from nvlm.config.values import Config
 from nvlm.data.pack import collate
+from nvlm.processes import groups
 from nvlm.train.loop import build_trainer
 from nvlm.train.step import Trainer, forward_backward
 from tests.dist.run import joined
 from tests.models import TILE, Story, Twins, below, build_twins, reference_sample, sample_of, to_reference
+from tests.stories import ONE, ONE_TILE, SIDE_BY_SIDE, SIX, TEXT, TWO
+
+# Packed rows, several images a sample, text alone, and rows of one step that differ in length.
+MICRO_BATCHES = (
+    ((TWO, TEXT, ONE_TILE), (SIDE_BY_SIDE, ONE)),
+    ((TEXT,), (TEXT, TEXT)),
+    ((SIX,),),
+    ((ONE,), (TEXT,), (TWO,)),
+)
 
 
 @dataclass(frozen=True)

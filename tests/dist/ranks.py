@@ -10,13 +10,36 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nvlm.processes import device
-from nvlm.processes import groups
 from nvlm.arch.base import VisionLanguageModel
 from nvlm.arch.pipeline import BorrowedWords, build_parts
-from nvlm.data.batch import Batch, without_padding
 from nvlm.config.values import Config
+from nvlm.data.batch import Batch, without_padding
+from nvlm.processes import device, groups
 from nvlm.train.optim import freeze
+from tests.stories import ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO
+
+WIDE = """llm.hidden=64 llm.heads=8 llm.kv_heads=4 llm.head_dim=8 llm.ffn=160 llm.layers=8
+vision.hidden=24 vision.heads=3""".split()
+ROWS = ((TWO, TEXT, ONE_TILE), (SIDE_BY_SIDE, ONE))
+SETTINGS = {
+    "plain": (),
+    "whole layers recomputed": ("train.recompute=full",),
+    "MLPs recomputed": ("train.recompute=selective",),
+    "language model frozen": ("stage=pretrain",),
+    "frozen and recomputed": ("stage=pretrain", "train.recompute=full"),
+    "frozen, two stages": ("stage=pretrain", "parallel.pipeline=2"),
+    "bf16": ("precision=bf16",),
+    "adapters": ("peft=lora", "peft.rank=4", "stage.new=[]"),
+    "adapters with dropout": ("peft=lora", "peft.rank=4", "stage.new=[]", "peft.dropout=0.1"),
+    "adapters beside new modules": ("peft=lora", "peft.rank=4"),
+    "tensor": ("parallel.tensor=2",),
+    "sequence": ("parallel.tensor=2", "parallel.sequence=true"),
+    "keys gathered": ("parallel.context=2",),
+    "heads traded": ("parallel.context=2", "parallel.context_heads=2"),
+    "interleaved": ("parallel.pipeline=2", "parallel.virtual=2"),
+    "several at once": ("parallel.tensor=4", "parallel.sequence=true", "parallel.pipeline=2", "train.recompute=full"),
+    "tied, bf16": ("llm.tied=true", "parallel.tensor=2", "parallel.sequence=true", "precision=bf16"),
+}
 
 
 @contextmanager

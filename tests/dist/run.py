@@ -23,8 +23,8 @@ from multiprocessing.connection import Connection, wait
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from nvlm.config.values import Config
 from nvlm.commands.launch import quiet
+from nvlm.config.values import Config
 from nvlm.processes.groups import distributed
 from nvlm.processes.workers import die_with_parent
 
@@ -43,8 +43,7 @@ def run_distributed(fn: Callable, world: int, *args, timeout: float = 300) -> li
     ports = _free_ports()
     pipes = [_context.Pipe(duplex=False) for _ in range(world)]
     processes = [
-        _context.Process(target=_run, args=(fn, args, rank, world, ports, pipe[1]))
-        for rank, pipe in enumerate(pipes)
+        _context.Process(target=_run, args=(fn, args, rank, world, ports, pipe[1])) for rank, pipe in enumerate(pipes)
     ]
     try:
         for process in processes:

@@ -15,30 +15,28 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
+from nvlm.arch.registry import placement_rule
 from nvlm.commands.compose import compose_config
-from nvlm.data.samples import encode
+from nvlm.config.values import ConfigError
 from nvlm.data.outline import build_processor
 from nvlm.data.pack import collate
+from nvlm.data.samples import encode
 from nvlm.data.sources import build_records
-from nvlm.export.options import parse
 from nvlm.export.export import export
 from nvlm.export.modeling_nvlm import NVLM
-from nvlm.runs.ownership import begin as begin_folder
-from nvlm.config.values import ConfigError
-from nvlm.runs.folder import check_same_model
-from nvlm.weights.merge import is_adapter
+from nvlm.export.options import parse
 from nvlm.inputs.sources import model_source
 from nvlm.processes.groups import distributed
-from nvlm.arch.registry import placement_rule
+from nvlm.runs.folder import check_same_model
+from nvlm.runs.ownership import begin as begin_folder
 from nvlm.train.checkpoint import restore
 from nvlm.train.checkpoint.save import FROZEN, latest
-from nvlm.train.loop import build_trainer
-from tests.dist.layouts import Case, metadata, prepare, reference_gradients, run_cases, step_in_layout
+from nvlm.weights.merge import is_adapter
+from tests.dist.checkpoints import FP32, assert_same, begin, built, pass_on, saved, tensors_in
+from tests.dist.layouts import MICRO_BATCHES, Case, metadata, prepare, reference_gradients, run_cases, step_in_layout
 from tests.dist.run import joined, run_distributed
-from tests.dist.test_checkpoint import FP32, assert_same, begin, built, pass_on, saved, tensors_in
-from tests.dist.test_layouts import MICRO_BATCHES
 from tests.models import Twins, adapter_gradients, small_config
-from tests.parity.test_models import assert_gradients_near
+from tests.near import assert_gradients_near
 
 LORA = ("peft=lora", "peft.rank=3", "peft.alpha=5", "stage.new=[]")  # cross-attention that has learned before
 LAYOUTS = {

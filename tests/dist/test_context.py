@@ -8,11 +8,11 @@ import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from nvlm.config.values import ConfigError
-from nvlm.config.rules import validate
+from nvlm.attention.context import ContextAttention, all_columns, attended_columns, own_columns, zigzag
 from nvlm.attention.core import attend
 from nvlm.attention.visibility import causal_mask
-from nvlm.attention.context import ContextAttention, all_columns, attended_columns, own_columns, zigzag
+from nvlm.config.rules import validate
+from nvlm.config.values import ConfigError
 from nvlm.processes.groups import distributed
 from tests.dist.run import joined, run_distributed
 from tests.models import small_config

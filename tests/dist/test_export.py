@@ -17,19 +17,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nvlm.commands.compose import compose_config
+from nvlm.commands.export import main
 from nvlm.config.values import ConfigError
 from nvlm.data.tokenizer import TINY
-from nvlm.commands.export import main
 from nvlm.export.describe import describe
 from nvlm.export.export import export
 from nvlm.export.options import parse
 from nvlm.export.shards import ShardWriter
 from nvlm.export.text import Text
+from nvlm.inputs.sources import whole_model
 from nvlm.runs.ownership import begin as begin_folder
 from nvlm.train.checkpoint.save import Checkpoints
 from nvlm.train.loop import build_trainer
 from nvlm.weights.parts import shapes
-from nvlm.inputs.sources import whole_model
 from tests.dist.run import joined, run_distributed
 from tests.published import SMALL, write_release, write_shards
 

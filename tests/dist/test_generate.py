@@ -14,7 +14,7 @@ from nvlm.train.loop import build_trainer
 from tests.dist.layouts import Case, load_weights, prepare
 from tests.dist.run import joined, run_distributed
 from tests.models import TILE, sample_of, small_config
-from tests.parity.test_models import ONE, TEXT, TWO
+from tests.stories import ONE, TEXT, TWO
 
 STORIES = (TWO, TEXT, ONE)
 SAMPLINGS = (Sampling(max_new_tokens=10), Sampling(max_new_tokens=10, temperature=1.0, top_p=0.9, seed=11))

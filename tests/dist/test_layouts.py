@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from nvlm.processes.groups import distributed
-from tests.dist.layouts import Case, Outcome, gradients_of, prepare, reference_gradients, run_cases
+from tests.dist.layouts import MICRO_BATCHES, Case, Outcome, gradients_of, prepare, reference_gradients, run_cases
 from tests.dist.run import run_distributed
-from tests.models import Story, Twins, small_config
-from tests.parity.test_models import ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO, assert_gradients_near
+from tests.models import Twins, small_config
+from tests.near import assert_gradients_near
 
 MODELS = {
     "decoder": ("arch=decoder",),
@@ -23,14 +23,6 @@ MODELS = {
     "hybrid": ("arch=hybrid",),
     "hybrid-tied": ("arch=hybrid", "llm.tied=true"),
 }
-SIX = Story("six", (("user", "all of <image>"), ("assistant", "three by two")), ((3, 2),))
-# Packed rows, several images a sample, text alone, and rows of one step that differ in length.
-MICRO_BATCHES = (
-    ((TWO, TEXT, ONE_TILE), (SIDE_BY_SIDE, ONE)),
-    ((TEXT,), (TEXT, TEXT)),
-    ((SIX,),),
-    ((ONE,), (TEXT,), (TWO,)),
-)
 TILES = 37
 
 LAYOUTS = {

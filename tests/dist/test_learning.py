@@ -1,4 +1,4 @@
-"""What learns beside adapters, from a language model that has never seen a picture; and what is said when nothing does."""
+"""What learns beside adapters, from a language model that never saw an image; and the message when nothing does."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from nvlm.arch.pipeline import next_logits
-from nvlm.data.batch import Batch
+from nvlm.attention.cache import generating
 from nvlm.commands.compose import compose_config
 from nvlm.config.values import ConfigError
+from nvlm.data.batch import Batch
 from nvlm.data.loader import load_steps
-from nvlm.attention.cache import generating
 from nvlm.train import idle
 from nvlm.train.loop import build_steps, build_trainer
 from nvlm.train.step import Trainer, train_step
 from tests.dist.run import joined, run_distributed
 
 SMALL = (
-    "data.records=32", "data.workers=0", "train.global_batch=8", "train.micro_batch=8", "llm.layers=2", "train.steps=30",
-    "optim.warmup=2", "optim.lr=3e-3", "precision=fp32",
+    "data.records=32", "data.workers=0", "train.global_batch=8", "train.micro_batch=8", "llm.layers=2",
+    "train.steps=30", "optim.warmup=2", "optim.lr=3e-3", "precision=fp32",
 )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from nvlm.config.values import ConfigError
 from nvlm.processes.groups import meet
-from tests.ports import free_port
 from tests.dist.run import run_distributed
+from tests.ports import free_port
 
 
 def one_of(host: str, port: int, world: int, seconds: float) -> str:

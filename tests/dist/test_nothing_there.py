@@ -13,15 +13,15 @@ from nvlm.config.values import StageConfig
 from nvlm.processes.groups import distributed
 from tests.dist.layouts import gradients_of, prepare, reference_gradients, run_cases
 from tests.dist.run import run_distributed
-from tests.dist.test_layouts import SIX
 from tests.models import parameters_of, small_config, to_reference
-from tests.parity.test_models import ONE, TEXT, assert_gradients_near
+from tests.near import assert_gradients_near
+from tests.stories import ONE, SIX, TEXT
 
-T, I, S = ((TEXT,),), ((ONE,),), ((SIX,),)  # micro-batches: text, an image, seven tiles
+T, P, S = ((TEXT,),), ((ONE,),), ((SIX,),)  # micro-batches: text, a picture, seven tiles
 STEPS = {
     "text alone": (T, T, T, T),
-    "text on some ranks": (I, T, I, T),  # under data 2, replica 1 never sees an image
-    "in turn": (I, T, T, I),
+    "text on some ranks": (P, T, P, T),  # under data 2, replica 1 never sees an image
+    "in turn": (P, T, T, P),
     "seven tiles beside none": (S, T, S, T),
 }
 DATA, BALANCED = dict(), dict(balance="global")

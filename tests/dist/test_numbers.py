@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from nvlm.processes import groups
 from nvlm.commands.compose import compose_config
-from nvlm.data.loader import load_steps
 from nvlm.data.amounts import Work
+from nvlm.data.loader import load_steps
+from nvlm.processes import groups
 from nvlm.train.loop import build_steps, build_trainer
 from nvlm.train.step import train_step
-from nvlm.vision.prepass import shares
 from nvlm.vision.path import VisionPath
+from nvlm.vision.prepass import shares
 from tests.dist.run import joined, run_distributed
 
 DATA = ("data.workers=0", "data.records=64", "train.global_batch=6", "train.micro_batch=2", "data.row_length=600")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from nvlm.data.loader import StepData
 from nvlm.data.amounts import Work
+from nvlm.data.loader import StepData
 from nvlm.processes.groups import distributed
 from nvlm.train.checkpoint.save import Checkpoints, latest
 from nvlm.train.loop import build_trainer
@@ -17,7 +17,7 @@ from nvlm.train.step import train_step
 from tests.dist.layouts import own_batches, prepare
 from tests.dist.run import joined, run_distributed
 from tests.models import small_config
-from tests.parity.test_models import ONE, TEXT, TWO
+from tests.stories import ONE, TEXT, TWO
 
 # Micro-batches of two replicas: each has an image in turn, so that the last one of a replica has none, or all.
 STEPS = (

@@ -11,11 +11,11 @@ import dataclasses
 import pytest
 import torch
 
+from nvlm.attention import packing
+from nvlm.attention.choice import Kernels
 from nvlm.data.loader import StepData
 from nvlm.data.pack import collate
 from nvlm.data.work import count_work
-from nvlm.attention import packing
-from nvlm.attention.choice import Kernels
 from nvlm.estimate.activations import kept
 from nvlm.estimate.load import batch_load
 from nvlm.estimate.memory import memory
@@ -24,10 +24,9 @@ from nvlm.train.loop import build_trainer
 from nvlm.train.step import train_step
 from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import solo_groups
-from tests.dist.ranks import as_rank, computed, frozen_parts, kept_bytes
+from tests.dist.ranks import ROWS, SETTINGS, WIDE, as_rank, computed, frozen_parts, kept_bytes
 from tests.dist.run import joined, run_distributed
 from tests.models import TILE, sample_of, small_config
-from tests.parity.test_models import ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO
 
 WORLDS = {
     "hybrid 72b": ("+experiment=nvlm_h_72b_sft",),
@@ -68,30 +67,6 @@ def cpu_kernels(config, rows: int) -> Kernels:
     # A mask that Megatron hands through as no tensor of its own is kept by recomputed layers, unseen by the hooks.
     seen = config.train.recompute != "full"
     return dataclasses.replace(CPU, apart=True, apart_keys=not fp32, joint=rows == 1 and fp32, dense_keys=seen)
-
-
-WIDE = """llm.hidden=64 llm.heads=8 llm.kv_heads=4 llm.head_dim=8 llm.ffn=160 llm.layers=8
-vision.hidden=24 vision.heads=3""".split()
-ROWS = ((TWO, TEXT, ONE_TILE), (SIDE_BY_SIDE, ONE))
-SETTINGS = {
-    "plain": (),
-    "whole layers recomputed": ("train.recompute=full",),
-    "MLPs recomputed": ("train.recompute=selective",),
-    "language model frozen": ("stage=pretrain",),
-    "frozen and recomputed": ("stage=pretrain", "train.recompute=full"),
-    "frozen, two stages": ("stage=pretrain", "parallel.pipeline=2"),
-    "bf16": ("precision=bf16",),
-    "adapters": ("peft=lora", "peft.rank=4", "stage.new=[]"),
-    "adapters with dropout": ("peft=lora", "peft.rank=4", "stage.new=[]", "peft.dropout=0.1"),
-    "adapters beside new modules": ("peft=lora", "peft.rank=4"),
-    "tensor": ("parallel.tensor=2",),
-    "sequence": ("parallel.tensor=2", "parallel.sequence=true"),
-    "keys gathered": ("parallel.context=2",),
-    "heads traded": ("parallel.context=2", "parallel.context_heads=2"),
-    "interleaved": ("parallel.pipeline=2", "parallel.virtual=2"),
-    "several at once": ("parallel.tensor=4", "parallel.sequence=true", "parallel.pipeline=2", "train.recompute=full"),
-    "tied, bf16": ("llm.tied=true", "parallel.tensor=2", "parallel.sequence=true", "precision=bf16"),
-}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -12,17 +12,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nvlm.arch.pipeline import build_parts, build_pipeline
-from nvlm.data.batch import Batch
+from nvlm.attention.context import gather_columns
 from nvlm.commands.compose import compose_config
 from nvlm.config.values import Config
+from nvlm.data.batch import Batch
 from nvlm.data.pack import collate
-from nvlm.attention.context import gather_columns
+from nvlm.inputs.sources import model_source
 from nvlm.train.begin import begin
 from nvlm.vision.path import build_vision
 from nvlm.weights.parts import published
-from nvlm.inputs.sources import model_source
 from tests.dist.run import joined, run_distributed
-
 from tests.published import (
     LANGUAGES,
     SMALL,
@@ -164,7 +163,7 @@ def test_features_are_those_of_transformers(tmp_path, kind, world):
 
 
 def release_in_layout(overrides: tuple[str, ...], folder: Path) -> dict[str, Tensor]:
-    """The model's tensors of this process's stage, from a release, as they were published: in one process or by stage."""
+    """Tensors of this process's pipeline stage, read from a release, under their published names."""
     config = compose_config(*SMALL, *overrides, f"init.release={folder}", "init.vision=null")
     with joined(config) as device:
         parts = build_parts(config)

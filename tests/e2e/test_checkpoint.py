@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_train import command, losses, train
+from tests.e2e.runs import command, losses, train
 
 PRETRAIN = ("stage=pretrain", "arch=xattn")
 

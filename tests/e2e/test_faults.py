@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -18,29 +17,10 @@ import torch
 from nvlm.data.loader import Steps
 from nvlm.train import loop
 from nvlm.train.step import settle
+from tests.e2e.faults import SMALL, TWO, latest, losses, replace_steps, rows
 from tests.e2e.preloaded import alive, at, run, start, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = (
-    "precision=fp32 data.records=48 data.workers=0 train.global_batch=4 tiling.max_tiles=2 "
-    "llm.layers=1 llm.cross_every=1 train.threads=1 "
-    "optim.warmup=2 evaluate.questions=0 train.steps=8 train.save_every=100 name=run"
-).split()
-TWO = ["parallel.data=2", "parallel.distributed_optimizer=true"]
-
-
-def rows(where: Path) -> list[dict]:
-    return [json.loads(line) for line in (where / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(where: Path) -> list[float]:
-    return [row["loss"] for row in rows(where)]
-
-
-def latest(where: Path) -> int | None:
-    """Steps behind the last checkpoint."""
-    mark = where / "runs" / "run" / "checkpoints" / "latest"
-    return int(mark.read_text().removeprefix("step_")) if mark.is_file() else None
 
 
 @pytest.fixture(autouse=True)
@@ -77,14 +57,6 @@ class Slow(Steps):
 
 def slow() -> None:
     replace_steps(Slow)
-
-
-def replace_steps(kind) -> None:
-    """Let the loop take its data from a `kind` of Steps."""
-    build = loop.build_steps
-    loop.build_steps = lambda config: kind(
-        **{f.name: getattr(build(config), f.name) for f in dataclasses.fields(Steps)}
-    )
 
 
 @pytest.mark.parametrize(("overrides", "number"), [((), signal.SIGTERM), (TWO, signal.SIGTERM), (TWO, signal.SIGINT)])

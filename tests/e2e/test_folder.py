@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from nvlm.data.loader import Steps
 from nvlm.runs.ownership import owned
+from tests.e2e.faults import SMALL, replace_steps, rows
 from tests.e2e.preloaded import alive, at, run, start, wait_for
-from tests.e2e.test_faults import SMALL, replace_steps, rows
 from tests.ports import free_port
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from nvlm.data.loader import Steps
+from tests.boards import scalars
+from tests.e2e.faults import SMALL, latest, replace_steps, rows
 from tests.e2e.preloaded import alive, run
-from tests.e2e.test_faults import SMALL, latest, replace_steps, rows
-from tests.unit.runs.test_sinks import scalars
 
 FILLER = Path("runs", "run", "filler")
 

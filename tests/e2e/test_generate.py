@@ -21,7 +21,7 @@ from nvlm.generate.config import read_config
 from nvlm.generate.generator import Conversation, load
 from nvlm.generate.sampling import Sampling
 from nvlm.runs.folder import read_run_config
-from tests.e2e.test_train import train
+from tests.e2e.runs import train
 from tests.published import SMALL, language_model
 
 ROOT = Path(__file__).resolve().parents[2]

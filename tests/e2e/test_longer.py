@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from tests.e2e.faults import SMALL, losses, rows
 from tests.e2e.preloaded import run
-from tests.e2e.test_faults import SMALL, losses, rows
 
 WINDOW = ["data.window=4", "train.save_every=3", "train.keep=9"]
 

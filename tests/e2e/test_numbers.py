@@ -13,7 +13,7 @@ from nvlm.config.mapping import from_mapping
 from nvlm.config.values import Config
 from nvlm.data.amounts import Work
 from nvlm.estimate.flops import model_flops
-from tests.e2e.test_train import rows, train
+from tests.e2e.runs import rows, train
 
 PHASES = ("data", "vision", "forward-backward", "optimizer", "log")
 PROFILED = (4, 5, 6)

@@ -11,8 +11,8 @@ import pytest
 
 from nvlm.commands.launch import check_logging
 from nvlm.config.values import ConfigError
+from tests.e2e.faults import SMALL, rows
 from tests.e2e.preloaded import run
-from tests.e2e.test_faults import SMALL, rows
 
 WANDB = """
 import json, os

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.test_train import losses, rows, train
+from tests.e2e.runs import losses, rows, train
 
 WINDOW = (
     "data=jsonl",

@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SUITES = {
     "hybrid": (["tests/parity/test_models.py", "-k", "hybrid"], 50),
     "models": (["tests/parity/test_models.py", "tests/parity/test_te.py"], 200),
-    "fp8": (["tests/engine/fp8.py"], 18),
-    "plan": (["tests/engine/plan.py"], 54),
-    "gpu": (["tests/engine/gpu.py"], 1),
+    "fp8": (["tests/engine/suites/fp8.py"], 18),
+    "plan": (["tests/engine/suites/plan.py"], 54),
+    "gpu": (["tests/engine/suites/gpu.py"], 1),
     "layouts": (["tests/dist/test_layouts.py", "-m", "not slow"], 40),
     "peers": (["tests/parity/test_peers.py"], 15),
     "generation": (["tests/parity/test_generate.py", "tests/dist/test_generate.py", "-k", "not with_and_without"], 10),

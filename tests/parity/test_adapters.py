@@ -16,7 +16,8 @@ from nvlm.llm.adapters import AdaptedColumnLinear, AdaptedRowLinear
 from nvlm.train.optim import freeze
 from nvlm.weights.merge import adapter_names, is_adapter, merge
 from tests.models import adapter_gradients, batch_of, build_twins, reference_sample, small_config
-from tests.parity.test_models import INPUTS, ONE, TEXT, assert_gradients_near
+from tests.near import assert_gradients_near
+from tests.stories import INPUTS, ONE, TEXT
 
 LORA = ("peft=lora", "peft.rank=3", "peft.alpha=5", "stage.new=[]")  # cross-attention that has learned before
 ARCHITECTURES = ("decoder", "xattn", "hybrid")

@@ -27,7 +27,7 @@ from nvlm.train.optim import freeze
 from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
 from tests.models import Story, sample_of, small_config
-from tests.parity.test_models import GRIDS, INPUTS, ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO
+from tests.stories import GRIDS, INPUTS, ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO
 
 ARCHITECTURES = ("decoder", "xattn", "hybrid")
 STAGES = {

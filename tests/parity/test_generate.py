@@ -19,7 +19,7 @@ from nvlm.generate.decode import continue_rows
 from nvlm.generate.sampling import Sampling
 from nvlm.processes.groups import distributed
 from tests.models import TILE, Twins, build_twins, sample_of, small_config
-from tests.parity.test_models import ONE, ONE_TILE, TEXT, TWO
+from tests.stories import ONE, ONE_TILE, TEXT, TWO
 
 ARCHITECTURES = ["decoder", "xattn", "hybrid"]
 STORIES = [TWO, TEXT, ONE, ONE_TILE]  # two, no, one and one image; all of different lengths

@@ -16,7 +16,7 @@ from nvlm.attention.packing import samples_in_line
 from nvlm.data.batch import in_line
 from nvlm.data.pack import collate
 from tests.models import TILE, sample_of, small_config
-from tests.parity.test_models import ONE, ONE_TILE, TEXT, TWO
+from tests.stories import ONE, ONE_TILE, TEXT, TWO
 
 META = torch.device("meta")
 ASKING = {

@@ -16,7 +16,7 @@ from nvlm.attention.visibility import causal_mask, unseen_keys
 from nvlm.data.batch import PAD, Batch, in_line
 from nvlm.data.pack import collate
 from tests.models import TILE, Twins, build_twins, sample_of, small_config
-from tests.parity.test_models import ONE, ONE_TILE, TEXT, TWO
+from tests.stories import ONE, ONE_TILE, TEXT, TWO
 
 ROWS = [[TWO, TEXT], [ONE], [ONE_TILE, ONE, TEXT]]  # of different lengths, so that there is padding
 ARCHITECTURES = ("decoder", "xattn", "hybrid")

@@ -25,7 +25,7 @@ from nvlm.weights import llm, projector
 from nvlm.weights.parts import below, joined, published, shapes
 from nvlm.weights.published import LANGUAGE, VISION
 from tests.models import STD, TILE, load, parameters_of, sample_of, small_config
-from tests.parity.test_models import ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO
+from tests.stories import ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO
 
 CPU = torch.device("cpu")
 PEERS = {"LLaVAModel": llava_model, "transformers": transformers_model}

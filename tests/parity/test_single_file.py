@@ -43,8 +43,8 @@ from nvlm.vision.path import VisionPath, solo_groups
 from nvlm.weights.parts import published
 from nvlm.weights.published import VISION
 from tests.models import TILE, Story, record_of, small_config
-from tests.parity.test_models import ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO
 from tests.published import scatter
+from tests.stories import ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO
 
 SOURCE = Path(__file__).parents[2] / "nvlm" / "export" / "modeling_nvlm.py"
 TOLERANCE = 1e-5

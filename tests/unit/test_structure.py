@@ -130,6 +130,21 @@ def test_layout_rules_come_without_megatron():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_unit_tests_lie_in_rooms():
+    tests = (ROOT / "tests" / "unit").glob("*/test_*.py")
+    assert {path.parent.name for path in tests} <= set(ROOMS)
+
+
+def test_no_test_module_is_a_library():
+    """What several of them need is in a module of its own, whose name says what it is."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names += [alias.name for alias in node.names]
+            assert not [name for name in names if name.split(".")[-1].startswith("test_")], path
+
+
 def test_pytest_looks_into_every_folder_of_tests():
     """Left to itself it passes over any folder called dist, without a word."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]

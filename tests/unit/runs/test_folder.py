@@ -181,8 +181,6 @@ def test_the_configuration_of_a_run_before_logging_was_a_group_is_read(tmp_path,
     assert read_run_config(step) == configured("arch=decoder")
 
 
-
-
 def test_a_weight_without_a_copy_of_its_own_stands_under_its_fp32_one():
     moments = ["optimizer.state.exp_avg.a", "optimizer.state.exp_avg_sq.b"]
     keys = weight_keys(["a", "frozen", "optimizer.state.param.a", "optimizer.state.param.b", *moments])

@@ -16,6 +16,7 @@ from nvlm.runs import sinks
 from nvlm.runs.files import write_whole
 from nvlm.runs.sinks import Appended, json_line
 from nvlm.train.metrics import Board, keep_steps
+from tests.boards import scalars
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -81,15 +82,6 @@ def test_curves_are_drawn_where_a_loss_was_no_number(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(map(json_line, rows)))
     draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
-
-
-def scalars(folder: Path) -> dict[int, float]:
-    """What TensorBoard shows of "loss", by step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    reader = EventAccumulator(str(folder))
-    reader.Reload()
-    return {event.step: event.value for event in reader.Scalars("loss")}
 
 
 def test_tensorboard_reads_what_was_written_around_a_full_disk(tmp_path, capsys):

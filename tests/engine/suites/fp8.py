@@ -25,8 +25,8 @@ from nvlm.train.checkpoint.save import latest
 from nvlm.train.loop import build_steps
 from nvlm.train.step import settle
 from tests.dist import run as run_module
+from tests.dist.checkpoints import built, saved, tensors_in
 from tests.dist.run import joined, run_distributed
-from tests.dist.test_checkpoint import built, saved, tensors_in
 from tests.engine import kernels
 
 SMALL = (

@@ -12,8 +12,7 @@ from nvlm.data.pack import collate
 from nvlm.data.work import count_work
 from nvlm.estimate.activations import kept
 from nvlm.estimate.load import batch_load
-from tests.dist.ranks import as_rank, frozen_parts, kept_bytes
-from tests.dist.test_plan import ROWS, SETTINGS, WIDE
+from tests.dist.ranks import ROWS, SETTINGS, WIDE, as_rank, frozen_parts, kept_bytes
 from tests.models import TILE, sample_of, small_config
 
 # On CPU the gated unit is our own, which keeps a width more than Megatron's on a GPU.

@@ -1,0 +1,14 @@
+"""Reading TensorBoard's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def scalars(folder: Path) -> dict[int, float]:
+    """What TensorBoard shows of "loss", by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(folder))
+    reader.Reload()
+    return {event.step: event.value for event in reader.Scalars("loss")}
