@@ -25,6 +25,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from nvlm.arch.description import Description
 from nvlm.attention.cache import Past
 from nvlm.attention.context import attended_columns, gather_columns, own_columns
 from nvlm.attention.core import rotary_angles, rotary_frequencies
@@ -39,7 +40,7 @@ from nvlm.llm.layer import DecoderBlock, learns, project
 from nvlm.llm.loss import token_losses
 from nvlm.llm.norm import LayerNorm
 from nvlm.processes.groups import seeded
-from nvlm.tiling.placement import PlacementRule, TileUse
+from nvlm.tiling.placement import TileUse
 
 Project = Callable[[Tensor], Tensor]
 """Features [..., C] to the language model's width [..., H]."""
@@ -47,18 +48,15 @@ Project = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One of the three, as values.
+    """One of the three: its description, and the code that it brings.
 
     `stream`: (words [B, S, H], batch, columns [S], project) -> the text stream's input [B, S, H]; None: words alone.
     `keys`: builds the module (batch, project, embed) -> cross-attended keys [X, B, H]; None: no keys.
     """
 
-    name: str
-    placement: PlacementRule
-    projector: str  # "mlp" (two layers) or "affine" (one)
+    description: Description
     stream: Callable[[Tensor, Batch, Tensor, Project], Tensor] | None
     keys: Callable[[TransformerConfig], nn.Module] | None
-    tags_in_keys: bool  # the keys hold words, so stages without the embedding borrow from it
     cross_attention: ModuleSpec | None
 
 
@@ -128,7 +126,7 @@ class VisionLanguageModel(MegatronModule):
         self.shared: dict[str, nn.Module] = {}  # a plain dictionary: what others own is not registered here
         if self.use:
             with seeded(config.seed, "projector"):
-                self._share("projector", others, lambda: Projector(config, architecture.projector))
+                self._share("projector", others, lambda: Projector(config, architecture.description.projector))
         if self.use.keys:
             self._share("fusion", others, lambda: architecture.keys(megatron))
         if self.pre_process or (self.post_process and config.llm.tied):

@@ -161,7 +161,7 @@ def build_pipeline(config: Config, parts: list[VisionLanguageModel]) -> Pipeline
     # The first rank's later virtual stages have no embedding either.
     bare = range(1, config.parallel.pipeline_stages)
     architecture = registry.build_architecture(config)
-    lend = architecture.tags_in_keys and any(
+    lend = architecture.description.tags_in_keys and any(
         tile_use(config, architecture, pipeline_stage).keys for pipeline_stage in bare
     )
     return Pipeline(parts, copied, lend)

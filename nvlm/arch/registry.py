@@ -1,9 +1,10 @@
-"""Names to builders. An unknown name lists the known ones."""
+"""Architectures by name. An unknown name lists the known ones. Imports no model code before it is asked for."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
+from nvlm.arch.description import Description
 from nvlm.config.values import Config, problem
 
 _ARCHITECTURES = {
@@ -22,6 +23,11 @@ def _package(name: str) -> str:
 def build_architecture(config: Config):
     """The nvlm.arch.base.Architecture that `config.arch` names."""
     return import_module(f"{_package(config.arch.name)}.model").architecture(config.arch)
+
+
+def description(name: str) -> Description:
+    """What the rest of the package needs to know of the architecture."""
+    return import_module(f"{_package(name)}.description").DESCRIPTION
 
 
 def placement_rule(name: str):

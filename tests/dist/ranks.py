@@ -85,7 +85,7 @@ def kept_bytes(part: VisionLanguageModel, batch: Batch, config: Config) -> int:
         columns = length // p.context // (p.tensor if p.sequence else 1)
         received = torch.randn(columns, rows, config.llm.hidden, dtype=part.config.params_dtype)
         part.set_input_tensor(received.requires_grad_())
-        if part.architecture.tags_in_keys:
+        if part.architecture.description.tags_in_keys:
             words = torch.randn(1, config.llm.hidden, requires_grad=True)
             part.borrowed = BorrowedWords(torch.zeros(1).long(), words, part.config.params_dtype)
     there = {t.untyped_storage().data_ptr() for t in [*part.parameters(), *part.buffers()]}

@@ -22,7 +22,8 @@ ROOMS = (
 
 NO_TORCH = ("torch", "megatron", "hydra")
 VISION_MODULES = ("nvlm.vision.path", "nvlm.vision.prepass", "nvlm.vision.quantize", "nvlm.vision.pooling")
-NO_ARCHITECTURE = ("nvlm.arch.decoder", "nvlm.arch.xattn", "nvlm.arch.hybrid")
+NAMES = ("decoder", "xattn", "hybrid")
+NO_ARCHITECTURE = tuple(f"nvlm.arch.{name}" for name in NAMES)
 
 
 def imports(where: str) -> dict[str, set[str]]:
@@ -78,6 +79,9 @@ def test_no_import_goes_up(room):
         ("vision/encoders/internvit/description", NO_TORCH),
         ("vision", ("nvlm.data.loader", "nvlm.data.sources", "nvlm.data.samples")),
         ("llm", ("nvlm.data.loader", "nvlm.data.sources", "nvlm.data.samples")),
+        ("arch/registry", NO_TORCH),
+        ("arch/description", NO_TORCH),
+        *((f"arch/{name}/{part}", NO_TORCH) for name in NAMES for part in ("description", "placement")),
         ("arch/decoder", ("nvlm.arch.xattn", "nvlm.arch.hybrid")),
         ("arch/xattn", ("nvlm.arch.decoder", "nvlm.arch.hybrid")),
         ("estimate", ("torch", "megatron", "nvlm.arch.base", "nvlm.arch.pipeline", "nvlm.llm", "nvlm.vision")),
@@ -120,12 +124,12 @@ def test_the_cpu_answers_for_cuda_only_where_there_is_none():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_layout_rules_come_without_megatron():
-    """A loader worker that unpickles a layout rule must not pull in Megatron."""
+def test_an_architecture_is_known_without_its_code():
+    """A loader worker that unpickles a placement rule must not pull in Megatron, nor the launcher torch."""
     code = (
         "import sys; from nvlm.arch import registry\n"
-        "for name in ('decoder', 'xattn', 'hybrid'): registry.placement_rule(name)\n"
-        "assert not any(m.startswith('megatron') for m in sys.modules)"
+        f"for name in {NAMES}: registry.placement_rule(name), registry.description(name)\n"
+        "assert not any(m.startswith(('torch', 'megatron')) for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -8,8 +8,8 @@ from megatron.core.transformer import ModuleSpec
 
 from nvlm.arch.base import Architecture
 from nvlm.arch.decoder.fusion import fill
+from nvlm.arch.hybrid.description import DESCRIPTION
 from nvlm.arch.hybrid.fusion import TaggedTileKeys
-from nvlm.arch.hybrid.placement import placement
 from nvlm.arch.xattn.attention import GatedCrossAttention
 from nvlm.config.values import ArchConfig
 
@@ -18,6 +18,4 @@ def architecture(arch: ArchConfig) -> Architecture:
     """NVLM-H as values."""
     cross = ModuleSpec(module=GatedCrossAttention, params={"init_std": arch.cross_std})
     keys = partial(TaggedTileKeys, bind_tags=arch.bind_tags)
-    return Architecture(
-        "hybrid", placement, projector="mlp", stream=fill, keys=keys, tags_in_keys=True, cross_attention=cross
-    )
+    return Architecture(DESCRIPTION, stream=fill, keys=keys, cross_attention=cross)

@@ -1,0 +1,61 @@
+"""What the rest of the package needs to know of an architecture, as a value. Imports no torch.
+
+arch/NAME/description.py describes one; nvlm.arch.registry.description finds it by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from nvlm.config.modules import Activation, Branch, Linear, Module, Norm
+from nvlm.config.values import Config, LLMConfig
+
+KeyKind = Literal["tile", "tag"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """One architecture, without its code."""
+
+    title: str  # as the paper names it
+    tiles_in_stream: bool  # projected tiles take places of the text stream
+    keys: tuple[KeyKind, ...]  # what is cross-attended, each kind behind a norm of its own; (): nothing
+    projector: Literal["mlp", "affine"]  # Megatron's name of its kind: two linears, or one
+    carried: Callable[[LLMConfig], tuple[Branch, ...]]  # between self-attention and MLP of layers k, 2k, ...
+    joins_text: bool  # tags may be tokenised together with the text around them; else each tag is bound to its tile
+    release_code: Mapping[str, str] | None  # auto_map of the published model's code; None: no published model has it
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Its module groups, the encoder left out."""
+        return ("llm", "projector", "xattn") if self.keys else ("llm", "projector")
+
+    @property
+    def tiles_in_keys(self) -> bool:
+        """Whether tiles are cross-attended."""
+        return "tile" in self.keys
+
+    @property
+    def tags_in_keys(self) -> bool:
+        """Whether keys hold words, so that pipeline stages without the embedding borrow from it."""
+        return "tag" in self.keys
+
+    def projector_modules(self, config: Config) -> tuple[Module, ...]:
+        """What a tile's token passes on its way to the language model's width (NVLM section 4.5)."""
+        llm, width = config.llm, config.vision.hidden * config.vision.downsample**2
+        norm = Norm(name="projector.norm", group="projector", width=width, bias=True)
+        place, own = "projector.layers.encoder", dict(group="projector")
+        if self.projector == "affine":
+            return norm, Linear(name=place, inputs=width, outputs=llm.hidden, split="outputs", **own)
+        return (
+            norm,
+            Linear(name=f"{place}.linear_fc1", inputs=width, outputs=llm.ffn, split="outputs", **own),
+            Activation(width=llm.ffn),
+            Linear(name=f"{place}.linear_fc2", inputs=llm.ffn, outputs=llm.hidden, split="inputs", **own),
+        )
+
+    def key_norms(self, llm: LLMConfig) -> dict[KeyKind, Norm]:
+        """The norm of each kind of keys."""
+        return {k: Norm(name=f"fusion.{k}_norm", group="xattn", width=llm.hidden) for k in self.keys}
