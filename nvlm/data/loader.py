@@ -2,7 +2,7 @@
 another number of data-parallel replicas, sees the same samples.
 
 The records of a window of steps are packed together. For that their lengths are enough: text is tokenised and image
-headers are read, pixels only once a step needs them."""
+headers are read, and tiles planned from them. Pixels are read only once a step needs them, and cut as planned."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from nvlm.data.amounts import Work
 from nvlm.data.batch import Batch, Sample
-from nvlm.data.outline import Processor, outline
+from nvlm.data.outline import Pictures, Processor, outline
 from nvlm.data.pack import collate, deal, pack
-from nvlm.data.record import BadRecord, one_record
-from nvlm.data.samples import encode
+from nvlm.data.record import BadRecord, ImageChanged, one_record
+from nvlm.data.samples import fill
 from nvlm.data.sources import Records
 from nvlm.data.work import count_work
 
@@ -41,11 +41,11 @@ class StepData:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A record, the text tokens and cross-attended tokens that it takes, and whether it lost tiles to fit."""
+    """A record, the text tokens and cross-attended tokens that it takes, and what its images are cut into."""
 
     index: int
     lengths: tuple[int, int]
-    fewer_tiles: bool
+    pictures: Pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Steps(Dataset):
         decoded = [self._decode(row, skipped) for row in planned]
         rows = [(self.data_rank + number * self.data_size, row) for number, row in enumerate(decoded) if row]
         batches = tuple(self._collate(step, part) for part in self._micro_batches(rows))
-        fewer = sum(one.fewer_tiles for row in planned for one in row)
+        fewer = sum(one.pictures.fewer_tiles for row in planned for one in row)
         return StepData(batches, records, tuple(skipped), sum(map(count_work, batches), Work()), fewer)
 
     def _decode(self, row: Sequence[Planned], skipped: list[tuple[str, str]]) -> list[Sample]:
@@ -131,14 +131,18 @@ class Steps(Dataset):
 
 
 def _encode(steps: Steps, planned: Planned) -> Sample:
-    with one_record():
-        sample = encode(steps.records[planned.index], steps.processor)
+    fix = "Fix: leave records and images alone while a run reads them"
+    try:
+        with one_record():
+            record = steps.records[planned.index]
+            sample = fill(record, outline(record, steps.processor, pictures=planned.pictures), steps.processor)
+    except ImageChanged as error:
+        raise ValueError(f"sample {steps.records.name(planned.index)}: {error}. {fix}") from error
     got = (sample.tokens.numel(), sample.cross_tokens.numel())
     if got != planned.lengths:
         raise ValueError(
             f"sample {sample.id}: got {got[0]} text tokens and {got[1]} cross-attended ones, expected "
-            f"{planned.lengths[0]} and {planned.lengths[1]} as measured for packing. Fix: leave records and images "
-            f"alone while a run reads them"
+            f"{planned.lengths[0]} and {planned.lengths[1]} as measured for packing. {fix}"
         )
     return sample
 
@@ -164,7 +168,7 @@ def _measure(steps: Steps, indices: Sequence[int]) -> tuple[list[Planned], tuple
         try:
             with one_record():
                 found = outline(steps.records[index], steps.processor)
-            good.append(Planned(index, found.lengths(steps.processor.tile_tokens), found.fewer_tiles))
+            good.append(Planned(index, found.lengths(steps.processor.tile_tokens), found.pictures))
         except BadRecord as reason:
             bad.append((steps.records.name(index), str(reason)))
     return good, tuple(bad)

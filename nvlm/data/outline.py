@@ -11,7 +11,7 @@ from nvlm.data import chat
 from nvlm.data.chat import Run
 from nvlm.data.images import image_size
 from nvlm.data.messages import Turn, check_learns, place_images, read_turns
-from nvlm.data.record import BadRecord, Record
+from nvlm.data.record import BadRecord, ImageChanged, Record
 from nvlm.data.tokenizer import ChatTokenizer, load_tokenizer
 from nvlm.tiling.grid import TilePlan, fit_max_tiles, plan_tiles
 from nvlm.tiling.placement import Placement, PlacementRule
@@ -84,17 +84,24 @@ def build_processor(config: Config, placement: PlacementRule, resize: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class Outline:
-    """All of a sample but its pixels: text runs with image slots, and each image's tiles and placement.
+class Pictures:
+    """How a record's images are cut into tiles. Planned once, from their headers; all that comes later goes by it.
 
     `fewer_tiles`: some image has fewer tiles than `max_tiles` would give it, because they did not fit.
     """
 
-    runs: tuple[Run, ...]
-    sizes: tuple[tuple[int, int], ...]  # width and height of each image, px, by its header
+    sizes: tuple[tuple[int, int], ...]  # width and height, px, by the header
     plans: tuple[TilePlan, ...]
+    fewer_tiles: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """All of a sample but its pixels: text runs with image slots, and each image's tiles and placement."""
+
+    runs: tuple[Run, ...]
+    pictures: Pictures
     placements: tuple[Placement, ...]
-    fewer_tiles: bool = False
 
     def lengths(self, tile_tokens: int) -> tuple[int, int]:
         """Tokens of the text stream, and cross-attended ones."""
@@ -103,25 +110,43 @@ class Outline:
         return text + sum(stream for stream, _ in images), sum(cross for _, cross in images)
 
 
-def outline(record: Record, processor: Processor, generate: bool = False) -> Outline:
-    """Lay a conversation out, with `generate` as a prompt; reads image headers alone. Raises BadRecord."""
+def outline(record: Record, processor: Processor, generate: bool = False, pictures: Pictures | None = None) -> Outline:
+    """Lay a conversation out, with `generate` as a prompt; reads image headers alone. Raises BadRecord.
+
+    `pictures`: of an earlier outline of the same record. No header is read then, and nothing is planned.
+    """
     turns = place_images(read_turns(record.messages), len(record.images))
     if not generate:
         check_learns(turns)
-    sizes = [image_size(image, processor.max_pixels) for image in record.images]
+    if pictures is not None:
+        if len(pictures.plans) != len(record.images):
+            raise ImageChanged(f"{len(record.images)} images, {len(pictures.plans)} when they were planned")
+        return _outline(turns, pictures, processor, generate)
+    sizes = tuple(image_size(image, processor.max_pixels) for image in record.images)
     text = _runs(turns, processor, generate, [""] * len(sizes))
     room = processor.seq_length - sum(len(run.ids) for run in text)
-    wanted = [plan_tiles(*size, processor.max_tiles, processor.tile_size) for size in sizes]
+    wanted = tuple(plan_tiles(*size, processor.max_tiles, processor.tile_size) for size in sizes)
     while True:
         plans = _plan(sizes, room, processor)
-        placements = tuple(place(processor, plan, first_tag=not processor.joined) for plan in plans)
-        tags = [processor.tags(plan)[0] for plan in plans]
-        runs = _runs(turns, processor, generate, tags) if processor.joined else text
-        sketch = Outline(tuple(runs), tuple(sizes), tuple(plans), placements, fewer_tiles=plans != wanted)
+        sketch = _outline(turns, Pictures(sizes, plans, plans != wanted), processor, generate, text)
         over = sketch.lengths(processor.tile_tokens)[0] - processor.seq_length
         if over <= 0:
             return sketch
         room -= over  # joined, the first tags are in the text, which is known only with the plans
+
+
+def _outline(
+    turns: Sequence[Turn],
+    pictures: Pictures,
+    processor: Processor,
+    generate: bool,
+    text: Sequence[Run] | None = None,
+) -> Outline:
+    """`text`: the runs without tags, if there are any yet; they are the outline's where tags are not part of them."""
+    placements = tuple(place(processor, plan, first_tag=not processor.joined) for plan in pictures.plans)
+    if processor.joined or text is None:
+        text = _runs(turns, processor, generate, [processor.tags(plan)[0] for plan in pictures.plans])
+    return Outline(tuple(text), pictures, placements)
 
 
 def _runs(turns: Sequence[Turn], processor: Processor, generate: bool, first_tags: Sequence[str]) -> list[Run]:
@@ -129,13 +154,13 @@ def _runs(turns: Sequence[Turn], processor: Processor, generate: bool, first_tag
     return form(turns, processor.tokenizer, processor.system, processor.tokenize, first_tags)
 
 
-def _plan(sizes: Sequence[tuple[int, int]], room: int, processor: Processor) -> list[TilePlan]:
+def _plan(sizes: Sequence[tuple[int, int]], room: int, processor: Processor) -> tuple[TilePlan, ...]:
     """Tile plans that fit the text stream, and then the cross-attended budget."""
     if room < 0:
         raise BadRecord(
             f"the text takes {processor.seq_length - room} tokens, {processor.limit} is {processor.seq_length}"
         )
-    max_tiles, plans = processor.max_tiles, []
+    max_tiles, plans = processor.max_tiles, ()
     budgets = (("text stream", room), ("cross-attention", processor.cross_length))
     for which, (name, tokens) in enumerate(budgets if sizes else ()):
 
@@ -147,4 +172,4 @@ def _plan(sizes: Sequence[tuple[int, int]], room: int, processor: Processor) -> 
         except ValueError as error:
             raise BadRecord(f"images do not fit the {name}: {error}") from None
         max_tiles = max(1, *(plan.num_regular for plan in plans))
-    return list(plans)
+    return plans

@@ -16,6 +16,10 @@ class BadRecord(ValueError):
     """A record that cannot be used; the message is the reason that skipped.jsonl gives."""
 
 
+class ImageChanged(BadRecord):
+    """A record whose images are no longer those for which tiles were planned."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One conversation as it was read: messages of {role, content}, and its images, not yet decoded."""

@@ -10,7 +10,7 @@ import torch
 from nvlm.data.batch import ALL_TILES, IGNORE, IMAGE, PAD, Sample
 from nvlm.data.images import decode_image
 from nvlm.data.outline import Outline, Processor, outline
-from nvlm.data.record import BadRecord, Record
+from nvlm.data.record import ImageChanged, Record
 from nvlm.tiling.pixels import tile_image
 
 
@@ -27,17 +27,20 @@ def fill(record: Record, sketch: Outline, processor: Processor) -> Sample:
 def _tiles(record: Record, sketch: Outline, processor: Processor) -> torch.Tensor:
     """uint8 [T, 3, px, px] of all images, cut as planned from their headers."""
     parts = [torch.zeros(0, 3, processor.tile_size, processor.tile_size, dtype=torch.uint8)]
-    for source, size, plan in zip(record.images, sketch.sizes, sketch.plans, strict=True):
+    pictures = sketch.pictures
+    for source, size, plan in zip(record.images, pictures.sizes, pictures.plans, strict=True):
         image = decode_image(source, processor.max_pixels)
         if image.size != size:
-            raise BadRecord(f"{size[0]} x {size[1]} px when it was planned, {image.width} x {image.height} px decoded")
+            raise ImageChanged(
+                f"{size[0]} x {size[1]} px when it was planned, {image.width} x {image.height} px decoded"
+            )
         parts.append(tile_image(image, plan, processor.resize))
     return torch.cat(parts)
 
 
 def _assemble(name: str, sketch: Outline, pixels: torch.Tensor, tile_tokens: int) -> Sample:
     runs, placements = sketch.runs, sketch.placements
-    first_tile = [0, *accumulate(plan.num_tiles for plan in sketch.plans)]
+    first_tile = [0, *accumulate(plan.num_tiles for plan in sketch.pictures.plans)]
     tokens: list[int] = []
     trained: list[bool] = []
     image_of: list[int] = []

@@ -120,7 +120,7 @@ def _ask(records: Records, index: int, processor: Processor) -> _Asked:
     sketch = outline(record, processor, generate=True)
     expected = processor.tokenizer.decode(processor.tokenizer.encode(expected))
     question, sample = record.messages[-1]["content"], fill(record, sketch, processor)
-    return _Asked(record.id, records.kind(index), question, expected, sketch.plans, sample)
+    return _Asked(record.id, records.kind(index), question, expected, sketch.pictures.plans, sample)
 
 
 def _shown(asked: _Asked, text: str, processor: Processor) -> Shown:

@@ -279,9 +279,9 @@ def test_lengths_without_pixels_are_those_of_the_sample(tmp_path, arch, tag):
         for record in records:
             planned, sample = outline(record, chosen), encode(record, chosen)
             assert planned.lengths(chosen.tile_tokens) == (sample.tokens.numel(), sample.cross_tokens.numel())
-            assert sum(plan.num_tiles for plan in planned.plans) == len(sample.pixels)
+            assert sum(plan.num_tiles for plan in planned.pictures.plans) == len(sample.pixels)
             tiles[chosen, record.id] = len(sample.pixels)
-            assert planned.fewer_tiles == (len(sample.pixels) < tiles[roomy, record.id])
+            assert planned.pictures.fewer_tiles == (len(sample.pixels) < tiles[roomy, record.id])
     assert tiles[tight, "more"] < tiles[roomy, "more"]
     assert tiles[roomy, "one"] == tiles[tight, "one"] == 7
 
@@ -329,13 +329,51 @@ def test_a_row_of_broken_pixels_alone_leaves_an_empty_micro_batch(tmp_path):
     assert [batch.num_tokens for batch in data.micro_batches] == [0]
 
 
-def test_a_record_that_changed_since_it_was_measured_stops_the_run(tmp_path):
+def test_an_image_that_changed_since_it_was_planned_stops_the_run(tmp_path):
     picture(600, 100).save(tmp_path / "a.png")
     steps = steps_of(Given((Record("a", talk("What?"), [tmp_path / "a.png"]),)), steps=1, global_batch=1)
-    ((row,),) = (plan.rows for plan in plan_window(steps, steps.window_of(0)))
+    plan_window(steps, steps.window_of(0))
     picture(100, 100).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=f"sample a: got .* 0 .* expected {row[0].lengths[0]} and {row[0].lengths[1]}"):
+    with pytest.raises(
+        ValueError, match="sample a: 600 x 100 px when it was planned, 100 x 100 px decoded. Fix: leave"
+    ):
         steps[0]
+
+
+@dataclass(eq=False)
+class Changing:
+    """A record that is another each time it is read: with more words, and with more of its images."""
+
+    images: tuple
+    reads: int = 0
+
+    def __len__(self):
+        return 1
+
+    def name(self, index):
+        return str(index)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return Record("0", talk("What? " * self.reads), [*self.images] * self.reads)
+
+
+@pytest.mark.parametrize(
+    ("images", "says"), [((), "got .* text tokens .* expected"), ((picture(9, 9),), "2 images, 1")]
+)
+def test_a_record_that_changed_since_it_was_measured_stops_the_run(images, says):
+    with pytest.raises(ValueError, match=f"sample 0: {says}.* Fix: leave records and images alone"):
+        steps_of(Changing(images), steps=1, global_batch=1)[0]
+
+
+def test_headers_are_read_and_tiles_planned_once_a_record(tmp_path, monkeypatch):
+    picture(600, 100).save(tmp_path / "a.png")
+    read = []
+    monkeypatch.setattr("nvlm.data.outline.image_size", lambda *args: read.append(args) or image_size(*args))
+    records = Given(tuple(Record(str(n), talk("What?"), [tmp_path / "a.png"]) for n in range(4)))
+    steps = steps_of(records, steps=2, global_batch=2, window=2)
+    assert sum(len(batch.pixels) for step in range(2) for batch in steps[step].micro_batches) == 4 * 7
+    assert len(read) == 4
 
 
 @pytest.mark.parametrize("arch", ["decoder", "xattn", "hybrid"])

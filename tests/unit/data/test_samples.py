@@ -139,7 +139,7 @@ def test_an_image_of_another_size_than_its_header_said_is_refused(processor, tmp
     picture(300, 100).save(tmp_path / "a.png")
     record = Record("r", talk(("user", "What?"), ("assistant", "A.")), [tmp_path / "a.png"])
     sketch = outline(record, processor("decoder"))
-    assert sketch.sizes == ((300, 100),)
+    assert sketch.pictures.sizes == ((300, 100),)
     picture(290, 100).save(tmp_path / "a.png")
     with pytest.raises(BadRecord, match="300 x 100 px when it was planned, 290 x 100 px decoded"):
         fill(record, sketch, processor("decoder"))

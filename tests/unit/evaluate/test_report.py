@@ -23,11 +23,11 @@ def test_pictures_are_made_of_the_tiles_that_the_encoder_got(configured):
     config = configured("arch=decoder", "data.seq_length=140", "tiling.max_tiles=6", "tiling.tag=none")
     processor = build_processor(config, registry.placement_rule("decoder"))
     sketch = outline(record, processor, generate=True)
-    assert sketch.fewer_tiles and sketch.plans[0].num_regular < 6
+    assert sketch.pictures.fewer_tiles and sketch.pictures.plans[0].num_regular < 6
     sample = fill(record, sketch, processor)
-    pictures = draw_pictures(sketch.plans, sample.pixels, processor)
+    pictures = draw_pictures(sketch.pictures.plans, sample.pixels, processor)
     first, size = 0, processor.tile_size
-    for plan, (page, strip) in zip(sketch.plans, pictures, strict=True):
+    for plan, (page, strip) in zip(sketch.pictures.plans, pictures, strict=True):
         tiles = sample.pixels[first : first + plan.num_tiles].permute(0, 2, 3, 1).numpy()
         first += plan.num_tiles
         drawn = np.asarray(strip)
