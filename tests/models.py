@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nvlm.arch.base import VisionLanguageModel
 from nvlm.arch.pipeline import build_parts
-from nvlm.arch.registry import build_architecture
+from nvlm.arch.registry import placement_rule
 from nvlm.commands.compose import compose_config
 from nvlm.config.values import Config, cross_layers
 from nvlm.data.batch import Batch, Sample
@@ -229,7 +229,7 @@ def record_of(story: Story) -> Record:
 
 def sample_of(story: Story, config: Config) -> Sample:
     """The story by our pipeline."""
-    return encode(record_of(story), build_processor(config, build_architecture(config).placement))
+    return encode(record_of(story), build_processor(config, placement_rule(config.arch.name)))
 
 
 def batch_of(rows: Sequence[Sequence[Story]], twins: Twins) -> Batch:

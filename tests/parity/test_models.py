@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nvlm.arch.base import parameter_group
 from nvlm.arch.pipeline import Pipeline, next_logits
-from nvlm.arch.registry import build_architecture
+from nvlm.arch.registry import placement_rule
 from nvlm.arch.xattn.attention import GatedCrossAttention
 from nvlm.attention import packing
 from nvlm.attention.cache import generating
@@ -580,7 +580,7 @@ def test_recomputing_changes_nothing(arch, stage, rows):
 
 def test_generation_prompts_end_where_the_assistant_begins():
     config = small_config("arch=decoder")
-    processor = build_processor(config, build_architecture(config).placement)
+    processor = build_processor(config, placement_rule(config.arch.name))
     whole, prompt = (
         encode(record_of(TWO), processor),
         encode(first_question(record_of(TWO))[0], processor, generate=True),

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nvlm.arch.base import VisionLanguageModel
 from nvlm.arch.pipeline import build_parts
-from nvlm.arch.registry import build_architecture
+from nvlm.arch.registry import placement_rule
 from nvlm.config.values import Config
 from nvlm.data.batch import IMAGE
 from nvlm.data.outline import build_processor
@@ -176,7 +176,7 @@ class Expected:
 def expected_of(record: Record, trained: Trained) -> Expected:
     """By the trainer's own preprocessing and classes."""
     config, model = trained.config, trained.model
-    sample = encode(record, build_processor(config, build_architecture(config).placement))
+    sample = encode(record, build_processor(config, placement_rule(config.arch.name)))
     batch = trained.vision.encode(collate([[sample]], TILE))
     logits_SV = model.logits(model.hidden(batch))[: len(sample.tokens), 0, : config.llm.vocab].float()
     return Expected(sample.tokens.tolist(), sample.cross_tokens.tolist(), sample.pixels, logits_SV)
@@ -314,7 +314,7 @@ def test_the_reply_is_opened_as_the_trainer_opens_it(tmp_path):
     built = built_of("arch=hybrid")
     model, config = loaded(write_folder(tmp_path, built)), built.config
     record = Record("prompt", record_of(ONE).messages[:2], record_of(ONE).images)
-    prompt = encode(record, build_processor(config, build_architecture(config).placement), generate=True)
+    prompt = encode(record, build_processor(config, placement_rule(config.arch.name)), generate=True)
     inputs = model.inputs(record.messages, record.images, reply=True)
     assert ids_of(inputs.stream, model.tile_tokens) == prompt.tokens.tolist()
 
