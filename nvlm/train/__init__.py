@@ -1,1 +1,1 @@
-"""Optimizer, loop, checkpoints, metrics."""
+"""The training loop, its optimizer, checkpoints and metrics."""

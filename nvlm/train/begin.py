@@ -1,4 +1,4 @@
-"""The first weights of a stage: published folders, the checkpoint of the stage before, random ones for what is new."""
+"""Initial weights of a stage: from published folders or the previous stage's checkpoint; new modules start random."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from nvlm.weights.load import read
 
 
 def begin(parts: Sequence[VisionLanguageModel], config: Config) -> dict[str, str]:
-    """Fill `parts` with what config.init names; returns where each module group's weights come from.
+    """Fill `parts` with the weights that config.init names; returns where each module group's weights come from.
 
-    All processes call it together. The encoder, which is no part of the model, is vision.path's to read.
+    A collective call. The encoder is not part of the model: vision.path reads it.
     """
     origins = dict.fromkeys(("projector", "xattn", "llm"), "random")
     origins["vision"] = config.init.vision or config.init.release or ""

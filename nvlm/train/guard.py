@@ -1,6 +1,6 @@
-"""Which steps are not learned from: those whose loss or gradients are not numbers, or whose loss leaps.
+"""Which steps must not update the weights: those with a non-finite loss or gradient norm, or with a loss spike.
 
-A value and functions of it: plain numbers that a checkpoint can hold. No torch.
+The state is a few plain numbers, which go into checkpoints. No torch.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-_HISTORY = 50  # good steps that the running mean spans
-_LEAST = 10  # good steps before a leap is called one
+_HISTORY = 50  # good steps in the running mean
+_LEAST = 10  # good steps before a loss can count as a spike
 
 
 class BrokenRun(RuntimeError):
@@ -19,7 +19,7 @@ class BrokenRun(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """What a run's losses were like. `spike_factor`: 0 accepts any finite loss."""
+    """Running statistics of a run's losses. `spike_factor`: 0 accepts any finite loss."""
 
     spike_factor: float = 0.0
     mean: float = 0.0  # of the losses of good steps
@@ -28,7 +28,7 @@ class Guard:
     skipped: int = 0  # in the whole run
 
     def numbers(self) -> dict[str, float]:
-        """What a checkpoint holds; `Guard(spike_factor, **numbers)` is the same guard again."""
+        """The state for a checkpoint; `Guard(spike_factor, **numbers)` restores it."""
         return {name: number for name, number in asdict(self).items() if name != "spike_factor"}
 
 
@@ -36,14 +36,14 @@ NAN_ONLY = Guard()
 
 
 def is_bad(guard: Guard, loss: float, finite: bool) -> bool:
-    """True where a step must not change the weights. `finite`: loss and gradient norm are numbers on all ranks."""
+    """True if a step must not change the weights. `finite`: loss and gradient norm are finite on all ranks."""
     if not (finite and math.isfinite(loss)):
         return True
     return guard.spike_factor > 0 and guard.good >= _LEAST and loss > guard.spike_factor * guard.mean
 
 
 def after(guard: Guard, loss: float, bad: bool) -> Guard:
-    """The guard behind one more step."""
+    """The guard after one more step."""
     if bad:
         return replace(guard, bad_in_row=guard.bad_in_row + 1, skipped=guard.skipped + 1)
     good = guard.good + 1
@@ -52,9 +52,9 @@ def after(guard: Guard, loss: float, bad: bool) -> Guard:
 
 
 def broken(guard: Guard, step: int, loss: float, grad_norm: float, samples: Sequence[str]) -> BrokenRun:
-    """Why the run stops with `step`, whose samples have these ids."""
+    """The error that ends the run at `step`. `samples`: the ids of this step's samples."""
     return BrokenRun(
-        f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}, where good steps had a loss of {guard.mean:.3f}; "
+        f"step {step}: loss {loss:g}, gradient norm {grad_norm:g} (mean loss of good steps: {guard.mean:.3f}); "
         f"{guard.bad_in_row} bad steps in a row, so the run stops. Samples of this step: {', '.join(samples)}. "
-        f"Fix: look at them, or lower optim.lr; train.max_bad_steps and train.spike_factor say what is bad"
+        f"Fix: look at them, or lower optim.lr; train.max_bad_steps and train.spike_factor set the limits"
     )

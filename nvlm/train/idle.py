@@ -1,4 +1,4 @@
-"""Module groups that should learn and do not: their gradient is exactly zero, or the gate in front of them is shut."""
+"""Module groups that should learn but cannot: their gradient is exactly zero, or a frozen gate is zero."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from nvlm.arch.base import VisionLanguageModel, parameter_group
 from nvlm.config.values import GROUPS, Config, problem
 from nvlm.processes import device, groups
 
-_STEPS = 10  # with images, before a group without a gradient is named: behind a fresh gate it takes two
+_STEPS = 10  # with images, before the warning: behind a gate that starts at zero, gradients appear in the second step
 
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """Groups that learn but have had no gradient in the first `steps` steps with images."""
+    """Groups that should learn but had no gradient in the first `steps` steps with images."""
 
     groups: frozenset[str]
     steps: int = 0
 
 
 def expected(config: Config) -> Idle:
-    """What a run begins with: all groups that learn."""
+    """The state at the start of a run: all groups that learn."""
     absent = {"xattn"} if config.arch.name == "decoder" else set()
     return Idle(frozenset(config.stage.trainable) - absent)
 
 
 def after_step(idle: Idle, chunks: Sequence[DistributedDataParallel], tiles: int) -> tuple[Idle, str | None]:
-    """`idle` behind a step with so many tiles, whose gradients the buffers of `chunks` still hold; and what to say of
-    groups that have had no gradient by now.
+    """`idle` after a step with so many tiles, and a warning once the groups without a gradient are known.
 
-    All processes call it together.
+    The buffers of `chunks` still hold the step's gradients. A collective call.
     """
     if not idle.groups or not tiles or idle.steps == _STEPS:
         return idle, None
@@ -45,26 +44,26 @@ def _warning(idle: Idle) -> str:
     names = ", ".join(sorted(idle.groups))
     return (
         f"warning: {names}: the gradient was exactly zero in each of the first {idle.steps} steps with images, so "
-        f"nothing is learned there. Is what it feeds frozen, or out of reach of the loss?"
+        f"nothing is learned there. Is a gate closed, or does the loss not depend on the output?"
     )
 
 
 def check_gates(parts: Iterable[VisionLanguageModel]) -> None:
-    """Raise ConfigError where a gate of cross-attention is zero and does not learn: tiles behind it are never seen."""
+    """Raise ConfigError if a cross-attention gate is zero and frozen, which hides all tiles from the model."""
     for part in parts:
         for name, parameter in part.named_parameters():
             if name.endswith(".cross_attention.gate") and not parameter.requires_grad and not parameter.any():
                 raise problem(
                     part.whole_name(name),
-                    "0, and it does not learn, so that no tile behind it is ever seen",
-                    "gates that learn, or that have learned in the stage before",
-                    "stage.train_xattn=true stage.new=[projector,xattn], or init.checkpoint=RUN of the stage before",
+                    "0, and it is frozen, so that the model never sees a tile through it",
+                    "gates that learn, or that learned in an earlier stage",
+                    "stage.train_xattn=true stage.new=[projector,xattn], or init.checkpoint=RUN of the earlier stage",
                 )
 
 
 @torch.no_grad()
 def _with_gradient(chunks: Sequence[DistributedDataParallel]) -> frozenset[str]:
-    """Groups with a gradient that is not zero, on any process."""
+    """Groups with a nonzero gradient on any rank."""
     here = torch.zeros(len(GROUPS), device=device.device())
     for chunk in chunks:
         for name, parameter in chunk.module.named_parameters():

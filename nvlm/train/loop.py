@@ -42,37 +42,37 @@ from nvlm.vision.path import build_vision
 from nvlm.vision.prepass import BalancedVision, build_team
 
 Evaluation = Callable[[Trainer, Callable[[], None]], dict[str, float]]
-"""(what was trained, a call that says that this process is alive) -> scores by name. All processes call it together."""
+"""(trained model, heartbeat for the watchdog) -> scores by name. A collective call: all ranks make it."""
 
 
 def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: Evaluation | None = None) -> None:
-    """Train, then evaluate, unless a signal ends it.
+    """Train, then evaluate, unless a signal ends the run.
 
-    `refusal`: why the first process found that there is nothing to do here; all raise it as a ConfigError.
+    `refusal`: the first rank's reason not to start, which all ranks raise as a ConfigError.
     """
     with (
         groups.distributed(config.parallel, config.seed, config.train.threads) as device,
         Watchdog(60 * config.parallel.timeout_minutes, groups.rank(), groups.world_size()) as watch,
         contextlib.ExitStack() as opened,
     ):
-        if told := groups.from_first_rank(refusal):
-            raise ConfigError(told)
+        if reason := groups.from_first_rank(refusal):
+            raise ConfigError(reason)
         check_world(config, groups.world_size())
         check_precision(config)
         steps = build_steps(config)
-        goes_on = config.resume == "auto" and latest(run_dir) is not None
-        if goes_on:
+        resumed = config.resume == "auto" and latest(run_dir) is not None
+        if resumed:
             groups.raised_together(lambda: identity.check_records(config, run_dir, steps.records))
-        trainer = build_trainer(config, device, begins=not goes_on)
+        trainer = build_trainer(config, device, begins=not resumed)
         loaded = resume(trainer, config, run_dir)
         steps = replace(steps, ends=loaded.ends)
         idle.check_gates(trainer.pipeline.parts)
         counts = count_groups(trainer.pipeline.parts, trainer.vision.path.encoder)
         tracker: Tracker | Silent = SILENT
         if groups.is_first_rank():
-            begin_folder(config, run_dir, anew=not goes_on)
-            tracker = opened.enter_context(contextlib.closing(build_tracker(config, run_dir, resumed=goes_on)))
-            if not goes_on:
+            begin_folder(config, run_dir, anew=not resumed)
+            tracker = opened.enter_context(contextlib.closing(build_tracker(config, run_dir, resumed=resumed)))
+            if not resumed:
                 identity.record(config, run_dir, steps.records)
             print_groups(counts, config.stage.name, config.optim.lr, trainer.origins)
             print(describe(config))
@@ -91,12 +91,12 @@ def train(
     steps: Steps,
     loaded: Loaded,
     run_dir: Path,
-    told: Callable[[int, str], None],
+    on_phase: Callable[[int, str], None],
     tracker: Tracker | Silent,
 ) -> bool:
-    """The loop. False where SIGTERM or SIGINT ended it, with a checkpoint. BrokenRun: too many bad steps in a row.
+    """The loop. Returns False if SIGTERM or SIGINT ended it, after saving a checkpoint.
 
-    `told`: hears of each step's phases as they begin.
+    `on_phase`: called at the start of each phase of a step. Raises BrokenRun after too many bad steps in a row.
     """
     first, guard = loaded.step, Guard(config.train.spike_factor, **loaded.numbers)
     settings, due, waiting = config.train, False, idle.expected(config)
@@ -107,11 +107,11 @@ def train(
         contextlib.closing(Appended(run_dir / "skipped.jsonl")) as skipped,
         Metrics(config, run_dir, first, active, tracker) as metrics,
         Checkpoints(settings, run_dir, loaded.ends) as checkpoints,
-        Phases(told, profiler) as mark,
+        Phases(on_phase, profiler) as mark,
     ):
         mark(first + 1, "data")
-        coming = impatient(load_steps(steps, first, config.data.workers), signals.came, settings.stop_seconds / 4)
-        for step, data in enumerate(coming, start=first + 1):
+        loader = impatient(load_steps(steps, first, config.data.workers), signals.came, settings.stop_seconds / 4)
+        for step, data in enumerate(loader, start=first + 1):
             if groups.is_replica_writer():
                 skipped.write(skipped_lines(data.skipped))
             result = train_step(trainer, data, guard, signals.came, functools.partial(mark, step))
@@ -128,7 +128,7 @@ def train(
             if guard.bad_in_row >= settings.max_bad_steps:
                 raise broken(guard, step, result.loss, result.grad_norm, sample_ids(data))
             due |= step % settings.save_every == 0
-            # Behind a bad step the weights may be what is wrong: a checkpoint that can wait does.
+            # After a bad step the weights may be at fault, so a periodic save waits for a good one.
             if last or result.stop or (due and not guard.bad_in_row):
                 mark(step, "save")
                 checkpoints.save(trainer, step, guard.numbers())
@@ -148,25 +148,25 @@ def train(
 
 
 def sample_ids(data: StepData) -> list[str]:
-    """The ids of all samples of a step, over all replicas."""
+    """Ids of all samples of a step, over all replicas."""
     return groups.gather_over_data([name for batch in data.micro_batches for row in batch.ids for name in row])
 
 
 def resume(trainer: Trainer, config: Config, run_dir: Path) -> Loaded:
-    """What the newest checkpoint holds with resume=auto, loaded into `trainer`; else a beginning."""
+    """With resume=auto, load the newest checkpoint into `trainer`; without one, start at step 0."""
     folder = latest(run_dir) if config.resume == "auto" else None
     loaded = load(trainer, folder) if folder else Loaded(0, {}, (), (0.0, 0.0))
     if loaded.rates[0] != loaded.rates[1] and groups.is_first_rank():
         print(
-            f"made longer, from {loaded.ends[-1]} to {config.train.steps} steps: the learning rate's cosine is that of "
-            f"{config.train.steps} steps from here on, {loaded.rates[1]:.3g} instead of {loaded.rates[0]:.3g} at step "
+            f"extended from {loaded.ends[-1]} to {config.train.steps} steps: the learning rate now follows the cosine "
+            f"over {config.train.steps} steps: {loaded.rates[1]:.3g} instead of {loaded.rates[0]:.3g} at step "
             f"{loaded.step + 1}"
         )
     return loaded
 
 
 def build_steps(config: Config) -> Steps:
-    """The training data of this process."""
+    """This rank's training data."""
     check_vocabulary(config)
     rank, size = groups.data_rank()
     return Steps(
@@ -186,7 +186,7 @@ def build_steps(config: Config) -> Steps:
 
 
 def build_trainer(config: Config, device, begins: bool = True) -> Trainer:
-    """Model, encoder and optimizer on `device`; with the first weights of config.init where the run `begins`."""
+    """Model, encoder and optimizer on `device`. If the run `begins` here, the weights come from config.init."""
     parts = [part.to(device) for part in build_parts(config)]
     origins = begin(parts, config) if begins else {}
     for part in parts:
@@ -197,7 +197,7 @@ def build_trainer(config: Config, device, begins: bool = True) -> Trainer:
     megatron = parts[0].config
     megatron.grad_scale_func, megatron.finalize_model_grads_func = optimizer.scale_loss, pipeline.finalize
     if config.parallel.overlap:
-        megatron.no_sync_func = chunks[0].no_sync  # gradients are reduced behind the last micro-batch alone
+        megatron.no_sync_func = chunks[0].no_sync  # reduce gradients only after the last micro-batch
     team = build_team(tile_use_of_rank(config, groups.pipeline_rank()), config.vision.balance)
     vision = BalancedVision(build_vision(config, device), team)
     return Trainer(chunks, pipeline, vision, optimizer, schedule, device, origins)

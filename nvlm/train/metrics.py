@@ -1,4 +1,4 @@
-"""What a run tells: progress bar, metrics.jsonl, TensorBoard, skipped.jsonl. Written by the first process alone."""
+"""Logging of a run: progress bar, metrics.jsonl, TensorBoard, skipped.jsonl. Only the first rank logs steps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from nvlm.vision.prepass import shares
 
 
 class Metrics:
-    """Context manager around a training loop. With `active` False it only counts."""
+    """Context manager around a training loop. Unless `active`, it only counts records."""
 
     def __init__(
         self, config: Config, run_dir: Path, first_step: int, active: bool, tracker: Tracker | Silent = SILENT
@@ -71,7 +71,7 @@ class Metrics:
             self.file.close()
 
     def record(self, result: StepResult, phases: Mapping[str, float]) -> None:
-        """Log one step. `phases`: seconds of each in this process since the last step was logged, its save included."""
+        """Log one step. `phases`: seconds in each since the previous step was logged, on this rank, with its save."""
         self.step += 1
         self.tally = self.tally.after(result.records, result.skipped, result.fewer_tiles)
         if self.active:
@@ -100,16 +100,16 @@ class Metrics:
         if result.guard.skipped:
             text += f"  updates skipped {result.guard.skipped}"
         if not result.updated:
-            told = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}"
-            told = f"step {self.step}: {told if result.trained_tokens else 'no usable record'}: not learned from"
-            self.console.print(told, highlight=False)
+            why = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}"
+            why = f"step {self.step}: {why if result.trained_tokens else 'no usable record'}: update skipped"
+            self.console.print(why, highlight=False)
         self.bar.update(self.task, completed=self.step, description=text)
         due = self.step % self.config.train.log_every == 0 or self.step == self.config.train.steps
         if due and not self.console.is_terminal:
             self.console.print(f"step {self.step}/{self.config.train.steps}  {text}", highlight=False, soft_wrap=True)
 
     def _rates(self, result: StepResult, phases: Mapping[str, float]) -> dict[str, float]:
-        """What a row says beside counts. Speeds are over the whole step; FLOP/s are those of one process's GPU."""
+        """The derived numbers of a row. Speeds are over the whole step and all ranks; FLOP/s are per GPU."""
         seconds, work = sum(phases.values()), result.work
         flops = model_flops(self.config, work).total / seconds / groups.world_size()
         encoded = shares(result.tiles_by_replica, self.config.parallel.replica, self.config.vision.balance)
@@ -128,27 +128,27 @@ class Metrics:
 
 
 def _imbalance(tiles: Sequence[int]) -> float:
-    """The most tiles over their mean; 1 where there are none."""
+    """Maximum over mean; 1 without tiles."""
     return max(tiles) * len(tiles) / sum(tiles) if any(tiles) else 1.0
 
 
 class Board:
-    """Scalars for TensorBoard, as `Appended` writes them: its own writer is a thread that ends with its first error."""
+    """Scalars for TensorBoard, written with `Appended`: TensorBoard's own writer thread dies at its first error."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"  # read in this order
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"  # sorts by time
         self.file = Appended(folder / name)
         self._add(Event(file_version="brain.Event:2"), first_step)
-        # What an interrupted run did beyond its last checkpoint is not shown.
+        # Hides steps that an interrupted run made after its last checkpoint.
         self._add(Event(session_log=SessionLog(status=SessionLog.START)), first_step + 1)
 
     def write(self, values: Mapping[str, float], step: int) -> None:
-        """Add `values` by name."""
+        """Add named values."""
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._add(Event(summary=Summary(value=scalars)), step)
 
     def close(self) -> None:
-        """Write what still waits."""
+        """Write what is still buffered."""
         self.file.close()
 
     def _add(self, event: Event, step: int) -> None:
@@ -159,8 +159,8 @@ class Board:
 
 
 def keep_steps(path: Path, step: int) -> None:
-    """Cut the file of rows `path` behind the row of `step`, in place: what an interrupted run did beyond its last
-    checkpoint is done again. A row that was cut short goes, too."""
+    """Truncate the rows in `path` after that of `step`: a resumed run repeats the steps after its checkpoint. An
+    incomplete row is dropped as well."""
     if not path.is_file():
         return
     kept = 0
@@ -178,7 +178,7 @@ def skipped_lines(skipped: Sequence[tuple[str, str]]) -> bytes:
 
 
 def print_groups(counts: list[GroupCount], stage: str, lr: float, origins: Mapping[str, str]) -> None:
-    """The table of what learns, and where its first weights come from (not in a resumed run)."""
+    """Print a table of what learns and, unless the run is resumed, where its initial weights come from."""
     table = Table(title=f"stage {stage}", title_justify="left")
     for heading, justify in (
         ("module group", "left"),

@@ -26,19 +26,21 @@ class GroupCount:
 
     name: str
     parameters: int
-    learning: int  # of them: all, none, or with adapters some
+    learning: int  # how many learn: all, none, or those in adapters
 
 
 def freeze(model: VisionLanguageModel, config: Config) -> None:
-    """Let only the groups that the stage trains learn, of adapted ones the adapters alone. Call it before the DDP
-    wrap, which keeps buffers for what learns."""
+    """Freeze all but the groups that the stage trains; in groups with adapters, all but the adapters.
+
+    Call it before the DDP wrap, which allocates gradient buffers only for what learns.
+    """
     for name, parameter in model.named_parameters():
         group = parameter_group(name)
         parameter.requires_grad_(group in config.stage.trainable and (group not in config.adapted or is_adapter(name)))
 
 
 def count_groups(parts: Sequence[VisionLanguageModel], encoder: torch.nn.Module) -> list[GroupCount]:
-    """Parameters by module group of the whole model, and whether they learn. All processes call it together."""
+    """Parameters of the whole model by module group, and how many of them learn. A collective call."""
     own: Counter = Counter()
     for part in parts:
         for name, parameter in part.named_parameters():
@@ -53,19 +55,19 @@ def count_groups(parts: Sequence[VisionLanguageModel], encoder: torch.nn.Module)
 
 
 def _shards(parameter: torch.nn.Parameter) -> int:
-    """Tensor-parallel ranks that hold a part of it each."""
+    """Number of tensor-parallel ranks that the parameter is split over."""
     split = getattr(parameter, "tensor_model_parallel", False)
     return parallel_state.get_tensor_model_parallel_world_size() if split else 1
 
 
 def wrap(model: VisionLanguageModel, config: Config) -> DistributedDataParallel:
-    """The model behind Megatron's gradient buffers, its gradients normalised by the global number of tokens."""
+    """The model in Megatron's DDP, with gradients normalised by the global number of tokens."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_grad_reduce=config.parallel.overlap,
         overlap_param_gather=config.parallel.overlap,
-        check_for_nan_in_grad=False,  # the optimizer looks at the norm
+        check_for_nan_in_grad=False,  # train_step checks the norm
         fp8_param_gather=config.precision.param_gather,
     )
     if config.precision.param_gather:
@@ -73,7 +75,7 @@ def wrap(model: VisionLanguageModel, config: Config) -> DistributedDataParallel:
 
         keep_in_fp8(model.decoder)
     wrapped = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=model)
-    if not config.precision.param_gather:  # FP8 tensors cannot be broadcast; replicas read or draw the same anyhow
+    if not config.precision.param_gather:  # FP8 tensors cannot be broadcast; replicas start with equal weights anyway
         wrapped.broadcast_params()
     return wrapped
 
@@ -81,7 +83,7 @@ def wrap(model: VisionLanguageModel, config: Config) -> DistributedDataParallel:
 def build_optimizer(
     chunks: Sequence[DistributedDataParallel], config: Config
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW over what learns, with linear warm-up and cosine decay (in steps)."""
+    """AdamW for the parameters that learn; linear warm-up and cosine decay, in steps."""
     optim, dtype = config.optim, DTYPES[config.precision.dtype]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -119,9 +121,9 @@ def build_optimizer(
 
 
 def take_up(schedule: OptimizerParamScheduler, kept: dict) -> tuple[float, float]:
-    """Go on with the schedule whose state is `kept`, over this run's number of steps.
+    """Continue the schedule whose state is `kept`, over this run's number of steps.
 
-    Returns the learning rate of the next step as `kept` had it, and as it is: a run that was made longer is on the
+    Returns the next step's learning rate under the old schedule and under the new one: an extended run follows the
     cosine of its new length from here on, as with Megatron's --override-opt_param-scheduler.
     """
     steps = schedule.lr_decay_steps
@@ -133,15 +135,15 @@ def take_up(schedule: OptimizerParamScheduler, kept: dict) -> tuple[float, float
 
 
 def prepare(optimizer: MegatronOptimizer) -> float:
-    """Make the gradients ready for `update`, which is free not to follow; returns their norm over all ranks."""
+    """Prepare the gradients for an `update`, which may be omitted; returns their norm over all ranks."""
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 
 
 def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
-    """Clip the prepared gradients, whose norm is `grad_norm`, and change the weights.
+    """Clip the prepared gradients, whose norm is `grad_norm`, and update the weights.
 
-    Megatron's own step() does this and `prepare` in one, with no place to refuse between them.
+    Megatron's step() does this and `prepare` in one call, which leaves no room to refuse the update.
     """
     parameters = optimizer.get_parameters()
     if optimizer.config.clip_grad > 0 and parameters:

@@ -1,6 +1,6 @@
-"""A step's phases: how long each takes, and what profilers call it.
+"""A step's phases: their times, and their names in profiles.
 
-Phases follow one another without a gap: data (waiting for the loader), vision, forward-backward, optimizer, log, save.
+Phases follow one another without gaps: data (waiting for the loader), vision, forward-backward, optimizer, log, save.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from nvlm.config.rules import PROFILED
 from nvlm.processes import device
 from nvlm.runs.sinks import spared
 
-_WAIT, _WARM = 2, 1  # steps: until caches have settled, until the profiler has
+_WAIT, _WARM = 2, 1  # steps to warm up the caches, then the profiler
 
 
 class Phases:
-    """Context manager around a training loop; called with the step and the phase that begins.
+    """Context manager around a training loop; call it with step and phase at the start of each phase.
 
-    `told`: hears of each phase, too. `profiler`: is taken along from step to step.
+    `on_phase`: called with the same arguments. `profiler`: advanced with each step.
     """
 
-    def __init__(self, told: Callable[[int, str], None], profiler: torch.profiler.profile | None = None) -> None:
-        self.told, self.profiler = told, profiler
+    def __init__(self, on_phase: Callable[[int, str], None], profiler: torch.profiler.profile | None = None) -> None:
+        self.on_phase, self.profiler = on_phase, profiler
         self.step: int | None = None
         self.begun: list[tuple[str, device.Moment]] = []
         self.range = contextlib.ExitStack()
@@ -41,7 +41,7 @@ class Phases:
             self.profiler.stop()
 
     def __call__(self, step: int, phase: str) -> None:
-        self.told(step, phase)
+        self.on_phase(step, phase)
         self.range.close()
         if self.profiler is not None and self.step not in (None, step):
             self.profiler.step()
@@ -50,7 +50,7 @@ class Phases:
         self.begun.append((phase, device.Moment()))
 
     def lap(self) -> dict[str, float]:
-        """Seconds by phase since the last lap; the phase that is on goes on."""
+        """Seconds by phase since the last lap; the current phase continues."""
         ends = [moment for _, moment in self.begun[1:]] + [device.Moment()]
         seconds: dict[str, float] = {}
         for (phase, moment), end in zip(self.begun, ends):
@@ -60,7 +60,7 @@ class Phases:
 
 
 def build_profiler(run_dir: Path) -> torch.profiler.profile:
-    """A profiler that writes one trace, profile/trace.json, of the steps behind the first few."""
+    """A profiler that writes one trace, profile/trace.json, of the steps after the warm-up."""
     path = run_dir / "profile" / "trace.json"
 
     def write(done: torch.profiler.profile) -> None:

@@ -27,7 +27,7 @@ from nvlm.vision.prepass import BalancedVision
 
 @dataclass(frozen=True, slots=True)
 class Trainer:
-    """What a step works on. `chunks`: this process's parts of the model, one for each virtual pipeline stage."""
+    """What a step works on. `chunks`: this rank's parts of the model, one per virtual pipeline stage."""
 
     chunks: tuple[DistributedDataParallel, ...]
     pipeline: Pipeline
@@ -39,7 +39,7 @@ class Trainer:
 
 
 def settle(trainer: Trainer) -> None:
-    """Have all weights on all processes: an overlapped gather brings each only when the next forward needs it."""
+    """Complete the weights on all ranks: an overlapped gather fetches each only when the next forward needs it."""
     for chunk in trainer.chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
@@ -47,7 +47,7 @@ def settle(trainer: Trainer) -> None:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Sums over all replicas of one step."""
+    """One step's results, summed over all replicas."""
 
     loss: float  # mean over trained tokens
     trained_tokens: int
@@ -55,14 +55,14 @@ class StepResult:
     key_positions: int  # cross-attended, padding included
     records: int
     skipped: int
-    fewer_tiles: int  # records whose images lost tiles, for want of room
+    fewer_tiles: int  # records whose images got fewer tiles so that they fit
     work: Work
     tiles_by_replica: tuple[int, ...]
     grad_norm: float
     lr: float
     updated: bool
-    guard: Guard  # behind this step
-    stop: bool  # a signal came to some rank: all of them end after this step
+    guard: Guard  # after this step
+    stop: bool  # some rank received a signal: all stop after this step
 
 
 def _forward(batches, model):
@@ -71,7 +71,7 @@ def _forward(batches, model):
 
 
 def sum_loss(batch: Batch, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of this process's losses and their number: Megatron divides by the number of all, once, at the end."""
+    """Sum and number of this rank's losses; Megatron divides by the global number once, at the end."""
     labels_BS = batch.labels[:, own_columns(batch.labels.shape[1])]
     total, count = loss_BS.sum(), (labels_BS != IGNORE).sum().int()
     return total, count, {"loss": total.detach()}
@@ -80,8 +80,10 @@ def sum_loss(batch: Batch, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, T
 def forward_backward(
     trainer: Trainer, micro_batches: Sequence[Batch], mark: Callable[[str], None] = lambda phase: None
 ) -> float:
-    """Gradients of the mean loss over all trained tokens, into the buffers; returns this process's part of the sum
-    of losses. The frozen encoder's tiles are done first, on all ranks."""
+    """Encode the step's tiles on all ranks, then accumulate the gradients of the mean loss over all trained tokens.
+
+    Returns this rank's part of the sum of losses.
+    """
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()  # fp32 parameters alias the buffers, yet both calls are needed
@@ -109,9 +111,9 @@ def train_step(
     stop: Sequence[int] = (),
     mark: Callable[[str], None] = lambda phase: None,
 ) -> StepResult:
-    """Run `data` through the model and update it, unless `guard` calls the step bad.
+    """Run `data` through the model and update it, unless `guard` finds the step bad.
 
-    `stop`: signals that came to this rank, looked at near the end of the step. `mark`: told of each phase.
+    `stop`: signals this rank has received, read near the end of the step. `mark`: called at the start of each phase.
     """
     part = forward_backward(trainer, data.micro_batches, mark)
     mark("optimizer")
@@ -148,7 +150,7 @@ _WORK = tuple(field.name for field in fields(Work))
 
 
 def _counts(data: StepData) -> list[int]:
-    """What a replica's step is made of, told by one of its processes."""
+    """Counts of a replica's step, from one of its ranks; zeros on its other ranks."""
     replica, replicas = groups.data_rank()
     batches = data.micro_batches
     counts = [

@@ -1,4 +1,4 @@
-"""Weights & Biases, where `logging=wandb` asks for it. What fails behind its start costs a line, not the run."""
+"""Weights & Biases, with `logging=wandb`. A failure after its start is reported in one line; training goes on."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from nvlm.runs.sinks import reason, say
 
 
 class Tracker:
-    """Rows of one run, in the first process. A resumed run goes on in the same place: its id is in the run folder.
+    """Logs the rows of one run, on the first rank. A resumed run continues under its id, which is in the run folder.
 
-    Raises ConfigError where no run can be opened.
+    Raises ConfigError if Weights & Biases cannot open a run.
     """
 
     def __init__(self, config: Config, run_dir: Path, resumed: bool) -> None:
@@ -34,12 +34,12 @@ class Tracker:
                 dir=str(run_dir),
                 config=dataclasses.asdict(config),
             )
-            # Not its own count of steps, which refuses those that a resumed run does again.
+            # wandb's own step counter would refuse the steps that a resumed run repeats.
             self.run.define_metric("*", step_metric="step")
-        except Exception as error:  # whatever it raises, from a missing login to a proxy's
+        except Exception as error:  # it may raise anything, from a missing login to a proxy's error
             fix = "wandb login, or logging.mode=offline, or logging=none"
             raise problem("logging=wandb", reason(error), "a run of Weights & Biases", fix) from None
-        self.told = False
+        self.reported = False
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add a row."""
@@ -53,9 +53,9 @@ class Tracker:
         try:
             act()
         except Exception as error:
-            if not self.told:
-                say(f"Weights & Biases fails ({reason(error)}): training goes on")
-            self.told = True
+            if not self.reported:
+                say(f"Weights & Biases failed ({reason(error)}): training goes on")
+            self.reported = True
 
 
 class Silent:

@@ -1,4 +1,4 @@
-"""An end for a run that waits for data when a signal comes: it cannot end behind a step that never begins."""
+"""Ends a run that receives a signal while it waits for data: it cannot stop after a step that never starts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ _POLL = 0.2  # seconds
 
 
 def impatient[Item](items: Iterable[Item], came: Sequence[int], seconds: float) -> Iterator[Item]:
-    """`items`, one by one. Where a signal is in `came` and the next item takes longer than `seconds` from then on, the
-    process ends with status `EXPLAINED`: a thread sees to it, since the main one may wait where nothing interrupts."""
+    """`items`, one by one. If a signal has arrived in `came` and the next item takes longer than `seconds` from then
+    on, the process exits with status `EXPLAINED`. A thread does this, because the main thread may be blocked where no
+    signal interrupts it."""
     waiting, done = threading.Event(), threading.Event()
     thread = threading.Thread(target=_watch, args=(waiting, done, came, seconds), name="impatient", daemon=True)
     thread.start()
@@ -41,5 +42,7 @@ def _watch(waiting: threading.Event, done: threading.Event, came: Sequence[int],
         while came and waiting.is_set() and not done.wait(_POLL):
             if time.monotonic() - begun > seconds:
                 name = signal.Signals(came[0]).name
-                report(f"stopped by {name}, waiting for data, which did not come within {seconds:g} s: nothing saved")
+                report(
+                    f"stopped by {name} while waiting for data, which did not arrive in {seconds:g} s: nothing saved"
+                )
                 os._exit(EXPLAINED)

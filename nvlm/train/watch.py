@@ -1,8 +1,8 @@
-"""The watchdog: a thread in each rank that tells how far its rank is, and names the one that hangs.
+"""The watchdog: a thread in each rank that reports its progress, so that a rank that hangs is found and named.
 
-Each rank writes a Beat to the run's TCPStore, through a client of the thread's own. Rank 0 reads them all and judges;
-the others look after rank 0. A beat is made from outside of the main thread, by its Python frames, so it also tells
-where a thread stands that will never return.
+Each rank writes a Beat to the run's TCPStore, through the thread's own client. Rank 0 reads them all and decides; the
+other ranks watch rank 0. The thread reads the main thread's Python frames, so a beat also shows where a main thread
+that never returns is stuck.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ from megatron.core import parallel_state
 from nvlm.processes import device
 from nvlm.processes.workers import EXPLAINED
 
-_PATIENCE = 4  # times the timeout: for the start and the first step, which build and compile
-_EARLY = 0.9  # of the timeout: the report comes within it
-# nvlm.processes.device stands in every call of torch on CPU.
+_PATIENCE = 4  # factor on the timeout for start-up and the first step, which build and compile
+_EARLY = 0.9  # share of the timeout after which to report, so that the report comes within it
+# On CPU, nvlm.processes.device intercepts every torch call and so is in every stack.
 _LIBRARIES = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], device.__file__, "<")
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What one rank tells of itself. Times in seconds."""
+    """One rank's heartbeat. Times in seconds."""
 
-    count: int  # of its beats: one that does not grow comes from a rank that is stopped or gone
-    place: str  # its coordinates
+    count: int  # number of this beat; it stops growing when the rank is stopped or gone
+    place: str  # coordinates in the parallel layout
     step: int
     phase: str
-    marks: int  # of its progress
-    idle: float  # since the last mark
-    limit: float  # of `idle`
+    marks: int  # calls of `mark` so far: the rank's progress
+    idle: float  # time since the last mark
+    limit: float  # the longest `idle` allowed
     waiting: bool  # the main thread is inside a collective
     where: str  # file:line of the main thread
-    stack: str  # of the main thread, once it is idle for long
-    over: bool = False  # rank 0 ends the run
+    stack: str  # of the main thread, once it has been idle for long
+    over: bool = False  # rank 0 is ending the run
 
 
 def diagnose(beats: Sequence[Beat], silent: Sequence[float]) -> str | None:
-    """Who holds the run up, or None as long as all is well. `silent`: seconds since each rank's last beat."""
+    """Which ranks hold up the run, or None if all is well. `silent`: seconds since each rank's last beat."""
     ages = [beat.idle + quiet for beat, quiet in zip(beats, silent)]
     if all(age <= beat.limit for beat, age in zip(beats, ages)):
         return None
-    # A rank's last beat may be from its start, which is given longer; that the others are further on ends this.
+    # A rank may have died during start-up, which has a longer limit; once others are past it, theirs applies.
     limit = min(beat.limit for beat in beats)
     mute = [rank for rank in range(len(beats)) if silent[rank] > limit / 2]
     if mute:
@@ -63,11 +63,11 @@ def diagnose(beats: Sequence[Beat], silent: Sequence[float]) -> str | None:
     alone = [rank for rank, beat in enumerate(beats) if not beat.waiting and ages[rank] > beat.limit / 2]
     if not alone:
         return _mismatch(beats, ages)
-    least = min(beats[rank].marks for rank in alone)  # one that is further on waits in a way that no frame shows
+    least = min(beats[rank].marks for rank in alone)  # those further on are waiting too, though no frame shows it
     behind = [rank for rank in alone if beats[rank].marks == least]
     others = "; the others wait for it" if len(behind) == 1 < len(beats) else ""
     return "\n".join(
-        f"{_who(rank, beats)} hangs in {_doing(beats[rank])} for {ages[rank]:.0f} s at {beats[rank].where}{others}\n"
+        f"{_who(rank, beats)} has hung in {_doing(beats[rank])} for {ages[rank]:.0f} s at {beats[rank].where}{others}\n"
         f"{beats[rank].stack}"
         for rank in behind
     )
@@ -83,21 +83,21 @@ def _doing(beat: Beat) -> str:
 
 def _mute(rank: int, beats: Sequence[Beat], silent: float) -> str:
     return (
-        f"{_who(rank, beats)} does not answer for {silent:.0f} s: its process or machine is stopped or gone; it was "
+        f"{_who(rank, beats)} has not answered for {silent:.0f} s: its process or machine is stopped or gone; it was "
         f"last seen in {_doing(beats[rank])} at {beats[rank].where}"
     )
 
 
 def _mismatch(beats: Sequence[Beat], ages: Sequence[float]) -> str:
-    """All wait, so they do not wait for the same: who waits where."""
-    lines = [f"all ranks wait in collectives for {max(ages):.0f} s, not all in the same"]
+    """All ranks wait, so they cannot be in the same collective: list where each waits."""
+    lines = [f"all ranks have waited in collectives for {max(ages):.0f} s, but not all in the same one"]
     for rank, beat in enumerate(beats):
         lines.append(f"{_who(rank, beats)} waits in {_doing(beat)} at {beat.where}\n{beat.stack}")
     return "\n".join(lines)
 
 
 def coordinates() -> str:
-    """This rank's place in the parallel layout."""
+    """This rank's coordinates in the parallel layout."""
     return (
         f"tensor {parallel_state.get_tensor_model_parallel_rank()}, "
         f"pipeline {parallel_state.get_pipeline_model_parallel_rank()}, "
@@ -107,7 +107,7 @@ def coordinates() -> str:
 
 
 def waits(frame: FrameType) -> bool:
-    """True where `frame`, the innermost of its thread, is inside a collective of torch or Megatron."""
+    """True if `frame`, the innermost of its thread, is inside a collective of torch or Megatron."""
     file = frame.f_code.co_filename
     if "/torch/distributed/" in file:
         return True
@@ -115,7 +115,7 @@ def waits(frame: FrameType) -> bool:
 
 
 def position(frame: FrameType) -> str:
-    """file:line of the innermost frame that belongs to no library."""
+    """file:line of the innermost frame outside the libraries."""
     own: FrameType | None = frame
     while own is not None and own.f_code.co_filename.startswith(_LIBRARIES):
         own = own.f_back
@@ -124,7 +124,7 @@ def position(frame: FrameType) -> str:
 
 
 class Watchdog:
-    """Context manager around a run's work. Ends the process when nothing moves for `timeout` seconds."""
+    """Context manager around a run. Ends the process if nothing progresses for `timeout` seconds."""
 
     def __init__(self, timeout: float, rank: int, world: int) -> None:
         self._limit, self._rank, self._world = _EARLY * timeout, rank, world
@@ -146,16 +146,16 @@ class Watchdog:
 
     def __exit__(self, *error) -> None:
         self._done.set()
-        for thread in self._threads:  # one that is inside the store when Python ends would abort the process
+        for thread in self._threads:  # a thread still inside the store when Python exits would abort the process
             thread.join(self._limit)
 
     def mark(self, step: int, phase: str) -> None:
-        """Tell of progress: `phase` of `step` begins."""
+        """Report progress: `phase` of `step` begins."""
         self._first = self._first or step
         self._last = (step, phase, self._last[2] + 1, time.monotonic())
 
     def _exchange(self) -> None:
-        with contextlib.suppress(dist.DistError):  # _await_store draws the conclusion
+        with contextlib.suppress(dist.DistError):  # _await_store then ends the process
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=self._limit))
             while not self._done.wait(self._interval):
@@ -163,12 +163,12 @@ class Watchdog:
                 self._answered = time.monotonic()
 
     def _await_store(self) -> None:
-        """The store lives in rank 0: stopped, that rank leaves a call of it without an answer for good."""
+        """End the process if the store stops answering. It lives in rank 0: if that is stopped, calls never return."""
         while not self._done.wait(self._interval):
             silent = time.monotonic() - self._answered
             if silent > self._limit:
                 self._end(
-                    f"rank 0 of {self._world} does not answer for {silent:.0f} s: its process or machine is stopped "
+                    f"rank 0 of {self._world} has not answered for {silent:.0f} s: its process or machine is stopped "
                     f"or gone"
                 )
 
@@ -180,7 +180,7 @@ class Watchdog:
         if text and not self._done.is_set():
             store.set("beat/0", json.dumps(asdict(own) | {"over": True}))
             print(text, file=sys.stderr, flush=True)
-            time.sleep(2 * self._interval)  # the others read it
+            time.sleep(2 * self._interval)  # so that the others read it
             os._exit(EXPLAINED)
 
     def _follow(self, store: dist.Store) -> None:
@@ -189,10 +189,10 @@ class Watchdog:
         if first and first.over:
             os._exit(EXPLAINED)
         if first and self._silent(0, first) > first.limit:
-            self._end(f"rank 0 of {self._world} ({first.place}) does not answer for {self._silent(0, first):.0f} s")
+            self._end(f"rank 0 of {self._world} ({first.place}) has not answered for {self._silent(0, first):.0f} s")
 
     def _end(self, text: str) -> None:
-        if self._rank == 1:  # one of them is enough
+        if self._rank == 1:  # one rank reporting is enough
             print(text, file=sys.stderr, flush=True)
         os._exit(EXPLAINED)
 
@@ -201,7 +201,7 @@ class Watchdog:
         return Beat(**json.loads(store.get(key))) if store.check([key]) else None
 
     def _silent(self, rank: int, beat: Beat) -> float:
-        """Seconds, by this rank's clock, since the beat of `rank` was last another one."""
+        """Seconds, by this rank's clock, since the beat of `rank` last changed."""
         count, since = self._seen[rank]
         if beat.count != count:
             since = time.monotonic()

@@ -255,9 +255,9 @@ def test_damage_is_refused_by_name_and_a_whole_one_offered(tmp_path):
     for name, message in first.items():
         assert name in message
         if name.startswith("frozen"):
-            assert "no older checkpoint is whole" in message
+            assert "no older checkpoint is intact" in message
         else:
-            assert "write step_00000001, which is whole, into" in message
+            assert "write step_00000001, which is intact, into" in message
 
 
 # --- what does not fit ---

@@ -37,7 +37,7 @@ def test_a_full_disk_costs_the_checkpoint_alone(tmp_path, small_disk, ways):
     done = train(tmp_path, "name=small", ways, check=False)
     assert done.returncode != 0
     assert len(losses(where.parent)) == 6
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("checkpoint step_00000006 is not saved: ")]
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("checkpoint step_00000006 was not saved: ")]
     assert "No space left on device" in line
     assert "MB free in" in line
     assert "error: last checkpoint of the run" in done.stderr
@@ -54,10 +54,10 @@ def test_a_save_that_failed_is_tried_again(tmp_path, small_disk):
     environment = os.environ | {"COLUMNS": "200"}
     words = command("name=small", "train.steps=60", "train.save_every=20")
     with subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        said = [line for line in process.stderr if "is not saved" in line and not (where / "filler").unlink(True)]
+        said = [line for line in process.stderr if "was not saved" in line and not (where / "filler").unlink(True)]
         assert process.wait(timeout=200) == 0
     assert len(said) == 1
-    assert said[0].startswith("checkpoint step_00000020 is not saved: ")
+    assert said[0].startswith("checkpoint step_00000020 was not saved: ")
     assert (where / "latest").read_text() in ("step_00000040\n", "step_00000060\n")
 
 
@@ -111,7 +111,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_way_out_works(whole, tmp_path):
     done = train(tmp_path, "name=whole", "resume=auto", *PRETRAIN, "train.steps=7", check=False)
     assert done.returncode == 2
     assert "__0_0.distcp is not what was written" in done.stderr
-    assert "write step_00000003, which is whole, into runs/whole/checkpoints/latest" in done.stderr.replace(
+    assert "write step_00000003, which is intact, into runs/whole/checkpoints/latest" in done.stderr.replace(
         f"{tmp_path}/", ""
     )
     (checkpoints / "latest").write_text("step_00000003\n")

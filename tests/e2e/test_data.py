@@ -93,7 +93,7 @@ def test_lost_tiles_are_counted_and_shown(where):
     status, output = run(where, *SMALL, NO_QUESTIONS, "arch=decoder", "data.seq_length=240", "tiling.max_tiles=3")
     assert status == 0, output
     assert [row["fewer_tiles"] for row in rows(where, "metrics.jsonl")] == [4, 4]
-    assert "8 with fewer tiles than tiling.max_tiles, for want of room" in output
+    assert "8 with fewer tiles than tiling.max_tiles allows, to fit" in output
     assert "fewer tiles" in (where / "output").read_text()
 
 
@@ -149,5 +149,5 @@ def test_a_signal_ends_a_run_that_waits_for_data(where, loaders):
     process.join(30)
     output = (where / "output").read_text()
     assert process.exitcode == 1, output
-    assert "stopped by SIGTERM, waiting for data, which did not come within 2 s: nothing saved" in output
+    assert "stopped by SIGTERM while waiting for data, which did not arrive in 2 s: nothing saved" in output
     wait_for(lambda: not alive(where), 5)

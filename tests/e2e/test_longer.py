@@ -29,7 +29,7 @@ def test_a_run_goes_on_to_a_later_end(tmp_path, configured):
     status, output = run(tmp_path, *longer)
     assert status == 0 and "going on from step 6 of 11: " in output, output
     said = f"{cosine(7, 11, **rate):.3g} instead of {cosine(7, 6, **rate):.3g} at step 7"
-    assert "made longer, from 6 to 11 steps: " in output and said in output
+    assert "extended from 6 to 11 steps: " in output and said in output
     long = losses(tmp_path)
     assert long[:6] == short and len(long) == 11
     expected = [cosine(step, 6 if step <= 6 else 11, **rate) for step in range(1, 12)]

@@ -1,1 +1,1 @@
-"""Checkpoints: writing them beside training, reading them into any layout."""
+"""Checkpoints: written while training continues, loaded into any parallel layout."""

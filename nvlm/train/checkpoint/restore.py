@@ -1,4 +1,4 @@
-"""A checkpoint back into a trainer of any layout, or a refusal that says what is wrong and what to use instead."""
+"""Loads a checkpoint into a trainer of any layout, or refuses it and says what is wrong and what to use instead."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from nvlm.train.optim import take_up
 from nvlm.train.step import Trainer
 from nvlm.weights.merge import is_adapter
 
-_ADAPTERS = "adapters of "  # a module group
+_ADAPTERS = "adapters of "  # followed by a module group
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a checkpoint says beside its tensors.
+    """What a checkpoint holds besides tensors.
 
     `ends`: the former values of train.steps of a run that was extended, oldest first. `rates`: the next step's
     learning rate on the former schedule and on this run's.
     """
 
-    step: int  # steps that are done
-    numbers: dict[str, float]  # of the guard
+    step: int  # steps completed
+    numbers: dict[str, float]  # the guard's state
     ends: tuple[int, ...]
     rates: tuple[float, float]
 
@@ -50,20 +50,20 @@ class Loaded:
 def load(trainer: Trainer, folder: Path) -> Loaded:
     """Restore `trainer` from `folder`.
 
-    All processes call it together. Raises ConfigError where a file is not what was written, of which nothing is
-    unpickled, or where the state does not fit this trainer.
+    A collective call. Raises ConfigError if a file is not as it was written (before anything is unpickled) or if the
+    state does not fit this trainer.
     """
     _verify(folder)
     model, frozen = model_state(trainer)
     if any(is_scale(name) for entries in model.values() for name in entries):
         kept = load_sharded_metadata(str(folder))
-        model = {  # a run that goes on in another precision begins with fresh scales
+        model = {  # a run resumed in another precision starts with fresh scales
             chunk: {name: entry for name, entry in entries.items() if not is_scale(name) or entry.unique_key in kept}
             for chunk, entries in model.items()
         }
     have = _shapes_in(folder)
     keys = weight_keys(have)
-    weights = {  # a run that no longer keeps them in FP8 finds their fp32 copies
+    weights = {  # weights that were kept only in FP8 are stored as their fp32 copies, under other keys
         chunk: {name: replace(entry, key=keys.get(entry.key, entry.key)) for name, entry in entries.items()}
         for chunk, entries in stored(model).items()
     }
@@ -76,11 +76,11 @@ def load(trainer: Trainer, folder: Path) -> Loaded:
         beside = folder.parent / FROZEN
         still = _read_all(beside, _shapes_in(beside), frozen)
         state = _read_all(folder, have, wanted)
-        state |= {name: state.get(name, {}) | still.get(name, {}) for name in model}  # an empty one is not read back
+        state |= {name: state.get(name, {}) | still.get(name, {}) for name in model}  # empty dicts are not read back
     for number, chunk in enumerate(trainer.chunks):
         with unpickling_scales():
             missing, unexpected = chunk.module.load_state_dict(state[f"model{number}"], strict=False)
-        known = model[f"model{number}"].keys() - weights[f"model{number}"].keys()  # made of what the optimizer keeps
+        known = model[f"model{number}"].keys() - weights[f"model{number}"].keys()  # made from the optimizer's copies
         assert not unexpected and all(is_scale(name) or name in known for name in missing), (missing, unexpected)
     run = state["run"]
     restore_optimizer(trainer, model, state, run["adam_step"])
@@ -92,18 +92,17 @@ def load(trainer: Trainer, folder: Path) -> Loaded:
 
 
 def load_weights(parts: Sequence[VisionLanguageModel], folder: Path, new: Sequence[str] = ()) -> list[str]:
-    """Fill `parts`, a model of any layout, from the weights of `folder`, and leave optimizer and schedule alone.
+    """Fill `parts`, a model of any layout, from the weights in `folder`, without optimizer and schedule.
 
-    All processes call it together. `new`: module groups that may be absent from the checkpoint as a whole; returns
-    those that are. So may a group's adapters, which add nothing before they have learned. Raises ConfigError as `load`
-    does.
+    A collective call. `new`: module groups that may be missing from the checkpoint as a whole; returns those that are.
+    A group's adapters may be missing too, since fresh ones add zero. Raises ConfigError as `load` does.
     """
     _verify(folder)
     state = {f"model{number}": part.sharded_state_dict(metadata=metadata()) for number, part in enumerate(parts)}
     places = [folder] if frozen_digest(folder) is None else [folder, folder.parent / FROZEN]
     have = {place: _weights_in(place) for place in places}
-    there = {_group(key) for keys in have.values() for key in keys}
-    absent = sorted({*new, *(_ADAPTERS + group for group in GROUPS)} - there)
+    present = {_group(key) for keys in have.values() for key in keys}
+    absent = sorted({*new, *(_ADAPTERS + group for group in GROUPS)} - present)
     wanted = {
         name: {key: entry for key, entry in part.items() if _group(key) not in absent} for name, part in state.items()
     }
@@ -134,21 +133,21 @@ def _verify(folder: Path) -> None:
     mark = folder.parent / "latest"
     for other in reversed(steps_of(folder.parent)):
         if other.name < folder.name and not checkpoint_faults(other, faults):
-            fix = f"write {other.name}, which is whole, into {mark} and go on from there with resume=auto"
+            fix = f"write {other.name}, which is intact, into {mark} and resume from it with resume=auto"
             break
     else:
-        fix = f"restore it from a copy (no older checkpoint is whole), or delete {mark} to begin anew"
+        fix = f"restore it from a copy (no older checkpoint is intact), or delete {mark} to start over"
     raise problem(f"checkpoint {folder}", "; ".join(wrong), "the files as they were written", fix)
 
 
 def _read_all(folder: Path, have: dict[str, tuple[int, ...]], wanted: dict) -> dict:
-    """What is wanted of `folder`, which is to be all that it is said to `have`."""
+    """Read `wanted` from `folder`; refused unless that is exactly what the folder is said to `have`."""
     _refuse(folder, _differences(_shapes(wanted), have))
     return _read(folder, wanted)
 
 
 def _read(folder: Path, wanted: dict) -> dict:
-    # A weight may be held by several pipeline stages, which the check of Megatron would not allow.
+    # Several pipeline stages may hold the same weight, which Megatron's check would not allow.
     return dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
 
 
@@ -157,7 +156,7 @@ def _key(entry) -> str | None:
 
 
 def _shapes(wanted: dict) -> dict[str, tuple[int, ...]]:
-    """Whole shapes of all tensors that all processes want, by key."""
+    """Global shapes of all tensors that any rank wants, by key."""
     entries = [entry for entry in nested_values(load_preprocess(wanted)[0]) if isinstance(entry, ShardedTensor)]
     parts = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, {entry.key: tuple(entry.global_shape) for entry in entries})
@@ -170,7 +169,7 @@ def _shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _weights_in(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The model's tensors in `folder`: by name the key that each stands under, and its shape."""
+    """The model's tensors in `folder`: by name, the key it is stored under and its shape."""
     shapes = _shapes_in(folder)
     return {name: (key, shapes[key]) for name, key in weight_keys(shapes).items()}
 
@@ -183,7 +182,7 @@ def _differences(want: dict[str, tuple[int, ...]], have: dict[str, tuple[int, ..
 
 
 def _refuse(folder: Path, wrong: list[str]) -> None:
-    """Raise ConfigError where something is `wrong` with the tensors of `folder`."""
+    """Raise ConfigError if anything is `wrong` with the tensors of `folder`."""
     if wrong:
         named = "; ".join(sorted(wrong)[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         fix = f"the model, stage and precision of {folder.parent.parent / 'config.yaml'}, or name=OTHER for a new run"

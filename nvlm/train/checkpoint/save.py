@@ -1,9 +1,9 @@
-"""Checkpoints by Megatron's dist_checkpointing: written beside the training, whole or not at all.
+"""Checkpoints with Megatron's dist_checkpointing: written while training continues, complete or not at all.
 
 A run folder holds `checkpoints/step_00000200/` with what changes, `checkpoints/frozen/` with the weights that do not,
-and `checkpoints/latest`, one line with the name of a step. The frozen encoder is in none of them: it is read again
-from where it came from. A save goes three ways: `save` takes the snapshot (a forked process, whose memory no later
-step changes), the fork writes the files, and `poll` gives them their name once all ranks have written theirs.
+and `checkpoints/latest`, one line with a step's name. The frozen encoder is in neither: it is read again from its
+source. A save has three phases: `save` takes the snapshot (a forked process, whose memory later steps do not change),
+the fork writes the files, and `poll` publishes them under their final name once all ranks have written theirs.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from nvlm.train.step import Trainer, settle
 
 
 class Checkpoints:
-    """Saves of one run: a context manager around its loop, whose methods all processes call together."""
+    """Saves the checkpoints of one run: a context manager around its loop. All methods are collective calls."""
 
     def __init__(self, config: TrainConfig, run_dir: Path, ends: Sequence[int] = ()) -> None:
-        """`ends`: where the run was to end before it was made longer."""
+        """`ends`: former values of train.steps of a run that was extended."""
         self.config, self.root = config, run_dir / "checkpoints"
         self.queue, self.failure, self.ends = AsyncCallsQueue(), None, tuple(ends)
         self.step_writer = Writer()
@@ -49,14 +49,14 @@ class Checkpoints:
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
             self.close()
-        elif issubclass(kind, ConfigError | BrokenRun):  # raised by all processes, so that they can finish together
+        elif issubclass(kind, ConfigError | BrokenRun):  # all ranks raise these, so they can finish together
             self.poll(wait=True)
         else:
             for call in self.queue.async_calls:
                 call.async_caller.close(abort=True)
 
     def save(self, trainer: Trainer, step: int, extra: dict[str, float] | None = None) -> None:
-        """Begin to write the state behind `step` steps, with `extra` numbers of the loop's own."""
+        """Begin to write the state after `step` steps, with `extra` numbers from the loop."""
         self.poll(wait=True)
         self.failure = None
         settle(trainer)
@@ -81,16 +81,16 @@ class Checkpoints:
         self._write(f"step_{step:08d}", state, self.step_writer, wait=not self.config.async_save)
 
     def poll(self, wait: bool = False) -> None:
-        """Give a written checkpoint its name; with `wait`, not before it is written."""
+        """Publish the pending checkpoint if all ranks have written it; with `wait`, wait until they have."""
         self.queue.maybe_finalize_async_calls(blocking=wait)
 
     def close(self) -> None:
-        """Finish the last save. Raises ConfigError where it failed."""
+        """Finish the last save. Raises ConfigError if it failed."""
         self.poll(wait=True)
         if self.failure is not None:
-            older = "the older one is whole" if (self.root / "latest").is_file() else "there is no older one"
-            fix = "make room, then resume=auto"
-            raise problem("last checkpoint of the run", self.failure, f"it to be written ({older})", fix)
+            older = "the previous one is intact" if (self.root / "latest").is_file() else "there is no older one"
+            fix = "free space, then resume=auto"
+            raise problem("last checkpoint of the run", self.failure, f"a complete save ({older})", fix)
 
     def _write(self, name: str, state: dict, writer: Writer, wait: bool) -> None:
         folder = self.root / f".{name}.partial"
@@ -123,7 +123,7 @@ class Checkpoints:
                 _remove(old)
 
     def _on_first_rank(self, name: str, action, refused: list[str] = ()) -> str | None:
-        """Let the first process act, unless `refused`; all learn what went wrong, if anything, and it says so."""
+        """Run `action` on the first rank, unless `refused`, and report a failure there; all ranks return the reason."""
         failure = [refused[0] if refused else None]
         if groups.is_first_rank():
             folder = self.root / f".{name}.partial"
@@ -136,16 +136,16 @@ class Checkpoints:
                 free = shutil.disk_usage(self.root if self.root.exists() else self.root.parent).free
                 failure = [f"{failure[0]}; {free / 1e6:.1f} MB free in {self.root}"]
                 shutil.rmtree(folder, ignore_errors=True)
-                print(f"checkpoint {name} is not saved: {failure[0]}", file=sys.stderr, flush=True)
+                print(f"checkpoint {name} was not saved: {failure[0]}", file=sys.stderr, flush=True)
         dist.broadcast_object_list(failure, src=0)
         self.failure = failure[0] or self.failure
         return failure[0]
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint: out of sight at once, from the disk beside the training."""
+    """Delete a checkpoint: renamed at once, removed by a thread while training continues."""
     aside = folder.with_name(f".{folder.name}.partial")
-    with contextlib.suppress(OSError):  # one checkpoint too many is no failed save
+    with contextlib.suppress(OSError):  # a leftover checkpoint is no failed save
         folder.rename(aside)
         threading.Thread(target=shutil.rmtree, args=(aside, True)).start()
 

@@ -1,9 +1,9 @@
-"""A trainer's state as sharded tensors that are the same under every layout.
+"""A trainer's state as sharded tensors that do not depend on the layout.
 
-Weights go by the model's names, Adam's state by `optimizer.state.{param,exp_avg,exp_avg_sq}.<name>`; `param` is the
-fp32 copy of a weight of lower precision. Left to itself each of Megatron's optimizers stores parameter groups and
-steps in a form of its own, which another one cannot read: here the groups stay as the configuration built them, and
-Adam's step is one number.
+Weights are stored under the model's names, Adam's state under `optimizer.state.{param,exp_avg,exp_avg_sq}.<name>`;
+`param` is the fp32 copy of a weight of lower precision. Each of Megatron's optimizers would store parameter groups
+and steps in its own format, which the others cannot read. So parameter groups are not stored (the configuration
+defines them), and Adam's step is one number.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _ADAM = ("exp_avg", "exp_avg_sq")
 
 
 def model_state(trainer: Trainer) -> tuple[dict, dict]:
-    """What changes in the model, and its frozen weights, each as `model0`, `model1`, ... by chunk."""
+    """The model's state that changes, and its frozen weights, each by chunk: `model0`, `model1`, ..."""
     parts: tuple[dict, dict] = ({}, {})
     for number, chunk in enumerate(trainer.chunks):
         entries = chunk.module.sharded_state_dict(metadata=metadata())
         delayed = chunk.config.fp8 and chunk.config.fp8_recipe == "delayed"
-        entries = {  # Transformer Engine's modules bring an empty state where there are no scales to remember
+        entries = {  # Transformer Engine's modules have an empty entry when there is no scaling history to store
             name: entry
             for name, entry in entries.items()
             if not is_scale(name) or (delayed and isinstance(entry, ShardedObject))
@@ -44,7 +44,7 @@ def model_state(trainer: Trainer) -> tuple[dict, dict]:
 
 
 def stored(model: dict) -> dict:
-    """`model` without weights that are kept in FP8: what they are made of, fp32, stands in Adam's state."""
+    """`model` without weights that are kept in FP8: their fp32 master weights are in Adam's state."""
     return {
         chunk: {name: entry for name, entry in entries.items() if not is_float8tensor(getattr(entry, "data", None))}
         for chunk, entries in model.items()
@@ -52,7 +52,7 @@ def stored(model: dict) -> dict:
 
 
 def optimizer_state(trainer: Trainer, model: dict) -> dict:
-    """Places of Adam's state for the weights of `model` that learn."""
+    """Sharded tensors over Adam's state of the weights in `model` that learn."""
     return {
         f"optimizer{number}": _distributed(part, model) if _is_distributed(part) else _plain(part, model)
         for number, part in enumerate(_parts(trainer.optimizer))
@@ -60,10 +60,10 @@ def optimizer_state(trainer: Trainer, model: dict) -> dict:
 
 
 def restore_optimizer(trainer: Trainer, model: dict, loaded: dict, step: int) -> None:
-    """Adam's state as loaded, behind `step` updates. The model's weights are restored already."""
+    """Set Adam's state to `loaded`, after `step` updates. The model's weights must be restored already."""
     for number, part in enumerate(_parts(trainer.optimizer)):
-        state = loaded.get(f"optimizer{number}", {})  # an empty one is not read back
-        if not _is_distributed(part):  # whose places were views, filled by the load itself
+        state = loaded.get(f"optimizer{number}", {})  # empty dicts are not read back
+        if not _is_distributed(part):  # the load itself fills a distributed one, through views
             _restore_plain(part, model, state)
         elif part.ddp_config.fp8_param_gather:
             part._copy_main_params_to_model_params()
@@ -74,19 +74,19 @@ def restore_optimizer(trainer: Trainer, model: dict, loaded: dict, step: int) ->
 
 
 def adam_step(trainer: Trainer) -> int:
-    """Updates that Adam has made on this process; 0 where nothing learns."""
+    """Number of updates Adam has made on this rank; 0 if nothing learns here."""
     return max((_step(part) for part in _parts(trainer.optimizer)), default=0)
 
 
 def is_scale(name: str) -> bool:
-    """Whether an entry of a module's state is the memory of its FP8 scales."""
+    """Whether an entry of a module's state is its FP8 scaling history."""
     return name.endswith("._extra_state")
 
 
 @contextmanager
 def unpickling_scales() -> Iterator[None]:
-    """A block in which Transformer Engine takes back the scales of delayed FP8, which it stores as a pickle. New ones
-    refuse that unless told to trust it: call it for a checkpoint whose files are known to be as they were written."""
+    """A block in which Transformer Engine unpickles the scaling history of delayed FP8, which newer versions refuse
+    without an opt-in. Use it only for a checkpoint whose digests have been verified."""
     before = os.environ.get(_UNPICKLE)
     os.environ[_UNPICKLE] = "1"
     try:
@@ -100,8 +100,7 @@ _UNPICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def metadata() -> dict:
-    """What Megatron's sharded_state_dict asks for."""
-    # Megatron caches a group in it, so each call gets a fresh one.
+    """The metadata that Megatron's sharded_state_dict needs: a fresh dict, because Megatron caches a group in it."""
     return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
@@ -110,7 +109,7 @@ def _is_frozen(entry) -> bool:
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers in it that have something to do: a pipeline stage may hold nothing that learns."""
+    """The chained optimizers that have parameters: a pipeline stage may hold nothing that learns."""
     return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if part.optimizer is not None]
 
 
@@ -123,9 +122,9 @@ def _weights(model: dict) -> Iterator[ShardedTensor | ShardedTensorFactory]:
 
 
 def _distributed(part: DistributedOptimizer, model: dict) -> dict:
-    """The ranges of weights that this rank keeps the state of, as rectangles of the whole: nothing is gathered.
+    """This rank's ranges of Adam's state, as rectangles of the whole tensors, without gathering anything.
 
-    Megatron's own format for any layout gathers all ranks' state on each of them while the training stands still.
+    Megatron's own layout-independent format gathers every rank's state on each rank while training waits.
     """
     _fill_adam(part)
     state = {}
@@ -141,7 +140,7 @@ def _distributed(part: DistributedOptimizer, model: dict) -> dict:
 def _rectangles(
     entry: ShardedTensor | ShardedTensorFactory, kind: str, flat: torch.Tensor, start: int
 ) -> Iterator[ShardedTensor]:
-    """`flat`, what this rank keeps of a weight from element `start` on, as parts of the whole weight's rows."""
+    """`flat`, this rank's range of a weight from element `start` on, as rectangles of the whole weight."""
     piece_start = 0
     for piece in [entry] if isinstance(entry, ShardedTensor) else entry.build():
         size, width = math.prod(piece.local_shape), math.prod(piece.local_shape[1:])
@@ -156,14 +155,14 @@ def _rectangles(
                 local_shape=shape,
                 global_shape=piece.global_shape,
                 global_offset=tuple(map(sum, zip(piece.global_offset, (row, column)))),
-                axis_fragmentations=None,  # no regular grid
+                axis_fragmentations=None,  # not a regular grid
                 replica_id=(*piece.replica_id[:2], 0),  # replicas keep different ranges
             )
         piece_start += size
 
 
 def _runs(first: int, last: int, width: int) -> Iterator[tuple[int, int, int, int]]:
-    """Elements `first` to `last` of rows of `width`, as (row, column, rows, columns): a part, whole rows, a part."""
+    """Elements `first` to `last` of rows of `width` as (row, column, rows, columns): a partial row at either end."""
     while first < last:
         row, column = divmod(first, width)
         whole = (last - first) // width if column == 0 else 0
@@ -191,7 +190,7 @@ def _restore_plain(part: MegatronOptimizer, model: dict, state: dict) -> None:
 
 
 def _adam(part: MegatronOptimizer, model: dict) -> Iterator[tuple[ShardedTensor | ShardedTensorFactory, dict]]:
-    """Each weight that `part` moves, with its tensors there."""
+    """Each weight that `part` updates, with its optimizer tensors."""
     for entry in _weights(model):
         main = getattr(entry.data, "main_param", entry.data)
         if main in part.optimizer.state:
@@ -200,14 +199,14 @@ def _adam(part: MegatronOptimizer, model: dict) -> Iterator[tuple[ShardedTensor 
 
 
 def _fill_adam(part: MegatronOptimizer) -> None:
-    # Adam makes its state at its first update; a checkpoint needs the places before it.
+    # Adam allocates its state at its first update, but a checkpoint may need it earlier.
     step = _step(part)
     part.init_state_fn(part.optimizer, part.config)
     _set_step(part, step)
 
 
 def _step(part: MegatronOptimizer) -> int:
-    # torch's Adam counts by parameter, Transformer Engine's by group.
+    # torch's Adam counts per parameter, Transformer Engine's per group.
     counts = [*part.optimizer.state.values(), *part.optimizer.param_groups]
     return max(int(count.get("step") or 0) for count in counts)
 
@@ -215,7 +214,7 @@ def _step(part: MegatronOptimizer) -> int:
 def _set_step(part: MegatronOptimizer, step: int) -> None:
     if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
         for adam in part.optimizer.state.values():
-            adam["step"] = torch.tensor(float(step))  # its own: torch advances it once a parameter
+            adam["step"] = torch.tensor(float(step))  # not shared: torch increments it in place for each parameter
     else:
         for group in part.optimizer.param_groups:
             group["step"] = step

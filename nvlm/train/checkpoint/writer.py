@@ -1,7 +1,7 @@
-"""How the files of a checkpoint are written: Megatron's strategy, with an end of its own.
+"""Writes a checkpoint's files with Megatron's strategy, but finishes the save itself.
 
-Megatron's own end lets the other ranks wait for ever where rank 0 cannot write the metadata, drops the reason of a
-failed write, and starts a server process to carry results, which outlives a killed run.
+Megatron's own finish leaves the other ranks waiting forever if rank 0 cannot write the metadata, drops the reason of a
+failed write, and passes results through a server process that outlives a killed run.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from nvlm.runs.digests import Digest, digest
 
 
 class Writer:
-    """Writes states of one structure, one at a time: the plan of the first serves the others."""
+    """Writes states of the same structure, one at a time, reusing the plan of the first."""
 
     def __init__(self) -> None:
         self._plain = self._strategy = _Strategy(cached_metadata=True)
-        if dist.get_world_size() > 1:  # what several ranks hold is spread over them, each tensor written once
+        if dist.get_world_size() > 1:  # tensors that several ranks hold are divided among them, each written once
             self._strategy = FullyParallelSaveStrategyWrapper(self._plain, dist.group.WORLD, True)
         filesystem_async._results_queue = ()  # anything but None: no server process
 
     def request(self, state: dict, folder: Path, finish: Callable[[], None]) -> AsyncRequest:
-        """The request to write `state` into `folder` and to call `finish` once all ranks have; all ranks make it."""
+        """A request to write `state` into `folder` and call `finish` once all ranks have. A collective call."""
         apply_factories(state)
         dict_list_map_inplace(_without_copy, state)
         request = dist_checkpointing.save(
@@ -50,7 +50,7 @@ class Writer:
         return request._replace(finalize_fns=[finish])
 
     def written(self) -> tuple[list, dict[str, Digest]] | str:
-        """What this rank's files hold and their digests, or why it could not write them."""
+        """This rank's write results and its files' digests, or the reason why it could not write them."""
         with self._plain.report as report:
             report.seek(0)
             try:
@@ -59,13 +59,13 @@ class Writer:
                 return "the writing process ended early"
 
     def write_metadata(self, folder: Path, written: list[list]) -> None:
-        """What a reader needs beside the data, from what each rank wrote; on rank 0. Raises OSError."""
+        """Write the metadata for readers, from each rank's write results; on rank 0. Raises OSError."""
         self._plain.storage.finish(self._plain.metadata, written)
         save_config(CheckpointingConfig(self._plain.backend, self._plain.version), str(folder))
 
 
 class _Strategy(TorchDistSaveShardedStrategy):
-    """Megatron's up to the plan."""
+    """Megatron's strategy as far as the plan."""
 
     def _get_save_and_finalize_callbacks(self, storage, planned, async_strategy) -> AsyncRequest:
         self.storage, self.metadata, _ = planned
@@ -77,7 +77,7 @@ class _Strategy(TorchDistSaveShardedStrategy):
 
 
 def _write_files(report, transforms: list, rank: int, buckets: list, _) -> None:
-    """Write this rank's files and `report` what they hold: in a forked process, unless the loop waits."""
+    """Write this rank's files and their results to `report`; in a forked process, unless the loop waits."""
     try:
         written, digests = [], {}
         for number, bucket in enumerate(buckets):
@@ -89,13 +89,13 @@ def _write_files(report, transforms: list, rank: int, buckets: list, _) -> None:
             written += outcome
             digests[bucket[1]] = digest(Path(bucket[0]))
         pickle.dump((written, digests), report)
-    except Exception as error:  # whatever it is, the other ranks wait to hear of it
+    except Exception as error:  # any error at all: the other ranks wait for the report
         pickle.dump(_reason(error), report)
     report.flush()
 
 
 def _reason(error: BaseException) -> str:
-    """The system's own words; torch puts an error about positions in a file in front of them."""
+    """The operating system's message, if any; torch wraps it in an error about file positions."""
     chain = [error]
     while chain[-1].__context__ is not None:
         chain.append(chain[-1].__context__)
@@ -103,7 +103,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _without_copy(entry):
-    """A CPU view as a tensor of its own over the same memory: Megatron copies views while the loop stands still."""
+    """Replace a CPU view by a tensor with its own storage over the same memory; Megatron would copy a view."""
     if isinstance(entry, ShardedTensor) and entry.data.device.type == "cpu" and entry.data.is_contiguous():
         data = entry.data.detach()
         if data.untyped_storage().nbytes() != data.nbytes:

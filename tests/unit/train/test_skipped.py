@@ -69,6 +69,5 @@ def test_the_end_tells_counts_and_first_reasons(tmp_path):
 def test_the_closing_line_tells_what_was_lost():
     assert str(tally((8, 0))) == "records: 8 drawn, 0 skipped"
     assert str(tally((8, 3), fewer=2)) == (
-        "records: 8 drawn, 3 skipped, named in skipped.jsonl; "
-        "2 with fewer tiles than tiling.max_tiles, for want of room"
+        "records: 8 drawn, 3 skipped, named in skipped.jsonl; 2 with fewer tiles than tiling.max_tiles allows, to fit"
     )

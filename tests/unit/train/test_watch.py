@@ -27,8 +27,8 @@ def test_all_is_well_while_all_move():
 def test_the_one_that_does_not_wait_is_it():
     text = diagnose(pipeline(WAITS, HANGS, WAITS, WAITS), [0, 0, 0, 0])
     assert text == (
-        "rank 1 of 4 (tensor 0, pipeline 1, context 0, data 0) hangs in phase forward-backward of step 5 for 31 s at "
-        "loader.py:53; the others wait for it\nin read\n"
+        "rank 1 of 4 (tensor 0, pipeline 1, context 0, data 0) has hung in phase forward-backward of step 5 for 31 s "
+        "at loader.py:53; the others wait for it\nin read\n"
     )
 
 
@@ -46,19 +46,19 @@ def test_whoever_is_further_on_is_not_blamed():
 
 def test_one_without_beats_is_named_first():
     text = diagnose(pipeline(WAITS, WAITS, WELL), [0, 0, 30])
-    assert text.startswith("rank 2 of 3 (tensor 0, pipeline 2, context 0, data 0) does not answer for 30 s")
+    assert text.startswith("rank 2 of 3 (tensor 0, pipeline 2, context 0, data 0) has not answered for 30 s")
     assert "rank 1" not in text
 
 
 def test_one_that_was_last_seen_at_its_start_is_not_given_the_time_of_a_start():
     started = replace(WAITS, step=0, phase="start", marks=0, limit=4 * LIMIT)
     text = diagnose(pipeline(WAITS, started), [0, 31])
-    assert text.startswith("rank 1 of 2 (tensor 0, pipeline 1, context 0, data 0) does not answer for 31 s")
+    assert text.startswith("rank 1 of 2 (tensor 0, pipeline 1, context 0, data 0) has not answered for 31 s")
 
 
 def test_if_all_wait_all_are_listed():
     text = diagnose(pipeline(WAITS, replace(WAITS, step=6, where="heldout.py:80")), [0, 0])
-    assert text.startswith("all ranks wait in collectives for 31 s, not all in the same")
+    assert text.startswith("all ranks have waited in collectives for 31 s, but not all in the same one")
     assert "rank 0 of 2 (tensor 0, pipeline 0, context 0, data 0) waits in phase forward-backward of step 5" in text
     assert "step 6 at heldout.py:80" in text
 
