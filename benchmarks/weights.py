@@ -87,7 +87,7 @@ def write_run(run: Path, layers: int) -> None:
     from nvlm.weights.published import VISION
 
     config = compose(layers)
-    begin_folder(config, run, anew=True)
+    begin_folder(config, run, fresh=True)
     rows: dict[str, int] = {}
     columns = {}
     for part in whole_model(config, 0):

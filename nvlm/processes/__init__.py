@@ -1,1 +1,1 @@
-"""Worker processes, launchers, signals, process groups, and the CPU as a device."""
+"""Worker processes, launchers, signals, process groups, and the device, CPU or CUDA."""

@@ -1,8 +1,8 @@
-"""The one place that knows CPU from CUDA.
+"""The only module that distinguishes CPU from CUDA.
 
 Megatron-Core is written for CUDA: it asks torch.cuda for the current device, allocates on "cuda", and tells
-optimizer parameters apart by the type name "torch.cuda.FloatTensor". Where there is no GPU, `prepare()` lets the
-CPU answer those questions, so that the very same Megatron classes run on gloo. With a GPU it changes nothing.
+optimizer parameters apart by type names such as "torch.cuda.FloatTensor". Without a GPU, `prepare()` makes the CPU
+answer in its place, so that the same Megatron classes run on gloo. With a GPU it patches nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CUDA_TYPES = {torch.float32: "FloatTensor", torch.bfloat16: "BFloat16Tensor", t
 
 
 def has_cuda() -> bool:
-    """True when a CUDA device is usable."""
+    """True if a CUDA device is usable."""
     return torch.cuda.is_available()
 
 
@@ -30,17 +30,17 @@ def backend() -> str:
 
 
 def device() -> torch.device:
-    """The device that this process computes on."""
+    """This process's device."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
 
 def gpu_name() -> str | None:
-    """What the driver calls this process's GPU; None on CPU."""
+    """The driver's name for this process's GPU; None on CPU."""
     return torch.cuda.get_device_name() if has_cuda() else None
 
 
 class Moment:
-    """A point in this process's work: on a GPU where its queue comes to it, not where it was put in."""
+    """A point in time for measuring; on a GPU, when the queue reaches it, not when it was enqueued."""
 
     def __init__(self) -> None:
         if has_cuda():
@@ -50,7 +50,7 @@ class Moment:
             self._time = time.perf_counter()
 
     def since(self, earlier: Moment) -> float:
-        """Seconds. Waits until this moment has come."""
+        """Seconds since `earlier`. Waits until this moment has passed."""
         if not has_cuda():
             return self._time - earlier._time
         self._event.synchronize()
@@ -59,7 +59,7 @@ class Moment:
 
 @contextlib.contextmanager
 def named_range(name: str) -> Iterator[None]:
-    """A block that torch's profiler, and with a GPU Nsight, show under `name`."""
+    """A block that torch's profiler and, with a GPU, Nsight show as `name`."""
     with torch.profiler.record_function(name), torch.cuda.nvtx.range(name) if has_cuda() else contextlib.nullcontext():
         yield
 
@@ -80,7 +80,7 @@ def prepare(local_rank: int = 0, threads: int | None = None) -> torch.device:
 
 
 class _CpuAnswersForCuda(TorchFunctionMode):
-    """Turns "cuda" into "cpu" in torch calls, and reports CPU tensors by the type names Megatron compares with."""
+    """Turns "cuda" into "cpu" in torch calls, and reports CPU tensors under the type names that Megatron expects."""
 
     active = False
 
@@ -100,15 +100,15 @@ class _CpuAnswersForCuda(TorchFunctionMode):
 
 
 def untranslated() -> contextlib.AbstractContextManager:
-    """A block whose torch calls name no device, as a forward's: they are not looked at, which on CPU takes a third of
-    the time of a small model's step."""
+    """A block whose torch calls name no device, such as a forward pass: they bypass the CPU's redirection, which would
+    take a third of a small model's step."""
     return torch._C.DisableTorchFunction()
 
 
 def graphed(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`function` of one tensor, without gradients, as a CUDA graph: for calls that all have the first one's shape.
+    """`function`, of one tensor and without gradients, as a CUDA graph. All calls must have the first call's shape.
 
-    It is captured at the first call and then costs one launch. Without a GPU it is `function` itself.
+    The first call captures it; later calls cost one launch. Without a GPU, returns `function` itself.
     """
     if not has_cuda():
         return function
@@ -120,7 +120,7 @@ def graphed(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
-                for _ in range(3):  # libraries choose their kernels at the first calls
+                for _ in range(3):  # libraries choose their kernels in the first calls
                     function(static)
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
@@ -136,7 +136,7 @@ def graphed(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch
 
 
 class _Nothing:
-    """Stands in for CUDA streams and events: accepts every call, orders nothing, since CPU work is synchronous."""
+    """Stands in for CUDA streams and events: accepts every call and does nothing, since CPU work is synchronous."""
 
     def __init__(self, *args, **kwargs) -> None:
         pass
@@ -146,7 +146,7 @@ class _Nothing:
 
 
 def _install() -> None:
-    # Imported only now: has_cuda() must be answerable without Megatron's five seconds of imports.
+    # Imported only here, so that has_cuda() does not cost Megatron's five seconds of imports.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron's jitted fusions would compile for minutes on CPU.
     import megatron.core.tensor_parallel.random as megatron_random
 
@@ -155,7 +155,7 @@ def _install() -> None:
     def nothing(*args, **kwargs):
         return None
 
-    # A device, not an int: it is right in `device=torch.cuda.current_device()` and in `.to(...)` alike.
+    # A device, not an int, so that it works as `device=torch.cuda.current_device()` and in `.to(...)`.
     cuda.current_device = lambda: cpu
     cuda.get_rng_state = lambda *args: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
@@ -169,7 +169,7 @@ def _install() -> None:
     torch.nn.Module.cuda = lambda module, *args: module
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # Megatron warns when the CPU generator moves inside a "GPU" generator's context: here they are one and the same.
+    # Megatron warns when the CPU generator changes inside a "GPU" generator's context, but here they are the same.
     logging.getLogger(megatron_random.__name__).addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
     _use_torch_optimizers()
     _CpuAnswersForCuda().__enter__()
@@ -177,8 +177,8 @@ def _install() -> None:
 
 
 def _use_torch_optimizers() -> None:
-    """Let Megatron's optimizers compute with torch, as they do where neither Transformer Engine nor Apex is installed:
-    those two bring CUDA kernels, and whether there is a GPU Megatron does not ask."""
+    """Make Megatron's optimizers compute with torch, as without Transformer Engine and Apex. Megatron uses the CUDA
+    kernels of these two whenever they are installed, without checking for a GPU."""
     from megatron.core import optimizer, utils
     from megatron.core.optimizer import clip_grads, distrib_optimizer
     from megatron.core.optimizer import optimizer as mixed_precision

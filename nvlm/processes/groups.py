@@ -1,4 +1,4 @@
-"""Process groups and seeds: from the launcher's environment to Megatron's groups and back to nothing."""
+"""Process groups and seeds: rendezvous, Megatron's groups, their teardown, and reductions over ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nvlm.config.values import ConfigError, problem
 from nvlm.processes import device
 from nvlm.processes.workers import LISTENER
 
-_LONG = 20.0  # seconds until a rendezvous says that it waits
+_LONG = 20.0  # seconds before a rendezvous reports that it is waiting
 _POLL = 0.5
 
 
@@ -28,13 +28,13 @@ _POLL = 0.5
 def distributed(parallel: ParallelConfig, seed: int, threads: int | None = None):
     """Process groups for `parallel` over the launcher's RANK and WORLD_SIZE (one process without them).
 
-    Yields the device. Everything is torn down on exit, also when the body raises.
+    Yields the device. Everything is torn down on exit, even if the body raises.
     """
     here = device.prepare(int(os.environ.get("LOCAL_RANK", 0)), threads)
     alone = {} if "MASTER_PORT" in os.environ else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ.update(alone)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    # The watchdog, which knows more, is to speak first.
+    # Longer than the watchdog's, which explains a hang better.
     timeout = 4 * parallel.timeout_minutes
     dist.init_process_group(
         device.backend(),
@@ -58,41 +58,41 @@ def distributed(parallel: ParallelConfig, seed: int, threads: int | None = None)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-        for name in alone:  # what this process starts later must not take them for its own
+        for name in alone:  # processes started later must not inherit them
             del os.environ[name]
 
 
 def meet(rank: int, world: int, seconds: float) -> dist.Store:
-    """A store that all of `world` processes have reached at MASTER_ADDR and MASTER_PORT, within `seconds`.
+    """The store at MASTER_ADDR and MASTER_PORT, once all `world` processes have reached it.
 
-    Raises ConfigError with what is known of those that did not come.
+    Raises ConfigError if they do not within `seconds`, with what is known about the missing ones.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     place, limit = f"rendezvous at {host}:{port}", timedelta(seconds=seconds)
-    server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun has one
+    server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun's agent serves
     try:
         if not server:
             _reach(host, port, seconds)
         listening = {"master_listen_fd": int(os.environ.pop(LISTENER))} if server and LISTENER in os.environ else {}
         store = dist.TCPStore(host, port, world, server, limit, wait_for_workers=False, multi_tenant=True, **listening)
-        os.environ["MASTER_PORT"] = str(store.port)  # chosen by the system where it was 0
-        first = (store.add("nvlm/arrived", 1) - 1) // world * world  # runs of a sweep meet here one behind the other
+        os.environ["MASTER_PORT"] = str(store.port)  # chosen by the system if it was 0
+        first = (store.add("nvlm/arrived", 1) - 1) // world * world  # the runs of a sweep meet here one after another
         came = _await(store, first, world, seconds, None if rank else place)
     except (dist.DistError, OSError) as error:
         got = f"{str(error).splitlines()[0].rstrip('.')} (process {rank} of {world})"
-        fix = "export MASTER_ADDR=<host of rank 0> and MASTER_PORT=<a port that is free there>, alike for all"
-        refusal = problem(place, got, "a place where all processes meet", fix)
-        if rank:  # rank 0, which speaks for all, may be well, and elsewhere
+        fix = "export the same MASTER_ADDR=<host of rank 0> and MASTER_PORT=<a free port there> for all processes"
+        refusal = problem(place, got, "an address that all processes can reach", fix)
+        if rank:  # rank 0 reports for all, but it may be fine and waiting elsewhere
             print(f"error: {refusal}", file=sys.stderr, flush=True)
         raise refusal from None
     if came < world:
-        fix = f"start all {world} alike, or unset RANK WORLD_SIZE for a run of one machine"
+        fix = f"start all {world} in the same way, or unset RANK WORLD_SIZE for a run on one machine"
         raise problem(place, f"{came} of {world} processes within {seconds:.0f} s", "all of them", fix)
     return dist.PrefixStore(f"nvlm/{first}", store)
 
 
 def _reach(host: str, port: int, seconds: float) -> None:
-    """Wait until somebody listens at `host`:`port`: torch's own client fills the screen with its stack. OSError."""
+    """Wait until someone listens at `host`:`port`. Raises OSError; torch's own client would print a long stack."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -105,22 +105,22 @@ def _reach(host: str, port: int, seconds: float) -> None:
 
 
 def _await(store: dist.Store, first: int, world: int, seconds: float, place: str | None) -> int:
-    """How many of `world` have arrived behind the `first` ones: once all have, or rank 0's `seconds` are over.
+    """Wait until all `world` processes have arrived or rank 0's `seconds` are over; returns how many have.
 
-    `place`: what rank 0 calls the rendezvous when it says for whom it waits; None on the others.
+    `first`: arrivals of earlier runs. `place`: the name of the rendezvous for rank 0's message; None on other ranks.
     """
     over, began = f"nvlm/{first}/over", time.monotonic()
-    limit = seconds if place else 2 * seconds  # rank 0 gives up for all
+    limit = seconds if place else 2 * seconds  # rank 0 gives up on behalf of all
     while True:
         came, waited = store.add("nvlm/arrived", 0) - first, time.monotonic() - began
         if came >= world or store.check([over]):
             return came
         if waited > limit:
             store.set(over, "")
-            time.sleep(3 * _POLL)  # the store is here: the others read it
+            time.sleep(3 * _POLL)  # this process holds the store: let the others read it
             return came
         if waited > _LONG and place:
-            print(f"{place}: {came} of {world} processes are here, waiting for the others", file=sys.stderr, flush=True)
+            print(f"{place}: {came} of {world} processes arrived, waiting for the others", file=sys.stderr, flush=True)
             place = None
         time.sleep(min(_POLL, 0.02 + waited / 10))
 
@@ -132,7 +132,7 @@ def _seed(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int, part: str):
-    """Random numbers that depend on `seed` and `part` alone, so that a part of a model begins alike in any layout."""
+    """Random numbers that depend only on `seed` and `part`, so that a part of a model starts equal in every layout."""
     _seed(zlib.crc32(f"{seed} {part}".encode()))
     try:
         yield
@@ -146,17 +146,17 @@ def data_rank() -> tuple[int, int]:
 
 
 def pipeline_rank() -> int:
-    """The pipeline stage of this process, virtual ones not counted."""
+    """This process's pipeline stage, not counting virtual ones."""
     return parallel_state.get_pipeline_model_parallel_rank()
 
 
 def is_first_rank() -> bool:
-    """True on the one process that writes files and prints."""
+    """True on the one rank that writes files and prints."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def is_replica_writer() -> bool:
-    """True on one process of each data-parallel replica: the one that tells what its loader saw."""
+    """True on one rank of each data-parallel replica: the one that reports what its loader saw."""
     return (
         parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_context_parallel_rank() == 0
@@ -165,25 +165,25 @@ def is_replica_writer() -> bool:
 
 
 def is_loss_rank() -> bool:
-    """True on one process of each part of the text stream: those on the last stage that tell their part of the loss."""
+    """True on one rank of the last stage for each part of the text stream: these report the loss."""
     return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_last_stage(
         ignore_virtual=True
     )
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Sum of `values` over all processes."""
+    """Sum of `values` over all ranks, in place."""
     dist.all_reduce(values)
     return values
 
 
 def rank() -> int:
-    """This process's number in the whole run."""
+    """This process's global rank."""
     return dist.get_rank()
 
 
 def world_size() -> int:
-    """Processes of the whole run."""
+    """Number of ranks in the run."""
     return dist.get_world_size()
 
 
@@ -195,7 +195,7 @@ def gather_over_data(rows: list) -> list:
 
 
 def subgroups(own: list[int]) -> dist.ProcessGroup:
-    """The process group of the ranks `own`; called by all processes at once, each with the group that it is in."""
+    """The process group of the ranks `own`. A collective call: each rank passes the group that it belongs to."""
     listed: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(listed, own)
     groups = sorted({tuple(ranks) for ranks in listed if ranks})
@@ -204,24 +204,24 @@ def subgroups(own: list[int]) -> dist.ProcessGroup:
 
 
 def from_first_rank(value, group: dist.ProcessGroup | None = None):
-    """The first process's `value`, on all of them (of `group`, where that holds all)."""
+    """The first rank's `value`, on all ranks. `group`: another group of all ranks to send it over."""
     values = [value]
     dist.broadcast_object_list(values, src=0, group=group)
     return values[0]
 
 
 def raised_together(check: Callable[[], None]) -> None:
-    """Let the first process `check` something; a ConfigError that it raises is raised by all."""
+    """Run `check` on the first rank; all ranks raise its ConfigError, if any."""
     refusal = None
     if is_first_rank():
         try:
             check()
         except ConfigError as error:
             refusal = str(error)
-    if told := from_first_rank(refusal):
-        raise ConfigError(told)
+    if reason := from_first_rank(refusal):
+        raise ConfigError(reason)
 
 
 def patient_group() -> dist.ProcessGroup:
-    """All processes, of which one may wait for a person: other groups' timeouts are for what should not take long."""
+    """A group of all ranks with a long timeout, for when one rank waits for a person to type."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=30))

@@ -1,7 +1,7 @@
-"""Who started this process: torchrun, srun, mpirun or submitit as one task of several, or a shell as a command.
+"""Detects who started this process: torchrun, srun, mpirun or submitit as one of several tasks, or a shell.
 
-A pure reading of the environment. What it says twice, or half, is refused at once: a process that waits for others
-which nobody started would wait until the rendezvous gives up. Imports no torch.
+It only reads the environment. Contradictory or incomplete variables are refused at once: otherwise the process would
+wait for others that nobody started until the rendezvous times out. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 from nvlm.config.values import problem
 
-# Slurm numbers the batch script, and the shell that salloc opens on a node, as steps too, from here on.
+# From this number on, Slurm's steps are special: the batch script, or the shell that salloc opens on a node.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _HERE = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One of `world` processes that something else started. Rank 0 listens at `address`, `port`."""
+    """One of `world` processes that a launcher started. Rank 0 listens at `address`, `port`."""
 
     launcher: str
     rank: int
@@ -30,16 +30,16 @@ class Task:
     port: int
 
     def variables(self) -> dict[str, str]:
-        """The same in torch's environment variables."""
+        """The same as torch's environment variables."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         values = (self.rank, self.world, self.local_rank, self.address, self.port)
         return dict(zip(names, map(str, values)))
 
 
 def find_task(environment: Mapping[str, str]) -> Task | None:
-    """The task that this process is; None where it was started alone, and starts workers of its own.
+    """The task that this process is; None if it was started alone and so starts its own workers.
 
-    Raises ConfigError where the variables contradict each other or do not say enough.
+    Raises ConfigError if the variables contradict each other or are incomplete.
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return _by_torch(environment)
@@ -51,26 +51,26 @@ def find_task(environment: Mapping[str, str]) -> Task | None:
 
 
 def check_allocation(environment: Mapping[str, str], command: str) -> None:
-    """Raise ConfigError where this is the batch script or the shell of a Slurm allocation of several nodes: a run that
-    starts here would leave the other nodes idle. `command`: what was typed."""
+    """Raise ConfigError in the batch script or shell of a Slurm allocation of several nodes: a run started here would
+    leave the other nodes idle. `command`: the user's command line."""
     nodes = _number(environment, "SLURM_JOB_NUM_NODES", _number(environment, "SLURM_NNODES", 1))
     inside = "SLURM_JOB_ID" in environment and not _in_step(environment)
     if inside and nodes > 1 and find_task(environment) is None:
-        got = f"an allocation of {nodes} nodes, and no srun in front of the command"
+        got = f"an allocation of {nodes} nodes, but no srun in front of the command"
         raise problem("Slurm", got, "one task for each process of the run", f"srun {command}")
 
 
 def _by_torch(environment: Mapping[str, str]) -> Task | None:
-    """torchrun's variables, or the same by hand."""
+    """torchrun's variables, which may also be set by hand."""
     meeting = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment]
     if len(meeting) < 2 and environment.get("RANK", "0") == "0" and environment.get("WORLD_SIZE", "1") == "1":
-        return None  # left over in a shell, and harmless: one process is one process
+        return None  # leftovers in a shell, harmless for a single process
     wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in wanted if name not in environment]
     if missing:
-        there = [name for name in wanted if name in environment]
-        got = " ".join(f"{name}={environment[name]}" for name in there) + f" without {' and '.join(missing)}"
-        fix = f"unset {' '.join(there)}, or start it with torchrun or srun"
+        present = [name for name in wanted if name in environment]
+        got = " ".join(f"{name}={environment[name]}" for name in present) + f" without {' and '.join(missing)}"
+        fix = f"unset {' '.join(present)}, or start it with torchrun or srun"
         raise problem("environment", got, "all four, or none", fix)
     rank, world = _place(environment, "RANK", "WORLD_SIZE")
     _same_as_launcher(environment, rank, world)
@@ -78,7 +78,7 @@ def _by_torch(environment: Mapping[str, str]) -> Task | None:
     known = next((name for name in locals_ if name in environment), None)
     if known is None and world > 1:
         fix = "export LOCAL_RANK=<number of this process on its machine>, or use torchrun"
-        raise problem("environment", "RANK and WORLD_SIZE without LOCAL_RANK", "it, by which a GPU is chosen", fix)
+        raise problem("environment", "RANK and WORLD_SIZE without LOCAL_RANK", "LOCAL_RANK, to choose a GPU", fix)
     return Task(
         launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environment else "RANK and WORLD_SIZE",
         rank=rank,
@@ -90,8 +90,8 @@ def _by_torch(environment: Mapping[str, str]) -> Task | None:
 
 
 def _same_as_launcher(environment: Mapping[str, str], rank: int, world: int) -> None:
-    """Refuse RANK and WORLD_SIZE that were left over in the shell which srun or mpirun was called in: its tasks would
-    all be the same rank. A launcher of its own in each task (torchrun) makes more ranks than there are tasks."""
+    """Refuse RANK and WORLD_SIZE that were left over in the shell that called srun or mpirun: all tasks would be the
+    same rank. With torchrun in each task there are more ranks than tasks, which is fine."""
     if "TORCHELASTIC_RUN_ID" in environment:
         return
     for task in (_ranks(environment, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), _slurm_place(environment)):
@@ -111,7 +111,7 @@ def _by_open_mpi(environment: Mapping[str, str]) -> Task | None:
 
 
 def _by_pmi(environment: Mapping[str, str]) -> Task | None:
-    """MPICH and what descends from it. srun --mpi=pmi2 sets the same variables, but says more by its own."""
+    """MPICH and its derivatives. srun --mpi=pmi2 sets the same variables, but Slurm's own say more."""
     place = _ranks(environment, "PMI_RANK", "PMI_SIZE")
     if place is None or place == _slurm_place(environment):
         return None
@@ -122,15 +122,15 @@ def _by_pmi(environment: Mapping[str, str]) -> Task | None:
 
 
 def _by_mpi(environment: Mapping[str, str], place: tuple[int, int], local: int, here: bool, job: str) -> Task:
-    """`here`: all ranks are on one machine. mpirun tells nobody where its first rank is."""
+    """`here`: all ranks are on one machine. mpirun does not say on which host rank 0 is."""
     rank, world = place
     if world > 1 and "MASTER_ADDR" not in environment and not here:
         expected = "MASTER_ADDR, the host of rank 0"
         fix = "mpirun -x MASTER_ADDR=<host of rank 0> ... (Open MPI), or torchrun or srun"
-        raise problem("mpirun", f"{world} ranks, not known to be on one machine", expected, fix)
+        raise problem("mpirun", f"{world} ranks, perhaps on several machines", expected, fix)
     if world > 1 and local < 0:
         fix = "mpirun of Open MPI or MPICH, or torchrun or srun"
-        raise problem("mpirun", "no rank within the machine", "it, by which a GPU is chosen", fix)
+        raise problem("mpirun", "no local rank", "the rank within the machine, to choose a GPU", fix)
     return Task(
         launcher="mpirun",
         rank=rank,
@@ -147,7 +147,7 @@ def _by_slurm(environment: Mapping[str, str]) -> Task | None:
         return None
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
     if place[1] > 1 and not nodes and "MASTER_ADDR" not in environment:
-        expected = "SLURM_STEP_NODELIST, whose first node has rank 0"
+        expected = "SLURM_STEP_NODELIST, whose first node hosts rank 0"
         raise problem("srun", "no list of nodes", expected, "export MASTER_ADDR=<host of rank 0> in front of srun")
     return Task(
         launcher="srun",
@@ -155,13 +155,13 @@ def _by_slurm(environment: Mapping[str, str]) -> Task | None:
         world=place[1],
         local_rank=_number(environment, "SLURM_LOCALID", 0),
         address=environment.get("MASTER_ADDR", first_node(nodes)),
-        # Every task derives the same port from the numbers of job and step.
+        # Every task derives the same port from the job and step numbers.
         port=_port(environment, _number(environment, "SLURM_JOB_ID", 0) + _number(environment, "SLURM_STEP_ID")),
     )
 
 
 def _by_pmix(environment: Mapping[str, str]) -> Task | None:
-    """Something of PMIx that is neither srun nor Open MPI: it does not say how many there are."""
+    """A PMIx launcher other than srun and Open MPI, which is refused: it does not say how many ranks there are."""
     if "PMIX_RANK" not in environment or _in_step(environment):
         return None
     got = f"PMIX_RANK={environment['PMIX_RANK']} and no number of processes"
@@ -170,7 +170,7 @@ def _by_pmix(environment: Mapping[str, str]) -> Task | None:
 
 
 def _by_submitit_local(environment: Mapping[str, str]) -> Task | None:
-    """Tasks that submitit starts on this machine, without Slurm."""
+    """A task that submitit started on this machine, without Slurm."""
     place = _ranks(environment, "SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS")
     if place is None:
         return None
@@ -185,12 +185,12 @@ def _by_submitit_local(environment: Mapping[str, str]) -> Task | None:
 
 
 def _in_step(environment: Mapping[str, str]) -> bool:
-    """Whether srun started this process: the batch script has SLURM_PROCID and SLURM_NTASKS, too, but no step."""
+    """Whether srun started this process: the batch script also has SLURM_PROCID and SLURM_NTASKS, but no step."""
     return _number(environment, "SLURM_STEP_ID", _FIRST_SPECIAL_STEP) < _FIRST_SPECIAL_STEP
 
 
 def _slurm_place(environment: Mapping[str, str]) -> tuple[int, int] | None:
-    """Rank and number of tasks of the step, None outside of one."""
+    """Rank and number of tasks in a Slurm step; None outside one."""
     if not _in_step(environment) or "SLURM_PROCID" not in environment:
         return None
     count = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
@@ -219,7 +219,7 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 
 
 def _port(environment: Mapping[str, str], otherwise: int = 0) -> int:
-    """MASTER_PORT, or a port that all tasks derive from the same number."""
+    """MASTER_PORT, or a port derived from a number that all tasks share."""
     port = _number(environment, "MASTER_PORT", 20000 + otherwise % 20000)
     if not 0 < port < 2**16:
         raise problem("environment variable MASTER_PORT", port, "1 to 65535", "export MASTER_PORT=29500")
@@ -227,5 +227,5 @@ def _port(environment: Mapping[str, str], otherwise: int = 0) -> int:
 
 
 def first_node(nodes: str) -> str:
-    """The first of Slurm's list of nodes: gpu[003-005,9],cpu1 begins with gpu003."""
+    """The first node of a Slurm node list: gpu003 for gpu[003-005,9],cpu1."""
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", nodes).split(",")[0]

@@ -1,6 +1,6 @@
-"""A run that submitit started as a job: asked to end it saves first, and an unfinished one goes back to the queue.
+"""Runs as submitit jobs: when asked to end, save first; then requeue the job if the run is unfinished.
 
-Imports neither torch nor submitit, whose signal handler is all that is used of it.
+Imports neither torch nor submitit; only submitit's signal handler is used.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ def in_job() -> bool:
 
 @contextmanager
 def requeued(unfinished: Callable[[], bool]) -> Iterator[None]:
-    """A block that trains. On SIGUSR2 submitit requeues a job at once, in the middle of a step: here it becomes the
-    SIGTERM on which a run saves and ends, and submitit has its turn behind the block; so it has where Slurm sent a
-    SIGTERM by itself (pre-emption) and the run is `unfinished`. Outside of submitit's jobs it changes nothing."""
+    """A block that trains. On SIGUSR2, submitit would requeue the job at once, in the middle of a step. Here the signal
+    is turned into a SIGTERM, on which the run saves and ends, and submitit requeues after the block. It also does so
+    if Slurm itself sent SIGTERM (preemption) and the run is `unfinished`. Outside submitit jobs it changes nothing."""
     if not in_job():
         yield
         return
@@ -29,7 +29,7 @@ def requeued(unfinished: Callable[[], bool]) -> Iterator[None]:
 
     def save_first(number: int, frame) -> None:
         came.append(number)
-        if signal.getsignal(signal.SIGTERM) is ignored:  # nobody would save
+        if signal.getsignal(signal.SIGTERM) is ignored:  # training is not running, so nothing would be saved
             requeue(number, frame)
         else:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -43,4 +43,4 @@ def requeued(unfinished: Callable[[], bool]) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGUSR2, requeue)
     if came or unfinished():
-        requeue(signal.SIGUSR2, None)  # on the first task it ends the process
+        requeue(signal.SIGUSR2, None)  # on the first task this ends the process

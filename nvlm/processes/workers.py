@@ -1,6 +1,6 @@
-"""Worker processes of one machine: started together, ended together, never left behind.
+"""Worker processes on one machine: started together, ended together, never left behind.
 
-Imports no torch. Each worker leads a process group of its own, which holds what it forks: loaders and writers.
+Imports no torch. Each worker leads its own process group, which contains its forks: data loaders and writers.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-EXPLAINED = 3  # exit status of a worker that has said why it ends
-_ERRORS = "NVLM_ERRORS"  # names the file descriptor that takes the workers' error messages
+EXPLAINED = 3  # exit status of a worker that has reported why it ends
+_ERRORS = "NVLM_ERRORS"  # environment variable: the file descriptor for the workers' error messages
 _POLL = 0.05  # seconds
-_SETTLE = 0.3  # seconds in which workers that fail with the first one are counted with it
-_GRACE = 3.0  # seconds between SIGTERM and SIGKILL for those whose fellow died
+_SETTLE = 0.3  # seconds after the first failure in which other failures are collected
+_GRACE = 3.0  # seconds between SIGTERM and SIGKILL for workers whose peer died
 _libc = ctypes.CDLL(None)
 
 
 LISTENER = "NVLM_LISTENER"
-"""Names the file descriptor of the socket at MASTER_PORT: it listens from the start, so that no other process can take
-the port before rank 0 has done its imports."""
+"""Environment variable: the file descriptor of the socket at MASTER_PORT. It listens from the start, so that no other
+process can take the port while rank 0 does its imports."""
 
 
 def die_with_parent(parent: int) -> None:
-    """Let the kernel kill this process when its parent, of process id `parent`, ends for whatever reason."""
+    """Have the kernel kill this process when its parent, with process id `parent`, ends for whatever reason."""
     pr_set_pdeathsig = 1
     _libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the kernel was told
+    if os.getppid() != parent:  # the parent ended before the call
         os._exit(1)
 
 
 def take_forks_along() -> None:
-    """What this process forks from now on, by itself or in a library, dies with it."""
+    """Make everything that this process or its libraries fork from now on die with it."""
     parent = [os.getpid()]
     os.register_at_fork(
         before=lambda: parent.__setitem__(0, os.getpid()), after_in_child=lambda: die_with_parent(parent[0])
@@ -45,10 +45,10 @@ def take_forks_along() -> None:
 
 
 class Signals:
-    """SIGTERM and SIGINT inside a `with`: remembered in `came`.
+    """Context manager that records SIGTERM and SIGINT in `came`.
 
-    On exit the former handlers return and get what nobody obeyed. Behind obey() the process is about to end, and
-    further signals do not disturb it.
+    On exit the previous handlers are restored and receive the signal, unless it was obeyed. After obey() the process
+    is about to end, and further signals are ignored.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Signals:
             os.kill(os.getpid(), self.came[0])
 
     def obey(self) -> None:
-        """What came has been answered, here or for this rank by another."""
+        """Mark the signal as handled, by this rank or, for all of them, by another."""
         self._obeyed = True
 
 
@@ -78,10 +78,10 @@ def run_workers(
     stop_seconds: float,
     inherit: Sequence[int] = (),
 ) -> tuple[int, bool]:
-    """Run `command` as `count` workers to the end of all; (exit status, whether SIGTERM or SIGINT ended them).
+    """Run `command` as `count` workers until all end; returns (exit status, whether SIGTERM or SIGINT ended them).
 
-    The status is 0, 2 where a worker's configuration was refused, else 1. A signal is handed on; workers that still
-    run `stop_seconds` later are killed. `inherit`: file descriptors that the workers get.
+    The status is 0, 2 if a worker's configuration was refused, else 1. Signals are passed on to the workers,
+    which are killed if they still run `stop_seconds` later. `inherit`: file descriptors that the workers get.
     """
     reader, writer = os.pipe()
     with Signals() as signals:
@@ -108,7 +108,7 @@ def run_workers(
 
 
 def report(message: str) -> None:
-    """Tell the user why the run ends: through the launcher, which prints what all ranks say once."""
+    """Report why the run ends: through the launcher, which prints a message of several ranks only once."""
     if _ERRORS in os.environ:
         os.write(int(os.environ[_ERRORS]), f"{message}\0".encode(errors="backslashreplace"))
     elif os.environ.get("RANK", "0") == "0":
@@ -128,7 +128,7 @@ def _start(command: Sequence[str], rank: int, count: int, environment: dict, inh
 
 
 def _await(workers: list[subprocess.Popen], came: list[int], stop_seconds: float) -> None:
-    """Wait until all have ended, or one has failed, or the time after a signal is over."""
+    """Wait until all workers have ended, one has failed, or the time after a signal is over."""
     deadline = math.inf
     while _running(workers) and not _failed(workers):
         if came and deadline == math.inf:
@@ -136,20 +136,20 @@ def _await(workers: list[subprocess.Popen], came: list[int], stop_seconds: float
             for worker in workers:
                 worker.send_signal(came[0])
         if time.monotonic() > deadline:
-            print(f"workers still run {stop_seconds:g} s after {_name(came[0])}: killed", file=sys.stderr)
+            print(f"workers still running {stop_seconds:g} s after {_name(came[0])}: killed", file=sys.stderr)
             return
-        if came.count(signal.SIGINT) > 1:  # at a keyboard, someone insists
+        if came.count(signal.SIGINT) > 1:  # a second Ctrl-C
             return
         time.sleep(_POLL)
 
 
 def _end(workers: list[subprocess.Popen]) -> None:
-    """Name those that failed and give the others a moment to end."""
+    """Name the workers that failed and give the others a moment to end."""
     if not _failed(workers):
         return
     time.sleep(_SETTLE)
     killed = [worker for worker in _failed(workers) if worker.returncode < 0]
-    # Those whose peer was killed fail as well: theirs is not the reason.
+    # Workers whose peer was killed fail as well, but they are not the cause.
     for worker in killed or _failed(workers):
         if worker.returncode not in (2, EXPLAINED):
             print(f"rank {workers.index(worker)} of {len(workers)} {_fate(worker.returncode)}", file=sys.stderr)
@@ -163,7 +163,7 @@ def _end(workers: list[subprocess.Popen]) -> None:
 def _kill(workers: list[subprocess.Popen]) -> None:
     for worker in workers:
         try:
-            os.killpg(worker.pid, signal.SIGKILL)  # also what a worker that has ended leaves behind
+            os.killpg(worker.pid, signal.SIGKILL)  # including what an ended worker left behind
         except ProcessLookupError:
             pass
     for worker in workers:

@@ -1,4 +1,4 @@
-"""SHA-256 of every file of a checkpoint folder, in a manifest beside them, and the check of a folder against it."""
+"""Writes a manifest with the SHA-256 of every file in a checkpoint folder, and verifies folders against it."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from nvlm.runs.files import write_whole
 from nvlm.runs.folder import FROZEN
 
 MANIFEST = "digests.json"
-_TENSORS = ".distcp"  # no pickle is read from them that could run something
+_TENSORS = ".distcp"  # files of tensors, from which nothing executable is unpickled
 
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """What one file was when it was written."""
+    """Digest and size of a file when it was written."""
 
     sha256: str
     size: int  # bytes
 
 
 def digest(path: Path) -> Digest:
-    """Read `path` once; OSError as open and read raise it."""
+    """Digest of the file `path`, which is read once. Raises OSError."""
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return Digest(hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size)
 
 
 def write_manifest(folder: Path, known: dict[str, Digest], frozen: str | None) -> None:
-    """Record the files of `folder`: those of `known` as given, the others by reading them.
+    """Write the manifest of `folder`, with digests from `known` where given; other files are read.
 
-    `frozen`: SHA-256 of the manifest of the frozen weights that belong to this folder, None where it stands alone.
+    `frozen`: SHA-256 of the manifest of the frozen weights that belong to this folder; None if there are none.
     """
     others = {path.name: digest(path) for path in folder.iterdir() if path.name not in known}
     files = {name: asdict(entry) for name, entry in sorted((known | others).items())}
@@ -45,14 +45,14 @@ def write_manifest(folder: Path, known: dict[str, Digest], frozen: str | None) -
 
 
 def frozen_digest(folder: Path) -> str | None:
-    """SHA-256 of the frozen weights' manifest that `folder` belongs to; `folder` has passed `faults`."""
+    """SHA-256 of the manifest of the frozen weights that belong to `folder`, which must have passed `faults`."""
     return _read_manifest(folder)[0]
 
 
 def faults(folder: Path) -> list[str]:
-    """What is wrong with the files of `folder`, by name; empty for a whole one. All processes call it together.
+    """What is wrong with the files of `folder`, by name; empty if it is intact. A collective call.
 
-    Process r of n reads files r, r + n, ... Nothing is unpickled.
+    Rank r of n reads files r, r + n, ... Nothing is unpickled.
     """
     mine = own_faults(folder, dist.get_rank(), dist.get_world_size())
     parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
@@ -61,7 +61,7 @@ def faults(folder: Path) -> list[str]:
 
 
 def checkpoint_faults(step: Path, check: Callable[[Path], list[str]]) -> list[str]:
-    """What `check` (`faults` or `own_faults`) finds in a step folder and in the frozen weights that it goes with."""
+    """What `check` (`faults` or `own_faults`) finds in a step folder and in the frozen weights that belong to it."""
     if wrong := check(step):
         return wrong
     if (bound := frozen_digest(step)) is None:
@@ -73,13 +73,13 @@ def checkpoint_faults(step: Path, check: Callable[[Path], list[str]]) -> list[st
 
 
 def own_faults(folder: Path, rank: int = 0, size: int = 1, tensors: bool = True) -> list[str]:
-    """`faults` among the files rank, rank + size, ... alone. Without `tensors` those that hold them are not read."""
+    """`faults` of the files rank, rank + size, ... only. Without `tensors`, files of tensors are not read."""
     try:
         folder.stat()
         recorded = _read_manifest(folder)[1]
         present = {path.name for path in folder.iterdir()} - {MANIFEST}
         names = sorted(recorded.keys() | present)[rank::size]
-        with ThreadPoolExecutor() as pool:  # hashing holds no lock
+        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             found = [
                 pool.submit(_fault, folder / name, recorded.get(name), tensors or not name.endswith(_TENSORS))
                 for name in names

@@ -1,4 +1,4 @@
-"""Files that a kill at any moment leaves whole."""
+"""Atomic writes: a kill at any moment leaves no partial file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace `path` by `text` at once: a reader sees the old or the new, never a part. Raises OSError, and then leaves
-    nothing but the old."""
+    """Replace the content of `path` by `text` atomically: readers see the old or the new content, never a part. If it
+    raises OSError, the old content remains."""
     aside = path.with_name(f".{path.name}.partial")
     try:
         with open(aside, "w") as file:

@@ -1,6 +1,6 @@
-"""A run's folder on disk: its configuration and its checkpoints. Imports no torch.
+"""A run folder: its configuration and its checkpoints. Imports no torch.
 
-It holds `config.yaml` and `checkpoints/`: step folders, `frozen/` beside them, and `latest`, a step's name.
+It holds `config.yaml` and `checkpoints/`, with step folders, `frozen/`, and `latest`, the name of the newest step.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from nvlm.config.mapping import from_mapping
 from nvlm.config.values import Config, ConfigError, problem
 
 FROZEN = "frozen"
-INPUTS = "inputs.json"  # what the run began with, by content
+INPUTS = "inputs.json"  # identifies the run's inputs by their content
 
 
 def has_run(run_dir: Path) -> bool:
-    """Whether `run_dir` is the folder of a run: its config.yaml is one that a run wrote."""
+    """Whether `run_dir` is a run folder, that is, whether a run wrote its config.yaml."""
     try:
         values = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):
@@ -37,30 +37,30 @@ def latest(run_dir: Path) -> Path | None:
         return None
     folder = mark.parent / mark.read_text().strip()
     if not folder.is_dir():
-        there = [other.name for other in steps_of(mark.parent)]
-        fix = f"write {there[-1]} into it" if there else "delete it to begin anew"
-        raise problem(str(mark), folder.name, f"one of {', '.join(there) or 'none'}, which are there", fix)
+        present = [other.name for other in steps_of(mark.parent)]
+        fix = f"write {present[-1]} into it" if present else "delete it to start over"
+        raise problem(str(mark), folder.name, f"a step in the folder ({', '.join(present) or 'there are none'})", fix)
     return folder
 
 
 def steps_done(run_dir: Path) -> int:
-    """Steps that the newest complete checkpoint of a run holds, 0 without one."""
+    """The step of a run's newest complete checkpoint; 0 without one."""
     folder = latest(run_dir)
     return int(folder.name.removeprefix("step_")) if folder else 0
 
 
 def steps_of(root: Path) -> list[Path]:
-    """The step folders below `root`, oldest first."""
+    """The step folders in `root`, oldest first."""
     return sorted(root.glob("step_*"))
 
 
 MASTER = "optimizer.state.param."
-"""What the fp32 copies of weights are called in a checkpoint, before the weight's name."""
+"""Prefix of the keys of fp32 master weights in a checkpoint; the weight's name follows."""
 
 
 def weight_keys(keys: Iterable[str]) -> dict[str, str]:
-    """By a weight's name the key that it stands under in a checkpoint of tensors `keys`: its name, or that of its fp32
-    copy where the weight itself was kept in FP8, and is not there."""
+    """Maps each weight's name to its key in a checkpoint with tensors `keys`: its own name or, if the weight was kept
+    in FP8 and so is not stored, the key of its fp32 copy."""
     keys = set(keys)
     weights = {key: key for key in keys if not key.startswith("optimizer.")}
     masters = {key.removeprefix(MASTER): key for key in keys if key.startswith(MASTER)}
@@ -68,7 +68,7 @@ def weight_keys(keys: Iterable[str]) -> dict[str, str]:
 
 
 def find_checkpoint(path: Path, key: str) -> Path:
-    """The step folder that `path` means: itself, or the newest of a run folder. `key`: the setting that named it."""
+    """The step folder that `path` refers to: itself, or the newest in a run folder. `key`: the setting it came from."""
     if path.parent.name == "checkpoints" and path.name.startswith("step_") and path.is_dir():
         return path
     if folder := latest(path):
@@ -78,7 +78,7 @@ def find_checkpoint(path: Path, key: str) -> Path:
     raise problem(key, named(path), "a run folder with a checkpoint, or one of its checkpoints/step_N", fix)
 
 
-# What runs of earlier versions did not write, and would have written.
+# Fields that earlier versions did not record, with the values they had.
 _NOT_RECORDED = {"logging": {"name": "none", "project": None, "entity": None, "mode": "online"}}
 
 
@@ -86,14 +86,14 @@ def read_run_config(folder: Path) -> Config:
     """The configuration of the run that the step folder `folder` belongs to."""
     path = folder.parent.parent / "config.yaml"
     if not path.is_file():
-        raise problem(str(path), "no such file", "the configuration that its run wrote", "copy the whole run folder")
+        raise problem(str(path), "no such file", "the configuration written by the run", "copy the whole run folder")
     try:
         return from_mapping(Config, _NOT_RECORDED | OmegaConf.to_container(OmegaConf.load(path)))
-    except ConfigError as error:  # of an older version, or edited
+    except ConfigError as error:  # written by an older version, or edited
         raise ConfigError(f"{path}: {error}") from None
 
 
-# What no tensor's name or shape shows.
+# Fields that change the computation but no tensor's name or shape.
 _MATHS = (
     "llm.heads llm.kv_heads llm.head_dim llm.vocab llm.rope_theta llm.rope_scaling llm.norm_eps "
     "vision.name vision.heads vision.tile_size vision.patch vision.downsample vision.norm_eps"
@@ -101,7 +101,7 @@ _MATHS = (
 
 
 def check_same_model(config: Config, folder: Path) -> None:
-    """Raise ConfigError where the checkpoint `folder` is of a model that computes other things than `config`'s."""
+    """Raise ConfigError if the model of the checkpoint `folder` computes something else than `config`'s."""
     before = read_run_config(folder)
     if lost := [group for group in before.adapted if group not in config.adapted]:
         raise _adapters_lost(folder, lost, before.adapted)
@@ -118,8 +118,8 @@ def check_same_model(config: Config, folder: Path) -> None:
 def _adapters_lost(folder: Path, lost: Sequence[str], adapted: Sequence[str]) -> ConfigError:
     export = f"python launch/export_hf.py checkpoint={folder.parent.parent} out=DIR"
     fix = (
-        f"peft=lora peft.targets=[{','.join(adapted)}] goes on with them; to learn all weights, merge them ({export}) "
-        "and begin with init.release=DIR init.vision=null"
+        f"peft=lora peft.targets=[{','.join(adapted)}] continues them; to train all weights, merge them ({export}) "
+        "and start with init.release=DIR init.vision=null"
     )
     got = f"adapters on {', '.join(lost)}, which this run does not have"
     return problem(f"init.checkpoint={folder}", got, "a run with the same adapters, or a model without any", fix)

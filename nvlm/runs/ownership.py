@@ -1,4 +1,4 @@
-"""A run's folder while the run goes on: who owns it, what a resumed run may change, what a run begins it with.
+"""A run folder in use: which run owns it, what a resumed run may change, and the files written at the start.
 
 Imports no torch.
 """
@@ -42,20 +42,20 @@ PACKAGES = (
     "pillow",
     "numpy",
 )
-# What a run writes into its folder.
+# Files and folders that a run writes into its folder.
 _OURS = (
     "config.yaml", "environment.json", "inputs.json", "metrics.jsonl", "skipped.jsonl", "tensorboard", "checkpoints",
     "profile", "heldout.json", "answers.jsonl", "wandb_id", "report.html", "curves.png", "gallery",
 )  # fmt: skip
-_ENDING = 10.0  # seconds given to the workers of a launcher that was killed
+_ENDING = 10.0  # seconds to wait for the workers of a killed launcher to end
 
 
 @contextlib.contextmanager
 def owned(run_dir: Path) -> Iterator[int]:
-    """Hold `run_dir` for this run alone; yields the file descriptor of the lock.
+    """Lock `run_dir` for this run; yields the file descriptor of the lock.
 
-    The kernel releases it when the last process that has the descriptor ends, however it ends. Raises ConfigError where
-    another run holds the folder, or where the folder has files of somebody else's under names that a run would write.
+    The kernel releases the lock when the last process with the descriptor ends, in whatever way. Raises ConfigError if
+    another run holds the folder, or if it contains foreign files under names that a run would write.
     """
     _check_ours(run_dir)
     try:
@@ -72,33 +72,33 @@ def owned(run_dir: Path) -> Iterator[int]:
 
 
 def check_folder(config: Config, run_dir: Path) -> None:
-    """Raise ConfigError where `run_dir` holds a run that `config` would overwrite or cannot go on with. Only reads."""
+    """Raise ConfigError if `run_dir` holds a run that `config` would overwrite or cannot resume. Only reads."""
     _check_ours(run_dir)
     if (run_dir / "checkpoints" / "latest").is_file():
         _check_resume(config, run_dir)
 
 
 def outlook(config: Config, run_dir: Path) -> str:
-    """What a run with resume=auto is about to do in `run_dir`, in one line."""
+    """One line that says what a run with resume=auto will do in `run_dir`."""
     folder, done = latest(run_dir), steps_done(run_dir)
     if folder is None:
-        return f"no checkpoint in {run_dir}: beginning at step 0"
+        return f"no checkpoint in {run_dir}: starting at step 0"
     if done >= config.train.steps:
         return f"{run_dir} is done: {done} of {config.train.steps} steps"
-    return f"going on from step {done} of {config.train.steps}: {folder}"
+    return f"resuming from step {done} of {config.train.steps}: {folder}"
 
 
-def begin(config: Config, run_dir: Path, anew: bool) -> None:
-    """Write what the run is made of beside it: config.yaml and environment.json. `anew`: it begins at its first step,
-    and what an earlier run of the folder, which never came to a checkpoint, told of its steps goes.
+def begin(config: Config, run_dir: Path, fresh: bool) -> None:
+    """Write config.yaml and environment.json. If the run is `fresh`, that is, not resumed, delete the logs that an
+    earlier run left in the folder without reaching a checkpoint.
 
-    Raises ConfigError where the folder cannot be written.
+    Raises ConfigError if the folder cannot be written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
         write_whole(run_dir / "environment.json", json.dumps(_environment(), indent=1) + "\n")
-        if anew:
+        if fresh:
             for stale in ("metrics.jsonl", "skipped.jsonl"):
                 (run_dir / stale).unlink(missing_ok=True)
             shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
@@ -107,19 +107,19 @@ def begin(config: Config, run_dir: Path, anew: bool) -> None:
 
 
 def unwritable(run_dir: Path, error: OSError) -> ConfigError:
-    """What to say where the folder of a run cannot be written."""
-    fix = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "hydra.run.dir=DIR names another"
+    """The error for a run folder that cannot be written."""
+    fix = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "hydra.run.dir=DIR names another"
     return problem(f"run folder {run_dir}", error.strerror or error, "a folder that can be written", fix)
 
 
-# What a resumed run may change; the rest decides what its steps compute.
+# Fields that a resumed run may change; all others affect what its steps compute.
 _FREE = ("name", "resume", "dry_run", "profile", "gpu", "init.llm", "init.checkpoint", "parallel.",
          "evaluate.", "logging.", "data.heldout_", "data.workers", "data.max_skipped", "train.log_every",
          "train.save_every", "train.keep", "train.async_save", "train.save_frozen", "train.threads", "train.recompute",
          "train.stop_seconds", "train.spike_factor", "train.max_bad_steps", "vision.balance",
          "vision.tiles_per_call", "vision.graph", "train.offload")  # fmt: skip
 
-# Files that are compared by content with what the run recorded, and may lie elsewhere.
+# Inputs that are compared with the run's record by content, so their paths may change.
 _IDENTIFIED = ("data.path", "init.vision", "llm.tokenizer")
 
 
@@ -129,7 +129,7 @@ def _check_ours(run_dir: Path) -> None:
     foreign = [name for name in _OURS if os.path.lexists(run_dir / name)]
     ours = ("latest", "frozen", "step_*")
     if foreign == ["checkpoints"] and not any(file for name in ours for file in run_dir.glob(f"checkpoints/{name}")):
-        return  # the root of a disk of their own
+        return  # checkpoints/ may be the mount point of a separate disk
     if foreign:
         got = f"{', '.join(foreign)}, which would be overwritten, and no config.yaml of a run of this trainer"
         raise problem(f"run folder {run_dir}", got, "a run's folder or one without such files", "name=OTHER")
@@ -137,16 +137,16 @@ def _check_ours(run_dir: Path) -> None:
 
 def _check_resume(config: Config, run_dir: Path) -> None:
     if config.resume == "never":
-        fix = "resume=auto goes on with it, name=OTHER starts another, deleting the folder starts anew"
-        raise problem(f"run folder {run_dir}", "one that holds a run", "a new one with resume=never", fix)
+        fix = "resume=auto continues it, name=OTHER starts another run, deleting the folder starts over"
+        raise problem(f"run folder {run_dir}", "a folder that holds a run", "a new folder with resume=never", fix)
     before = flat(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))
     free = (*_FREE, *_IDENTIFIED) if (run_dir / INPUTS).is_file() else _FREE
     for key, value in flat(dataclasses.asdict(config)).items():
         old = before.get(key)
-        if key == "train.steps" and isinstance(old, int) and value >= old:  # a run may be made longer
+        if key == "train.steps" and isinstance(old, int) and value >= old:  # a run may be extended
             continue
         if old != value and not key.startswith(free):
-            expected = f"{old}, as the run began" + (", or more" if key == "train.steps" else "")
+            expected = f"{old}, as at the start of the run" + (", or more" if key == "train.steps" else "")
             raise problem(f"resume of {run_dir}: {key}", value, expected, f"{key}={old}, or name=OTHER for another run")
 
 
@@ -170,27 +170,27 @@ def _lock(descriptor: int, run_dir: Path) -> None:
             if not _was_killed(holder) or time.monotonic() > deadline:
                 raise _taken(run_dir, holder) from None
         except OSError as error:
-            effect = "a second start of this run would not be noticed"
+            effect = "a second start of this run would go unnoticed"
             print(f"run folder {run_dir} cannot be locked ({error.strerror}): {effect}", file=sys.stderr)
             return
         time.sleep(0.05)
 
 
 def _sign(descriptor: int) -> None:
-    """Say in the locked file who holds it."""
+    """Write into the lock file who holds it."""
     holder = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": shlex.join(sys.argv),
     }
-    with contextlib.suppress(OSError):  # without room for it the lock still holds
+    with contextlib.suppress(OSError):  # on a full disk the lock still holds
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
 
 
 def _holder(descriptor: int) -> dict:
-    """Who signed; empty where that cannot be read (yet)."""
+    """Who holds the lock; empty if that cannot be read (yet)."""
     try:
         signed = json.loads(os.pread(descriptor, 2**20, 0))
     except ValueError:
@@ -199,7 +199,7 @@ def _holder(descriptor: int) -> dict:
 
 
 def _was_killed(holder: dict) -> bool:
-    """Whether the launcher is gone: its workers, which hold the lock with it, are about to follow."""
+    """Whether the launcher is gone: its workers share the lock and are about to end."""
     return holder.get("host") == socket.gethostname() and not os.path.exists(f"/proc/{holder.get('pid')}")
 
 
@@ -209,7 +209,7 @@ def _taken(run_dir: Path, holder: dict) -> ConfigError:
         who = f"process {holder.get('pid')} on {holder.get('host')}, started {holder.get('started')}"
         who += f" ({holder.get('command')})"
     fix = "name=OTHER, or end that run first" + (f" (kill {holder.get('pid')})" if holder else "")
-    return problem(f"run folder {run_dir}", f"one that is in use by {who}", "a folder of this run's own", fix)
+    return problem(f"run folder {run_dir}", f"one in use by {who}", "a folder that no other run uses", fix)
 
 
 def _environment() -> dict:

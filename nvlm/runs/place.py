@@ -1,4 +1,4 @@
-"""Where runs go: the folder of one run of a sweep, and whether a folder can be made at all. Imports no torch."""
+"""Where runs go: folder names for the runs of a sweep, and whether a folder can be created. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ _LONGEST = 200  # bytes of a folder's name; file systems allow 255
 
 
 def sweep_folder(overrides: str) -> str:
-    """The name of one folder for `overrides`, such as "arch=xattn,seed=2": as it is where it can be one.
+    """A folder name for `overrides`, such as "arch=xattn,seed=2": the same text if that is a good name.
 
-    What no folder's name can have (slashes) or should have (quotes) is replaced, what is too long is cut, and a digest
-    of the whole keeps two of them apart.
+    Otherwise slashes, quotes and spaces are replaced, a long name is cut, and a digest keeps names distinct.
     """
     name = re.sub(r"[/\\\"'\s\0]+", "_", overrides).lstrip(".") or "default"
     if name == overrides and len(os.fsencode(name)) <= _LONGEST:
@@ -29,17 +28,17 @@ def sweep_folder(overrides: str) -> str:
 
 
 def check_place(folder: Path, key: str) -> None:
-    """Raise ConfigError where `folder`, which `key` names, is not there and cannot be made. Makes nothing."""
-    there = folder if os.path.isabs(folder) else Path.cwd() / folder
-    while not os.path.lexists(there):
-        there = there.parent
-    if there.is_symlink() and not there.exists():
-        got = f"a link to {os.readlink(there)}, which is not there"
-    elif not there.is_dir():
+    """Raise ConfigError if `folder`, which `key` names, does not exist and cannot be created. Creates nothing."""
+    nearest = folder if os.path.isabs(folder) else Path.cwd() / folder
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if nearest.is_symlink() and not nearest.exists():
+        got = f"a link to {os.readlink(nearest)}, which does not exist"
+    elif not nearest.is_dir():
         got = "a file"
-    elif not os.access(there, os.W_OK | os.X_OK):
+    elif not os.access(nearest, os.W_OK | os.X_OK):
         got = "a folder that this user may not write"
     else:
         return
-    fix = "name=OTHER" if there.name == folder.name else f"{key}=DIR, or another working directory"
-    raise problem(f"run folder {folder}", f"{there}, {got}", "a folder that can be written", fix)
+    fix = "name=OTHER" if nearest.name == folder.name else f"{key}=DIR, or another working directory"
+    raise problem(f"run folder {folder}", f"{nearest}, {got}", "a folder that can be written", fix)

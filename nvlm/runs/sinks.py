@@ -1,4 +1,4 @@
-"""What a run tells may fail to be written: the disk is full, the pipe is closed. Training goes on, and says so once.
+"""Logging that may fail (full disk, closed pipe) without ending the run. Failures are reported once.
 
 Imports no torch.
 """
@@ -18,11 +18,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-_MOST = 20_000_000  # bytes that wait in memory for room on the disk
+_MOST = 20_000_000  # bytes kept in memory while the disk is full
 
 
 def say(text: str) -> None:
-    """`text` on standard error, if that works."""
+    """Print `text` on standard error, if possible."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
@@ -34,7 +34,7 @@ def reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def spared(what: str) -> Iterator[None]:
-    """A block that writes `what`: where it cannot, that is said, and is all."""
+    """A block that writes `what`: an OSError is reported and otherwise ignored."""
     try:
         yield
     except OSError as error:
@@ -42,7 +42,7 @@ def spared(what: str) -> Iterator[None]:
 
 
 def json_line(values: Mapping[str, Any]) -> bytes:
-    """One line of JSON. Numbers that JSON does not have (not a number, infinity) become null."""
+    """One line of JSON. NaN and infinities, which JSON lacks, become null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -55,7 +55,7 @@ def json_line(values: Mapping[str, Any]) -> bytes:
 
 
 class Appended:
-    """A file that grows by whole pieces. What cannot be written waits in memory, the newest _MOST bytes of it."""
+    """A file to which pieces are appended whole. Pieces that cannot be written wait in memory, up to _MOST bytes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -64,7 +64,7 @@ class Appended:
         self.failing = False
 
     def write(self, piece: bytes = b"") -> None:
-        """Append `piece` behind what waits."""
+        """Append `piece` after the waiting ones."""
         if piece:
             self.waiting.append(piece)
             self.bytes += len(piece)
@@ -78,14 +78,14 @@ class Appended:
             self._recover()
 
     def close(self) -> None:
-        """Try once more, and tell of what is lost for good."""
+        """Try once more, and report what is lost for good."""
         self.write()
         if self.waiting:
             say(f"{self.path}: {len(self.waiting) + self.lost} entries were never written")
 
     def _fail(self, error: OSError) -> None:
         if not self.failing:
-            say(f"{self.path} cannot be written ({reason(error)}): training goes on, and it waits in memory for room")
+            say(f"{self.path} cannot be written ({reason(error)}): training goes on, new entries wait in memory")
         self.failing = True
         while self.bytes > _MOST:
             self.bytes -= len(self.waiting.popleft())
@@ -93,15 +93,15 @@ class Appended:
 
     def _recover(self) -> None:
         if self.failing:
-            say(f"{self.path} is written again" + (f"; {self.lost} entries are lost" if self.lost else ""))
+            say(f"{self.path} can be written again" + (f"; {self.lost} entries were lost" if self.lost else ""))
         self.failing, self.lost = False, 0
 
 
 def _append(path: Path, piece: bytes) -> None:
-    """Append all of `piece` or nothing. Several processes may do so at once."""
+    """Append all of `piece` or nothing, even if several processes append at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as file:
-        with contextlib.suppress(OSError):  # a file system without locks
+        with contextlib.suppress(OSError):  # some file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
         end = file.seek(0, io.SEEK_END)
         try:
@@ -115,10 +115,10 @@ def _append(path: Path, piece: bytes) -> None:
 
 
 class Steady:
-    """A text stream in front of `stream`, whose failures are told once on standard error and otherwise ignored."""
+    """A wrapper of the text stream `stream` that reports its first failure on standard error and ignores the others."""
 
     def __init__(self, stream: TextIO, name: str) -> None:
-        self._stream, self._name, self._told = stream, name, False
+        self._stream, self._name, self._reported = stream, name, False
 
     def write(self, text: str) -> int:
         self._try(self._stream.write, text)
@@ -133,20 +133,20 @@ class Steady:
     def _try(self, act, *arguments) -> None:
         try:
             act(*arguments)
-        except (OSError, ValueError) as error:  # ValueError: it is closed
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
             if isinstance(error, UnicodeError):
                 raise
             if isinstance(error, OSError) and error.errno == errno.EPIPE:  # nobody will ever read
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, self._stream.fileno())
                 os.close(null)
-            told, self._told = self._told, True
-            if not told and self is not sys.stderr:
+            reported, self._reported = self._reported, True
+            if not reported and self is not sys.stderr:
                 say(f"{self._name} cannot be written ({reason(error)}): training goes on")
 
 
 def steady_streams() -> None:
-    """Let no print of this process fail."""
+    """Keep prints of this process from raising."""
     for name, title in (("stdout", "standard output"), ("stderr", "standard error")):
         if not isinstance(getattr(sys, name), Steady | type(None)):
             setattr(sys, name, Steady(getattr(sys, name), title))

@@ -70,7 +70,7 @@ def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: E
         counts = count_groups(trainer.pipeline.parts, trainer.vision.path.encoder)
         tracker: Tracker | Silent = SILENT
         if groups.is_first_rank():
-            begin_folder(config, run_dir, anew=not resumed)
+            begin_folder(config, run_dir, fresh=not resumed)
             tracker = opened.enter_context(contextlib.closing(build_tracker(config, run_dir, resumed=resumed)))
             if not resumed:
                 identity.record(config, run_dir, steps.records)

@@ -245,7 +245,7 @@ def train_and_save(overrides: tuple[str, ...], run: Path) -> None:
         for _ in range(2):
             step()
         if dist.get_rank() == 0:
-            begin_folder(config, run, anew=True)
+            begin_folder(config, run, fresh=True)
         dist.barrier()
         saved(trainer, overrides, run, 2)
 
@@ -282,7 +282,7 @@ def test_an_exported_run_gives_the_trainers_logits(tmp_path, arch, peft):
 def assert_begins_full_fine_tuning(arch: str, run: Path, out: Path, refused: bool) -> None:
     """A run's adapters do not get lost on the way to full fine-tuning: the message names a way, which leads there."""
     if refused:
-        way = r"export_hf.py checkpoint=\S+/run out=DIR\) and begin with init.release=DIR init.vision=null"
+        way = r"export_hf.py checkpoint=\S+/run out=DIR\) and start with init.release=DIR init.vision=null"
         with pytest.raises(ConfigError, match=way):
             check_same_model(compose_config(*RUN, f"arch={arch}", "peft=none"), latest(run))
     source = model_source(compose_config(*RUN, f"arch={arch}", "peft=none", f"init.release={out}", "init.vision=null"))

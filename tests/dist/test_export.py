@@ -47,7 +47,7 @@ def train_nothing(overrides: tuple[str, ...], run: Path) -> None:
     with joined(config) as device:
         trainer = build_trainer(config, device)
         if torch.distributed.get_rank() == 0:
-            begin_folder(config, run, anew=True)
+            begin_folder(config, run, fresh=True)
         torch.distributed.barrier()
         with Checkpoints(config.train, run) as checkpoints:
             checkpoints.save(trainer, 1)

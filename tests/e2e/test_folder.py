@@ -50,7 +50,7 @@ def test_a_second_start_is_refused_and_the_first_ends_as_it_began(places):
     wait_for(lambda: (now := at(first, 0)) and now.step >= 3)
     for resume in ("never", "auto"):
         status, output = run(second, *SMALL, folder, "seed=9", f"resume={resume}")
-        assert status == 2 and f"one that is in use by process {process.pid} on " in output
+        assert status == 2 and f"one in use by process {process.pid} on " in output
     (first / "go on").touch()
     process.join(60)
     assert process.exitcode == 0, (first / "output").read_text()

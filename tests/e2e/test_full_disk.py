@@ -61,7 +61,7 @@ def test_a_full_disk_and_a_broken_console_cost_a_line_each(tmp_path, small_disk)
     assert set(scalars(small_disk / "tensorboard")) == set(range(1, 17))
     assert latest(tmp_path) == 16
     assert output.count("metrics.jsonl cannot be written (No space left on device): training goes on") == 1
-    assert output.count("metrics.jsonl is written again") == 1
+    assert output.count("metrics.jsonl can be written again") == 1
     assert output.count("standard output cannot be written (No space left on device): training goes on") == 1
     assert "Traceback" not in output
 

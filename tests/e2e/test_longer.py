@@ -23,11 +23,11 @@ def test_a_run_goes_on_to_a_later_end(tmp_path, configured):
     config = configured(*SMALL)
     rate = {"lr": config.optim.lr, "least": config.optim.min_lr}
     status, output = run(tmp_path, *SMALL, *WINDOW, "train.steps=6", "resume=auto")
-    assert status == 0 and f"no checkpoint in {tmp_path}/runs/run: beginning at step 0" in output, output
+    assert status == 0 and f"no checkpoint in {tmp_path}/runs/run: starting at step 0" in output, output
     short = losses(tmp_path)
     longer = [*SMALL, *WINDOW, "train.steps=11", "resume=auto"]
     status, output = run(tmp_path, *longer)
-    assert status == 0 and "going on from step 6 of 11: " in output, output
+    assert status == 0 and "resuming from step 6 of 11: " in output, output
     said = f"{cosine(7, 11, **rate):.3g} instead of {cosine(7, 6, **rate):.3g} at step 7"
     assert "extended from 6 to 11 steps: " in output and said in output
     long = losses(tmp_path)

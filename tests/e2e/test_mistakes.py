@@ -27,7 +27,7 @@ def shell(line: str, where: Path, **environment: str) -> subprocess.CompletedPro
 
 LINES = {
     "touch runs; train": "runs, a file, expected a folder that can be written",
-    "mkdir runs; ln -s /nowhere runs/x; train name=x": "a link to /nowhere, which is not there",
+    "mkdir runs; ln -s /nowhere runs/x; train name=x": "a link to /nowhere, which does not exist",
     "mkdir runs; touch runs/x; train name=x": "x, a file, expected",
     "train hydra.run.dir=/proc/x": "/proc/x: No such file or directory",
     "touch x; train -m seed=1,2 hydra.sweep.dir=x": "x, a file, expected",

@@ -199,7 +199,7 @@ def test_resume_refuses_another_configuration(unbroken):
     done = train(unbroken.parents[1], "name=whole", "resume=auto", "optim.lr=4e-3", check=False)
     assert done.returncode == 2
     assert "optim.lr" in done.stderr
-    assert "as the run began" in done.stderr
+    assert "as at the start of the run" in done.stderr
 
 
 def test_own_records_train_without_heldout_ones(tmp_path):

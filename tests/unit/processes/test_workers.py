@@ -111,7 +111,7 @@ def test_who_does_not_stop_in_time_is_killed(tmp_path):
     process = launcher(tmp_path, deaf, stop_seconds=0.5)
     wait_for(lambda: both_ready(tmp_path))
     process.terminate()
-    assert ends(process, tmp_path) == (1, "workers still run 0.5 s after SIGTERM: killed\n")
+    assert ends(process, tmp_path) == (1, "workers still running 0.5 s after SIGTERM: killed\n")
 
 
 FORKING = """

@@ -88,7 +88,7 @@ def test_other_files_in_the_folder_stay_and_do_not_matter(tmp_path, config):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "checkpoints").mkdir()
     with owned(tmp_path):
-        begin(config, tmp_path, anew=True)
+        begin(config, tmp_path, fresh=True)
     assert (tmp_path / "notes.txt").read_text() == "mine" and has_run(tmp_path)
 
 
@@ -99,11 +99,11 @@ def test_any_text_may_be_a_config_yaml(tmp_path, text):
 
 
 def test_only_a_run_that_begins_anew_drops_what_was_told(tmp_path, config):
-    begin(config, tmp_path, anew=True)
+    begin(config, tmp_path, fresh=True)
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    begin(config, tmp_path, anew=False)
+    begin(config, tmp_path, fresh=False)
     assert (tmp_path / "metrics.jsonl").exists()
-    begin(config, tmp_path, anew=True)
+    begin(config, tmp_path, fresh=True)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -115,7 +115,7 @@ def test_what_cannot_be_written_is_said(tmp_path):
 
 
 def with_checkpoint(run_dir: Path, config) -> None:
-    begin(config, run_dir, anew=True)
+    begin(config, run_dir, fresh=True)
     (run_dir / "checkpoints").mkdir()
     (run_dir / "checkpoints" / "latest").write_text("step_00000003\n")
 
@@ -125,9 +125,9 @@ def test_a_resume_may_change_what_no_step_depends_on(tmp_path, config):
     again = dataclasses.replace(config, resume="auto")
     check_folder(again, tmp_path)
     check_folder(dataclasses.replace(again, evaluate=dataclasses.replace(config.evaluate, questions=1)), tmp_path)
-    with pytest.raises(ConfigError, match="seed: got 7, expected 1234, as the run began"):
+    with pytest.raises(ConfigError, match="seed: got 7, expected 1234, as at the start of the run"):
         check_folder(dataclasses.replace(again, seed=7), tmp_path)
-    with pytest.raises(ConfigError, match="resume=auto goes on with it"):
+    with pytest.raises(ConfigError, match="resume=auto continues it"):
         check_folder(config, tmp_path)
 
 
@@ -140,17 +140,17 @@ def test_a_run_may_be_made_longer_and_not_shorter(tmp_path, config):
     with_checkpoint(tmp_path, config)
     steps = config.train.steps
     check_folder(with_steps(config, steps + 1), tmp_path)
-    expected = f"got {steps - 1}, expected {steps}, as the run began, or more. Fix: train.steps={steps}, or name=OTHER"
+    expected = f"got {steps - 1}, expected {steps}, as at the start of the run, or more. Fix: train.steps={steps}, or "
     with pytest.raises(ConfigError, match=expected):
         check_folder(with_steps(config, steps - 1), tmp_path)
 
 
 def test_a_resume_says_what_it_does(tmp_path, config):
-    assert outlook(config, tmp_path) == f"no checkpoint in {tmp_path}: beginning at step 0"
+    assert outlook(config, tmp_path) == f"no checkpoint in {tmp_path}: starting at step 0"
     with_checkpoint(tmp_path, config)
     (tmp_path / "checkpoints" / "step_00000003").mkdir()
     assert outlook(with_steps(config, 3), tmp_path) == f"{tmp_path} is done: 3 of 3 steps"
-    expected = f"going on from step 3 of 5: {tmp_path}/checkpoints/step_00000003"
+    expected = f"resuming from step 3 of 5: {tmp_path}/checkpoints/step_00000003"
     assert outlook(with_steps(config, 5), tmp_path) == expected
 
 
@@ -164,11 +164,11 @@ def test_a_data_file_that_is_not_there_is_said_before_anything_is_written(tmp_pa
 def test_no_run_of_a_sweep_begins_where_another_s_folder_is_refused(tmp_path, configured):
     with_checkpoint(tmp_path / "sweep" / "seed=2", configured("seed=2"))
     told = tmp_path / "sweep" / "seed=1" / "metrics.jsonl"  # of a run that never came to a checkpoint
-    begin(configured("seed=1"), told.parent, anew=True)
+    begin(configured("seed=1"), told.parent, fresh=True)
     told.write_text("precious")
     command = [sys.executable, str(ROOT / "launch" / "train.py"), "-m", "seed=1,2", "hydra.sweep.dir=sweep"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and "sweep/seed=2: got one that holds a run" in done.stderr, done.stderr
+    assert done.returncode == 2 and "sweep/seed=2: got a folder that holds a run" in done.stderr, done.stderr
     assert told.read_text() == "precious"
 
 

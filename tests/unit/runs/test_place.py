@@ -48,7 +48,7 @@ def test_a_place_that_cannot_be_made_says_what_is_in_the_way(tmp_path, monkeypat
     expected = {
         "file": f"{tmp_path}/file, a file",
         "file/run": f"{tmp_path}/file, a file",
-        "dangling": f"{tmp_path}/dangling, a link to /nowhere/else, which is not there",
+        "dangling": f"{tmp_path}/dangling, a link to /nowhere/else, which does not exist",
         "runs/name": f"{tmp_path}/runs, a file",
     }
     for folder, says in expected.items():
