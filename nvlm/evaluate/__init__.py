@@ -1,1 +1,1 @@
-"""Greedy answers on held-out records, exact match, the report page."""
+"""Evaluation: greedy answers to held-out records, exact match, the report page."""

@@ -26,7 +26,7 @@ def answer(
     tile_size: int,
     multiple: int,
 ) -> list[str]:
-    """The model's greedy continuation of each prompt, up to a token that ends it or `max_new_tokens`."""
+    """The model's greedy answer to each prompt, up to an end token or `max_new_tokens`."""
     (batch,) = vision.encode([collate([[prompt] for prompt in prompts], tile_size, multiple).to(device)])
     sampling = Sampling(max_new_tokens=max_new_tokens)
     return [words(ids, tokenizer) for ids in continue_rows(pipeline, batch, sampling, tokenizer.ends, multiple)]

@@ -1,4 +1,4 @@
-"""The evaluation that closes a run: scores on held-out records, told on the console."""
+"""The evaluation at the end of a run: scores on held-out records, printed on the console."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from nvlm.train.step import Trainer
 
 
 def closing_evaluation(config: Config, run_dir: Path, started: float) -> Evaluation | None:
-    """What the training loop calls behind its last step; None where nothing is asked. `started`: time.time() at launch,
-    for the closing line."""
+    """A function for the training loop to call after its last step; None without questions. `started`: time.time() at
+    launch, for the last line."""
     if not config.evaluate.questions:
         return None
 
@@ -36,11 +36,11 @@ def closing_evaluation(config: Config, run_dir: Path, started: float) -> Evaluat
 def _tell(score: Score, seconds: float) -> None:
     print("  ".join(f"{kind} {share:.2f}" for kind, share in score.by_kind.items()))
     if score.unanswered:
-        print(f"not scored, no answer to compare with: {shortened(score.unanswered)}")
+        print(f"not scored, no reference answer: {shortened(score.unanswered)}")
     print(f"heldout exact_match={score.exact_match:.2f} seconds={seconds:.0f}")
 
 
 def shortened(names: Sequence[str], most: int = 5) -> str:
-    """How many `names` there are, and the first of them."""
+    """The number of `names` and the first of them."""
     more = ", ..." if len(names) > most else ""
     return f"{len(names)} ({', '.join(names[:most])}{more})"

@@ -27,13 +27,13 @@ from nvlm.runs.sinks import spared
 from nvlm.tiling.grid import TilePlan
 from nvlm.vision.prepass import BalancedVision
 
-_UNREADABLE = "unreadable"  # the kind of a question that could not be asked
+_UNREADABLE = "unreadable"  # the kind of a question whose record cannot be read
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Share of questions answered exactly, in total and by kind; `unanswered`: records without an answer to compare
-    with, which are not among the `questions`."""
+    """Share of questions answered exactly, in total and by kind. `unanswered`: records without a reference answer; they
+    do not count among the `questions`."""
 
     exact_match: float
     by_kind: dict[str, float]
@@ -43,8 +43,8 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A held-out question, encoded. `expected`: its answer as the tokenizer gives it back, so that a model can say
-    it."""
+    """A held-out question, tokenized. `expected`: its answer after a round trip through the tokenizer, which is what a
+    model can produce."""
 
     id: str
     kind: str
@@ -65,10 +65,10 @@ def evaluate(
 ) -> Score:
     """Answer the held-out `records` with exact tiles; writes heldout.json, answers.jsonl and report.html.
 
-    A record that cannot be read counts as wrong: a score must not rise by what could not be asked. One without an
-    answer is named and not scored. `alive` is called before each batch.
+    A record that cannot be read counts as wrong, so that it cannot raise the score. One without a reference answer is
+    named but not scored. `alive` is called before each batch.
     """
-    # Evaluation resizes exactly, whatever training does.
+    # Evaluation resizes exactly, whatever the setting in training.
     processor = build_processor(config, registry.placement_rule(config.arch.name), resize="exact")
     rank, size = groups.data_rank()
     rows, shown, unanswered = [], [], []
@@ -109,7 +109,7 @@ def evaluate(
 
 
 def _write(score: Score, rows: Sequence[dict], run_dir: Path) -> None:
-    for stale in ("answers.jsonl", "heldout.json", "report.html"):  # an older score, should there be no room for this
+    for stale in ("answers.jsonl", "heldout.json", "report.html"):  # so that no older score remains if the disk is full
         (run_dir / stale).unlink(missing_ok=True)
     write_whole(run_dir / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_whole(run_dir / "heldout.json", json.dumps(asdict(score) | {"unanswered": len(score.unanswered)}))

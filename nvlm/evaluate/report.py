@@ -1,4 +1,4 @@
-"""The run's report: report.html with held-out samples, their tiles and tags drawn on them, and curves.png."""
+"""A run's report: report.html with held-out samples, whose tiles and tags are drawn on the images, and curves.png."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from nvlm.runs.files import write_whole
 from nvlm.tiling.grid import TilePlan
 
 _INK = (200, 30, 60)
-_LONGEST = 480  # px, of a page on the report
+_LONGEST = 480  # px, longest side of an image in the report
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One held-out question as the page shows it. `pictures`: of each image its page and its strip of tiles."""
+    """One held-out question in the report. `pictures`: (page, strip of tiles) of each image."""
 
     question: str
     pictures: tuple[tuple[Image.Image, Image.Image], ...]
@@ -38,7 +38,7 @@ class Shown:
 def draw_pictures(
     plans: Sequence[TilePlan], pixels: Tensor, processor: Processor
 ) -> tuple[tuple[Image.Image, Image.Image], ...]:
-    """Page and strip of each of `plans`, from what the encoder saw: `pixels` uint8 [T, 3, px, px], their tiles."""
+    """Page and strip for each of `plans`, drawn from the encoder's input, `pixels` uint8 [T, 3, px, px]."""
     pictures = []
     for plan, tiles in zip(plans, pixels.split([plan.num_tiles for plan in plans]) if plans else ()):
         images = [Image.fromarray(tile.permute(1, 2, 0).numpy()) for tile in tiles]
@@ -81,7 +81,7 @@ def write_report(
 
 
 def draw_page(plan: TilePlan, tiles: Sequence[Image.Image], tags: Sequence[str]) -> Image.Image:
-    """The page put together from its tiles, longest side `_LONGEST` px, with each tile's outline and tag."""
+    """The page assembled from its tiles, longest side `_LONGEST` px, with each tile's outline and tag."""
     size = tiles[0].width
     cols, rows = (plan.cols, plan.rows) if plan.num_regular else (1, 1)
     page = Image.new("RGB", (cols * size, rows * size))
@@ -107,7 +107,7 @@ def draw_strip(tiles: Sequence[Image.Image]) -> Image.Image:
 
 
 def draw_curves(metrics: Path, out: Path) -> None:
-    """Loss, learning rate and speed over the steps of metrics.jsonl, as a picture."""
+    """Plot loss, learning rate and speed over the steps of the file `metrics` into the image `out`."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
     steps = [row["step"] for row in rows]
@@ -152,7 +152,7 @@ td {{ padding: 0 1rem 0 0; }} code {{ font-size: 1.1em; }}
 <table>{kinds}</table>
 <p><img src="curves.png" alt="training curves"></p>
 <h2>Held-out samples</h2>
-<p>Each page as the encoder saw it, put together from its tiles, then the tiles side by side, the thumbnail last.</p>
+<p>Each page as the encoder saw it, assembled from its tiles, then the tiles side by side, the thumbnail last.</p>
 {cards}
 </body></html>
 """

@@ -1,1 +1,1 @@
-"""Text from a model: sampling, decoding with cached keys, conversations, the command line."""
+"""Text generation: sampling, decoding with a key-value cache, streaming, the Python API."""

@@ -1,7 +1,7 @@
-"""Token by token: rows of prompts to the tokens that follow them.
+"""Decodes rows of prompts token by token.
 
-Keys and values of self-attention and of the images are computed once and kept (nvlm.attention.cache). Under context
-parallelism, where a row's columns lie on several ranks, each token recomputes its row.
+Keys and values of self-attention and of the images are computed once and cached (nvlm.attention.cache). With context
+parallelism, where several ranks share a row's columns, each token recomputes its row.
 
 Shapes: B rows, L columns of a row.
 """
@@ -25,11 +25,11 @@ from nvlm.generate.choose import Chooser
 from nvlm.generate.sampling import Sampling
 from nvlm.processes import device
 
-# The numbers of each column, and what padding has.
+# The fields of a batch with one value per column, and their values in padding.
 _COLUMNS = {"tokens": 0, "labels": IGNORE, "positions": 0, "sample": PAD, "image": PAD, "tile": ALL_TILES}
 
 Tell = Callable[[int, int], None]
-"""Hears of each new token: (row, id)."""
+"""Called with each new token: (row, id)."""
 
 
 def continue_rows(
@@ -41,12 +41,12 @@ def continue_rows(
     tell: Tell = lambda row, token: None,
     recompute: bool = False,
 ) -> list[list[int]]:
-    """The ids that follow each row of `batch` (one sample a row, tiles encoded), up to and with one of `ends`.
+    """The ids generated for each row of `batch` (one sample per row, tiles encoded), including the final one of `ends`.
 
-    All processes of a replica call it together. `multiple`: what the number of a row's columns is to be a multiple
-    of where rows are recomputed, as under context parallelism or with `recompute`.
+    A collective call of a replica's ranks. `multiple`: the row length must be a multiple of it when rows are recomputed
+    (with context parallelism or `recompute`).
     """
-    batch = replace(batch, host=None)  # rows grow here alone
+    batch = replace(batch, host=None)  # the copy on the host does not grow with the rows
     recompute = recompute or parallel_state.get_context_parallel_world_size() > 1
     rows = _Whole(batch, sampling.max_new_tokens, multiple) if recompute else _Kept(batch)
     choose, texts = Chooser(sampling, len(batch.tokens)), [[] for _ in batch.tokens]
@@ -58,19 +58,19 @@ def continue_rows(
             tokens_B = share_from_last(tokens_B)
             tokens = tokens_B.tolist()
             for row, token in zip(rows.numbers, tokens):
-                if not texts[row] or texts[row][-1] not in ends:  # recomputed rows go on with the others
+                if not texts[row] or texts[row][-1] not in ends:  # recomputed rows stay after they have ended
                     texts[row].append(token)
                     tell(row, token)
-            going = [texts[row][-1] not in ends for row in rows.numbers]
-            if not any(going) or max(map(len, texts)) == sampling.max_new_tokens:
+            unfinished = [texts[row][-1] not in ends for row in rows.numbers]
+            if not any(unfinished) or max(map(len, texts)) == sampling.max_new_tokens:
                 return texts
             rows.append(tokens_B)
             if not recompute:
-                rows.select(going, caches)
+                rows.select(unfinished, caches)
 
 
 class _Whole:
-    """Rows that grow and are computed whole for each token, with room for what will be written."""
+    """Rows that are recomputed in full for each token, in a buffer with room for the new tokens."""
 
     past = None
 
@@ -83,12 +83,12 @@ class _Whole:
 
     @property
     def batch(self) -> Batch:
-        """The batch up to the last column written, rounded up."""
+        """The batch up to the last column written, rounded up to the multiple."""
         end = self.length + -self.length % self.multiple
         return replace(self.room, **{name: getattr(self.room, name)[:, :end] for name in _COLUMNS})
 
     def append(self, tokens_B: Tensor) -> None:
-        """Write a token behind each row: all in one column, behind the padding of the shorter rows."""
+        """Write a token for each row, all in one new column; in shorter rows it follows the padding."""
         rows, column = self.room, self.length
         before = torch.arange(len(tokens_B), device=tokens_B.device), self.last_B
         rows.tokens[:, column] = tokens_B
@@ -100,16 +100,16 @@ class _Whole:
 
 
 class _Kept:
-    """Rows of which caches keep all but the newest column, behind the prompts'."""
+    """Rows whose prompts are computed once; after that the batch is the newest column, and caches hold the others."""
 
     def __init__(self, batch: Batch) -> None:
         self.past, self.last_B = None, _last_columns(batch)
-        length = int(self.last_B.max()) + 1  # no further: columns that are padding in all rows would be kept too
+        length = int(self.last_B.max()) + 1  # columns that are padding in all rows need not be cached
         self.batch = replace(batch, **{name: getattr(batch, name)[:, :length] for name in _COLUMNS})
-        self.numbers: Sequence[int] = range(len(batch.tokens))  # of the rows, in the batch as it came
+        self.numbers: Sequence[int] = range(len(batch.tokens))  # of the remaining rows in the original batch
 
     def append(self, tokens_B: Tensor) -> None:
-        """Go on with one column, a token behind each row; it stands behind the padding of the shorter rows."""
+        """Replace the batch by one new column with a token for each row; in shorter rows it follows the padding."""
         if self.past is None:
             padding_B11X = (self.batch.sample == PAD)[:, None, None]
             before = torch.arange(len(tokens_B), device=tokens_B.device), self.last_B
@@ -119,12 +119,12 @@ class _Kept:
         self.past = self.past.grown()
         self.batch = replace(self.batch, tokens=tokens_B[:, None], positions=self.batch.positions + 1)
 
-    def select(self, going: Sequence[bool], caches: Sequence[KeyValues]) -> None:
-        """Go on with these rows alone."""
-        if all(going):
+    def select(self, unfinished: Sequence[bool], caches: Sequence[KeyValues]) -> None:
+        """Keep only the rows marked `unfinished`."""
+        if all(unfinished):
             return
-        kept = torch.tensor(going, device=self.last_B.device).nonzero()[:, 0]
-        self.numbers = [row for row, goes in zip(self.numbers, going) if goes]
+        kept = torch.tensor(unfinished, device=self.last_B.device).nonzero()[:, 0]
+        self.numbers = [row for row, keep in zip(self.numbers, unfinished) if keep]
         self.batch = replace(self.batch, **{name: getattr(self.batch, name)[kept] for name in _COLUMNS})
         self.last_B, self.past = self.last_B[kept], self.past.selected(kept).shortened()
         for cache in caches:

@@ -1,4 +1,4 @@
-"""How the next token is chosen, as a value. Imports no torch."""
+"""Sampling parameters. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from nvlm.config.values import problem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """Up to `max_new_tokens` tokens; temperature 0 takes the likeliest one.
+    """Up to `max_new_tokens` tokens; temperature 0 takes the likeliest token.
 
-    Else a token is drawn from the nucleus: the fewest likeliest tokens whose probabilities reach `top_p` together.
+    Otherwise tokens are drawn from the nucleus, the smallest set of top tokens whose probabilities reach `top_p`.
     Row r of a batch draws with the seed `seed` + r, whatever the other rows are. Raises ConfigError.
     """
 
@@ -32,7 +32,7 @@ class Sampling:
             raise problem("seed", self.seed, "0 or above", "seed=0")
 
     def prompt_room(self, positions: int) -> int:
-        """Tokens that a prompt may have in a model of `positions` positions. Raises ConfigError where none is left."""
+        """Tokens left for a prompt in a model of `positions` positions. Raises ConfigError if there are none."""
         if self.max_new_tokens >= positions:
             fix = f"max_new_tokens={max(1, positions // 2)}"
             raise problem("max_new_tokens", self.max_new_tokens, f"fewer than llm.max_positions={positions}", fix)

@@ -1,4 +1,4 @@
-"""Tokens to text as they come."""
+"""Turns tokens into text as they arrive."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Sequence
 
 from nvlm.data.tokenizer import ChatTokenizer
 
-_BROKEN = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character decode to
+_BROKEN = "\N{REPLACEMENT CHARACTER}"  # what an incomplete character decodes to
 
 
 class TextStream:
-    """Text of a growing list of ids, piece by piece; a character whose bytes have not all come is held back."""
+    """The text of a growing list of ids, in pieces. Incomplete characters are held back until complete."""
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        # Some decoders treat a text's first token otherwise, so each piece is decoded behind the one before.
-        self.context, self.told = 0, 0
+        # Some decoders treat a text's first token differently, so each piece is decoded after the previous one.
+        self.context, self.done = 0, 0
 
     def push(self, token: int) -> str:
-        """What can be told now that `token` has come; nothing for the token that ends an answer."""
+        """The text that `token` completes; empty for the token that ends an answer."""
         if token in self.tokenizer.ends:
             return ""
         self.ids.append(token)
         return self._more(hold=self._text().endswith(_BROKEN))
 
     def flush(self) -> str:
-        """What was held back, at the end."""
+        """What is still held back at the end."""
         return self._more(hold=False)
 
     def _text(self) -> str:
@@ -35,9 +35,9 @@ class TextStream:
     def _more(self, hold: bool) -> str:
         if hold:
             return ""
-        before = self.tokenizer.decode(self.ids[self.context : self.told])
+        before = self.tokenizer.decode(self.ids[self.context : self.done])
         piece = self._text()[len(before) :]
-        self.context, self.told = self.told, len(self.ids)
+        self.context, self.done = self.done, len(self.ids)
         return piece
 
 

@@ -1,10 +1,10 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on Megatron's tensor-parallel linears.
 
-An adapted linear computes W x + alpha / rank * up(down(x)). Its `up` begins at zero, so a fresh one computes what W
-does. Names: `weight` stays the base's, `adapter.down.weight` [rank, in] and `adapter.up.weight` [out, rank] are new.
+An adapted linear computes W x + alpha / rank * up(down(x)). `up` starts at zero, so a fresh adapter changes nothing.
+Names: `weight` is the base's, `adapter.down.weight` [rank, in] and `adapter.up.weight` [out, rank] are added.
 
-Only `rank` numbers a token cross tensor-parallel ranks. Column-parallel: `down` is whole on each rank, `up` is split as
-the base is. Row-parallel: `down` is split as the base is, its output is summed, `up` is whole.
+Only `rank` numbers per token cross tensor-parallel ranks. Column-parallel: `down` is replicated and `up` is split like
+the base. Row-parallel: `down` is split like the base, its output is summed, and `up` is replicated.
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ from nvlm.llm.dropout import COLUMNS, KEYS, dropped, places
 from nvlm.llm.norm import RMSNorm
 from nvlm.weights.merge import ADAPTER
 
-_OF_KEYS = ("cross_attention.linear_kv",)  # linears whose input is cross-attended keys, not the text stream
+_OF_KEYS = ("cross_attention.linear_kv",)  # linears that read cross-attended keys, not the text stream
 
 
 @dataclass(frozen=True, slots=True)
 class Linears:
-    """Builders of the linears of one layer: Megatron's own, with adapters where there is a `peft`, or Transformer
-    Engine's with `te`."""
+    """Builders of one layer's linears: Megatron's, with adapters if `peft` is given, or Transformer Engine's (`te`)."""
 
     peft: PeftConfig | None
     seed: int
@@ -42,24 +41,24 @@ class Linears:
     te: bool = False
 
     def column(self, name: str) -> Callable[..., nn.Module]:
-        """For the linear `name`, split along its output."""
+        """Builder of the linear `name`, split along its output."""
         if self.te:
             return engine().TEColumnParallelLinear
         return self._adapted(AdaptedColumnLinear, name) if self.peft else ColumnParallelLinear
 
     def normed(self, name: str) -> Callable[..., nn.Module]:
-        """For the linear `name`, split along its output, behind a norm: in one with it, or the linear alone."""
+        """Builder of the linear `name`, split along its output, which follows a norm: fused with it if `te`."""
         return engine().TELayerNormColumnParallelLinear if self.te else self.column(name)
 
     def row(self, name: str) -> Callable[..., nn.Module]:
-        """For the linear `name`, split along its input."""
+        """Builder of the linear `name`, split along its input."""
         if self.te:
             return engine().TERowParallelLinear
         return self._adapted(AdaptedRowLinear, name) if self.peft else RowParallelLinear
 
     @property
     def norm(self) -> Callable[..., nn.Module]:
-        """What stands in front of a normed linear."""
+        """Builder of the norm in front of a `normed` linear; the identity if they are fused."""
         return IdentityOp if self.te else RMSNorm
 
     def _adapted(self, kind: type, name: str) -> Callable:
@@ -68,12 +67,12 @@ class Linears:
 
 
 def linears_of(config: Config, group: str, layer: int) -> Linears:
-    """The linears that layer `layer` (from 0) has in the module group `group`."""
+    """Builders of the linears of layer `layer` (from 0) in the module group `group`."""
     return Linears(config.peft if group in config.adapted else None, config.seed, layer, uses_te(config))
 
 
 class _Whole(nn.Linear):
-    """A linear that stands whole on each rank. `partial`: each rank's gradient comes from a part of the sequence."""
+    """A linear replicated on each rank. `partial`: each rank's gradient covers only a part of the sequence."""
 
     def __init__(self, inputs: int, outputs: int, config: TransformerConfig, partial: bool) -> None:
         super().__init__(inputs, outputs, bias=False, device="meta")
@@ -85,9 +84,9 @@ class _Whole(nn.Linear):
 
 
 class Adapter(nn.Module):
-    """alpha / rank * up(down(dropout(x))). `seed` names its dropout masks, `reads` says what x stands for.
+    """alpha / rank * up(down(dropout(x))). `seed` determines the dropout masks; `reads` says what x holds.
 
-    `columns` and `features`: this tensor-parallel rank where the ranks split x along that dimension, else 0.
+    `columns` and `features`: this tensor-parallel rank if the ranks split x along that dimension, else 0.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class Adapter(nn.Module):
 
 
 class AdaptedColumnLinear(ColumnParallelLinear):
-    """A column-parallel linear with an adapter; `seed` names its first weights."""
+    """A column-parallel linear with an adapter; `seed` determines its initial weights."""
 
     def __init__(
         self,
@@ -124,7 +123,7 @@ class AdaptedColumnLinear(ColumnParallelLinear):
         **kwargs,
     ) -> None:
         super().__init__(inputs, outputs, config=config, **kwargs)
-        self.gated = kwargs.get("stride", 1) == 2  # each rank holds its part of the gate, then its part of up
+        self.gated = kwargs.get("stride", 1) == 2  # each rank holds its share of gate, then its share of up
         split = config.sequence_parallel
         shared = {key: kwargs[key] for key in ("stride", "tp_group") if key in kwargs}
         up = ColumnParallelLinear(
@@ -132,16 +131,16 @@ class AdaptedColumnLinear(ColumnParallelLinear):
         )
         down = _Whole(inputs, peft.rank, config, partial=split)
         self.adapter = Adapter(down, up, peft, seed, reads, columns=self.tp_group.rank() if split else 0, features=0)
-        nn.init.zeros_(up.weight)  # also where Megatron is told to leave weights as they come
+        nn.init.zeros_(up.weight)  # needed if Megatron is configured not to initialize weights
         _begin(self.adapter.down.weight, inputs, seed)
 
     def forward(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """As the base's."""
+        """Like the base class."""
         output, bias = super().forward(x, *args, **kwargs)
         return output + self.adapter(x), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """As the base's. A gated linear's `up` is stored gate before up, as its weight is."""
+        """Like the base class. A gated linear's `up` is stored with gate before up, like its weight."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state |= _sharded_adapter(self, prefix, sharded_offsets, metadata)
         if self.gated:
@@ -153,7 +152,7 @@ class AdaptedColumnLinear(ColumnParallelLinear):
 
 
 class AdaptedRowLinear(RowParallelLinear):
-    """A row-parallel linear with an adapter; `seed` names its first weights."""
+    """A row-parallel linear with an adapter; `seed` determines its initial weights."""
 
     def __init__(
         self, inputs: int, outputs: int, *, config: TransformerConfig, peft: PeftConfig, seed: str, **kwargs
@@ -174,18 +173,18 @@ class AdaptedRowLinear(RowParallelLinear):
         _begin(down.weight, inputs, seed, self.tp_group)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As the base's."""
+        """Like the base class."""
         output, bias = super().forward(x)
         return output + self.adapter(x), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """As the base's."""
+        """Like the base class."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return state | _sharded_adapter(self, prefix, sharded_offsets, metadata)
 
 
 def _sharded_adapter(linear: nn.Module, prefix: str, sharded_offsets: tuple, metadata: dict | None) -> dict:
-    # The base takes all that stands below it for whole, while each linear of the adapter knows how it is split.
+    # The base class takes its children for replicated, but each linear of the adapter knows how it is split.
     state = {}
     for name, child in linear.adapter.named_children():
         below = f"{prefix}{ADAPTER}.{name}."
@@ -195,8 +194,8 @@ def _sharded_adapter(linear: nn.Module, prefix: str, sharded_offsets: tuple, met
 
 @torch.no_grad()
 def _begin(down: nn.Parameter, inputs: int, seed: str, group=None) -> None:
-    """Uniform in +-1 / sqrt(inputs), the part of this rank of `group`: the same in every layout, and without a
-    number taken from the generators that the base's weights come from."""
+    """Fill `down`, this rank's shard in `group`, uniformly in +-1 / sqrt(inputs). The whole weight is the same in every
+    layout, and the generators of the base's weights are not advanced."""
     if down.is_meta:
         return
     generator = torch.Generator("cpu").manual_seed(zlib.crc32(seed.encode()))

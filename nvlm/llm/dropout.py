@@ -1,7 +1,7 @@
-"""Dropout that is the same in every layout: a function of (seed, linear, place, feature), not of a generator.
+"""Dropout that is the same in every layout: a hash of (seed, linear, place, feature) instead of a random generator.
 
-A token's place (`Batch.place`) numbers its step, its row among all replicas' rows, and its column, so the mask depends
-neither on how rows are dealt to replicas and micro-batches, nor on how columns and features are split over ranks.
+A token's place (`Batch.place`) encodes its step, its row among all replicas' rows, and its column. So the mask depends
+neither on the distribution of rows over replicas and micro-batches nor on the split of columns and features over ranks.
 
 Shapes: S columns, B rows, X keys, F features of a linear's input (on this rank).
 """
@@ -13,15 +13,15 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 COLUMNS, KEYS = "columns", "keys"
-"""What a linear's input stands for: tokens of the text stream, or cross-attended keys."""
+"""What a linear's input holds: tokens of the text stream, or cross-attended keys."""
 
 _NAMES = {COLUMNS: "dropout columns", KEYS: "dropout keys"}
 
 
 def remember_places(place_BS: Tensor, place_BX: Tensor) -> None:
-    """Set the places of the columns and keys that the forward pass from here on computes.
+    """Set the places of the columns and keys for the forward pass that follows.
 
-    They are kept among Megatron's random states, because recomputation restores those: in a pipeline a micro-batch is
+    They are kept among Megatron's random states, which recomputation restores: in a pipeline, a micro-batch is
     recomputed after the forward passes of later ones.
     """
     tracker = get_cuda_rng_tracker()
@@ -30,14 +30,14 @@ def remember_places(place_BS: Tensor, place_BX: Tensor) -> None:
 
 
 def places(kind: str) -> Tensor:
-    """The places [S, B] of `kind` that were last remembered."""
+    """The current places [S, B] of `kind`."""
     return get_cuda_rng_tracker().get_states()[_NAMES[kind]]
 
 
 def dropped(x_SBF: Tensor, rate: float, linear: int, place_SB: Tensor, first: int) -> Tensor:
     """`x_SBF` with a share `rate` of its elements zeroed and the others scaled by 1 / (1 - rate).
 
-    `linear` identifies the linear (and the seed), `first` is the number of the first feature that this rank has.
+    `linear` identifies the linear and the seed; `first` is the index of this rank's first feature.
     """
     assert place_SB.shape == x_SBF.shape[:2], (place_SB.shape, x_SBF.shape)
     features_F = torch.arange(first, first + x_SBF.shape[-1], dtype=torch.int32, device=x_SBF.device)
@@ -54,7 +54,7 @@ def _folded(place_SB: Tensor, linear: int) -> Tensor:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """An int32 hash whose every output bit depends on every input bit (Wellons' "lowbias32"): products wrap around."""
+    """An int32 hash (Wellons' "lowbias32"): every output bit depends on every input bit. Products wrap around."""
     x = x ^ _shifted(x, 16)
     x = x * 0x7FEB352D
     x = x ^ _shifted(x, 15)
@@ -63,5 +63,5 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """`x` shifted right without its sign."""
+    """Logical right shift of `x`."""
     return (x >> bits) & ((1 << (32 - bits)) - 1)

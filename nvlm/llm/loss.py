@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def token_losses(logits_SBV: Tensor, labels_SB: Tensor) -> Tensor:
-    """Losses [S, B] in fp32. In bf16 on a GPU in two kernels, without a copy of the logits in fp32; those give the
-    gradient in bf16, whatever the logits are in."""
+    """Losses [S, B] in fp32. For bf16 on a GPU, two fused kernels avoid an fp32 copy of the logits; they return the
+    gradient in bf16, whatever the type of the logits."""
     if logits_SBV.is_cuda and logits_SBV.dtype == torch.bfloat16:
         from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy  # compiles
 

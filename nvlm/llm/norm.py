@@ -1,4 +1,4 @@
-"""Norms for layer specs. Megatron's own torch norm refuses sequence parallelism; these mark their weights for it."""
+"""Norms for layer specs. Megatron's torch norm refuses sequence parallelism; these mark their weights for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def _mark(module: nn.Module, config: TransformerConfig) -> None:
-    # Under sequence parallelism each rank sees a part of the sequence: Megatron sums the gradients of marked weights.
+    # With sequence parallelism each rank sees part of the sequence; Megatron sums the gradients of marked weights.
     for parameter in module.parameters():
         parameter.sequence_parallel = config.sequence_parallel
 
@@ -22,7 +22,7 @@ class RMSNorm(nn.RMSNorm):
         _mark(self, config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As torch's, which on CPU is put together from twice as many passes."""
+        """Like torch's RMSNorm, which on CPU makes twice as many passes."""
         if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
             return super().forward(x)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""SwiGLU in few passes over memory, for the MLP where Megatron's own, which is compiled, is not: on CPU.
+"""SwiGLU in few passes over memory, for the MLP on CPU, where Megatron's fused version is not compiled.
 
 Shapes: F inner width of the MLP on this rank.
 """
@@ -21,7 +21,7 @@ class SwiGLU(nn.Module):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Both gradients are written where they belong. Autograd would make them apart and join them, at twice the time."""
+    """Writes both gradients into one tensor. Autograd would compute them apart and join them, in twice the time."""
 
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:

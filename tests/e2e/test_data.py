@@ -111,7 +111,7 @@ def test_evaluation_reads_what_was_encoded_and_another_held_out_file_later(where
     assert not (where / "runs").exists()
     status, output = run(where, *asked, "data.heldout_path=h.jsonl")
     assert status == 0, output
-    assert "not scored, no answer to compare with: 1 (h.jsonl:2)" in output
+    assert "not scored, no reference answer: 1 (h.jsonl:2)" in output
     answers = {row["id"]: row for row in rows(where, "answers.jsonl")}
     assert answers.keys() == {"h.jsonl:1", "h.jsonl:3"}
     assert answers["h.jsonl:1"]["expected"] == "red" and answers["h.jsonl:3"]["kind"] == "unreadable"
