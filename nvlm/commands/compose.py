@@ -25,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 from nvlm.commands import launch
 from nvlm.commands.mistakes import answered
 from nvlm.commands.words import SWEEP_FLAGS, parse, plain_words
-from nvlm.config.mapping import from_mapping, near_keys
+from nvlm.config.keys import near_keys
+from nvlm.config.mapping import from_mapping
 from nvlm.config.rules import validate
 from nvlm.config.values import Config, ConfigError, problem
 from nvlm.estimate.lengths import check_lengths
@@ -39,7 +40,16 @@ CONF = launch.ROOT / "conf"
 LISTING = "launch/train.py --cfg job lists all keys and their values"
 
 
+def _by_arch(values: dict, *, _root_: DictConfig) -> object:
+    """Of `values` by architecture, the one of the architecture that was chosen."""
+    name = _root_.arch.name
+    if name not in values:
+        raise problem("lengths", f"none for arch={name}", f"a value for it in {CONF / 'lengths'}", "add it there")
+    return values[name]
+
+
 OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)  # for conf/config.yaml
+OmegaConf.register_new_resolver("by_arch", _by_arch, replace=True)  # for conf/lengths
 
 
 def main(started: float) -> int:
@@ -209,5 +219,6 @@ def unknown_key(key: str, also: Sequence[str] = ()) -> ConfigError:
     known = list(flat(OmegaConf.to_container(_compose(), resolve=False)))
     groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "experiment"))
     near = near_keys(key, [*also, *known, *groups, "+experiment"])
-    expected = f"one of {', '.join(near)}" if near else f"one of the keys of {', '.join(groups)}"
+    sections = sorted({name.partition(".")[0] for name in known}.intersection(groups))
+    expected = f"one of {', '.join(near)}" if near else f"one of the keys of {', '.join(sections)}"
     return problem(key, "a key that does not exist", expected, f"{near[0]}=..." if 0 < len(near) <= 3 else LISTING)

@@ -11,12 +11,12 @@ import functools
 import os
 import types
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated
 
 from nvlm.config.fields import FilePath
+from nvlm.config.keys import moved
 from nvlm.config.values import problem
 
 
@@ -26,6 +26,8 @@ def from_mapping(cls: type, values: dict, path: str = ""):
     kinds = kinds_of(cls)
     unknown = sorted(set(values) - set(kinds))
     if unknown:
+        if new := moved(f"{path}{unknown[0]}"):
+            raise problem(f"{path}{unknown[0]}", "a key of an earlier version", new, f"{new}=...")
         near = get_close_matches(unknown[0], kinds, n=3, cutoff=0.7)
         fix = f"{path}{near[0]}=..." if near else "leave it out"
         expected = f"one of {', '.join(near or sorted(kinds))}"
@@ -118,14 +120,3 @@ def _as_type(wanted: type, value, path: str):
         example = f"[{value.strip('[]')}]" if wanted is tuple and isinstance(value, str) else _EXAMPLES[wanted]
         raise problem(path, repr(value), _KINDS[wanted], f"{path}={example}")
     return value
-
-
-def near_keys(key: str, known: Sequence[str]) -> list[str]:
-    """Those of `known` that `key` may have meant: of its own section, or of the same name in another one."""
-    section, _, leaf = key.rpartition(".")
-    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
-    if section and siblings:
-        close = get_close_matches(leaf, siblings, n=3, cutoff=0.6) or list(siblings)[:20]
-        return [siblings[name] for name in close]
-    namesakes = [name for name in known if name.rpartition(".")[2] == leaf]
-    return namesakes or get_close_matches(key, known, n=3, cutoff=0.75)

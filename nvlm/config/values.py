@@ -60,15 +60,12 @@ class LLMConfig:
     max_positions: Count
     init_std: NotNegative
     embedding_std: NotNegative
-    cross_std: NotNegative
+    cross_std: NotNegative  # what arch.cross_std and arch.cross_every are beside this model, unless told otherwise
     cross_every: Count
     tokenizer: Location | None  # a folder or file with tokenizer.json; "tiny" ships with the package
     bos: Annotated[str, Text()] | None  # the token that begins every conversation
     tag_tokens: Natural  # tokens of one 1-D tile tag, used where the tokenizer is not at hand
     thumbnail_tag: Annotated[str, Text()]
-    seq_length: dict[str, Count]  # text stream by architecture
-    cross_length: dict[str, Natural]  # cross-attended tokens by architecture
-    steps: dict[str, Count]  # of a training run by architecture
 
     @property
     def padded_vocab(self) -> int:

@@ -12,7 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nvlm.config.compute import PrecisionConfig
-from nvlm.config.mapping import from_mapping, near_keys
+from nvlm.config.keys import near_keys
+from nvlm.config.mapping import from_mapping
 from nvlm.config.rules import validate
 from nvlm.config.values import Config, ConfigError, problem
 from nvlm.estimate.lengths import check_lengths

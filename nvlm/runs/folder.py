@@ -15,6 +15,7 @@ from yaml import YAMLError
 from nvlm.config.fields import named
 from nvlm.config.mapping import from_mapping
 from nvlm.config.values import Config, ConfigError, problem
+from nvlm.runs.earlier import as_written_now
 
 FROZEN = "frozen"
 INPUTS = "inputs.json"  # identifies the run's inputs by their content
@@ -78,17 +79,13 @@ def find_checkpoint(path: Path, key: str) -> Path:
     raise problem(key, named(path), "a run folder with a checkpoint, or one of its checkpoints/step_N", fix)
 
 
-# Fields that earlier versions did not record, with the values they had.
-_NOT_RECORDED = {"logging": {"name": "none", "project": None, "entity": None, "mode": "online"}}
-
-
 def read_run_config(folder: Path) -> Config:
     """The configuration of the run that the step folder `folder` belongs to."""
     path = folder.parent.parent / "config.yaml"
     if not path.is_file():
         raise problem(str(path), "no such file", "the configuration written by the run", "copy the whole run folder")
     try:
-        return from_mapping(Config, _NOT_RECORDED | OmegaConf.to_container(OmegaConf.load(path)))
+        return from_mapping(Config, as_written_now(OmegaConf.to_container(OmegaConf.load(path))))
     except ConfigError as error:  # written by an older version, or edited
         raise ConfigError(f"{path}: {error}") from None
 

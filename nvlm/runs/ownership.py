@@ -24,6 +24,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from nvlm.config.values import Config, ConfigError, problem
+from nvlm.runs.earlier import as_written_now
 from nvlm.runs.files import write_whole
 from nvlm.runs.folder import INPUTS, has_run, latest, steps_done
 
@@ -139,7 +140,7 @@ def _check_resume(config: Config, run_dir: Path) -> None:
     if config.resume == "never":
         fix = "resume=auto continues it, name=OTHER starts another run, deleting the folder starts over"
         raise problem(f"run folder {run_dir}", "a folder that holds a run", "a new folder with resume=never", fix)
-    before = flat(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))
+    before = flat(as_written_now(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))))
     free = (*_FREE, *_IDENTIFIED) if (run_dir / INPUTS).is_file() else _FREE
     for key, value in flat(dataclasses.asdict(config)).items():
         old = before.get(key)

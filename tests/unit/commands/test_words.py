@@ -6,7 +6,7 @@ import pytest
 
 from nvlm.commands.compose import check_overrides
 from nvlm.commands.words import plain_words, quoted
-from nvlm.config.mapping import near_keys
+from nvlm.config.keys import near_keys
 from nvlm.config.values import ConfigError
 
 TEXTS = [

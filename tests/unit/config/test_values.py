@@ -88,6 +88,42 @@ def test_a_mistake_says_what_got_expected_and_fix(arguments, says):
         assert words in message, message
 
 
+@pytest.mark.parametrize(
+    ("typed", "now"),
+    [
+        ("llm.seq_length.decoder=640", "data.seq_length"),
+        ("llm.cross_length.hybrid=9", "data.cross_length"),
+        ("llm.steps={decoder:1,xattn:1,hybrid:1}", "train.steps"),
+    ],
+)
+def test_a_key_of_an_earlier_version_is_answered_with_the_one_that_took_its_place(typed, now):
+    with pytest.raises(ConfigError) as caught:
+        check_overrides([typed])
+    key = typed.partition("=")[0]
+    assert str(caught.value) == f"{key}: got a key that does not exist, expected one of {now}. Fix: {now}=..."
+
+
+@pytest.mark.parametrize(
+    ("llm", "arch", "expected"),
+    [
+        ("tiny", "decoder", (512, 0, 900)),
+        ("tiny", "xattn", (512, 256, 900)),
+        ("tiny", "hybrid", (512, 256, 700)),
+        ("yi-34b", "decoder", (3200, 0, 40_000)),
+        ("qwen2-72b", "xattn", (1024, 1792, 20_000)),
+        ("llama3.1-8b", "hybrid", (1280, 1566, 40_000)),
+    ],
+)
+def test_lengths_follow_the_language_model_and_the_architecture_unless_typed(configured, llm, arch, expected):
+    words = (f"llm={llm}", f"arch={arch}", "dry_run=true")
+    for data in ("pages", "jsonl"):
+        config = configured(*words, f"data={data}")
+        assert (config.data.seq_length, config.data.cross_length, config.train.steps) == expected
+    config = configured(*words, "data.seq_length=4000", "data.cross_length=4000", "train.steps=4000")
+    assert (config.data.seq_length, config.data.cross_length, config.train.steps) == (4000, 4000, 4000)
+    assert configured(*words, "data=jsonl").data.row_length == expected[0]
+
+
 def test_right_overrides_pass():
     check_overrides(["-m", "arch=decoder,xattn,hybrid", "tiling.tag=none,1d,2d_grid,2d_bbox"])
 

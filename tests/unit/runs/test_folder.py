@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from nvlm.config.values import ConfigError
-from nvlm.runs.folder import has_run, read_run_config, weight_keys
+from nvlm.runs.folder import has_run, weight_keys
 from nvlm.runs.ownership import begin, check_folder, outlook, owned
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -170,15 +169,6 @@ def test_no_run_of_a_sweep_begins_where_another_s_folder_is_refused(tmp_path, co
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "sweep/seed=2: got a folder that holds a run" in done.stderr, done.stderr
     assert told.read_text() == "precious"
-
-
-def test_the_configuration_of_a_run_before_logging_was_a_group_is_read(tmp_path, configured):
-    values = dataclasses.asdict(configured("arch=decoder"))
-    del values["logging"]
-    step = tmp_path / "checkpoints" / "step_00000002"
-    step.mkdir(parents=True)
-    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
-    assert read_run_config(step) == configured("arch=decoder")
 
 
 def test_a_weight_without_a_copy_of_its_own_stands_under_its_fp32_one():

@@ -1,0 +1,17 @@
+"""What earlier versions wrote into a run's config.yaml, as it is written now. Imports no torch."""
+
+from __future__ import annotations
+
+# Groups that they did not write, as they would have.
+_ADDED = {"logging": {"name": "none", "project": None, "entity": None, "mode": "online"}}
+# Keys of a group that steered nothing by themselves: what was chosen of them stands under data and train.
+_DROPPED = {"llm": ("seq_length", "cross_length", "steps")}
+
+
+def as_written_now(values: dict) -> dict:
+    """The mapping of a config.yaml, written by any version, as this version writes it. `values` stay as they are."""
+    return _ADDED | {group: _without(keys, _DROPPED.get(group, ())) for group, keys in values.items()}
+
+
+def _without(keys: object, dropped: tuple[str, ...]) -> object:
+    return {key: value for key, value in keys.items() if key not in dropped} if isinstance(keys, dict) else keys

@@ -1,0 +1,62 @@
+"""Run folders of earlier versions."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+from omegaconf import OmegaConf
+
+from nvlm.config.values import ConfigError
+from nvlm.runs.earlier import as_written_now
+from nvlm.runs.folder import read_run_config
+from nvlm.runs.ownership import check_folder
+
+BY_ARCH = {"decoder": 512, "xattn": 512, "hybrid": 512}
+
+
+def without_logging(values: dict) -> None:
+    del values["logging"]
+
+
+def with_lengths_of_the_language_model(values: dict) -> None:
+    values["llm"] |= {"seq_length": BY_ARCH, "cross_length": BY_ARCH, "steps": BY_ARCH}
+
+
+EARLIER = [without_logging, with_lengths_of_the_language_model]
+
+
+def write(run_dir, values: dict):
+    """A run's folder with one checkpoint and this config.yaml; returns the checkpoint's folder."""
+    step = run_dir / "checkpoints" / "step_00000002"
+    step.mkdir(parents=True)
+    (step.parent / "latest").write_text(step.name)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+    return step
+
+
+@pytest.mark.parametrize("change", EARLIER)
+def test_what_an_earlier_version_wrote_is_read_and_resumed(tmp_path, configured, change):
+    config = configured("arch=decoder", "resume=auto", "train.steps=77", "data.seq_length=700")
+    values = dataclasses.asdict(config)
+    change(values)
+    step = write(tmp_path, values)
+    assert read_run_config(step) == config
+    check_folder(config, tmp_path)
+    with pytest.raises(ConfigError, match="data.seq_length: got 512, expected 700, as the run began"):
+        check_folder(configured("arch=decoder", "resume=auto", "train.steps=77"), tmp_path)
+
+
+def test_what_this_version_writes_stays_as_it_is(configured):
+    values = dataclasses.asdict(configured())
+    before = copy.deepcopy(values)
+    assert as_written_now(values) == before == values
+
+
+def test_a_key_that_no_version_wrote_is_refused_with_the_file_s_name(tmp_path, configured):
+    values = dataclasses.asdict(configured())
+    values["llm"]["layerz"] = 3
+    step = write(tmp_path, values)
+    with pytest.raises(ConfigError, match=r"config.yaml: llm.layerz: got a key that does not exist, .*layers"):
+        read_run_config(step)
