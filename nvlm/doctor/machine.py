@@ -35,10 +35,10 @@ def gpu_row(torch: Probe, has_torch: bool) -> Row:
     if torch.values.get("usable"):
         return Row("GPU and driver", OK, f"{found}, CUDA {built}")
     if driver and driver[0] < int(built.split(".")[0]):
-        costs = f"the driver knows CUDA up to {driver[0]}.{driver[1]}, torch is built for {built}: the GPU is not used"
-        fix = f"update the driver to one of CUDA {built}, or install a torch built for CUDA {driver[0]}.x"
+        costs = f"the driver supports CUDA up to {driver[0]}.{driver[1]}, torch needs {built}: the GPU is not used"
+        fix = f"update the driver to one for CUDA {built}, or install a torch built for CUDA {driver[0]}.x"
         return Row("GPU and driver", COSTS, found, costs, fix)
-    fix = 'echo "$CUDA_VISIBLE_DEVICES"; python -c "import torch; torch.zeros(1).cuda()"  # says why'
+    fix = 'echo "$CUDA_VISIBLE_DEVICES"; python -c "import torch; torch.zeros(1).cuda()"  # shows why'
     return Row("GPU and driver", COSTS, f"{found}; torch sees none", "the GPU is not used", fix)
 
 
@@ -59,13 +59,13 @@ def library_row(name: str, torch: Probe, key: str, without: str) -> Row:
 
 
 def tokenizer_row(folder: str | None) -> Row:
-    """tokenizer.json of the built-in models, and of `folder` where one is given."""
+    """tokenizer.json of the built-in models and, if given, of `folder`."""
     built_in = (ROOT / "nvlm/data/tiny_tokenizer/tokenizer.json", ROOT / "nvlm/vision/tiny_encoder.safetensors")
     if lost := [str(path) for path in built_in if not path.is_file()]:
         found, costs = f"missing: {', '.join(lost)}", "the built-in models do not run"
         return Row("tokenizer files", COSTS, found, costs, f"git -C {ROOT} checkout .")
     if folder is None:
-        return Row("tokenizer files", OK, "built-in ones; --tokenizer DIR looks at another")
+        return Row("tokenizer files", OK, "built-in ones; --tokenizer DIR checks another")
     path = Path(folder)
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
@@ -78,11 +78,11 @@ def tokenizer_row(folder: str | None) -> Row:
 
 
 def memory_row(folder: str = "/dev/shm") -> Row:
-    """Shared memory, through which loader workers hand their batches over."""
+    """Shared memory, through which loader workers pass their batches."""
     try:
         size = shutil.disk_usage(folder).total
     except OSError:
-        return Row(folder, COSTS, "not there", "data.workers > 0 may fail", "data.workers=0")
+        return Row(folder, COSTS, "missing", "data.workers > 0 may fail", "data.workers=0")
     if size >= 1 * GB:
         return Row(folder, OK, f"{size / GB:.1f} GB")
     fix = "docker run --ipc=host ..., or --shm-size=16g; else data.workers=0"
@@ -90,7 +90,7 @@ def memory_row(folder: str = "/dev/shm") -> Row:
 
 
 def disk_row(folder: Path) -> Row:
-    """Room where runs are written."""
+    """Free space where runs are written."""
     free = shutil.disk_usage(folder).free
     found = f"{free / GB:.0f} GB free in {folder}"
     if free >= 10 * GB:

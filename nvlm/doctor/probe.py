@@ -1,4 +1,4 @@
-"""Importing packages in processes of their own, and asking each a few questions."""
+"""Imports each package in a separate process and asks it a few questions."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-TIMEOUT = 120.0  # seconds for an import: from a slow network disk torch alone takes a minute
+TIMEOUT = 120.0  # seconds for an import: from a slow network disk, torch alone takes a minute
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a package told in a process of its own: `values`, or the `reason` why it told nothing."""
+    """A package's answers: `values`, or the `reason` why there are none."""
 
     values: Mapping[str, object]
     reason: str = ""
 
 
-# What is asked of a package once it is imported; each expression on its own, so that one may fail.
+# Expressions to evaluate after the import of a package. Each is evaluated separately, so any may fail.
 QUESTIONS = {
     "torch": {
         "version": "m.__version__",
@@ -38,19 +38,19 @@ QUESTIONS = {
     "apex": {"fused": "bool(__import__('amp_C').multi_tensor_adam)"},
     "psutil": {},
 }
-# Packages that link against libraries which only torch finds, such as NCCL's: torch is imported before them.
+# Packages that link against libraries which only torch can locate, such as NCCL: torch is imported first.
 BUILT_ON_TORCH = ("torchvision", "megatron.core", "transformer_engine.pytorch", "flash_attn", "apex")
 
 
 def probe(module: str, timeout: float = TIMEOUT) -> Probe:
-    """Import `module` in another process, as the trainer would, and ask it its QUESTIONS."""
+    """Import `module` in another process, as the trainer would, and evaluate its QUESTIONS."""
     code = (
         f"import importlib, json, sys{', torch' if module in BUILT_ON_TORCH else ''}\n"
-        f"m, told = importlib.import_module({module!r}), {{}}\n"
+        f"m, answers = importlib.import_module({module!r}), {{}}\n"
         f"for name, question in {QUESTIONS.get(module, {})!r}.items():\n"
-        "    try: told[name] = eval(question)\n"
+        "    try: answers[name] = eval(question)\n"
         "    except Exception: pass\n"
-        "print('\\n' + json.dumps(told, default=str))\n"
+        "print('\\n' + json.dumps(answers, default=str))\n"
     )
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout)
@@ -67,11 +67,11 @@ def probe(module: str, timeout: float = TIMEOUT) -> Probe:
 
 
 def last_line(text: str) -> str:
-    """The last line of `text` that is not empty."""
+    """The last nonempty line of `text`."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
-def there(module: str) -> bool:
+def findable(module: str) -> bool:
     """Whether a top-level module can be found, with or without metadata."""
     try:
         return importlib.util.find_spec(module) is not None

@@ -9,7 +9,7 @@ OK, COSTS, STOPS = "ok", "costs", "STOPS"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One thing. `state`: OK, COSTS where something is lost without it, STOPS where nothing trains without it."""
+    """One item. `state`: OK, COSTS if something is lost without it, STOPS if training is impossible without it."""
 
     name: str
     state: str

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def installed(package: str) -> str | None:
-    """The version of a distribution, None where it is not there."""
+    """The version of a distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -20,7 +20,7 @@ def installed(package: str) -> str | None:
 
 
 def requirements(path: Path = ROOT / "setup.py") -> dict[str, str]:
-    """What setup.py requires: package -> version specifier. Read, not run."""
+    """What setup.py requires: package -> version specifier. The file is parsed, not run."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.keyword) and node.arg == "install_requires":
             found = (re.match(r"([\w.-]+)(.*)", line) for line in ast.literal_eval(node.value))
@@ -35,7 +35,7 @@ def pinned(path: Path = ROOT / "constraints.txt") -> dict[str, str]:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """The release numbers of a version; a build before the release counts as less than it."""
+    """The release numbers of a version; a pre-release sorts before its release."""
     match = re.match(r"(\d+(?:\.\d+)*)(a|b|rc|\.?dev)?", version)
     if not match:
         return ()
@@ -45,7 +45,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def satisfies(version: str, specifier: str) -> bool:
-    """Whether `version` is within a specifier of >=, < and ==."""
+    """Whether `version` satisfies a specifier made of >=, < and ==."""
     for part in filter(None, (part.strip() for part in specifier.split(","))):
         sign, bound = re.match(r"(>=|<|==)(.+)", part).groups()
         have, want = numbers(version), numbers(bound)
@@ -55,6 +55,6 @@ def satisfies(version: str, specifier: str) -> bool:
 
 
 def install(requirement: str) -> str:
-    """The line that installs a package: NVIDIA's images have constraints of their own, which pip follows by itself."""
+    """The command that installs a package. In NVIDIA's images pip follows the image's own constraints by itself."""
     pins = "" if "NVIDIA_PYTORCH_VERSION" in os.environ else f" -c {ROOT / 'constraints.txt'}"
     return f"pip install{pins} '{requirement}'"

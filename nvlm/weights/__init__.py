@@ -1,1 +1,1 @@
-"""Weights between Hugging Face names and Megatron modules."""
+"""Reads and maps weights between Hugging Face names and Megatron modules."""

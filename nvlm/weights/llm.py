@@ -1,7 +1,7 @@
-"""A Qwen2- or Llama-shaped language model's published tensors (`model.*`, `lm_head.*`), for our Megatron modules.
+"""Maps the published tensors of Qwen2- and Llama-style models (`model.*`, `lm_head.*`) to our Megatron modules.
 
-Queries, keys and values are published apart; Megatron wants them key-value group by group: [the group's queries, its
-key, its value]. Gate and up are one behind the other, on each tensor-parallel rank its share of both.
+Queries, keys and values are published separately; Megatron stores them by key-value group: [the group's queries, its
+key, its value]. Gate and up are concatenated; each tensor-parallel rank has its share of gate, then its share of up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ WORDS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def parts(llm: LLMConfig, cross: Sequence[int] = ()) -> list[Part]:
-    """All tensors, in the order of the model. `cross`: 1-based layers with gated cross-attention."""
+    """All tensors, in the model's order. `cross`: layers (from 1) with gated cross-attention."""
     words = dict(shape=(llm.vocab, llm.hidden), split=0, padded=llm.padded_vocab)
     found = [Part(name=WORDS, ours="embedding.word_embeddings.weight", **words)]
     for layer in range(llm.layers):
@@ -45,7 +45,7 @@ def _layer(llm: LLMConfig, layer: int) -> Iterator[Part]:
 
 
 def _cross_attention(llm: LLMConfig, layer: int) -> Iterator[Part]:
-    """No published model has these: the names are ours, in the style of the others."""
+    """No published model has these tensors: the names are ours, in the same style."""
     hf, ours = f"model.layers.{layer}.cross_attn", f"decoder.layers.{layer}"
     width = llm.heads * llm.head_dim
     norm = f"{ours}.pre_cross_attn_layernorm.weight"
@@ -58,7 +58,7 @@ def _cross_attention(llm: LLMConfig, layer: int) -> Iterator[Part]:
 
 
 def _grouped(llm: LLMConfig, hf: str, kinds: str, ours: str, columns: tuple[int, ...]) -> Iterator[Part]:
-    """Projections that share a linear of ours, of which each key-value group has some rows of every kind."""
+    """Projections that share one of our linears, in which each key-value group has rows of every kind."""
     offset = 0
     for kind in kinds:
         heads = llm.heads if kind == "q" else llm.kv_heads

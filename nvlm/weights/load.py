@@ -1,7 +1,7 @@
-"""Published weights into the model, each rank just the slices that it owns, in any layout.
+"""Loads published weights into the model: each rank just its own slices, in any layout.
 
-A tensor is mapped, not read: the kernel reads a file once for all ranks of a machine, and a rank keeps nothing of it
-but its slice. Ranks go through the files together, so that this holds where the machine's memory is smaller, too.
+Tensors are memory-mapped: the kernel reads a file once for all ranks of a machine, and a rank keeps only its slices.
+Ranks go through the files together, so this also holds if the files are larger than the machine's memory.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from nvlm.weights.published import Source
 
 @torch.no_grad()
 def read(source: Source, groups: Iterable[str], ours: Mapping[str, Tensor], rank: int = 0, size: int = 1) -> None:
-    """Fill `ours`, this process's tensors by their names in the whole model, from `source`'s `groups`.
+    """Fill `ours`, this rank's tensors by their names in the whole model, from the module groups `groups` of `source`.
 
-    `rank` of `size`: in tensor parallelism. All processes call it together. Names that are not in `ours` stand on
-    other pipeline stages.
+    `rank` of `size`: tensor-parallel rank. A collective call. Tensors missing from `ours` are on other pipeline stages.
     """
     by_tensor: dict[str, list[Part]] = defaultdict(list)
     for group in groups:
@@ -42,7 +41,7 @@ def read(source: Source, groups: Iterable[str], ours: Mapping[str, Tensor], rank
             for name, parts in sorted(by_file[file], key=lambda entry: source.stored[entry[0]].place):
                 own = [(part, ours[part.ours]) for part in parts if part.ours in ours]
                 if own:
-                    # Opened for each tensor: a mapping that is closed no longer counts as this process's memory.
+                    # Opened once per tensor, since a closed mapping no longer counts as this process's memory.
                     with safe_open(file, framework="pt") as opened:
                         _copy(opened.get_slice(name), own, rank, size, f"{source.key}: {name}")
                 advance(source.stored[name].bytes)
@@ -53,7 +52,7 @@ def read(source: Source, groups: Iterable[str], ours: Mapping[str, Tensor], rank
 def _copy(stored, own: Sequence[tuple[Part, Tensor]], rank: int, size: int, what: str) -> None:
     for part, local in own:
         view = part.target(local, rank, size)
-        if view.numel():  # a padded vocabulary's last ranks may have padding alone
+        if view.numel():  # the last ranks of a padded vocabulary may hold only padding
             view.copy_(stored[part.source(rank, size)].reshape(view.shape))
         part.padding(local, rank, size).zero_()
     if own[0][0].region:
@@ -61,18 +60,18 @@ def _copy(stored, own: Sequence[tuple[Part, Tensor]], rank: int, size: int, what
 
 
 def _check_dummies(stored, parts: Sequence[Part], what: str) -> None:
-    """Raise ConfigError where something outside of `parts`, which heads of zeros fill up, is not zero."""
+    """Raise ConfigError unless the tensor is zero outside `parts`, where its dummy heads are."""
     covered = sum(torch.Size(e.stop - e.start for e in part.extent).numel() for part in parts)
     if covered == torch.Size(parts[0].shape).numel():
         return
     whole = stored[:]
     if whole.count_nonzero() != sum(whole[part.extent].count_nonzero() for part in parts):
-        raise problem(what, "dummy heads that are not zero", "zeros", "take the release's own files")
+        raise problem(what, "dummy heads that are not zero", "zeros", "use the release's own files")
 
 
 @contextmanager
 def _bar(title: str, total: int):
-    """A progress bar on the first process; yields the function that moves it by some bytes."""
+    """A progress bar on the first rank; yields a function that advances it by a number of bytes."""
     if not is_first_rank():
         yield lambda count: None
         return

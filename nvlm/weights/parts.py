@@ -1,8 +1,8 @@
-"""Which rows and columns of a published tensor are which of ours, for any tensor-parallel rank. Imports no torch.
+"""Maps rows and columns of published tensors to ours, for any tensor-parallel rank. Imports no torch.
 
-Megatron joins what is published apart (queries, keys and values; gate and up), splits rows or columns over the
-tensor-parallel ranks, and pads the vocabulary. One `Part` says all of it, and serves three ways: reading a rank's
-slices, writing whole tensors, and checking names and shapes without any data.
+Megatron fuses tensors that are published separately (queries, keys and values; gate and up), splits rows or columns
+over tensor-parallel ranks, and pads the vocabulary. A `Part` describes all of this, and serves to read a rank's slices,
+to write whole tensors, and to check names and shapes without any data.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ Region = tuple[slice, ...]
 class Part:
     """A region of the published tensor `name`, and the rows of our tensor `ours` that hold it.
 
-    The rows of `ours` lie in `groups` equal groups, in each of which this part's begin at `offset`. Tensor-parallel
-    ranks share whole groups where there are several, else each rank's rows are such a group, smaller.
+    The rows of `ours` form `groups` equal groups; in each, this part's rows start at `offset`. Tensor-parallel ranks
+    get whole groups if there are several; otherwise each rank's rows are one group of the same structure, but smaller.
     """
 
     name: str
     shape: tuple[int, ...]  # of the whole published tensor
     ours: str
-    split: int | None = None  # the dimension that tensor-parallel ranks share out; None: whole on each
+    split: int | None = None  # the dimension split over tensor-parallel ranks; None: replicated
     groups: int = 1
     offset: int = 0
     region: Region = ()  # of the published tensor; (): all of it
-    padded: int = 0  # rows of ours where that is more than the published tensor has
+    padded: int = 0  # rows of `ours` if it is padded to more than the published tensor has
 
     @property
     def extent(self) -> Region:
-        """The region, dimension by dimension."""
+        """The region with a slice for every dimension."""
         return self.region + tuple(slice(0, size) for size in self.shape[len(self.region) :])
 
     def source(self, rank: int, size: int) -> Region:
-        """What tensor-parallel rank `rank` of `size` needs of the published tensor."""
+        """The region of the published tensor that tensor-parallel rank `rank` of `size` needs."""
         if self.split is None or size == 1:
             return self.extent
         whole = self.extent[self.split]
@@ -50,7 +50,7 @@ class Part:
         return (*self.extent[: self.split], own, *self.extent[self.split + 1 :])
 
     def target(self, local: Tensor, rank: int = 0, size: int = 1) -> Tensor:
-        """A view of `local`, the rank's share of our tensor, of just the rows that `source` fills, group by group."""
+        """A view of the rows of `local`, the rank's share of our tensor, that `source` fills, group by group."""
         rows = self.source(rank, size)[0]
         count = rows.stop - rows.start
         if self.padded:
@@ -61,23 +61,23 @@ class Part:
         return local.unflatten(0, (groups, -1))[:, offset : offset + count // groups]
 
     def padding(self, local: Tensor, rank: int = 0, size: int = 1) -> Tensor:
-        """The rows of `local` behind those that `source` fills: empty but for a padded vocabulary's last ranks."""
+        """The rows of `local` after those that `source` fills; empty except on a padded vocabulary's last ranks."""
         rows = self.source(rank, size)[0]
         return local[rows.stop - rows.start :] if self.padded else local[:0]
 
 
 def below(prefix: str, parts: Iterable[Part]) -> list[Part]:
-    """The same parts of tensors published under `prefix`."""
+    """`parts` with `prefix` before their published names."""
     return [replace(part, name=prefix + part.name) for part in parts]
 
 
 def shapes(parts: Iterable[Part]) -> dict[str, tuple[int, ...]]:
-    """Published tensors, each once, in the order of `parts`."""
+    """Shapes of the published tensors by name, in the order of `parts`."""
     return {part.name: part.shape for part in parts}
 
 
 def published(parts: Iterable[Part], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole published tensors from whole ones of ours; what no part covers is zero. It maps gradients as well."""
+    """Whole published tensors from our whole tensors, zero where no part covers them. Works for gradients too."""
     out: dict[str, Tensor] = {}
     for part in parts:
         view = part.target(ours[part.ours].detach())
@@ -89,7 +89,7 @@ def published(parts: Iterable[Part], ours: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def joined(parts: Iterable[Part], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `published`: whole tensors of ours. Missing or surplus names raise ValueError."""
+    """The inverse of `published`: our whole tensors. Missing or surplus names raise ValueError."""
     parts = list(parts)
     rows: dict[str, int] = {}
     for part in parts:

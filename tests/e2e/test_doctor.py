@@ -230,7 +230,7 @@ def test_the_other_apex_is_told_from_nvidia_s(machine):
     ("torch_cuda", "driver_cuda", "told"),
     [
         (None, "13.1", "torch is a CPU build"),
-        ("13.0", "12.8", "the driver knows CUDA up to 12.8, torch is built for 13.0"),
+        ("13.0", "12.8", "the driver supports CUDA up to 12.8, torch needs 13.0"),
     ],
 )
 def test_a_gpu_that_torch_cannot_use(machine, torch_cuda, driver_cuda, told):

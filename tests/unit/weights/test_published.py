@@ -122,15 +122,15 @@ FAULTS = {
     "an empty file": (lambda f: os.truncate(files_of(f)[1], 0), r"model-00002-of-.*a damaged file"),
     "a wrong shape": (lambda f: change(with_up(f), shorter), r"up_proj.weight of shape \(39, 24\) instead of \(40"),
     "a wrong dtype": (lambda f: change(with_up(f), as_ints), r"up_proj.weight of dtype I8 instead of F32, F16, BF16"),
-    "an index that names what no file holds": (index_more, r"model.layers.4.mlp.up_proj.weight at model-00001"),
+    "an index that names what no file holds": (index_more, r"model.layers.4.mlp.up_proj.weight listed in model-00001"),
     "an index that leaves out what a file holds": (index_less, r"no model.layers.0.mlp.up_proj.weight"),
     "an index that leads elsewhere": (index_outside, "a damaged index"),
     "a broken index": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "a damaged index"),
     "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), "without model.safetensors.index.json"),
-    "a pickle": (as_pickle, "pytorch_model.bin, a pickle, which may run anything"),
+    "a pickle": (as_pickle, "pytorch_model.bin, a pickle, which could run any code"),
     "a pickle under another name": (
         lambda f: torch.save({}, files_of(f)[1]),
-        r"model-00002-of-.*a pickle, which may run anything",
+        r"model-00002-of-.*a pickle, which could run any code",
     ),
     "remote code": (
         lambda f: config_of(f, auto_map={"AutoModelForCausalLM": "modeling_x.Model"}),
@@ -240,7 +240,7 @@ def test_llama_s_defaults_are_its_own():
     check_language(values, language, "init.llm")
     with pytest.raises(ConfigError, match="num_key_value_heads: got nothing, which means 8, expected llm.kv_heads=2"):
         check_language(values, replace(language, kv_heads=2), "init.llm")
-    with pytest.raises(ConfigError, match="attention_bias: got true, expected false: no other is built"):
+    with pytest.raises(ConfigError, match="attention_bias: got true, expected false: no other is supported"):
         check_language(values | {"attention_bias": True}, language, "init.llm")
     with pytest.raises(ConfigError, match="architectures: got None"):
         check_language({"hidden_size": 64}, language, "init.llm")
@@ -253,7 +253,7 @@ def test_what_changes_numbers_and_is_not_built_is_refused_by_name(qwen, name):
     fixed = defaults.FIXED_LANGUAGE[name]
     check_language(values | {name: fixed}, language, "init.llm")
     other = not fixed if isinstance(fixed, bool) else "gelu" if isinstance(fixed, str) else 0.5
-    with pytest.raises(ConfigError, match=f"config.json: {name}: got .*Fix: take another model") as caught:
+    with pytest.raises(ConfigError, match=f"config.json: {name}: got .*Fix: use another model") as caught:
         check_language(values | {name: other}, language, "init.llm")
     assert "\n" not in str(caught.value)
 
