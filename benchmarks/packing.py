@@ -66,7 +66,7 @@ def pages(arch: str, shape: Shape) -> tuple[Mix, float]:
     processor, records = build_processor(config, placement_rule(arch)), build_records(config.data, config.seed)
     count = min(3 * shape.samples, len(records) // shape.samples * shape.samples)
     start = time.process_time()
-    lengths = [outline(records[i], processor).lengths(processor.tile_tokens) for i in range(count)]
+    lengths = [outline(records[i], processor).lengths for i in range(count)]
     seconds = (time.process_time() - start) / count
     rows = shape.multiple * config.data.seq_length, shape.multiple * config.data.cross_length
     return Mix(f"pages, {arch}", lengths, *rows), seconds
@@ -166,7 +166,7 @@ def check() -> None:
     processor, records = build_processor(config, placement_rule("hybrid")), build_records(config.data, config.seed)
     steps = Steps(records, processor, 0, 2, 32, 3, 500, 0, 1, multiple=ROUND, window=2)
     drawn = [i for step in range(2) for i in step_records(0, step, 32, len(records))]
-    lengths = [outline(records[i], processor).lengths(processor.tile_tokens) for i in drawn]
+    lengths = [outline(records[i], processor).lengths for i in drawn]
     want = ours(Mix("", lengths, 500, config.data.cross_length), shape, 2)
     got = [batch for step in range(2) for batch in steps[step].micro_batches]
     assert sum(batch.tokens.numel() for batch in got) == computed(want, 0)

@@ -168,7 +168,7 @@ def _measure(steps: Steps, indices: Sequence[int]) -> tuple[list[Planned], tuple
         try:
             with one_record():
                 found = outline(steps.records[index], steps.processor)
-            good.append(Planned(index, found.lengths(steps.processor.tile_tokens), found.pictures))
+            good.append(Planned(index, found.lengths, found.pictures))
         except BadRecord as reason:
             bad.append((steps.records.name(index), str(reason)))
     return good, tuple(bad)

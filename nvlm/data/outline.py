@@ -25,7 +25,7 @@ class Processor:
     placement: PlacementRule
     tokenizer_path: str
     tile_size: int  # px
-    tile_tokens: int
+    tile_tokens: int  # of each tile
     max_tiles: int
     tag: str
     thumbnail_tag: str
@@ -60,7 +60,7 @@ def place(processor: Processor, plan: TilePlan, first_tag: bool = True) -> Place
     Without `first_tag` the first tag is left out: it is part of the text before the image.
     """
     tags = [processor.tokenizer.encode(name) for name in processor.tags(plan)]
-    return processor.placement(plan, tags if first_tag else [(), *tags[1:]])
+    return processor.placement(plan, tags if first_tag else [(), *tags[1:]], [processor.tile_tokens] * plan.num_tiles)
 
 
 def build_processor(config: Config, placement: PlacementRule, resize: str | None = None) -> Processor:
@@ -103,9 +103,10 @@ class Outline:
     pictures: Pictures
     placements: tuple[Placement, ...]
 
-    def lengths(self, tile_tokens: int) -> tuple[int, int]:
+    @property
+    def lengths(self) -> tuple[int, int]:
         """Tokens of the text stream, and cross-attended ones."""
-        images = [placement.tokens(tile_tokens) for placement in self.placements]
+        images = [placement.lengths for placement in self.placements]
         text = sum(len(run.ids) for run in self.runs)
         return text + sum(stream for stream, _ in images), sum(cross for _, cross in images)
 
@@ -129,7 +130,7 @@ def outline(record: Record, processor: Processor, generate: bool = False, pictur
     while True:
         plans = _plan(sizes, room, processor)
         sketch = _outline(turns, Pictures(sizes, plans, plans != wanted), processor, generate, text)
-        over = sketch.lengths(processor.tile_tokens)[0] - processor.seq_length
+        over = sketch.lengths[0] - processor.seq_length
         if over <= 0:
             return sketch
         room -= over  # joined, the first tags are in the text, which is known only with the plans
@@ -165,7 +166,7 @@ def _plan(sizes: Sequence[tuple[int, int]], room: int, processor: Processor) -> 
     for which, (name, tokens) in enumerate(budgets if sizes else ()):
 
         def tokens_of(plan: TilePlan, which: int = which) -> int:
-            return place(processor, plan, first_tag=not processor.joined).tokens(processor.tile_tokens)[which]
+            return place(processor, plan, first_tag=not processor.joined).lengths[which]
 
         try:
             plans = fit_max_tiles(sizes, tokens, tokens_of, max_tiles, processor.tile_size)

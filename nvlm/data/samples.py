@@ -12,6 +12,7 @@ from nvlm.data.images import decode_image
 from nvlm.data.outline import Outline, Processor, outline
 from nvlm.data.record import ImageChanged, Record
 from nvlm.tiling.pixels import tile_image
+from nvlm.tiling.placement import Piece, Words
 
 
 def encode(record: Record, processor: Processor, generate: bool = False) -> Sample:
@@ -21,7 +22,7 @@ def encode(record: Record, processor: Processor, generate: bool = False) -> Samp
 
 def fill(record: Record, sketch: Outline, processor: Processor) -> Sample:
     """`sketch`, the outline of `record`, with its pixels. Raises BadRecord."""
-    return _assemble(record.id, sketch, _tiles(record, sketch, processor), processor.tile_tokens)
+    return _assemble(record.id, sketch, _tiles(record, sketch, processor))
 
 
 def _tiles(record: Record, sketch: Outline, processor: Processor) -> torch.Tensor:
@@ -38,7 +39,7 @@ def _tiles(record: Record, sketch: Outline, processor: Processor) -> torch.Tenso
     return torch.cat(parts)
 
 
-def _assemble(name: str, sketch: Outline, pixels: torch.Tensor, tile_tokens: int) -> Sample:
+def _assemble(name: str, sketch: Outline, pixels: torch.Tensor) -> Sample:
     runs, placements = sketch.runs, sketch.placements
     first_tile = [0, *accumulate(plan.num_tiles for plan in sketch.pictures.plans)]
     tokens: list[int] = []
@@ -60,16 +61,13 @@ def _assemble(name: str, sketch: Outline, pixels: torch.Tensor, tile_tokens: int
             continue
         latest = run.image
         for piece in placements[run.image].stream:
-            if piece.ids is None:
+            if not isinstance(piece.content, Words):
                 stream_tiles.append(first_tile[run.image] + piece.tile)
-            ids = [IMAGE] * tile_tokens if piece.ids is None else piece.ids
-            add(ids, False, latest, piece.tile if piece.own_tile else ALL_TILES)
+            add(_ids(piece), False, latest, piece.tile if piece.own_tile else ALL_TILES)
 
     cross = [(image, piece) for image, placement in enumerate(placements) for piece in placement.cross]
-    lengths = [piece.length(tile_tokens) for _, piece in cross]
-    tags = {(image, piece.tile): piece.ids for image, piece in cross if piece.ids is not None}
-    cross_tokens = [i for _, piece in cross for i in (piece.ids if piece.ids is not None else [IMAGE] * tile_tokens)]
-    tiles = [(image, piece.tile) for image, piece in cross if piece.ids is None]
+    tags = {(image, piece.tile): piece.content.ids for image, piece in cross if isinstance(piece.content, Words)}
+    tiles = [(image, piece.tile) for image, piece in cross if not isinstance(piece.content, Words)]
     # The logits at t predict the token at t + 1, so a label stands one place before its token.
     labels = [tokens[t] if trained[t] else IGNORE for t in range(1, len(tokens))] + [IGNORE]
 
@@ -83,10 +81,14 @@ def _assemble(name: str, sketch: Outline, pixels: torch.Tensor, tile_tokens: int
         image=long(image_of),
         tile=long(tile_of),
         stream_tiles=long(stream_tiles),
-        cross_tokens=long(cross_tokens),
-        cross_image=long(i for (i, _), n in zip(cross, lengths) for _ in range(n)),
-        cross_tile=long(p.tile for (_, p), n in zip(cross, lengths) for _ in range(n)),
+        cross_tokens=long(i for _, piece in cross for i in _ids(piece)),
+        cross_image=long(i for i, piece in cross for _ in range(piece.length)),
+        cross_tile=long(piece.tile for _, piece in cross for _ in range(piece.length)),
         cross_tiles=long(first_tile[i] + t for i, t in tiles),
         cross_tags=tuple(tags.get(key, ()) for key in tiles),
         pixels=pixels,
     )
+
+
+def _ids(piece: Piece) -> Sequence[int]:
+    return piece.content.ids if isinstance(piece.content, Words) else [IMAGE] * piece.length

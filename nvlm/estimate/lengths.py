@@ -10,6 +10,7 @@ from nvlm.config.values import Config, problem
 from nvlm.data.amounts import Work
 from nvlm.data.tokenizer import load_tokenizer
 from nvlm.tiling.grid import TilePlan, ratios
+from nvlm.tiling.placement import Placement
 from nvlm.tiling.tags import tile_tags
 
 _TEXT = 16  # the shortest question and answer with their ChatML marks, tokens
@@ -26,7 +27,13 @@ def tag_ids(config: Config, plan: TilePlan) -> list[tuple[int, ...]]:
 
 def image_tokens(config: Config, plan: TilePlan) -> tuple[int, int]:
     """Tokens of an image in the text stream, its `<Image>` marks not counted, and cross-attended ones."""
-    return placement_rule(config.arch.name)(plan, tag_ids(config, plan)).tokens(config.vision.tile_tokens)
+    return place(config, plan).lengths
+
+
+def place(config: Config, plan: TilePlan) -> Placement:
+    """What stands for an image of `plan`."""
+    tokens = [config.vision.tile_tokens] * plan.num_tiles
+    return placement_rule(config.arch.name)(plan, tag_ids(config, plan), tokens)
 
 
 def sample_work(config: Config, text: int, regular: int) -> Work:
@@ -37,18 +44,18 @@ def sample_work(config: Config, text: int, regular: int) -> Work:
     """
     if not regular:
         return Work(tokens=text, pairs=text * (text + 1) // 2, outputs=text)
-    plan, per_tile = TilePlan(regular, 1, config.vision.tile_size), config.vision.tile_tokens
-    placement = placement_rule(config.arch.name)(plan, tag_ids(config, plan))
-    stream, keys = placement.tokens(per_tile)
-    of_tile = [sum(p.length(per_tile) for p in placement.cross if p.tile == tile) for tile in range(plan.num_tiles)]
-    seen = sum(p.length(per_tile) * (of_tile[p.tile] if p.own_tile else keys) for p in placement.stream)
+    plan = TilePlan(regular, 1, config.vision.tile_size)
+    placement = place(config, plan)
+    stream, keys = placement.lengths
+    of_tile = [sum(p.length for p in placement.cross if p.tile == tile) for tile in range(plan.num_tiles)]
+    seen = sum(p.length * (of_tile[p.tile] if p.own_tile else keys) for p in placement.stream)
     tokens = stream + text
     return Work(
         tokens=tokens,
         pairs=tokens * (tokens + 1) // 2,
         outputs=text,
         tiles=plan.num_tiles,
-        projected=sum(p.ids is None for p in (*placement.stream, *placement.cross)),
+        projected=sum(p.from_tiles > 0 for p in (*placement.stream, *placement.cross)),
         keys=keys,
         cross_pairs=seen + text * keys,
     )

@@ -11,10 +11,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nvlm.arch.registry import placement_rule
 from nvlm.config.values import Config
 from nvlm.data.amounts import Work
-from nvlm.estimate.lengths import sample_work
+from nvlm.estimate.lengths import place, sample_work
 from nvlm.tiling.grid import TilePlan
 
 if TYPE_CHECKING:
@@ -95,9 +94,8 @@ def _tiles_by_place(config: Config, tiles: int) -> tuple[int, int]:
     """Tiles of the sample's image in the text stream and among the keys."""
     if not tiles:
         return 0, 0
-    plan = TilePlan(tiles, 1, config.vision.tile_size)
-    placement = placement_rule(config.arch.name)(plan, [()] * plan.num_tiles)
-    stream, keys = (sum(piece.ids is None for piece in pieces) for pieces in (placement.stream, placement.cross))
+    placement = place(config, TilePlan(tiles, 1, config.vision.tile_size))
+    stream, keys = (sum(piece.from_tiles > 0 for piece in pieces) for pieces in (placement.stream, placement.cross))
     return stream, keys
 
 

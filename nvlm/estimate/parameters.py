@@ -54,9 +54,8 @@ def uses_tiles(config: Config, pipeline_stage: int) -> TileUse:
 def _places(arch: str) -> tuple[bool, bool]:
     """Whether an architecture puts tiles into the text stream, and among the keys."""
     plan = TilePlan(2, 1, 1)
-    layout = placement_rule(arch)(plan, [()] * plan.num_tiles)
-    stream, keys = (any(piece.ids is None for piece in pieces) for pieces in (layout.stream, layout.cross))
-    return stream, keys
+    stream, keys = placement_rule(arch)(plan, [()] * plan.num_tiles, [1] * plan.num_tiles).from_tiles
+    return stream > 0, keys > 0
 
 
 def carriers_of(config: Config, pipeline_stage: int) -> int:

@@ -9,32 +9,78 @@ from nvlm.tiling.grid import TilePlan
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A run inside an image's block: the text of a tile's tag (`ids`), or the tile's own K tokens (`ids` None).
+class Words:
+    """Text, as token ids: a tile's tag."""
 
-    `own_tile`: a query of this run sees its own tile alone.
+    ids: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TileTokens:
+    """All tokens of one tile, in the order in which the encoder gives them."""
+
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"tokens of a tile, got {self.length}, expected at least 1, fix: leave the tile out")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run inside an image's block.
+
+    `tile`: the tile of the image that it names or shows. `own_tile`: a query of this run sees its own tile alone.
     """
 
     tile: int
-    ids: tuple[int, ...] | None = None
+    content: Words | TileTokens
     own_tile: bool = False
 
-    def length(self, tile_tokens: int) -> int:
+    @property
+    def length(self) -> int:
         """Tokens of the run."""
-        return tile_tokens if self.ids is None else len(self.ids)
+        return self.content.length
+
+    @property
+    def from_tiles(self) -> int:
+        """How many of them are tokens of tiles; the others are words."""
+        return 0 if isinstance(self.content, Words) else self.length
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Into the text stream, and into the cross-attended keys."""
+    """What stands for one image: in the text stream, and among the cross-attended keys.
 
+    `tile_tokens`: how many tokens each tile has, thumbnail last. Raises ValueError where a piece disagrees.
+    """
+
+    tile_tokens: tuple[int, ...]
     stream: tuple[Piece, ...]
     cross: tuple[Piece, ...]
 
-    def tokens(self, tile_tokens: int) -> tuple[int, int]:
+    def __post_init__(self) -> None:
+        for piece in (*self.stream, *self.cross):
+            if isinstance(piece.content, TileTokens) and piece.length != self.tile_tokens[piece.tile]:
+                raise ValueError(
+                    f"a piece of tile {piece.tile}, got {piece.length} tokens, expected the tile's "
+                    f"{self.tile_tokens[piece.tile]}, fix: the placement rule"
+                )
+
+    @property
+    def lengths(self) -> tuple[int, int]:
         """Tokens in the text stream, and cross-attended ones."""
-        stream, cross = (sum(p.length(tile_tokens) for p in pieces) for pieces in (self.stream, self.cross))
-        return stream, cross
+        return sum(piece.length for piece in self.stream), sum(piece.length for piece in self.cross)
+
+    @property
+    def from_tiles(self) -> tuple[int, int]:
+        """Those of them that are tokens of tiles."""
+        return sum(piece.from_tiles for piece in self.stream), sum(piece.from_tiles for piece in self.cross)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,5 +97,5 @@ class TileUse:
         return TileUse(self.stream or other.stream, self.keys or other.keys)
 
 
-PlacementRule = Callable[[TilePlan, Sequence[tuple[int, ...]]], Placement]
-"""(plan, tag ids of each tile, thumbnail last) -> Placement; one per architecture."""
+PlacementRule = Callable[[TilePlan, Sequence[tuple[int, ...]], Sequence[int]], Placement]
+"""(plan, tag ids of each tile, tokens of each tile; thumbnail last) -> Placement; one per architecture."""

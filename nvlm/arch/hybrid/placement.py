@@ -9,12 +9,13 @@ from nvlm.tiling.grid import TilePlan
 from nvlm.tiling.placement import Placement
 
 
-def placement(plan: TilePlan, tags: Sequence[tuple[int, ...]]) -> Placement:
+def placement(plan: TilePlan, tags: Sequence[tuple[int, ...]], tokens: Sequence[int]) -> Placement:
     """[thumbnail tag, thumbnail] in the stream; [tag 1, tile 1, ..., tag n, tile n] as keys.
 
     A one-tile image has no regular tile: it is its own thumbnail and adds no key.
     """
     return Placement(
-        stream=with_tags([plan.num_tiles - 1], tags),
-        cross=with_tags(range(plan.num_regular), tags),
+        tuple(tokens),
+        stream=with_tags([plan.num_tiles - 1], tags, tokens),
+        cross=with_tags(range(plan.num_regular), tags, tokens),
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nvlm.tiling.grid import TilePlan
-from nvlm.tiling.placement import Piece, Placement
+from nvlm.tiling.placement import Piece, Placement, TileTokens, Words
 
 
-def placement(plan: TilePlan, tags: Sequence[tuple[int, ...]]) -> Placement:
+def placement(plan: TilePlan, tags: Sequence[tuple[int, ...]], tokens: Sequence[int]) -> Placement:
     """Tags 1..n and the thumbnail's in the stream, each seeing its own tile; tiles and thumbnail as keys."""
     tiles = range(plan.num_tiles)
     return Placement(
-        stream=tuple(Piece(t, tags[t], own_tile=True) for t in tiles),
-        cross=tuple(Piece(t) for t in tiles),
+        tuple(tokens),
+        stream=tuple(Piece(t, Words(tags[t]), own_tile=True) for t in tiles),
+        cross=tuple(Piece(t, TileTokens(tokens[t])) for t in tiles),
     )
