@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from nvlm.arch.description import Description
 from nvlm.attention.cache import Past
-from nvlm.attention.context import attended_columns, gather_columns, own_columns
-from nvlm.attention.core import rotary_angles, rotary_frequencies
-from nvlm.attention.packing import Packing, runs, samples_in_line, seen_columns, seen_keys
-from nvlm.attention.visibility import causal_mask, unseen_keys
+from nvlm.attention.choice import Mode
+from nvlm.attention.context import gather_columns, own_columns
+from nvlm.attention.model import ModelAttention, build_attention
+from nvlm.attention.rotary import rotary_angles, rotary_frequencies
 from nvlm.config.values import Config, cross_layers, pipeline_layers
-from nvlm.data.batch import IGNORE, Batch, check_placeholders, in_line, without_padding
-from nvlm.llm.backend import uses_te
+from nvlm.data.batch import IGNORE, Batch, check_placeholders
+from nvlm.llm.backend import machine
 from nvlm.llm.build import FUSED_NORMS, block_submodules, llm_config, of_megatron
 from nvlm.llm.dropout import remember_places
 from nvlm.llm.layer import DecoderBlock, learns, project
@@ -112,14 +112,12 @@ class VisionLanguageModel(MegatronModule):
         super().__init__(config=megatron)
         self.model_type = ModelType.encoder_or_decoder  # the pipeline schedules ask for it
         self.share_embeddings_and_output_weights = False  # nvlm.arch.pipeline sums tied gradients
-        self.llm, self.tile_tokens, self.inner = config.llm, config.vision.tile_tokens, config.parallel.context_heads
+        self.llm, self.tile_tokens = config.llm, config.vision.tile_tokens
         self.pre_process, self.post_process = pipeline_stage == 0, pipeline_stage == config.parallel.pipeline_stages - 1
         self.architecture, self.use = architecture, tile_use(config, architecture, pipeline_stage)
         self.first_layer = pipeline_layers(config, pipeline_stage).start
-        self.in_line = uses_te(config) and config.parallel.context == 1
-        self.whole_rows, self.row_multiple = config.parallel.context == 1, config.row_multiple
+        self.attention = {mode: build_attention(config, machine(), mode) for mode in Mode}
         self.drops_inputs = bool(config.adapted) and config.peft.dropout > 0
-        self.longest = max(config.data.seq_length, config.data.row_length)
         self.borrowed: Callable[[Tensor], Tensor] | None = None  # embeds tags on a stage without the embedding
         virtual = pipeline_stage // config.parallel.pipeline if config.parallel.virtual > 1 else None
         self.register_buffer("frequencies", rotary_frequencies(config.llm), persistent=False)
@@ -181,42 +179,26 @@ class VisionLanguageModel(MegatronModule):
         Not under context parallelism.
         """
         own_S = columns_S = slice(None)
-        if past is None:
+        if past is not None:
+            masks = self.attends(past).cached(past)
+        else:
             check_placeholders(batch, self.tile_tokens)
             own_S = own_columns(batch.tokens.shape[1])
             columns_S = own_S.to(batch.tokens.device, non_blocking=True)
             if self.drops_inputs and self.training:
                 remember_places(batch.place[:, columns_S], batch.cross_place)
+            masks = self.attends().masks(batch, columns_S, self.use.keys)
         return self.decoder(
             self._stream(batch, own_S, columns_S, tiles=self.use.stream and past is None) if self.pre_process else None,
             context=self._keys(batch) if self.use.keys and past is None else None,
             rotary_pos_emb=rotary_angles(batch.positions[:, columns_S], self.frequencies),
-            **self._masks(batch, columns_S, past),
+            attention_mask=None,
+            packed_seq_params=masks,
         )
 
-    def packs(self, batch: Batch) -> bool:
-        """Whether attention gets packed rows without a dense mask: on a GPU where the model learns."""
-        return batch.tokens.is_cuda and learns(self)
-
-    def _masks(self, batch: Batch, columns_S: Tensor | slice, past: Past | None) -> dict[str, object]:
-        if past is not None:
-            return dict(attention_mask=past.columns, context_mask=past.keys)
-        columns = attended_columns(batch.tokens.shape[1], self.inner)
-        queries, keys = (x.to(columns_S.device, non_blocking=True) for x in columns)
-        if not self.packs(batch):
-            unseen = unseen_keys(batch, columns_S) if self.use.keys else None
-            apart = runs(batch.on_host.sample) if self.whole_rows and learns(self) else None
-            if apart is not None:
-                packing = Packing(columns=apart, keys=unseen)
-                return dict(attention_mask=None, context_mask=None, packed_seq_params=packing)
-            return dict(attention_mask=causal_mask(batch.sample, queries, keys), context_mask=unseen)
-        line = batch.on_host.sample[0]
-        packing = Packing(
-            samples=samples_in_line(line, self.longest, batch.tokens.device) if self.in_line else None,
-            columns=None if self.in_line else seen_columns(batch.sample, queries, keys),
-            keys=seen_keys(batch, columns_S) if self.use.keys else None,
-        )
-        return dict(attention_mask=None, context_mask=None, packed_seq_params=packing)
+    def attends(self, past: Past | None = None) -> ModelAttention:
+        """The attention kernels of the next forward pass."""
+        return self.attention[Mode.CACHED if past is not None else Mode.TRAINING if learns(self) else Mode.EVALUATION]
 
     def _keys(self, batch: Batch) -> Tensor:
         return self.shared["fusion"](batch, self.shared["projector"], self.embed)
@@ -257,22 +239,10 @@ class VisionLanguageModel(MegatronModule):
         return re.sub(r"(?<=^decoder\.layers\.)\d+", lambda m: str(int(m[0]) + self.first_layer), name)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Per-token loss [B, S], zero where there is no label; hidden states on stages before the last.
-
-        Transformer Engine's attention takes the samples of one row: it gets all rows in a line, and gives [1, B x S].
-        """
-        if not self.drops_padding(batch):
-            return self._losses(in_line(batch) if self.in_line else batch)
-        line, columns_T = without_padding(batch, self.row_multiple)
-        losses_1T = self._losses(line)
-        if not self.post_process:
-            return losses_1T
-        return losses_1T.new_zeros(batch.tokens.numel()).index_copy(0, columns_T, losses_1T[0]).view_as(batch.tokens)
-
-    def drops_padding(self, batch: Batch) -> bool:
-        """Whether padding is not computed: on CPU where the model learns. Cross-attention's masks need the rows."""
-        plain = self.architecture.keys is None and self.whole_rows
-        return plain and learns(self) and not batch.tokens.is_cuda
+        """Per-token loss [B, S], zero where there is no label; hidden states on stages before the last."""
+        arranged = self.attends().arranged(batch)
+        losses = self._losses(arranged.batch)
+        return arranged.restored(losses) if self.post_process else losses
 
     def _losses(self, batch: Batch) -> Tensor:
         """As `forward`, of rows as they are."""

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nvlm.attention.precision import for_kernel
+
 
 class KeyValues:
-    """The keys and values [X, B, G, D] of one attention module."""
+    """The keys and values [X, B, G, D] of one attention module, in the precision that kernels work in."""
 
     def __init__(self) -> None:
         self.buffers: tuple[Tensor, Tensor] | None = None
@@ -32,12 +34,12 @@ class KeyValues:
 
     def keep(self, key_XBGD: Tensor, value_XBGD: Tensor) -> tuple[Tensor, Tensor]:
         """Keep these alone: keys that never grow."""
-        self.buffers, self.length = (key_XBGD, value_XBGD), len(key_XBGD)
+        self.buffers, self.length = (for_kernel(key_XBGD), for_kernel(value_XBGD)), len(key_XBGD)
         return self.buffers
 
     def append(self, key_SBGD: Tensor, value_SBGD: Tensor) -> tuple[Tensor, Tensor]:
         """Put these behind the others; returns all."""
-        new, columns, before = (key_SBGD, value_SBGD), key_SBGD.shape[0], self.length
+        new, columns, before = (for_kernel(key_SBGD), for_kernel(value_SBGD)), key_SBGD.shape[0], self.length
         self.length += columns
         if self.buffers is None or self.buffers[0].shape[0] < self.length:
             self.buffers = tuple(self._larger(number, x) for number, x in enumerate(new))
@@ -61,7 +63,7 @@ class KeyValues:
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """What the newest column of rows must not see of what caches keep: masks as in `attend`, None for nothing."""
+    """What the newest column of rows must not see of what caches keep: masks as `Dense` takes them, None for nothing."""
 
     columns: Tensor | None  # [B, 1, 1, X], the newest counted
     keys: Tensor | None  # [B, 1, 1, X]

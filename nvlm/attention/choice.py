@@ -1,10 +1,103 @@
-"""Which attention kernels a model uses, and what kernels keep for the backward pass. No torch."""
+"""The one choice of attention kernels, by configuration, machine and mode, and what each of them keeps for the backward
+pass. No torch: the model asks `choose`, and so does the estimate.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
-from nvlm.config.values import Config
+from nvlm.config.values import Config, cross_layers
+
+
+class Mode(Enum):
+    """What a forward pass is for."""
+
+    TRAINING = "training"  # gradients may be asked for
+    EVALUATION = "evaluation"  # whole rows, no gradients
+    CACHED = "cached"  # the newest column of rows; caches hold the others
+
+
+class Rows(Enum):
+    """How the rows of a micro-batch are arranged."""
+
+    KEPT = "rows"  # as they are
+    LINE = "line"  # one behind the other, padding included
+    TOKENS = "tokens"  # one behind the other, without padding
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the choice depends on: whether there is a GPU, and whether Transformer Engine loads."""
+
+    cuda: bool
+    te: bool
+
+
+CPU, GPU, GPU_WITH_TE = Machine(False, False), Machine(True, False), Machine(True, True)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """An attention kernel, by the name of its module in nvlm.attention.kernels.
+
+    The last three say what it keeps for the backward pass, beside queries, keys, values, output and the logarithms of
+    the sums of each query's scores.
+    """
+
+    name: str
+    inner: Kernel | None = None  # what computes on each rank where `name` is about communication
+    rows: Rows = Rows.KEPT
+    joint: bool = True  # values stay a view of queries, keys and values in one
+    apart: bool = False  # its output is copied for the linear behind it
+    mask: bool = False  # the mask of all pairs, as numbers
+
+
+DENSE = Kernel("dense", mask=True)
+PER_SAMPLE = Kernel("per_sample", rows=Rows.TOKENS, joint=False, apart=True)
+FLEX = Kernel("flex")
+TE = Kernel("te", rows=Rows.LINE, joint=False)
+
+
+def across(kernel: Kernel) -> Kernel:
+    """`kernel` under context parallelism."""
+    return Kernel("context", inner=kernel, joint=False, apart=True, mask=kernel.mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The kernels of a model in one mode, and how they get the rows of a micro-batch."""
+
+    columns: Kernel  # self-attention's
+    keys: Kernel | None  # cross-attention's; None where no layer has any
+    rows: Rows
+
+
+def choose(config: Config, machine: Machine, mode: Mode) -> Chosen:
+    """The kernels of `config` on `machine`. Outside training rows are short, and caches hold their keys: masks of all
+    pairs are quick enough."""
+    trains = mode is Mode.TRAINING
+    pairs = FLEX if trains and machine.cuda else DENSE
+    keys = pairs if cross_layers(config) else None
+    if config.parallel.context > 1:
+        return Chosen(across(pairs), keys, Rows.KEPT)
+    whole = PER_SAMPLE if not machine.cuda else TE if uses_engine(config, machine) else FLEX
+    return Chosen(whole if trains else DENSE, keys, _rows(whole, keys, trains))
+
+
+def _rows(whole: Kernel, keys: Kernel | None, trains: bool) -> Rows:
+    if whole.rows is Rows.LINE:
+        return Rows.LINE  # in all modes: Transformer Engine's fused rotary embedding takes one row
+    # Of one line, a mask of all pairs of tokens and keys would be as many times larger as there are rows.
+    return whole.rows if trains and keys is None else Rows.KEPT
+
+
+def uses_engine(config: Config, machine: Machine) -> bool:
+    """Whether the decoder layers are Transformer Engine's.
+
+    Adapted linears are Megatron's own; fp32 is for comparisons, which are to be made with torch's arithmetic.
+    """
+    return machine.cuda and machine.te and config.precision.dtype == "bf16" and config.peft.name == "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,11 +117,16 @@ class Kernels:
     fused_norm: bool  # a norm is one with its linear: what is recomputed begins in front of it
 
 
-# Transformer Engine's layers, and without it (adapters, fp32) Megatron's on torch's kernels; on a GPU.
-ENGINE = Kernels(joint=False, rotary=False, fused_norm=True)
-TORCH = Kernels(joint=True, rotary=True, fused_norm=False)
-
-
-def kernels_of(config: Config) -> Kernels:
-    """Those that a GPU run of `config` has where Transformer Engine is installed."""
-    return ENGINE if config.precision.dtype == "bf16" and config.peft.name == "none" else TORCH
+def kernels_of(config: Config, machine: Machine = GPU_WITH_TE) -> Kernels:
+    """What the kernels that train `config` on `machine` keep."""
+    chosen, te = choose(config, machine, Mode.TRAINING), uses_engine(config, machine)
+    columns, keys = chosen.columns, chosen.keys
+    return Kernels(
+        joint=columns.joint,
+        apart=columns.apart,
+        apart_keys=keys is not None and keys.apart,
+        dense=columns.mask,
+        dense_keys=keys is not None and keys.mask,
+        rotary=not te,
+        fused_norm=te,
+    )

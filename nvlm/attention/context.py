@@ -1,22 +1,14 @@
-"""Context parallelism: a row's columns over several ranks, self-attention over all of them.
-
-The attention is two-dimensional (LongVILA, section 3.3): inside, all-to-all trades columns for heads; outside, keys
-and values are gathered from the other ranks, which is what a ring of transfers computes.
+"""Context parallelism: which rank has which of a row's columns.
 
 Columns lie in zigzag: of 2 P equal chunks of a row, rank p of P has chunks p and 2 P - 1 - p, so that under a causal
 mask all ranks have the same work.
-
-Shapes: S columns of this rank, B rows, N heads, D head width, A ranks of the all-to-all.
 """
 
 from __future__ import annotations
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.transformer import TransformerConfig
-from torch import Tensor, nn
-
-from nvlm.attention.core import attend
+from torch import Tensor
 
 
 def zigzag(length: int, rank: int, size: int) -> Tensor:
@@ -56,44 +48,3 @@ def gather_columns(hidden_SBH: Tensor) -> Tensor:
         return hidden_SBH.detach()
     whole = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH.detach(), group=group)
     return whole[all_columns(len(whole)).argsort().to(whole.device)]
-
-
-class ContextAttention(nn.Module):
-    """Attention with grouped heads among columns that are spread over the context-parallel ranks."""
-
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_) -> None:
-        super().__init__()
-        sizes = config.hierarchical_context_parallel_sizes
-        if not sizes or sizes[0] * sizes[1] != config.context_parallel_size:
-            # Megatron-Core itself accepts this, and every rank would attend to its own columns alone.
-            raise ValueError(
-                f"context parallelism: got hierarchical_context_parallel_sizes={sizes} for context_parallel_size="
-                f"{config.context_parallel_size}, expected [a, b] with a x b = {config.context_parallel_size}. "
-                f"Fix: hierarchical_context_parallel_sizes=[1, {config.context_parallel_size}]"
-            )
-        self.softmax_scale = softmax_scale
-        self.inner, self.outer = parallel_state.get_hierarchical_context_parallel_groups()
-
-    def forward(self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, attention_mask, **_) -> Tensor:
-        """[S, B, N * D]. The mask's queries and keys are those of `attended_columns`."""
-        inputs = [heads_to_columns(x, self.inner) for x in (query_SBND, key_SBGD, value_SBGD)]
-        query, key, value = inputs[0], *(gather(x, self.outer) for x in inputs[1:])
-        return columns_to_heads(attend(query, key, value, attention_mask, self.softmax_scale), self.inner)
-
-
-def gather(x_SBND: Tensor, group) -> Tensor:
-    """Columns of all ranks of `group`, one behind the other; the gradient is summed back to its owner."""
-    return tensor_parallel.gather_from_sequence_parallel_region(x_SBND.contiguous(), group=group)
-
-
-def heads_to_columns(x_SBND: Tensor, group) -> Tensor:
-    """[S, B, N, D] of all heads to [A x S, B, N / A, D] of this rank's share of the heads."""
-    columns, ranks = len(x_SBND), group.size()
-    parts_ASBND = torch.stack(x_SBND.chunk(ranks, dim=2))
-    return tensor_parallel.all_to_all(group, parts_ASBND).reshape(ranks * columns, *parts_ASBND.shape[2:])
-
-
-def columns_to_heads(x_SBH: Tensor, group) -> Tensor:
-    """[A x S, B, H / A] back to [S, B, H]."""
-    parts_ASBH = x_SBH.unflatten(0, (group.size(), -1)).contiguous()
-    return torch.cat(tensor_parallel.all_to_all(group, parts_ASBH).unbind(0), dim=-1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 
+from nvlm.attention import choice
 from nvlm.config.values import TE_INSTALL, Config, problem
 from nvlm.processes import device
 
@@ -14,13 +15,14 @@ _AMAX_HISTORY = 1024  # steps whose largest values decide a delayed scale
 
 
 def uses_te(config: Config) -> bool:
-    """Whether the decoder layers are Transformer Engine's.
+    """Whether the decoder layers are Transformer Engine's on this machine."""
+    return choice.uses_engine(config, machine())
 
-    Adapted linears are Megatron's own; fp32 is for comparisons, which are to be made with torch's arithmetic.
-    """
-    return (
-        device.has_cuda() and config.precision.dtype == "bf16" and config.peft.name == "none" and why_not_te() is None
-    )
+
+def machine() -> choice.Machine:
+    """What attention kernels are chosen by."""
+    cuda = device.has_cuda()
+    return choice.Machine(cuda=cuda, te=cuda and why_not_te() is None)
 
 
 @functools.cache

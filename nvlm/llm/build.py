@@ -14,11 +14,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.utils import init_method_normal
 
-from nvlm.attention.context import ContextAttention
-from nvlm.attention.core import CoreAttention
+from nvlm.attention.choice import Mode, Rows, choose
+from nvlm.attention.model import build_attention
 from nvlm.config.values import Config, cross_layers
 from nvlm.llm.adapters import linears_of
-from nvlm.llm.backend import engine, fp8_settings, uses_te
+from nvlm.llm.backend import engine, fp8_settings, machine, uses_te
 from nvlm.llm.layer import DecoderLayer, SeededLayer
 from nvlm.llm.norm import RMSNorm
 from nvlm.llm.swiglu import SwiGLU
@@ -96,7 +96,7 @@ def llm_config(config: Config) -> TransformerConfig:
         calculate_per_token_loss=True,
         **_RECOMPUTE[config.train.recompute],
         **fp8_settings(config),
-        apply_rope_fusion=uses_te(config) and p.context == 1,  # the kernel takes one row: elsewhere rows are one line
+        apply_rope_fusion=choose(config, machine(), Mode.TRAINING).rows is Rows.LINE,  # the kernel takes one row
         gradient_accumulation_fusion=uses_te(config),
         # Moved layer by layer; the last one is needed again at once.
         cpu_offloading=config.train.offload,
@@ -131,7 +131,7 @@ def layer_spec(config: Config, number: int, cross_attention: ModuleSpec | None =
                 params={"attn_mask_type": AttnMaskType.arbitrary},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linears.normed("self_attention.linear_qkv"),
-                    core_attention=_core_attention(config, linears.te),
+                    core_attention=build_attention(config, machine(), Mode.TRAINING).core,
                     linear_proj=linears.row("self_attention.linear_proj"),
                 ),
             ),
@@ -159,13 +159,3 @@ def block_submodules(config: Config, layers: range, cross_attention: ModuleSpec 
         layer_specs=[layer_spec(config, n, cross_attention if n + 1 in carriers else None) for n in layers],
         layer_norm=engine().TENorm if uses_te(config) else RMSNorm,
     )
-
-
-def _core_attention(config: Config, te: bool) -> type:
-    if config.parallel.context > 1:
-        return ContextAttention
-    if te:
-        from nvlm.attention.te import PackedAttention
-
-        return PackedAttention
-    return CoreAttention

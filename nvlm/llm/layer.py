@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from nvlm.attention.packing import Packing
+from nvlm.attention.kernel import Masks, View
 from nvlm.processes.groups import seeded
 
 
@@ -33,15 +33,13 @@ class SeededLayer(TransformerLayer):
         attention_mask: Tensor | None = None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
-        packed_seq_params: Packing | None = None,
+        packed_seq_params: Masks | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """(hidden states, context). The masks of a `packed_seq_params` take the others' place."""
-        if packed_seq_params is not None:
-            attention_mask, context_mask = packed_seq_params.columns, packed_seq_params.keys
-        return super().forward(
-            hidden_states, attention_mask, context, context_mask, packed_seq_params=packed_seq_params, **kwargs
-        )
+        """(hidden states, context). What attention sees comes in `packed_seq_params`, so that it reaches recomputed
+        layers, too."""
+        columns, keys = packed_seq_params.columns, packed_seq_params.keys
+        return super().forward(hidden_states, columns, context, keys, packed_seq_params=packed_seq_params, **kwargs)
 
 
 class DecoderLayer(SeededLayer):
@@ -53,19 +51,19 @@ class DecoderLayer(SeededLayer):
     def evaluated(
         self,
         x_SBH: Tensor,
-        mask: Tensor | None,
+        columns: View,
         context: Tensor | None,
-        context_mask: Tensor | None,
+        keys: View | None,
         rotation: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """The layer's output [S, B, H]; masks as in `attend`, `rotation` from `rotation_of`."""
-        x_SBH = x_SBH + self._attend(self.input_layernorm(x_SBH), mask, rotation)
+        """The layer's output [S, B, H]; `columns` and `keys` as in `Masks`, `rotation` from `rotation_of`."""
+        x_SBH = x_SBH + self._attend(self.input_layernorm(x_SBH), columns, rotation)
         if isinstance(self.pre_cross_attn_layernorm, nn.RMSNorm):
-            x_SBH = x_SBH + self.cross_attention(self.pre_cross_attn_layernorm(x_SBH), context_mask, context)[0]
+            x_SBH = x_SBH + self.cross_attention(self.pre_cross_attn_layernorm(x_SBH), keys, context)[0]
         gate, up = project(self.mlp.linear_fc1, self.pre_mlp_layernorm(x_SBH)).chunk(2, dim=-1)
         return x_SBH + project(self.mlp.linear_fc2, nn.functional.silu(gate) * up)
 
-    def _attend(self, x_SBH: Tensor, mask: Tensor | None, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def _attend(self, x_SBH: Tensor, columns: View, rotation: tuple[Tensor, Tensor]) -> Tensor:
         attention = self.self_attention
         groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
         heads = project(attention.linear_qkv, x_SBH)
@@ -74,7 +72,7 @@ class DecoderLayer(SeededLayer):
         query_key = rotated(heads_SBGHD.narrow(3, 0, queries + 1), *rotation)
         query_SBND = query_key.narrow(3, 0, queries).flatten(2, 3)
         key_SBGD, value_SBGD = query_key.select(3, queries), heads_SBGHD.select(3, queries + 1)
-        attended = attention.core_attention(query_SBND, key_SBGD, value_SBGD, mask)
+        attended = attention.core_attention(query_SBND, key_SBGD, value_SBGD, columns)
         return project(attention.linear_proj, attended)
 
 
@@ -88,7 +86,7 @@ class DecoderBlock(TransformerBlock):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
-        packed_seq_params: Packing | None = None,
+        packed_seq_params: Masks | None = None,
     ) -> Tensor:
         """Hidden states [S, B, H] behind the last layer, and the norm where there is one."""
         if learns(self) or not all(isinstance(layer, DecoderLayer) for layer in self.layers):
@@ -103,7 +101,7 @@ class DecoderBlock(TransformerBlock):
         x_SBH = hidden_states if self.pre_process else self.input_tensor
         rotation = rotation_of(rotary_pos_emb, x_SBH.dtype)
         for layer in self.layers:
-            x_SBH = layer.evaluated(x_SBH, attention_mask, context, context_mask, rotation)
+            x_SBH = layer.evaluated(x_SBH, packed_seq_params.columns, context, packed_seq_params.keys, rotation)
         return x_SBH if self.final_layernorm is None else self.final_layernorm(x_SBH)
 
 

@@ -15,10 +15,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import init_method_normal
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
 from nvlm.attention.cache import KeepsKeys
-from nvlm.attention.core import attend, for_kernel
+from nvlm.attention.kernel import View
 from nvlm.llm.adapters import Linears
 from nvlm.llm.layer import project
 
@@ -65,13 +64,13 @@ class GatedCrossAttention(MegatronModule, KeepsKeys):
         self.gate.sequence_parallel = config.sequence_parallel
 
     def forward(
-        self, hidden_SBH: Tensor, attention_mask: Tensor | BlockMask, key_value_states: Tensor | None, **_
+        self, hidden_SBH: Tensor, attention_mask: View, key_value_states: Tensor | None, **_
     ) -> tuple[Tensor, None]:
-        """[S, B, H] to be added to the residual. `attention_mask` as `mask` of `attend`; `key_value_states` is
+        """[S, B, H] to be added to the residual. `attention_mask` says which keys are seen; `key_value_states` is
         [X, B, H], None where a cache holds what was made of it."""
         query = project(self.linear_q, hidden_SBH)
         query_SBND = query.view(*query.shape[:2], self.heads, self.head_dim)
-        attended = attend(query_SBND, *self._key_values(key_value_states), attention_mask, scale=None)
+        attended = attention_mask.attend(query_SBND, *self._key_values(key_value_states))
         return torch.tanh(self.gate) * project(self.linear_proj, attended), None
 
     def _key_values(self, states_XBH: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -79,5 +78,5 @@ class GatedCrossAttention(MegatronModule, KeepsKeys):
         if states_XBH is None:
             return self.cache.pair
         key_value = self.linear_kv(states_XBH)[0].unflatten(-1, (self.groups, 2, self.head_dim))
-        pair = tuple(for_kernel(x) for x in key_value.unbind(dim=-2))
+        pair = key_value.unbind(dim=-2)
         return pair if self.cache is None else self.cache.keep(*pair)

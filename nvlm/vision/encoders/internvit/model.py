@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from nvlm.attention.core import CoreAttention
+from nvlm.attention.kernels.dense import WholeAttention
 from nvlm.config.values import Config, VisionConfig
 from nvlm.llm.build import base_config
 from nvlm.llm.norm import FullWidthRMSNorm, LayerNorm, RMSNorm
@@ -100,7 +100,7 @@ def _layer_spec(vision: VisionConfig) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=CoreAttention,
+                    core_attention=WholeAttention,
                     linear_proj=RowParallelLinear,
                     **heads,
                 ),

@@ -1,0 +1,15 @@
+"""The attention kernels, a file each, imported only where they are chosen."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from nvlm.attention import choice
+from nvlm.attention.kernel import Kernel
+from nvlm.config.values import Config
+
+
+def build(chosen: choice.Kernel, config: Config) -> Kernel:
+    """The kernel that `chosen` names, for a model of `config`."""
+    inner = () if chosen.inner is None else (build(chosen.inner, config),)
+    return import_module(f"{__name__}.{chosen.name}").build(config, *inner)

@@ -1,0 +1,37 @@
+"""Rotary positions, token by token: each sample of a packed row begins at 0.
+
+Shapes: S columns, B rows, D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nvlm.config.values import LLMConfig
+
+
+def rotary_frequencies(llm: LLMConfig) -> Tensor:
+    """[D / 2] rotary frequencies in radians a position."""
+    steps = torch.arange(0, llm.head_dim, 2, dtype=torch.float32, device="cpu") / llm.head_dim
+    frequencies = llm.rope_theta**-steps
+    return frequencies if llm.rope_scaling is None else scaled(frequencies, **llm.rope_scaling)
+
+
+def rotary_angles(positions_BS: Tensor, frequencies: Tensor) -> Tensor:
+    """[S, B, 1, D] rotary angles in radians, from each token's position within its own sample."""
+    angles = positions_BS.t()[..., None] * frequencies
+    return torch.cat((angles, angles), dim=-1)[:, :, None, :]
+
+
+def scaled(
+    frequencies: Tensor,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: float,
+) -> Tensor:
+    """Llama 3.1's longer context: slow rotations slowed by `factor`, fast ones kept, a ramp between."""
+    turns = original_max_position_embeddings * frequencies / (2 * torch.pi)
+    keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return frequencies * (keep + (1 - keep) / factor)

@@ -1,0 +1,58 @@
+"""The rows of a micro-batch, arranged as kernels want them.
+
+Shapes: B rows, S columns of a row, T tokens of a line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from nvlm.attention.choice import Rows
+from nvlm.data.batch import PAD, Batch, in_line, without_padding
+
+
+@dataclass(frozen=True, slots=True)
+class Arranged:
+    """A batch as it is computed, and the way back."""
+
+    batch: Batch
+    shape: tuple[int, int] | None = None  # (B, S) of rows that were put in line; None: rows are as they came
+    columns_T: Tensor | None = None  # where each token of the line stood, counted row behind row; None: none left out
+
+    def restored(self, numbers: Tensor) -> Tensor:
+        """[B, S] from one number for each token of the computed batch; zero where no token was computed."""
+        if self.shape is None:
+            return numbers
+        if self.columns_T is None:
+            return numbers.view(self.shape)
+        zeros = numbers.new_zeros(self.shape[0] * self.shape[1])
+        return zeros.index_copy(0, self.columns_T, numbers[0]).view(self.shape)
+
+
+def arranged(batch: Batch, rows: Rows, multiple: int) -> Arranged:
+    """`batch` with its rows as `rows` says; without padding, `multiple` divides the tokens of the line."""
+    if rows is Rows.KEPT:
+        return Arranged(batch)
+    if rows is Rows.LINE:
+        return Arranged(in_line(batch), tuple(batch.tokens.shape))
+    line, columns_T = without_padding(batch, multiple)
+    return Arranged(line, tuple(batch.tokens.shape), columns_T)
+
+
+def samples_in_line(sample_T: Tensor, longest: int, device: torch.device) -> PackedSeqParams:
+    """Where the samples of a line begin and end, of at most `longest` tokens each, for kernels on `device`.
+
+    Padding counts as samples too: nothing looks at it, and that costs less than to take it out.
+    """
+    numbers_T = torch.arange(len(sample_T), device=sample_T.device)
+    begins_T = (sample_T == PAD) & (numbers_T % longest == 0)
+    begins_T[1:] |= sample_T[1:] != sample_T[:-1]
+    begins_T[0] = True
+    ends = torch.cat((begins_T.nonzero()[:, 0], numbers_T[-1:] + 1)).int().to(device, non_blocking=True)
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
