@@ -43,16 +43,16 @@ from rich.table import Table
 
 from nvlm.arch import registry
 from nvlm.arch.pipeline import build_parts, build_pipeline, tile_use_of_rank
-from nvlm.attention.choice import ENGINE, TORCH
-from nvlm.attention.core import attend
-from nvlm.attention.packing import samples_in_line, seen_columns, seen_keys
-from nvlm.attention.visibility import causal_mask, unseen_keys
+from nvlm.attention.choice import kernels_of
+from nvlm.attention.kernel import View
+from nvlm.attention.kernels.dense import DENSE
+from nvlm.attention.kernels.flex import Flex
 from nvlm.commands import launch
 from nvlm.commands.compose import compose_config
 from nvlm.config.compute import FP8_RECIPES
 from nvlm.config.hardware import known_gpu
 from nvlm.config.values import Config, ConfigError
-from nvlm.data.batch import PAD, Sample
+from nvlm.data.batch import PAD, Batch, Sample
 from nvlm.data.loader import load_steps
 from nvlm.data.outline import build_processor, outline
 from nvlm.data.pack import collate
@@ -62,7 +62,7 @@ from nvlm.data.work import count_work
 from nvlm.estimate.flops import model_flops
 from nvlm.estimate.load import batch_load
 from nvlm.estimate.memory import memory
-from nvlm.llm.backend import check_precision, describe, uses_te
+from nvlm.llm.backend import check_precision, describe, this_machine, uses_te
 from nvlm.processes import groups
 from nvlm.train.loop import build_steps, build_trainer
 from nvlm.train.optim import freeze, wrap
@@ -202,45 +202,17 @@ def attention(size: Size) -> list[dict]:
             samples = some_samples(config, size, tiles=6)
             batch = collate([samples], config.vision.tile_size, config.row_multiple).to(device)
             columns = torch.arange(batch.tokens.shape[1], device=device)
-            length = len(columns)
+            shape = config, len(columns), len(columns)
             if arch == "decoder":
-                dense = causal_mask(batch.sample, columns, columns)
-                rows.append(
-                    compared(
-                        "self, blocks",
-                        config,
-                        length,
-                        length,
-                        dense,
-                        blocks_of(seen_columns(batch.sample, columns, columns)),
-                        device,
-                    )
-                )
+                dense, blocks = (kernel.columns(batch) for kernel in (DENSE, Flex()))
+                rows.append(compared("self, blocks", *shape, dense, blocks.attend, device))
                 if uses_te(config):
-                    rows.append(
-                        compared(
-                            "self, Transformer Engine",
-                            config,
-                            length,
-                            length,
-                            dense,
-                            te_of(config, batch.sample[0]),
-                            device,
-                            padding_S=batch.sample[0] == PAD,
-                        )
-                    )
+                    packed, padding_S = te_of(config, batch), batch.sample[0] == PAD
+                    rows.append(compared("self, Transformer Engine", *shape, dense, packed, device, padding_S))
             else:
-                rows.append(
-                    compared(
-                        f"cross, {arch}, blocks",
-                        config,
-                        length,
-                        batch.cross_tokens.shape[1],
-                        unseen_keys(batch, columns),
-                        blocks_of(seen_keys(batch, columns)),
-                        device,
-                    )
-                )
+                dense, blocks = (kernel.keys(batch, columns) for kernel in (DENSE, Flex()))
+                shape = config, len(columns), batch.cross_tokens.shape[1]
+                rows.append(compared(f"cross, {arch}, blocks", *shape, dense, blocks.attend, device))
         forget()
     return rows
 
@@ -248,19 +220,11 @@ def attention(size: Size) -> list[dict]:
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def blocks_of(mask) -> Attend:
-    """Attention through a block mask."""
-    return lambda q, k, v: attend(q, k, v, mask, None)
-
-
-def te_of(config: Config, sample_T: torch.Tensor) -> Attend:
-    """Transformer Engine's attention of a line of samples, as a decoder layer has it."""
-    from nvlm.attention.packing import Packing
-
+def te_of(config: Config, batch: Batch) -> Attend:
+    """Transformer Engine's attention of a batch of one row, as a decoder layer has it."""
     (model,) = build_parts(replace(config, llm=replace(config.llm, layers=1), arch=replace(config.arch, cross_every=0)))
-    core = model.decoder.layers[0].self_attention.core_attention
-    packing = Packing(samples=samples_in_line(sample_T, len(sample_T), sample_T.device))
-    return lambda q, k, v: core(q, k, v, None, packed_seq_params=packing)
+    core, view = model.decoder.layers[0].self_attention.core_attention, model.attends().columns.columns(batch)
+    return lambda q, k, v: core(q, k, v, view)
 
 
 def compared(
@@ -268,7 +232,7 @@ def compared(
     config: Config,
     queries: int,
     keys: int,
-    dense: torch.Tensor,
+    dense: View,
     packed: Attend,
     device: torch.device,
     padding_S: torch.Tensor | None = None,
@@ -294,17 +258,17 @@ def compared(
         out.backward(torch.ones_like(out) * torch.linspace(-1, 1, len(out), device=device).to(out.dtype)[:, None, None])
         return [out, *(leaf.grad for leaf in leaves)]
 
-    exact = run(lambda q, k, v: attend(q, k, v, dense, None), [x.float() for x in inputs])
+    exact = run(dense.attend, [x.float() for x in inputs])
     got = run(packed, inputs)
     errors = [float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, exact, strict=True)]
-    blind = dense.all(-1)[0, 0]
+    blind = dense.mask.all(-1)[0, 0]
     zero = not blind.any() or not got[0][blind].any()
     seconds = (
         timed(lambda: run(packed, inputs), 5),
-        timed(lambda: run(lambda q, k, v: attend(q, k, v, dense, None), inputs), 5),
+        timed(lambda: run(dense.attend, inputs), 5),
     )
     return {
-        "attention": name, "queries": queries, "keys": keys, "seen": float((~dense).float().mean()),
+        "attention": name, "queries": queries, "keys": keys, "seen": float((~dense.mask).float().mean()),
         "error": errors[0], "gradient error": max(errors[1:], default=None), "blind get zero": bool(zero),
         "ms": 1e3 * seconds[0], "dense ms": 1e3 * seconds[1], "right": zero and max(errors) < 0.02,
     }  # fmt: skip
@@ -357,7 +321,7 @@ def measured(config: Config, size: Size, tiles: int, samples: Sequence[Sample], 
     seconds = timed(lambda: forward_backward(trainer, [batch]), size.repeats)
     work = count_work(batch)
     flops = model_flops(config, work).total / seconds
-    foretold = memory(config, 1, batch_load(batch, work), ENGINE if uses_te(config) else TORCH)
+    foretold = memory(config, 1, batch_load(batch, work), kernels_of(config, this_machine()))
     foretold_bytes = foretold.allocated - foretold.optimizer
     row = {
         "arch": config.arch.name, "precision": config.precision.name, "engine": "TE" if uses_te(config) else "torch",

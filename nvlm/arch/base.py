@@ -33,7 +33,7 @@ from nvlm.attention.model import ModelAttention, build_attention
 from nvlm.attention.rotary import rotary_angles, rotary_frequencies
 from nvlm.config.values import Config, cross_layers, pipeline_layers
 from nvlm.data.batch import IGNORE, Batch, check_placeholders
-from nvlm.llm.backend import machine
+from nvlm.llm import backend
 from nvlm.llm.build import FUSED_NORMS, block_submodules, llm_config, of_megatron
 from nvlm.llm.dropout import remember_places
 from nvlm.llm.layer import DecoderBlock, learns, project
@@ -116,7 +116,7 @@ class VisionLanguageModel(MegatronModule):
         self.pre_process, self.post_process = pipeline_stage == 0, pipeline_stage == config.parallel.pipeline_stages - 1
         self.architecture, self.use = architecture, tile_use(config, architecture, pipeline_stage)
         self.first_layer = pipeline_layers(config, pipeline_stage).start
-        self.attention = {mode: build_attention(config, machine(), mode) for mode in Mode}
+        self.attention = {mode: build_attention(config, backend.this_machine(), mode) for mode in Mode}
         self.drops_inputs = bool(config.adapted) and config.peft.dropout > 0
         self.borrowed: Callable[[Tensor], Tensor] | None = None  # embeds tags on a stage without the embedding
         virtual = pipeline_stage // config.parallel.pipeline if config.parallel.virtual > 1 else None

@@ -63,7 +63,7 @@ class KeyValues:
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """What the newest column of rows must not see of what caches keep: masks as `Dense` takes them, None for nothing."""
+    """What the newest column of rows must not see of what caches keep: masks of `Dense`, None for nothing."""
 
     columns: Tensor | None  # [B, 1, 1, X], the newest counted
     keys: Tensor | None  # [B, 1, 1, X]

@@ -159,14 +159,14 @@ def _attention(config: Config, s: _Sizes, fp8: bool, flows: bool) -> tuple[float
     q, kv = llm.heads * llm.head_dim / p.tensor, llm.kv_heads * llm.head_dim / p.tensor
     element, outer = k.attention or s.element, p.context_mesh[1]  # keys of other ranks are gathered
     queries, keys = s.tokens * q * element, s.tokens * outer * kv * element
-    values = s.tokens * (q + 2 * kv) * s.element if k.joint and p.context == 1 else keys
+    values = s.tokens * (q + 2 * kv) * s.element if k.joint else keys
     kept = queries + keys + values + queries + 4 * s.tokens * llm.heads / p.tensor
     kept += 4 * s.tokens * llm.head_dim * s.element * k.rotary + 4 * k.dense * s.query_key_pairs
     kept += s.norm(learns) if flows or learns else 0
     kept += _input(config, s, "llm", fp8, s.own * llm.hidden)
     behind = _input(config, s, "llm", fp8, s.tokens * q)
     dropped = adapts and config.peft.dropout > 0
-    apart = k.apart or fp8 or p.context > 1 or dropped  # the linear behind attention keeps a tensor of its own
+    apart = k.apart or fp8 or dropped  # the linear behind attention keeps a tensor of its own
     return kept + (behind if apart else max(behind - queries, 0)), True
 
 

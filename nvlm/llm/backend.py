@@ -16,10 +16,10 @@ _AMAX_HISTORY = 1024  # steps whose largest values decide a delayed scale
 
 def uses_te(config: Config) -> bool:
     """Whether the decoder layers are Transformer Engine's on this machine."""
-    return choice.uses_engine(config, machine())
+    return choice.uses_engine(config, this_machine())
 
 
-def machine() -> choice.Machine:
+def this_machine() -> choice.Machine:
     """What attention kernels are chosen by."""
     cuda = device.has_cuda()
     return choice.Machine(cuda=cuda, te=cuda and why_not_te() is None)

@@ -17,8 +17,9 @@ from megatron.core.utils import init_method_normal
 from nvlm.attention.choice import Mode, Rows, choose
 from nvlm.attention.model import build_attention
 from nvlm.config.values import Config, cross_layers
+from nvlm.llm import backend
 from nvlm.llm.adapters import linears_of
-from nvlm.llm.backend import engine, fp8_settings, machine, uses_te
+from nvlm.llm.backend import engine, fp8_settings, uses_te
 from nvlm.llm.layer import DecoderLayer, SeededLayer
 from nvlm.llm.norm import RMSNorm
 from nvlm.llm.swiglu import SwiGLU
@@ -96,7 +97,8 @@ def llm_config(config: Config) -> TransformerConfig:
         calculate_per_token_loss=True,
         **_RECOMPUTE[config.train.recompute],
         **fp8_settings(config),
-        apply_rope_fusion=choose(config, machine(), Mode.TRAINING).rows is Rows.LINE,  # the kernel takes one row
+        # The fused kernel takes one row.
+        apply_rope_fusion=choose(config, backend.this_machine(), Mode.TRAINING).rows is Rows.LINE,
         gradient_accumulation_fusion=uses_te(config),
         # Moved layer by layer; the last one is needed again at once.
         cpu_offloading=config.train.offload,
@@ -131,7 +133,7 @@ def layer_spec(config: Config, number: int, cross_attention: ModuleSpec | None =
                 params={"attn_mask_type": AttnMaskType.arbitrary},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linears.normed("self_attention.linear_qkv"),
-                    core_attention=build_attention(config, machine(), Mode.TRAINING).core,
+                    core_attention=build_attention(config, backend.this_machine(), Mode.TRAINING).core,
                     linear_proj=linears.row("self_attention.linear_proj"),
                 ),
             ),

@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from nvlm.arch.base import VisionLanguageModel
 from nvlm.arch.pipeline import BorrowedWords, build_parts
 from nvlm.config.values import Config
-from nvlm.data.batch import Batch, without_padding
+from nvlm.data.batch import Batch
 from nvlm.processes import device, groups
 from nvlm.train.optim import freeze
 from tests.stories import ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO
@@ -75,7 +75,7 @@ def frozen_parts(config: Config) -> list[VisionLanguageModel]:
 
 def computed(part: VisionLanguageModel, batch: Batch) -> Batch:
     """The batch as `part` computes it."""
-    return without_padding(batch, part.row_multiple)[0] if part.train().drops_padding(batch) else batch
+    return part.train().attends().arranged(batch).batch
 
 
 def kept_bytes(part: VisionLanguageModel, batch: Batch, config: Config) -> int:

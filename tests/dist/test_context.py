@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from nvlm.attention.context import ContextAttention, all_columns, attended_columns, own_columns, zigzag
-from nvlm.attention.core import attend
+from nvlm.attention.context import all_columns, own_columns, zigzag
+from nvlm.attention.kernels.context import Context, ContextAttention
+from nvlm.attention.kernels.dense import DENSE
 from nvlm.attention.visibility import causal_mask
 from nvlm.config.rules import validate
 from nvlm.config.values import ConfigError
@@ -30,13 +32,13 @@ def inputs() -> tuple[torch.Tensor, ...]:
 
 
 def whole(perturb: bool = False) -> list[torch.Tensor]:
-    """Output and the gradients of query, key and value in one process. `attend` computes in fp32 on the CPU."""
+    """Output and the gradients of query, key and value in one process. Attention computes in fp32 on the CPU."""
     query, key, value, upstream = inputs()
     if perturb:
         value[0] += 1
     leaves = [x.requires_grad_() for x in (query, key, value)]
     columns = torch.arange(LENGTH)
-    out = attend(*leaves, causal_mask(SAMPLES, columns, columns), None)
+    out = DENSE.attend(*leaves, causal_mask(SAMPLES, columns, columns))
     out.backward(upstream)
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -69,8 +71,8 @@ def on_mesh(meshes: list[tuple[int, int]], perturb: bool) -> list:
                 value[0] += 1
             mine = own_columns(LENGTH)
             leaves = [x[mine].requires_grad_() for x in (query, key, value)]
-            mask = causal_mask(SAMPLES, *attended_columns(LENGTH, inner))
-            out = ContextAttention(config_of(inner, outer, [inner, outer]))(*leaves, mask)
+            view = Context(DENSE, inner).columns(SimpleNamespace(tokens=SAMPLES, sample=SAMPLES))
+            out = ContextAttention(config_of(inner, outer, [inner, outer]))(*leaves, view)
             out.backward(upstream[mine])
             found.append((mine, [out.detach(), *(leaf.grad for leaf in leaves)]))
     return found

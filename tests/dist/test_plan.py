@@ -11,8 +11,8 @@ import dataclasses
 import pytest
 import torch
 
-from nvlm.attention import packing
-from nvlm.attention.choice import Kernels
+from nvlm.attention.choice import CPU, Kernels, kernels_of
+from nvlm.attention.kernels import per_sample
 from nvlm.data.loader import StepData
 from nvlm.data.pack import collate
 from nvlm.data.work import count_work
@@ -53,26 +53,29 @@ def test_a_rank_holds_exactly_the_parameters_that_are_foretold(configured, name)
         assert foretold.largest == max((p.numel() for p in own if p.requires_grad), default=0)
 
 
-# What torch's kernels on CPU keep: norms work in fp32 and keep what they made of their input, attention works in fp32,
-# rotary and gated units are step by step.
-CPU = Kernels(norm=4, normalized=4, attention=4, joint=True, rotary=True, glu=3, dense_keys=True, fused_norm=False)
-
-
 def cpu_kernels(config, rows: int) -> Kernels:
-    """Samples are attended one by one where rows are whole: several rows are copied into a line, and in bf16 all that
-    attention works on is a copy. Where they are not, a mask of all pairs is kept."""
-    fp32 = config.precision.dtype == "fp32"
-    if config.parallel.context > 1:
-        return dataclasses.replace(CPU, dense=True)
-    # A mask that Megatron hands through as no tensor of its own is kept by recomputed layers, unseen by the hooks.
+    """What the kernels that are chosen for a CPU keep, and what torch keeps there: norms and attention work in fp32,
+    norms keep what they made of their input, and gated units are computed step by step."""
+    fp32, chosen = config.precision.dtype == "fp32", kernels_of(config, CPU)
+    # Masks reach recomputed layers among Megatron's packed_seq_params: they keep them unseen by the hooks.
     seen = config.train.recompute != "full"
-    return dataclasses.replace(CPU, apart=True, apart_keys=not fp32, joint=rows == 1 and fp32, dense_keys=seen)
+    return dataclasses.replace(
+        chosen,
+        norm=4,
+        normalized=4,
+        attention=4,
+        glu=3,
+        dense=chosen.dense and seen,
+        dense_keys=chosen.dense_keys and seen,
+        apart_keys=not fp32,  # in bf16 all that attention works on is a copy
+        joint=rows == 1 and fp32 and config.parallel.context == 1,  # several rows are copied into a line
+    )
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("arch", ["decoder", "xattn", "hybrid"])
 def test_a_forward_pass_keeps_what_is_foretold(arch, setting, monkeypatch):
-    monkeypatch.setattr(packing, "WORTH_A_CALL", 0)  # samples go apart, however short
+    monkeypatch.setattr(per_sample, "WORTH_A_CALL", 0)  # samples go apart, however short
     config = small_config(f"arch={arch}", *WIDE, *SETTINGS[setting])
     batch = collate([[sample_of(story, config) for story in row] for row in ROWS], TILE, config.row_multiple)
     fp32, width = config.precision.dtype == "fp32", config.vision.hidden * config.vision.downsample**2

@@ -25,21 +25,17 @@ def prepare(fused_gradients: bool = True) -> None:
     import torch
     from torch.nn.attention.flex_attention import BlockMask, create_mask
 
-    import benchmarks.peers
-    from nvlm.arch import base
-    from nvlm.attention import core
-    from nvlm.llm import adapters, backend, build
-    from nvlm.llm.layer import learns
+    from nvlm.attention import choice
+    from nvlm.attention.kernels import flex
+    from nvlm.llm import backend, build
     from nvlm.processes import device
 
     device._use_torch_optimizers = lambda: None  # Transformer Engine's own, on the kernels from here
-    for room in (backend, build, adapters, base, benchmarks.peers):
-        room.uses_te = lambda config: config.peft.name == "none"
+    backend.this_machine = lambda: choice.GPU_WITH_TE
+    choice.uses_engine = lambda config, machine: config.peft.name == "none"
     if not fused_gradients:
         plain = build.base_config
         build.base_config = lambda config, **shape: plain(config, **shape | {"gradient_accumulation_fusion": False})
-    base.VisionLanguageModel.packs = lambda model, batch: learns(model)
-    base.VisionLanguageModel.drops_padding = lambda model, batch: False
 
     class Blocks(torch.autograd.Function):
         """FlexAttention, which has no backward pass on CPU: what its blocks say in a dense mask, and it keeps what
@@ -68,7 +64,7 @@ def prepare(fused_gradients: bool = True) -> None:
                 out_BNSD = Blocks.attend(*leaves, *ctx.rest)
             return *torch.autograd.grad(out_BNSD, leaves, grad_BNSD), None, None
 
-    core.attend_blocks = Blocks.apply
+    flex.attend_blocks = Blocks.apply
     _gather_one_by_one()
 
 

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nvlm.arch.pipeline import build_parts
-from nvlm.attention import packing
+from nvlm.attention.kernels import per_sample
 from nvlm.attention.visibility import causal_mask, visible
 from nvlm.data.amounts import Work
 from nvlm.data.batch import PAD, Batch
@@ -76,7 +76,7 @@ def dense(batch: Batch, config) -> Work:
 
 @pytest.mark.parametrize(("arch", "stage"), [c for c in CASES if c[0] != "decoder" or c[1] not in NOT_OF_D])
 def test_torch_counts_the_same(arch, stage, monkeypatch):
-    monkeypatch.setattr(packing, "WORTH_A_CALL", 0)  # samples go apart, however short
+    monkeypatch.setattr(per_sample, "WORTH_A_CALL", 0)  # samples go apart, however short
     config = small_config(f"arch={arch}", *STAGES[stage])
     (model,) = build_parts(config)
     freeze(model, config)

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvlm.arch.pipeline import build_parts
-from nvlm.attention.packing import samples_in_line
+from nvlm.attention.rows import samples_in_line
 from nvlm.data.batch import in_line
 from nvlm.data.pack import collate
 from tests.models import TILE, sample_of, small_config

@@ -19,8 +19,8 @@ from nvlm.arch.base import parameter_group
 from nvlm.arch.pipeline import Pipeline, next_logits
 from nvlm.arch.registry import placement_rule
 from nvlm.arch.xattn.attention import GatedCrossAttention
-from nvlm.attention import packing
 from nvlm.attention.cache import generating
+from nvlm.attention.kernels import per_sample
 from nvlm.config.values import cross_layers
 from nvlm.data.batch import IGNORE, IMAGE, Batch, Sample
 from nvlm.data.messages import first_question
@@ -153,7 +153,7 @@ def test_losses_and_gradients_equal_the_reference(model, tag, rows):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_samples_that_go_apart_equal_the_reference_too(model, monkeypatch):
-    monkeypatch.setattr(packing, "WORTH_A_CALL", 0)  # here they are short, and a mask would tell them apart
+    monkeypatch.setattr(per_sample, "WORTH_A_CALL", 0)  # here they are short, and a mask would tell them apart
     assert_equals_reference(MODELS[model], "1d", INPUTS["packed rows"])
 
 

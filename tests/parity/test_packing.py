@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
-from nvlm.arch.base import VisionLanguageModel
-from nvlm.attention.core import attend
-from nvlm.attention.packing import samples_in_line, seen_columns, seen_keys
-from nvlm.attention.visibility import causal_mask, unseen_keys
+from nvlm.attention.choice import GPU, Mode
+from nvlm.attention.kernel import View
+from nvlm.attention.kernels import flex
+from nvlm.attention.kernels.dense import DENSE
+from nvlm.attention.kernels.flex import Flex
+from nvlm.attention.model import build_attention
+from nvlm.attention.rows import samples_in_line
 from nvlm.data.batch import PAD, Batch, in_line
 from nvlm.data.pack import collate
 from tests.models import TILE, Twins, build_twins, sample_of, small_config
@@ -32,18 +35,18 @@ def batch_for(twins: Twins) -> Batch:
     return twins.vision.encode(collate(rows, TILE))
 
 
-def masks(batch: Batch, kind: str) -> tuple:
+def views(batch: Batch, kind: str) -> list[View]:
     """The dense and the block mask of one kind of attention."""
-    columns = torch.arange(batch.tokens.shape[1])
     if kind == "self":
-        return causal_mask(batch.sample, columns, columns), seen_columns(batch.sample, columns, columns)
-    return unseen_keys(batch, columns), seen_keys(batch, columns)
+        return [kernel.columns(batch) for kernel in (DENSE, Flex())]
+    columns = torch.arange(batch.tokens.shape[1])
+    return [kernel.keys(batch, columns) for kernel in (DENSE, Flex())]
 
 
 @pytest.mark.parametrize("kind", ["self", "cross"])
 @pytest.mark.parametrize("arch", ["xattn", "hybrid"])
 def test_block_masks_are_the_dense_ones(arch, kind, twins):
-    dense, blocks = masks(batch_for(twins[arch]), kind)
+    dense, blocks = (view.mask for view in views(batch_for(twins[arch]), kind))
     rows, _, queries, keys = dense.shape
     assert torch.equal(create_mask(blocks.mask_mod, rows, None, queries, keys, device="cpu"), ~dense)
     # The blocks that are not empty are the ones with something in them.
@@ -56,12 +59,12 @@ def test_block_masks_are_the_dense_ones(arch, kind, twins):
 @pytest.mark.parametrize("kind", ["self", "cross"])
 def test_attention_through_blocks_is_the_dense_one(kind, twins):
     torch.manual_seed(0)
-    dense, blocks = masks(batch_for(twins["xattn"]), kind)
-    rows, _, queries, keys = dense.shape
+    dense, blocks = views(batch_for(twins["xattn"]), kind)
+    rows, _, queries, keys = dense.mask.shape
     q, k, v = torch.randn(queries, rows, 4, 8), torch.randn(keys, rows, 2, 8), torch.randn(keys, rows, 2, 8)
-    got, expected = attend(q, k, v, blocks, None), attend(q, k, v, dense, None)
+    got, expected = blocks.attend(q, k, v), dense.attend(q, k, v)
     assert (got - expected).abs().max() < 2e-6
-    blind = dense.all(-1)[:, 0].t()
+    blind = dense.mask.all(-1)[:, 0].t()
     assert blind.any() and not got[blind].any()
 
 
@@ -90,9 +93,9 @@ def test_the_whole_model_with_block_masks(arch, lined, twins, monkeypatch):
     if lined:
         batch = in_line(batch)
     expected = model(batch)
-    monkeypatch.setattr(VisionLanguageModel, "packs", lambda self, batch: True)
-    seen = []
-    monkeypatch.setattr("nvlm.attention.core.attend_blocks", counted(seen))
+    monkeypatch.setitem(model.attention, Mode.TRAINING, build_attention(twins[arch].config, GPU, Mode.TRAINING))
+    seen, attend = [], flex.attend_blocks
+    monkeypatch.setattr(flex, "attend_blocks", lambda *arguments: seen.append(0) or attend(*arguments))
     model.requires_grad_(False)
     try:
         got = model(batch)
@@ -102,12 +105,6 @@ def test_the_whole_model_with_block_masks(arch, lined, twins, monkeypatch):
     crossing = sum(hasattr(layer.cross_attention, "gate") for layer in model.decoder.layers)
     assert len(seen) == layers + crossing
     assert torch.allclose(got, expected, atol=1e-5)
-
-
-def counted(seen: list):
-    from nvlm.attention.packing import attend_blocks
-
-    return lambda *arguments: seen.append(0) or attend_blocks(*arguments)
 
 
 def test_where_the_samples_of_a_line_begin():

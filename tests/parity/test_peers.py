@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.peers import Peer, llava_model, transformers_model
 from nvlm.arch.base import VisionLanguageModel
 from nvlm.arch.pipeline import build_parts
+from nvlm.attention.choice import GPU_WITH_TE
 from nvlm.config.values import Config
 from nvlm.data.batch import Sample
 from nvlm.data.pack import collate
@@ -132,8 +133,7 @@ def test_of_transformer_engines_layers_it_is_made_of_the_same_weights(precision,
     widths = ("llm.hidden=32", "llm.ffn=64", "llm.head_dim=8", "vision.hidden=32", "vision.heads=4", "vision.ffn=64")
     ours, made = ours_of(f"precision={precision}", *widths), []
     monkeypatch.setattr("benchmarks.peers.wrap", lambda model, config: made.append(model))
-    for choice in ("nvlm.llm.backend", "nvlm.llm.build", "benchmarks.peers"):
-        monkeypatch.setattr(f"{choice}.uses_te", lambda config: True)
+    monkeypatch.setattr("nvlm.llm.backend.this_machine", lambda: GPU_WITH_TE)
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         llava_model(ours.config, CPU, ours.weights)  # all of the weights, each in its place by name and shape

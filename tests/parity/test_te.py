@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nvlm.arch.pipeline import build_parts
+from nvlm.attention.choice import GPU_WITH_TE
 from nvlm.commands.compose import compose_config
 from nvlm.llm.backend import fp8_settings
 from nvlm.llm.norm import RMSNorm
@@ -18,15 +19,12 @@ from tests.models import small_config
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"
 )
-# Wherever the choice is asked for.
-CHOICES = [f"nvlm.{room}.uses_te" for room in ("llm.backend", "llm.build", "llm.adapters", "arch.base")]
 
 
 def built(config, monkeypatch):
     """The model of `config` in Transformer Engine's modules, which insist on a GPU."""
     with monkeypatch.context() as patch:
-        for choice in CHOICES:
-            patch.setattr(choice, lambda config: True)
+        patch.setattr("nvlm.llm.backend.this_machine", lambda: GPU_WITH_TE)
         patch.setattr(torch.cuda, "is_available", lambda: True)
         return build_parts(config)[0]
 

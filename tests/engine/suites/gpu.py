@@ -10,7 +10,6 @@ ABLE = ["bf16", "fp8_delayed", "fp8_current"]
 
 
 def test_it_runs_to_its_end_in_every_precision(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "uses_te", lambda config: True)
     monkeypatch.setattr(gpu, "check_precision", lambda config: None)
     monkeypatch.setattr(gpu, "precisions", lambda size: (ABLE, {}))
     out = tmp_path / "gpu.json"

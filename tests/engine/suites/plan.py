@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from nvlm.attention.choice import ENGINE
+from nvlm.attention.choice import GPU_WITH_TE, kernels_of
 from nvlm.data.pack import collate
 from nvlm.data.work import count_work
 from nvlm.estimate.activations import kept
@@ -15,8 +15,6 @@ from nvlm.estimate.load import batch_load
 from tests.dist.ranks import ROWS, SETTINGS, WIDE, as_rank, frozen_parts, kept_bytes
 from tests.models import TILE, sample_of, small_config
 
-# On CPU the gated unit is our own, which keeps a width more than Megatron's on a GPU.
-KERNELS = dataclasses.replace(ENGINE, glu=3)
 LAYOUTS = ("plain", "whole layers recomputed", "MLPs recomputed", "language model frozen", "tensor", "sequence")
 
 
@@ -24,15 +22,16 @@ LAYOUTS = ("plain", "whole layers recomputed", "MLPs recomputed", "language mode
 @pytest.mark.parametrize("precision", ["bf16", "fp8_current", "fp8_delayed"])
 @pytest.mark.parametrize("arch", ["decoder", "xattn", "hybrid"])
 def test_a_forward_pass_keeps_what_is_foretold(arch, precision, setting, monkeypatch):
-    for room in ("attention.core", "arch.xattn.attention"):  # bf16 all through, as on a GPU
-        monkeypatch.setattr(f"nvlm.{room}.for_kernel", lambda x: x)
+    monkeypatch.setattr("nvlm.attention.kernel.for_kernel", lambda x: x)  # bf16 all through, as on a GPU
     config = small_config(f"arch={arch}", *WIDE, *SETTINGS[setting], f"precision={precision}")
     batch = collate([[sample_of(story, config) for story in row] for row in ROWS], TILE, config.row_multiple)
     width = config.vision.hidden * config.vision.downsample**2
     batch = batch.with_features(torch.randn(len(batch.pixels), config.vision.tile_tokens, width).bfloat16())
     with as_rank(config, 0):
         (part,) = frozen_parts(config)
-        foretold = kept(config, 0, batch_load(batch, count_work(batch)), KERNELS)
+        # On CPU the gated unit is our own, which keeps a width more than Megatron's on a GPU.
+        kernels = dataclasses.replace(kernels_of(config, GPU_WITH_TE), glu=3)
+        foretold = kept(config, 0, batch_load(batch, count_work(batch)), kernels)
         # Of the little that is left where layers are recomputed, norms of keys, which on CPU work in fp32, are much.
         tolerance = 0.12 if setting == "whole layers recomputed" and arch != "decoder" else 0.09
         assert foretold.total == pytest.approx(kept_bytes(part, batch, config), rel=tolerance)

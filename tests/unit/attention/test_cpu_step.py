@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nvlm.attention import packing
-from nvlm.attention.core import attend
-from nvlm.attention.packing import runs
+from nvlm.attention.kernel import View
+from nvlm.attention.kernels import per_sample
+from nvlm.attention.kernels.dense import DENSE
+from nvlm.attention.kernels.per_sample import PerSample, lengths_apart
 from nvlm.attention.visibility import causal_mask
 from nvlm.data.batch import IGNORE, IMAGE, PAD, without_padding
 from nvlm.data.pack import collate
@@ -23,20 +24,20 @@ WORDS = Story("words", (("user", "a"), ("assistant", "b")))
 
 @pytest.fixture
 def always_apart(monkeypatch):
-    monkeypatch.setattr(packing, "WORTH_A_CALL", 0)
+    monkeypatch.setattr(per_sample, "WORTH_A_CALL", 0)
 
 
 def test_short_samples_stay_behind_a_mask():
     pairs = torch.arange(2).repeat_interleave(64)[None]  # 2 x 64 x 64 pairs are hidden, which a second call spares
-    assert runs(pairs) == (64, 64)
-    assert runs(pairs[:, 1:]) is None
-    assert runs(pairs[:, :64].expand(3, -1)) == (64, 64, 64)  # one call for all rows, and no mask
+    assert lengths_apart(pairs) == (64, 64)
+    assert lengths_apart(pairs[:, 1:]) is None
+    assert lengths_apart(pairs[:, :64].expand(3, -1)) == (64, 64, 64)  # one call for all rows, and no mask
 
 
 @pytest.mark.usefixtures("always_apart")
 def test_runs_are_samples_row_by_row():
-    assert runs(SAMPLES) == (3, 5, 1, 6, 1, 8, 8)  # the padding of a row goes with what stands before it
-    assert runs(torch.tensor([[0, 0], [0, 0]])) == (2, 2)  # the same number in the next row is another sample
+    assert lengths_apart(SAMPLES) == (3, 5, 1, 6, 1, 8, 8)  # the padding of a row goes with what stands before it
+    assert lengths_apart(torch.tensor([[0, 0], [0, 0]])) == (2, 2)  # the same number in the next row is another sample
 
 
 @pytest.mark.usefixtures("always_apart")
@@ -50,8 +51,9 @@ def test_samples_apart_attend_as_under_the_mask(groups, samples):
     columns, real = torch.arange(8), (samples != PAD).t()[..., None]
     weights = torch.randn(8, rows, 24, generator=generator, dtype=torch.float64) * real
     found = []
-    for mask in (causal_mask(samples, columns, columns), runs(samples)):
-        out = attend(*inputs, mask, None)
+    views = View(DENSE, causal_mask(samples, columns, columns)), View(PerSample(), lengths_apart(samples))
+    for view in views:
+        out = view.attend(*inputs)
         found.append((out * real, *torch.autograd.grad((out * weights).sum(), inputs)))
     for plain, ours in zip(*found):
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-6)  # the kernel works in fp32

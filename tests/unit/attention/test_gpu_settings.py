@@ -7,7 +7,8 @@ import importlib.util
 import pytest
 import torch
 
-from nvlm.attention.packing import _compiled
+from nvlm.attention.choice import GPU_WITH_TE
+from nvlm.attention.kernels.flex import _compiled
 from nvlm.commands import launch
 from nvlm.config.values import ConfigError
 from nvlm.llm import backend, build
@@ -18,7 +19,7 @@ from nvlm.processes import device
 def gpu(monkeypatch):
     """A machine that says it has one, and layers that are said to be Transformer Engine's."""
     monkeypatch.setattr(device, "has_cuda", lambda: True)
-    monkeypatch.setattr(build, "uses_te", lambda config: True)
+    monkeypatch.setattr(backend, "this_machine", lambda: GPU_WITH_TE)
 
 
 def test_a_meta_model_is_not_allocated_on_the_gpu(configured, gpu):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nvlm.attention.core import CoreAttention, attend
+from nvlm.attention.kernel import CoreAttention, View
+from nvlm.attention.kernels.dense import DENSE
 from nvlm.attention.visibility import causal_mask, visible
 from nvlm.data.batch import ALL_TILES, PAD
 
@@ -90,7 +91,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_finite_gradients():
     config = type("Config", (), {"context_parallel_size": 1})()
     query, key, value = (torch.randn(3, 1, heads, 4, requires_grad=True) for heads in (2, 1, 1))
     unseen = ~matrix("x..", "...", "xxx")[None, None]
-    out = CoreAttention(config)(query, key, value, unseen)
+    out = CoreAttention(config)(query, key, value, View(DENSE, unseen))
     assert out.shape == (3, 1, 8) and (out[1] == 0).all()
     assert torch.allclose(out[0, 0], value[0, 0, 0].repeat(2))
     out.sum().backward()
@@ -104,8 +105,8 @@ def test_one_column_attends_as_the_last_of_many(groups, hidden):
     """Group by group instead of head by head; the second row sees no key."""
     query, key, value = (torch.randn(length, 2, heads, 6) for length, heads in ((3, 4), (5, groups), (5, groups)))
     unseen = None if hidden is None else torch.tensor(hidden)[:, None, None]
-    many = attend(query, key, value, None if unseen is None else unseen.expand(2, 1, 3, 5), scale=0.3)
-    one = attend(query[-1:], key, value, unseen, scale=0.3)
+    many = DENSE.attend(query, key, value, None if unseen is None else unseen.expand(2, 1, 3, 5), scale=0.3)
+    one = DENSE.attend(query[-1:], key, value, unseen, scale=0.3)
     assert one.shape == (1, 2, 24)
     torch.testing.assert_close(one, many[-1:], rtol=0, atol=1e-6)
     assert hidden is None or (one[0, 1] == 0).all()
