@@ -51,7 +51,7 @@ def test_offload_without_transformer_engine_is_refused(configured, monkeypatch):
         backend.check_precision(config)
 
 
-def test_compiled_attention_may_have_more_kinds_than_torch_s_limit(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    _compiled.__wrapped__(torch.add)
-    assert torch._dynamo.config.recompile_limit >= 64
+def test_compiled_attention_may_have_more_kinds_than_torch_s_limit():
+    with torch._dynamo.config.patch(recompile_limit=8):
+        _compiled.__wrapped__(torch.add)
+        assert torch._dynamo.config.recompile_limit >= 64
