@@ -306,9 +306,7 @@ def learner(config: Config) -> Iterator[Trainer]:
         chunks = tuple(wrap(part, config) for part in parts)
         parts[0].config.finalize_model_grads_func = stages.finalize
         fresh = replace(config, init=replace(config.init, vision=None))
-        path = VisionPath(
-            InternViT(fresh, solo_groups()).to(device), config.vision.downsample, config.vision.tiles_per_call
-        )
+        path = VisionPath(InternViT(fresh, solo_groups()).to(device), replace(config.vision, graph=False))
         vision = BalancedVision(path, build_team(tile_use_of_rank(config, 0), config.vision.balance))
         yield Trainer(chunks, stages, vision, SimpleNamespace(zero_grad=lambda: None), None, device, {})
 

@@ -47,6 +47,7 @@ from nvlm.llm.norm import FullWidthRMSNorm, LayerNorm
 from nvlm.tiling import normalize
 from nvlm.train.optim import wrap
 from nvlm.vision.encoders.internvit import description as internvit
+from nvlm.vision.encoders.internvit.description import INTERNVIT
 from nvlm.vision.encoders.internvit.model import encoder_config
 from nvlm.vision.pooling import pixel_shuffle
 from nvlm.weights import llm, projector
@@ -189,7 +190,7 @@ def _llava_inputs(samples: Sequence[Sample], config: Config, device: torch.devic
 
     tokens, labels = padded("tokens", 0), padded("labels", IGNORE)
     return dict(
-        images=normalize(_pixels(samples).to(device), DTYPES[config.precision.dtype]),
+        images=normalize(_pixels(samples).to(device), INTERNVIT.mean, INTERNVIT.std, DTYPES[config.precision.dtype]),
         input_ids=tokens.masked_fill(tokens == IMAGE, DEFAULT_IMAGE_TOKEN_INDEX),
         position_ids=torch.arange(columns, device=device).expand(len(rows), -1),
         attention_mask=None,
@@ -280,7 +281,7 @@ def transformers_model(config: Config, device: torch.device, weights: Weights | 
 
     def step(samples: Sequence[Sample]) -> float:
         model.zero_grad(set_to_none=True)
-        pixels = normalize(_pixels(samples).to(device), DTYPES[config.precision.dtype])
+        pixels = normalize(_pixels(samples).to(device), INTERNVIT.mean, INTERNVIT.std, DTYPES[config.precision.dtype])
         loss = model(pixels=pixels, **_rows(samples, flash, device))
         loss.backward()
         return float(loss)

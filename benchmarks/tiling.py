@@ -23,17 +23,17 @@ from torchvision import transforms
 from transformers import GotOcr2ImageProcessor
 
 from nvlm.tiling import choose_grid, normalize, plan_tiles, tile_image
-from nvlm.tiling.pixels import IMAGENET_MEAN, IMAGENET_STD
+from nvlm.vision.encoders.internvit.description import INTERNVIT
 
 SIZES = ((640, 480), (1024, 768), (1920, 1080), (1654, 2339), (3000, 500))
 TILE = 448
 MAX_TILES = 6
 
-_to_float = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+_to_float = transforms.Compose([transforms.ToTensor(), transforms.Normalize(INTERNVIT.mean, INTERNVIT.std)])
 _hf = GotOcr2ImageProcessor(
     size={"height": TILE, "width": TILE},
-    image_mean=IMAGENET_MEAN,
-    image_std=IMAGENET_STD,
+    image_mean=INTERNVIT.mean,
+    image_std=INTERNVIT.std,
     crop_to_patches=True,
     min_patches=1,
     max_patches=MAX_TILES,
@@ -76,7 +76,7 @@ def ours(image: Image.Image, resize: str) -> torch.Tensor:
 
 def ours_normalized(image: Image.Image, resize: str) -> torch.Tensor:
     """float32 tiles, as the peers hand them out."""
-    return normalize(ours(image, resize))
+    return normalize(ours(image, resize), INTERNVIT.mean, INTERNVIT.std)
 
 
 ROWS: dict[str, Callable[[Image.Image], torch.Tensor]] = {
@@ -91,7 +91,7 @@ ROWS: dict[str, Callable[[Image.Image], torch.Tensor]] = {
 
 def check(images: list[Image.Image]) -> None:
     """Fail unless all rows make the same tiles: exact bit for bit, the others within 2 levels of 255."""
-    std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    std = torch.tensor(INTERNVIT.std).view(3, 1, 1)
     for image in images:
         want = published(image)
         assert torch.equal(ours_normalized(image, "exact"), want), image.size

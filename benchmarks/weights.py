@@ -84,13 +84,14 @@ def write_run(run: Path, layers: int) -> None:
     from nvlm.inputs.sources import whole_model
     from nvlm.runs.digests import write_manifest
     from nvlm.runs.ownership import begin as begin_folder
+    from nvlm.vision.encoders.internvit import description as internvit
     from nvlm.weights.published import VISION
 
     config = compose(layers)
     begin_folder(config, run, fresh=True)
     rows: dict[str, int] = {}
     columns = {}
-    for part in whole_model(config, 0):
+    for part in whole_model(config, internvit.parts(config.vision)):
         if not part.name.startswith(VISION):
             rows[part.ours] = rows.get(part.ours, 0) + (part.padded or part.shape[0])
             columns[part.ours] = part.shape[1:]

@@ -23,7 +23,6 @@ from nvlm.vision.encoders.internvit import description as internvit
 from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import solo_groups
 from nvlm.vision.pooling import pixel_shuffle
-from nvlm.vision.source import TINY
 from nvlm.weights.parts import published
 
 BLANK = 10  # the class of a cell without a digit
@@ -62,7 +61,7 @@ def shuffle_cells(pixels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
 
 def classify(encoder: InternViT, head: nn.Linear, pixels: Tensor) -> Tensor:
     """uint8 [T, 3, TILE, TILE] to logits [T, CELLS * CELLS, classes]."""
-    return head(pixel_shuffle(encoder(normalize(pixels))))
+    return head(pixel_shuffle(encoder(normalize(pixels, internvit.INTERNVIT.mean, internvit.INTERNVIT.std))))
 
 
 def accuracy(encoder: InternViT, head: nn.Linear, pixels: Tensor, classes: Tensor) -> tuple[float, float]:
@@ -111,8 +110,8 @@ def main() -> None:
         head = nn.Linear(config.vision.hidden * config.vision.downsample**2, BLANK + 1)
         train(encoder, head, start)
         weights = published(internvit.parts(config.vision), dict(encoder.named_parameters()))
-    save_file(weights, TINY)
-    print(f"wrote {TINY.name}: {TINY.stat().st_size / 1e6:.2f} MB")
+    save_file(weights, internvit.TINY)
+    print(f"wrote {internvit.TINY.name}: {internvit.TINY.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

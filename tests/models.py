@@ -145,7 +145,7 @@ def build_twins(config: Config, gates: float | None = None, seed: int = 1) -> Tw
     reference.double()
     if config.adapted:
         reference.load_state_dict(to_reference(merged_weights(model, config), config), strict=False)
-    return Twins(config, model, VisionPath(encoder, vision.downsample), reference)
+    return Twins(config, model, VisionPath(encoder, vision), reference)
 
 
 def awake_adapters(model: VisionLanguageModel) -> dict[str, Tensor]:

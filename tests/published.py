@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nvlm.config.values import Config
 from nvlm.inputs.sources import whole_model
+from nvlm.vision.encoders.internvit import description as internvit
 from nvlm.weights.parts import shapes
 
 SMALL = """precision=fp32 arch=decoder llm.layers=4 llm.hidden=24 llm.heads=4 llm.kv_heads=2 llm.head_dim=6 llm.ffn=40
@@ -119,7 +120,7 @@ def write_release(
 ) -> dict[str, Tensor]:
     """A folder laid out as NVLM-D-72B is, in `files` files behind an index; returns what it holds."""
     generator = torch.Generator().manual_seed(seed)
-    parts = whole_model(config, dummy_heads)
+    parts = whole_model(config, internvit.parts(config.vision, dummy_heads))
     tensors = {
         name: (torch.randn(shape, generator=generator) * 0.15 + (1 if "norm" in name else 0)).to(dtype)
         for name, shape in shapes(parts).items()

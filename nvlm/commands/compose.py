@@ -35,6 +35,7 @@ from nvlm.processes.requeue import in_job, requeued
 from nvlm.runs.folder import steps_done
 from nvlm.runs.ownership import check_folder, flat
 from nvlm.runs.place import check_place, sweep_folder
+from nvlm.vision.encoders.registry import check_encoder
 
 CONF = launch.ROOT / "conf"
 LISTING = "launch/train.py --cfg job lists all keys and their values"
@@ -135,7 +136,7 @@ def _start(composed: DictConfig, run_dir: Path, started: float) -> int:
 def to_config(composed: DictConfig) -> Config:
     """Hydra's composed configuration as a validated value."""
     values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    return check_lengths(validate(from_mapping(Config, values)))
+    return check_lengths(check_encoder(validate(from_mapping(Config, values))))
 
 
 def compose_config(*overrides: str) -> Config:

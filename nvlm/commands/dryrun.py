@@ -15,6 +15,7 @@ from nvlm.estimate.memory import gib, memory
 from nvlm.inputs.sources import model_source
 from nvlm.processes import groups
 from nvlm.tiling.grid import TilePlan
+from nvlm.vision.encoders.registry import description_of
 from nvlm.vision.source import vision_source
 from nvlm.weights.published import Source
 
@@ -57,14 +58,14 @@ def _memory(config: Config) -> str:
 
 def _sources(config: Config) -> list[Source]:
     """What config.init names, checked already; not the encoder that ships with the package."""
-    found = [vision_source(config)] if config.init.vision not in (None, "tiny") else []
+    named = config.init.vision is not None and config.init.vision not in description_of(config.vision).shipped
+    found = [vision_source(config)] if named else []
     return found + list(filter(None, [model_source(config)]))
 
 
 def _parameters(config: Config) -> Table:
     from nvlm.arch.pipeline import build_parts
     from nvlm.train.optim import count_groups, freeze
-    from nvlm.vision.encoders.internvit.model import InternViT
     from nvlm.vision.path import solo_groups
 
     one = dataclasses.replace(
@@ -82,7 +83,7 @@ def _parameters(config: Config) -> Table:
     whole = dataclasses.replace(config, parallel=one, precision=plain)
     with groups.distributed(one, config.seed), torch.device("meta"):
         (model,) = build_parts(whole)
-        encoder = InternViT(whole, solo_groups()).requires_grad_(False)
+        encoder = description_of(config.vision).build(whole, solo_groups()).requires_grad_(False)
         freeze(model, config)
         counts = count_groups([model], encoder)
     table = Table(title=f"parameters, stage {config.stage.name}", title_justify="left")

@@ -75,9 +75,10 @@ class LLMConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionConfig:
-    """An InternViT. Sizes in px."""
+    """A vision encoder, of the family `encoder`. Sizes in px."""
 
     name: str
+    encoder: str  # a name in nvlm/vision/encoders/registry.py
     hidden: Count
     layers: Count
     heads: Count
@@ -85,7 +86,7 @@ class VisionConfig:
     patch: Count
     tile_size: Annotated[int, Range(1, example=448)]
     downsample: Count
-    norm: Annotated[str, Choice("rms", "layer")]  # layer: InternViT-300M
+    norm: Annotated[str, Choice("rms", "layer")]
     norm_eps: Positive
     qkv_bias: bool
     qk_norm: bool
@@ -113,7 +114,7 @@ class InitConfig:
     """Where weights come from at the start of a stage; None: random ones. `vision`: "tiny" ships with the package."""
 
     llm: Location | None  # a published language model: a folder with safetensors
-    vision: Location | None  # a published InternViT: a folder with safetensors, or a file
+    vision: Location | None  # a published encoder: a folder with safetensors, or a file
     release: Location | None  # a whole model in the layout of NVLM-D-72B: what an export writes
     checkpoint: Location | None  # a run folder of the stage before, or one of its checkpoints
 

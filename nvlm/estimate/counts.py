@@ -14,7 +14,7 @@ def llm_parameters(llm: LLMConfig) -> int:
 
 
 def vision_parameters(vision: VisionConfig) -> int:
-    """InternViT with its embeddings."""
+    """The encoder with its embeddings."""
     d, patches = vision.hidden, (vision.tile_size // vision.patch) ** 2
     linears = 3 * d * d + d * d + d + 2 * d * vision.ffn + vision.ffn + d
     norms = (4 if vision.norm == "layer" else 2) * d + (2 * d if vision.qk_norm else 0)

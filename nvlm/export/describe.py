@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from nvlm.config.values import Config
+from nvlm.config.values import Config, problem
 from nvlm.export.text import Text
+from nvlm.vision.encoders.interface import ExportedEncoder
+from nvlm.vision.encoders.registry import ENCODERS, description_of
+from nvlm.weights.published import Source
 
 _NAMES = {"decoder": "NVLM_D", "xattn": "NVLM_X", "hybrid": "NVLM_H"}
 
 
-def describe(config: Config, dummy_heads: int, text: Text | None = None) -> dict:
+def exported_encoder(config: Config, source: Source) -> ExportedEncoder:
+    """The encoder that was read from `source` as the folder holds it; ConfigError where no exported class has it."""
+    encoder = description_of(config.vision)
+    if encoder.export is None:
+        known = ", ".join(name for name, other in ENCODERS.items() if other.export is not None)
+        expected = f"an encoder that modeling_nvlm.py has ({known})"
+        fix = "answer with launch/generate.py, which needs no export"
+        raise problem(f"vision.encoder={encoder.name}", "no class in an export", expected, fix)
+    return encoder.export(config.vision, source.parts["vision"])
+
+
+def describe(config: Config, encoder: ExportedEncoder, text: Text | None = None) -> dict:
     """config.json in the form of NVLM-D-72B's, whose own modelling class and vLLM read it.
 
     `nvlm` is ours, for modeling_nvlm.py; others pass over it. `text`: of the run's tokenizer, whose first and last
@@ -40,7 +54,7 @@ def describe(config: Config, dummy_heads: int, text: Text | None = None) -> dict
         "torch_dtype": _dtype(config),
         "transformers_version": None,
         "llm_config": _language(config) | _marks(text),
-        "vision_config": _vision(config, dummy_heads),
+        "vision_config": {**encoder.config, "torch_dtype": _dtype(config)},
         "nvlm": _own(config),
     }
 
@@ -78,33 +92,6 @@ def _marks(text: Text | None) -> dict:
     return {"bos_token_id": text.begin, "eos_token_id": text.end} if text else {}
 
 
-def _vision(config: Config, dummy_heads: int) -> dict:
-    vision = config.vision
-    return {
-        "architectures": ["InternVisionModel"],
-        "model_type": "intern_vit_6b",
-        "hidden_size": vision.hidden,
-        "intermediate_size": vision.ffn,
-        "num_hidden_layers": vision.layers,
-        "num_attention_heads": vision.heads,
-        "num_dummy_heads": dummy_heads,
-        "image_size": vision.tile_size,
-        "patch_size": vision.patch,
-        "num_channels": 3,
-        "hidden_act": "gelu",
-        "layer_norm_eps": vision.norm_eps,
-        "norm_type": {"rms": "rms_norm", "layer": "layer_norm"}[vision.norm],
-        "qk_normalization": vision.qk_norm,
-        "qkv_bias": vision.qkv_bias,
-        "attention_dropout": 0.0,
-        "dropout": 0.0,
-        "drop_path_rate": 0.0,
-        "initializer_factor": 0.1,
-        "use_flash_attn": True,
-        "torch_dtype": _dtype(config),
-    }
-
-
 def _own(config: Config) -> dict:
     return {
         "arch": config.arch.name,
@@ -121,14 +108,15 @@ def _own(config: Config) -> dict:
 
 def preprocessor(config: Config) -> dict:
     """preprocessor_config.json, of one tile."""
+    encoder = description_of(config.vision)
     return {
         "crop_size": config.vision.tile_size,
         "do_center_crop": True,
         "do_normalize": True,
         "do_resize": True,
         "feature_extractor_type": "CLIPFeatureExtractor",
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
+        "image_mean": list(encoder.mean),
+        "image_std": list(encoder.std),
         "resample": 3,
         "size": config.vision.tile_size,
     }

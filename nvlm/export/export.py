@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nvlm.config.rules import validate
 from nvlm.config.values import Config, ConfigError, problem
-from nvlm.export.describe import describe, preprocessor
+from nvlm.export.describe import describe, exported_encoder, preprocessor
 from nvlm.export.options import ExportOptions
 from nvlm.export.readback import check_readable
 from nvlm.export.readme import note, readme
@@ -32,6 +32,7 @@ from nvlm.inputs.identity import check_model
 from nvlm.inputs.sources import whole_model
 from nvlm.runs.digests import checkpoint_faults, frozen_digest, own_faults
 from nvlm.runs.folder import FROZEN, find_checkpoint, read_run_config
+from nvlm.vision.encoders.interface import ExportedEncoder
 from nvlm.vision.source import vision_source
 from nvlm.weights.parts import Part, shapes
 from nvlm.weights.published import VISION, Source, Stored, read_headers
@@ -55,7 +56,8 @@ def export(options: ExportOptions, tell: Callable[[str], None] = lambda line: No
     exported_text(config)  # raises before anything is written
     check_model(config, step.parent.parent)
     weights, vision = TrainedWeights(folders, config.peft.scale), vision_source(config)
-    parts = whole_model(config, dummy_heads(config, vision))
+    encoder = exported_encoder(config, vision)
+    parts = whole_model(config, encoder.parts)
     _check(weights, parts, step)
     like = read_headers(options.like, "like") if options.like else {}
     if like and not any(part.name in like for part in parts):
@@ -73,6 +75,7 @@ def export(options: ExportOptions, tell: Callable[[str], None] = lambda line: No
             wrong = beside.submit(checkpoint_faults, step, own_faults)
             try:
                 _write(partial, config, weights, vision, parts, options, like)
+                _describe(partial, config, encoder)
             finally:  # also where a damaged file is why it could not be written
                 _refuse(step, wrong.result())
         check_readable(partial, config, out)
@@ -81,7 +84,7 @@ def export(options: ExportOptions, tell: Callable[[str], None] = lambda line: No
         raise _refused(out, error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    if line := note(config, dummy_heads(config, vision)):
+    if line := note(config, encoder):
         tell(line)
     return out
 
@@ -91,16 +94,6 @@ def _refused(out: Path, error: OSError) -> ConfigError:
         return problem(f"out={out}", str(error), "a place to write to, and files to read", "out=OTHER")
     free = shutil.disk_usage(out.parent if out.parent.exists() else Path.cwd()).free
     return problem(f"out={out}", f"{error.strerror}; {free / 1e9:.1f} GB free", "room for it", "make room")
-
-
-def dummy_heads(config: Config, vision: Source) -> int:
-    """Heads of zeros behind the encoder's real ones: as many as its source has, else up to a multiple of 8.
-
-    NVLM-D-72B has 7 behind InternViT-6B's 25, for 8 tensor-parallel ranks; its modelling class and vLLM expect them.
-    """
-    first = next(part for part in vision.parts["vision"] if ".attn.proj.weight" in part.name)
-    there = (first.shape[1] - config.vision.hidden) * config.vision.heads // config.vision.hidden
-    return there or -config.vision.heads % 8
 
 
 def _at_hand(config: Config, options: ExportOptions) -> Config:
@@ -142,7 +135,6 @@ def _write(
         for name, tensor in _tensors(parts, weights, vision):
             writer.write(name, tensor.to(DTYPES[dtypes[name]]))
             progress.advance(task, tensor.nbytes)
-    _describe(folder, config, dummy_heads(config, vision))
 
 
 def _tensors(parts: Sequence[Part], weights: TrainedWeights, vision: Source) -> Iterator[tuple[str, Tensor]]:
@@ -180,16 +172,16 @@ def _of_encoder(pairs: Sequence[tuple[Part, Part]], vision: Source) -> Tensor:
     return out
 
 
-def _describe(folder: Path, config: Config, dummies: int) -> None:
+def _describe(folder: Path, config: Config, encoder: ExportedEncoder) -> None:
     """Everything beside the tensors."""
     text, code = exported_text(config), _release_code(config)
     files = {
         "preprocessor_config.json": _dump(preprocessor(config)),
-        "README.md": readme(config, dummies, list(code)),
+        "README.md": readme(config, encoder, list(code)),
         CODE.name: CODE,
         **code,
         **(text.files if text else {}),
-        "config.json": _dump(describe(config, dummies, text)),  # last: without it nobody takes it for a model
+        "config.json": _dump(describe(config, encoder, text)),  # last: without it nobody takes it for a model
     }
     for name, content in files.items():
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content.read_bytes())

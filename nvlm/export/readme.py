@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 from nvlm.config.values import Config
 from nvlm.export.text import VISION_PAD, places_images
+from nvlm.vision.encoders.interface import ExportedEncoder
 
 RELEASE_FILES = ("configuration_nvlm_d.py", "modeling_nvlm_d.py", "modeling_intern_vit.py", "conversation.py")
-_DUMMY_HEADS = 7  # of the encoder, a constant in both
 _TAGS = "they write <tile_1> to <tile_9> and <tile_global_thumbnail>, whatever the model has learned"
 _NAMES = {"decoder": "NVLM-D", "xattn": "NVLM-X", "hybrid": "NVLM-H"}
 
 
-def other_limits(config: Config, dummy_heads: int) -> list[str]:
+def other_limits(config: Config, encoder: ExportedEncoder) -> list[str]:
     """Why neither vLLM nor NVLM-D-72B's own class can serve an export of this run; empty: nothing is known of."""
     if config.arch.name != "decoder":
         return [f"{_NAMES[config.arch.name]} is known to no other library: no published model has it"]
@@ -27,9 +27,7 @@ def other_limits(config: Config, dummy_heads: int) -> list[str]:
         limits.append(f"tiling.max_tiles={config.tiling.max_tiles}: {_TAGS}")
     elif config.llm.thumbnail_tag != "<tile_global_thumbnail>":
         limits.append(f"llm.thumbnail_tag={config.llm.thumbnail_tag}: {_TAGS}")
-    if dummy_heads != _DUMMY_HEADS:
-        heads = f"{config.vision.heads} heads and {dummy_heads} dummy ones"
-        limits.append(f"vision={config.vision.name}: {heads}, where they take InternViT-6B's {_DUMMY_HEADS}")
+    limits += encoder.limits
     if not config.llm.qkv_bias:
         limits.append(f"llm={config.llm.name}: configuration_nvlm_d.py, which vLLM runs too, takes Qwen2 alone")
     if not places_images(config):
@@ -47,13 +45,13 @@ def release_limits(config: Config, files: Sequence[str]) -> list[str]:
     return limits
 
 
-def note(config: Config, dummy_heads: int) -> str | None:
+def note(config: Config, encoder: ExportedEncoder) -> str | None:
     """One line for the console where nothing but the folder's own code can serve it."""
-    limits = other_limits(config, dummy_heads)
+    limits = other_limits(config, encoder)
     return f"only its own modeling_nvlm.py can load it: {'; '.join(limits)}" if limits else None
 
 
-def readme(config: Config, dummy_heads: int, files: Sequence[str] = ()) -> str:
+def readme(config: Config, encoder: ExportedEncoder, files: Sequence[str] = ()) -> str:
     """README.md of the folder; `files`: what stands in it beside the weights."""
     text = [
         f"# {config.name}",
@@ -69,7 +67,7 @@ def readme(config: Config, dummy_heads: int, files: Sequence[str] = ()) -> str:
         "```",
         "",
     ]
-    if limits := other_limits(config, dummy_heads):
+    if limits := other_limits(config, encoder):
         text += ["Use that: vLLM and NVLM-D-72B's own class cannot serve this folder.", ""]
         return "\n".join([*text, *(f"- {limit}." for limit in limits)]) + "\n"
     return "\n".join([*text, *_vllm(config, files), *_release(config, files), *_ids(config)]) + "\n"

@@ -20,6 +20,7 @@ from nvlm.estimate.lengths import check_lengths
 from nvlm.inputs.check import check_weights
 from nvlm.runs.folder import find_checkpoint, read_run_config
 from nvlm.runs.ownership import flat
+from nvlm.vision.encoders.registry import check_encoder
 
 _ONE_PROCESS = {
     "tensor": 1,
@@ -64,7 +65,7 @@ def read_config(checkpoint: str | Path, overrides: Sequence[str] = (), also: Seq
         changed = OmegaConf.to_container(OmegaConf.merge(values, OmegaConf.from_dotlist(changes)))
     except (OmegaConfBaseException, ValueError, YAMLError) as error:
         raise ConfigError(f"command line: {str(error).splitlines()[0]}. Fix: write key=value") from None
-    return for_generation(check_lengths(validate(from_mapping(Config, changed))))
+    return for_generation(check_lengths(check_encoder(validate(from_mapping(Config, changed)))))
 
 
 def for_generation(config: Config) -> Config:

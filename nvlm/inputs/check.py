@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from nvlm.config.values import Config
+from nvlm.config.values import Config, ConfigError, problem
 from nvlm.inputs import identity
 from nvlm.inputs.sources import model_source
-from nvlm.runs.folder import check_same_model, find_checkpoint, latest
+from nvlm.runs.folder import find_checkpoint, latest, read_run_config
+from nvlm.vision.encoders.registry import description_of
 from nvlm.vision.source import vision_source
 
 
@@ -27,3 +29,37 @@ def check_weights(config: Config, run_dir: Path | None = None) -> None:
         folder = find_checkpoint(Path(config.init.checkpoint), "init.checkpoint")
         check_same_model(config, folder)
         identity.check_model(config, folder.parent.parent)
+
+
+# Fields that change the computation but no tensor's name or shape; the encoder's description adds its own.
+_UNSEEN = (
+    "llm.heads llm.kv_heads llm.head_dim llm.vocab llm.rope_theta llm.rope_scaling llm.norm_eps "
+    "vision.name vision.encoder vision.downsample"
+).split()
+
+
+def check_same_model(config: Config, folder: Path) -> None:
+    """Raise ConfigError if the model of the checkpoint `folder` computes something else than `config`'s."""
+    before = read_run_config(folder)
+    if lost := [group for group in before.adapted if group not in config.adapted]:
+        raise _adapters_lost(folder, lost, before.adapted)
+    names = [*_UNSEEN, *(f"vision.{name}" for name in description_of(config.vision).unseen)]
+    if before.arch.name == config.arch.name:
+        names = [*names, "arch.bind_tags"]
+    if before.adapted and config.adapted:
+        names = [*names, "peft.alpha"]
+    for name in names:
+        group, key = name.split(".")
+        old, new = (getattr(getattr(one, group), key) for one in (before, config))
+        if old != new:
+            raise problem(f"init.checkpoint={folder}: {name}", old, f"{new}, as in this run", f"{name}={old}")
+
+
+def _adapters_lost(folder: Path, lost: Sequence[str], adapted: Sequence[str]) -> ConfigError:
+    export = f"python launch/export_hf.py checkpoint={folder.parent.parent} out=DIR"
+    fix = (
+        f"peft=lora peft.targets=[{','.join(adapted)}] continues them; to train all weights, merge them ({export}) "
+        "and start with init.release=DIR init.vision=null"
+    )
+    got = f"adapters on {', '.join(lost)}, which this run does not have"
+    return problem(f"init.checkpoint={folder}", got, "a run with the same adapters, or a model without any", fix)

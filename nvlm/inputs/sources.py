@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from nvlm.config.values import Config, LLMConfig, cross_layers, problem
-from nvlm.vision.encoders.internvit import description as internvit
+from nvlm.vision.encoders.registry import description_of
 from nvlm.weights import defaults, llm, projector
 from nvlm.weights.defaults import completed
 from nvlm.weights.described import check_language
@@ -60,8 +60,9 @@ def _release(config: Config, folder: str) -> Source:
     own = values.get("nvlm") or {}
     if own.get("arch") == config.arch.name == "hybrid":  # what no tensor's name or shape shows
         check_values(own, {"bind_tags": ("arch.bind_tags", config.arch.bind_tags)}, "init.release", own)
+    encoder = {name.removeprefix(VISION): one for name, one in stored.items() if name.startswith(VISION)}
     groups = {
-        "vision": below(VISION, internvit.parts(config.vision, internvit.dummy_heads(config.vision, stored, VISION))),
+        "vision": below(VISION, description_of(config.vision).parts(config.vision, encoder)),
         "projector": projector.parts(config),
         "xattn": [*projector.key_norms(config), *below(LANGUAGE, _only_cross(config))],
         "llm": below(LANGUAGE, llm.parts(config.llm)),
@@ -76,7 +77,7 @@ def _release(config: Config, folder: str) -> Source:
 def check_whole(values: Mapping, config: Config, key: str) -> None:
     """Compare the config.json of a whole model in the release's layout, its three parts."""
     check_language(values.get("llm_config") or {}, config.llm, key)
-    internvit.check_config(values.get("vision_config") or {}, config.vision, key)
+    description_of(config.vision).check_config(values.get("vision_config") or {}, config.vision, key)
     whole = completed(values, defaults.INTERNVL)
     check_fixed(whole, defaults.FIXED_WHOLE, key)
     whole["downsample_ratio"] = round(1 / whole["downsample_ratio"])
@@ -88,10 +89,13 @@ def check_whole(values: Mapping, config: Config, key: str) -> None:
     check_values(whole, expected, key, values)
 
 
-def whole_model(config: Config, dummy_heads: int) -> list[Part]:
-    """Every tensor of a model in NVLM-D-72B's layout, and for NVLM-X and -H in ours behind it."""
+def whole_model(config: Config, encoder: Iterable[Part]) -> list[Part]:
+    """Every tensor of a model in NVLM-D-72B's layout, and for NVLM-X and -H in ours behind it.
+
+    `encoder`: its parts, as `ExportedEncoder` has them.
+    """
     return [
-        *below(VISION, internvit.parts(config.vision, dummy_heads)),
+        *below(VISION, encoder),
         *projector.parts(config),
         *projector.key_norms(config),
         *below(LANGUAGE, llm.parts(config.llm, cross_layers(config))),

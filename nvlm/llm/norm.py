@@ -38,7 +38,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class FullWidthRMSNorm(nn.Module):
-    """RMSNorm over all heads together, not head by head (InternViT's QK-norm). Input and output [..., N, D]."""
+    """RMSNorm over all heads together, not head by head (an encoder's QK-norm). Input and output [..., N, D]."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_) -> None:
         super().__init__()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-# Groups that they did not write, as they would have.
-_ADDED = {"logging": {"name": "none", "project": None, "entity": None, "mode": "online"}}
+# Keys that they did not write, by group, as they would have.
+_ADDED = {
+    "logging": {"name": "none", "project": None, "entity": None, "mode": "online"},
+    "vision": {"encoder": "internvit"},
+}
 # Keys of a group that steered nothing by themselves: what was chosen of them stands under data and train.
 _DROPPED = {"llm": ("seq_length", "cross_length", "steps")}
 
 
 def as_written_now(values: dict) -> dict:
     """The mapping of a config.yaml, written by any version, as this version writes it. `values` stay as they are."""
-    return _ADDED | {group: _without(keys, _DROPPED.get(group, ())) for group, keys in values.items()}
+    return {**_ADDED, **{group: _converted(group, keys) for group, keys in values.items()}}
 
 
-def _without(keys: object, dropped: tuple[str, ...]) -> object:
-    return {key: value for key, value in keys.items() if key not in dropped} if isinstance(keys, dict) else keys
+def _converted(group: str, keys: object) -> object:
+    if not isinstance(keys, dict):
+        return keys
+    dropped = _DROPPED.get(group, ())
+    return _ADDED.get(group, {}) | {key: value for key, value in keys.items() if key not in dropped}

@@ -5,7 +5,7 @@ It holds `config.yaml` and `checkpoints/`, with step folders, `frozen/`, and `la
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -88,35 +88,3 @@ def read_run_config(folder: Path) -> Config:
         return from_mapping(Config, as_written_now(OmegaConf.to_container(OmegaConf.load(path))))
     except ConfigError as error:  # written by an older version, or edited
         raise ConfigError(f"{path}: {error}") from None
-
-
-# Fields that change the computation but no tensor's name or shape.
-_MATHS = (
-    "llm.heads llm.kv_heads llm.head_dim llm.vocab llm.rope_theta llm.rope_scaling llm.norm_eps "
-    "vision.name vision.heads vision.tile_size vision.patch vision.downsample vision.norm_eps"
-).split()
-
-
-def check_same_model(config: Config, folder: Path) -> None:
-    """Raise ConfigError if the model of the checkpoint `folder` computes something else than `config`'s."""
-    before = read_run_config(folder)
-    if lost := [group for group in before.adapted if group not in config.adapted]:
-        raise _adapters_lost(folder, lost, before.adapted)
-    names = [*_MATHS, "arch.bind_tags"] if before.arch.name == config.arch.name else _MATHS
-    if before.adapted and config.adapted:
-        names = [*names, "peft.alpha"]
-    for name in names:
-        group, key = name.split(".")
-        old, new = (getattr(getattr(one, group), key) for one in (before, config))
-        if old != new:
-            raise problem(f"init.checkpoint={folder}: {name}", old, f"{new}, as in this run", f"{name}={old}")
-
-
-def _adapters_lost(folder: Path, lost: Sequence[str], adapted: Sequence[str]) -> ConfigError:
-    export = f"python launch/export_hf.py checkpoint={folder.parent.parent} out=DIR"
-    fix = (
-        f"peft=lora peft.targets=[{','.join(adapted)}] continues them; to train all weights, merge them ({export}) "
-        "and start with init.release=DIR init.vision=null"
-    )
-    got = f"adapters on {', '.join(lost)}, which this run does not have"
-    return problem(f"init.checkpoint={folder}", got, "a run with the same adapters, or a model without any", fix)

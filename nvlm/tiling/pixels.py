@@ -17,9 +17,6 @@ from torchvision.transforms.v2 import functional as transforms
 
 from nvlm.tiling.grid import TilePlan
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 # Since 13 Pillow resizes vertically first where the height shrinks by more than twice what the width does
 # (Pillow pull request 9549), as in the thumbnail of a portrait photograph.
 _PILLOW_ORDERS_PASSES = int(PIL.__version__.split(".")[0]) >= 13
@@ -59,10 +56,13 @@ def tile_image(image: Image.Image, plan: TilePlan, resize: str = "exact") -> tor
     return pixels
 
 
-def normalize(pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """uint8 [..., 3, h, w] to ImageNet-normalised dtype, bit-equal in float32 to torchvision's transforms.
+def normalize(
+    pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """uint8 [..., 3, h, w] to dtype, normalised by the encoder's mean and standard deviation of RGB values from 0 to 1.
 
-    Computed in float32 and rounded to dtype once. Raises ValueError for other shapes or dtypes.
+    Computed in float32 and rounded to dtype once; in float32 bit-equal to torchvision's transforms. Raises ValueError
+    for other shapes or dtypes.
     """
     if pixels.dtype != torch.uint8 or pixels.ndim < 3 or pixels.shape[-3] != 3:
         raise ValueError(
@@ -71,9 +71,9 @@ def normalize(pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch
         )
     # On CUDA torch divides by a Python number through its reciprocal, one bit off; by a tensor it divides.
     white = torch.full((), 255.0, device=pixels.device)
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    shift, scale = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
     # In place: the tiles of a whole window are a gigabyte in float32, and one copy is enough.
-    return pixels.to(torch.float32).div_(white).sub_(mean).div_(std).to(dtype)
+    return pixels.to(torch.float32).div_(white).sub_(shift).div_(scale).to(dtype)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -1,1 +1,1 @@
-"""The frozen vision path: InternViT, pixel shuffle."""
+"""The frozen vision path: the encoders, pixel shuffle, which rank encodes which tile."""

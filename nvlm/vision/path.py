@@ -5,16 +5,18 @@ Every rank holds it whole; which tiles a rank encodes is nvlm.vision.prepass's b
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
+from torch import Tensor, nn
 
-from nvlm.config.values import Config
+from nvlm.config.values import Config, VisionConfig
 from nvlm.data.batch import Batch
 from nvlm.processes import device
 from nvlm.tiling import normalize
-from nvlm.vision.encoders.internvit.model import InternViT
+from nvlm.vision.encoders.registry import description_of
 from nvlm.vision.pooling import pixel_shuffle
 from nvlm.vision.quantize import FP8Linear, quantize
 from nvlm.vision.source import vision_source
@@ -28,12 +30,11 @@ def solo_groups() -> ProcessGroupCollection:
 
 
 class VisionPath:
-    """Tiles to features, `tiles_per_call` at a time; full calls as a CUDA graph with `graph`."""
+    """Tiles to features, `vision.tiles_per_call` at a time; full calls as a CUDA graph with `vision.graph`."""
 
-    def __init__(self, encoder: InternViT, downsample: int, tiles_per_call: int = 256, graph: bool = False) -> None:
-        self.encoder = encoder.requires_grad_(False).eval()
-        self.downsample, self.tiles_per_call = downsample, tiles_per_call
-        self.full = device.graphed(self.encoder) if graph else self.encoder
+    def __init__(self, encoder: nn.Module, vision: VisionConfig) -> None:
+        self.encoder, self.vision = encoder.requires_grad_(False).eval(), vision
+        self.full = device.graphed(self.encoder) if vision.graph else self.encoder
 
     def encode(self, batch: Batch) -> Batch:
         """`batch` with features [T, K, C] of all its tiles, encoded by this process alone."""
@@ -42,23 +43,24 @@ class VisionPath:
     @torch.no_grad()
     def features(self, pixels_T3: Tensor) -> Tensor:
         """uint8 [T, 3, px, px] to [T, K, C]; no tile gives [0, K, C]."""
+        vision = self.vision
         if len(pixels_T3) == 0:  # attention kernels do not take an empty batch
-            patches = self.encoder.patch_embedding
-            side = pixels_T3.shape[-1] // (patches.kernel_size[0] * self.downsample)
-            return patches.weight.new_zeros(0, side**2, patches.out_channels * self.downsample**2)
-        calls = [self._call(normalize(some)) for some in pixels_T3.split(self.tiles_per_call)]
-        return pixel_shuffle(torch.cat(calls), self.downsample)
+            width = vision.hidden * vision.downsample**2
+            return next(self.encoder.parameters()).new_zeros(0, vision.tile_tokens, width)
+        known = description_of(vision)
+        calls = [self._call(normalize(some, known.mean, known.std)) for some in pixels_T3.split(vision.tiles_per_call)]
+        return pixel_shuffle(torch.cat(calls), vision.downsample)
 
     def _call(self, pixels_T3: Tensor) -> Tensor:
-        return (self.full if len(pixels_T3) == self.tiles_per_call else self.encoder)(pixels_T3)
+        return (self.full if len(pixels_T3) == self.vision.tiles_per_call else self.encoder)(pixels_T3)
 
 
 def build_vision(config: Config, place: torch.device) -> VisionPath:
     """The encoder of `config` with its weights, on `place`. All processes call it together."""
     source, vision = vision_source(config), config.vision
-    encoder = InternViT(config, solo_groups()).to(place)
+    encoder = description_of(vision).build(config, solo_groups()).to(place)
     read(source, ["vision"], {name: parameter.data for name, parameter in encoder.named_parameters()})
     if config.precision.encoder:
-        path = VisionPath(encoder, vision.downsample, vision.tiles_per_call)
+        path = VisionPath(encoder, replace(vision, graph=False))
         quantize(path, lambda linear: FP8Linear(linear, config.precision), vision.tile_size)
-    return VisionPath(encoder, vision.downsample, vision.tiles_per_call, vision.graph)
+    return VisionPath(encoder, vision)

@@ -59,7 +59,7 @@ def quantize(path: VisionPath, make: Callable[[nn.Module], nn.Module], tile_size
     """
     noise = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (tiles, 3, tile_size, tile_size), generator=noise, dtype=torch.uint8)
-    pixels = pixels.to(path.encoder.patch_embedding.weight.device)
+    pixels = pixels.to(next(path.encoder.parameters()).device)
     exact = path.features(pixels).float()
     for module in list(path.encoder.modules()):
         for name, child in list(module.named_children()):

@@ -25,9 +25,9 @@ from nvlm.data.sources import build_records
 from nvlm.export.export import export
 from nvlm.export.modeling_nvlm import NVLM
 from nvlm.export.options import parse
+from nvlm.inputs.check import check_same_model
 from nvlm.inputs.sources import model_source
 from nvlm.processes.groups import distributed
-from nvlm.runs.folder import check_same_model
 from nvlm.runs.ownership import begin as begin_folder
 from nvlm.train.checkpoint import restore
 from nvlm.train.checkpoint.save import FROZEN, latest

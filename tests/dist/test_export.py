@@ -29,6 +29,7 @@ from nvlm.inputs.sources import whole_model
 from nvlm.runs.ownership import begin as begin_folder
 from nvlm.train.checkpoint.save import Checkpoints
 from nvlm.train.loop import build_trainer
+from nvlm.vision.encoders.internvit import description as internvit
 from nvlm.weights.parts import shapes
 from tests.dist.run import joined, run_distributed
 from tests.published import SMALL, write_release, write_shards
@@ -110,7 +111,8 @@ def test_an_encoder_keeps_its_precision_and_gets_dummy_heads(tmp_path):
     moved = tmp_path / "moved"
     (tmp_path / "release").rename(moved)
     got = tensors_in(exported(tmp_path / "run", tmp_path / "out", f"vision={moved}"))
-    assert {name: tuple(t.shape) for name, t in got.items()} == shapes(whole_model(config, 3))
+    expected = shapes(whole_model(config, internvit.parts(config.vision, 3)))
+    assert {name: tuple(t.shape) for name, t in got.items()} == expected
     qkv, proj = (f"vision_model.encoder.layers.0.attn.{name}.weight" for name in ("qkv", "proj"))
     assert got[qkv].dtype == torch.float32
     for place, rows in enumerate(got[qkv].chunk(3)):
@@ -123,7 +125,7 @@ def test_an_encoder_keeps_its_precision_and_gets_dummy_heads(tmp_path):
 def test_config_json_is_in_the_form_of_the_release(tmp_path):
     """Full-size NVLM-D-72B: the entries of the published file, as facts of it are known."""
     config = compose_config("arch=decoder", "llm=qwen2-72b", "dry_run=true")
-    got = describe(config, 7)
+    got = describe(config, internvit.exported(config.vision, 7))
     whole = dict(
         architectures=["NVLM_D"], model_type="NVLM_D", downsample_ratio=0.5, dynamic_image_size=True,
         force_image_size=448, min_dynamic_patch=1, max_dynamic_patch=6, ps_version="v2", select_layer=-1,
@@ -148,19 +150,20 @@ def test_config_json_is_in_the_form_of_the_release(tmp_path):
 
 
 def test_yi_and_nvlm_h_are_described_as_what_they_are():
-    yi, hybrid = (
+    configs = (
         compose_config(f"arch={arch}", f"llm={llm}", "dry_run=true")
         for arch, llm in (("decoder", "yi-34b"), ("hybrid", "qwen2-72b"))
     )
-    assert describe(yi, 7)["llm_config"]["architectures"] == ["LlamaForCausalLM"]
-    assert describe(yi, 7)["llm_config"]["attention_bias"] is False
-    assert describe(yi, 7)["nvlm"]["bos"] == "<|startoftext|>"
-    assert describe(hybrid, 7)["architectures"] == ["NVLM_H"] and "auto_map" not in describe(hybrid, 7)
+    yi, hybrid = (describe(config, internvit.exported(config.vision, 7)) for config in configs)
+    assert yi["llm_config"]["architectures"] == ["LlamaForCausalLM"]
+    assert yi["llm_config"]["attention_bias"] is False
+    assert yi["nvlm"]["bos"] == "<|startoftext|>"
+    assert hybrid["architectures"] == ["NVLM_H"] and "auto_map" not in hybrid
 
 
 def test_the_release_has_the_published_names_and_shapes():
     config = compose_config("arch=decoder", "llm=qwen2-72b", "dry_run=true")
-    whole = shapes(whole_model(config, 7))
+    whole = shapes(whole_model(config, internvit.parts(config.vision, 7)))
     assert sum(torch.Size(shape).numel() for shape in whole.values()) == 79_379_593_344
     layer = "vision_model.encoder.layers.44"
     assert whole[f"{layer}.attn.qkv.weight"] == (12288, 3200)
@@ -255,8 +258,8 @@ def test_a_tokenizer_s_file_gets_the_name_that_readers_look_for(tmp_path, run):
 def test_what_its_reader_refuses_gets_no_name(tmp_path, run, fault, monkeypatch):
     """Whatever part of the export is wrong: its own code and init.release open it first."""
 
-    def wrong(config, dummies, text=None):
-        values = describe(config, dummies, text)
+    def wrong(config, encoder, text=None):
+        values = describe(config, encoder, text)
         if fault == "a width":
             values["llm_config"]["intermediate_size"] += 1
         if fault == "an epsilon":  # which no tensor shows

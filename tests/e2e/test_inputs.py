@@ -13,7 +13,7 @@ from nvlm.commands.request import parse as parse_request
 from nvlm.config.values import ConfigError
 from nvlm.export.export import export
 from nvlm.export.options import parse as parse_export
-from nvlm.vision.source import TINY
+from nvlm.vision.encoders.internvit.description import TINY
 from tests.e2e.preloaded import run
 
 SMALL = (

@@ -80,7 +80,7 @@ def test_torch_counts_the_same(arch, stage, monkeypatch):
     config = small_config(f"arch={arch}", *STAGES[stage])
     (model,) = build_parts(config)
     freeze(model, config)
-    vision = VisionPath(InternViT(config, solo_groups()), config.vision.downsample)
+    vision = VisionPath(InternViT(config, solo_groups()), config.vision)
     batch = batch_for(config, [[TWO, TEXT, ONE_TILE], [SIDE_BY_SIDE, ONE], [TEXT]])
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as first:

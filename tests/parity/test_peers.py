@@ -74,14 +74,14 @@ def learning(config: Config) -> list:
 def ours_of(*overrides: str) -> Ours:
     config = small_config("arch=decoder", "tiling.tag=none", *overrides)
     generator, weights = torch.Generator().manual_seed(1), {}
-    for name, shape in shapes(whole_model(config, 0)).items():
+    for name, shape in shapes(whole_model(config, internvit.parts(config.vision))).items():
         about = 1 if "norm" in name and name.endswith("weight") or ".ls" in name else 0
         weights[name] = about + STD * torch.randn(shape, generator=generator)
     encoder = {name: weights[name] for name in weights if name.startswith(VISION)}
     (model,), vit = build_parts(config), InternViT(config, solo_groups())
     load(model, joined(learning(config), {name: weights[name] for name in weights.keys() - encoder.keys()}))
     load(vit, joined(below(VISION, internvit.parts(config.vision)), encoder))
-    return Ours(config, model, VisionPath(vit, config.vision.downsample), weights)
+    return Ours(config, model, VisionPath(vit, config.vision), weights)
 
 
 def assert_same_work(peer: Peer, ours: Ours, samples: list[Sample]) -> None:

@@ -116,13 +116,14 @@ def trainer_model(*overrides: str) -> Trained:
     for name, parameter in model.named_parameters():
         if name.endswith(".gate"):
             parameter.data.fill_(0.7)
-    return Trained(config, model, VisionPath(encoder, config.vision.downsample))
+    return Trained(config, model, VisionPath(encoder, config.vision))
 
 
 def tensors_of(trained: Trained, dummy_heads: int = 0) -> dict[str, Tensor]:
     """All tensors under their exported names, zeros in the dummy heads."""
-    tower = published(internvit.parts(trained.config.vision, dummy_heads), dict(trained.encoder.named_parameters()))
-    others = [part for part in whole_model(trained.config, dummy_heads) if not part.name.startswith(VISION)]
+    parts = internvit.parts(trained.config.vision, dummy_heads)
+    tower = published(parts, dict(trained.encoder.named_parameters()))
+    others = [part for part in whole_model(trained.config, parts) if not part.name.startswith(VISION)]
     ours = published(others, dict(trained.model.named_parameters()))
     return {VISION + name: tensor for name, tensor in tower.items()} | ours
 
@@ -131,7 +132,8 @@ def write_folder(folder: Path, trained: Trained, dummy_heads: int = 0) -> Path:
     """What an export leaves."""
     shutil.copy(SOURCE, folder)
     shutil.copy(TINY, folder / "tokenizer.json")
-    (folder / "config.json").write_text(json.dumps(describe(trained.config, dummy_heads)))
+    encoder = internvit.exported(trained.config.vision, dummy_heads)
+    (folder / "config.json").write_text(json.dumps(describe(trained.config, encoder)))
     save_file(tensors_of(trained, dummy_heads), folder / "model.safetensors")
     return folder
 

@@ -76,7 +76,8 @@ def test_no_import_goes_up(room):
         ("weights", ("megatron",)),
         ("inputs", NO_TORCH),
         ("vision/source", NO_TORCH),
-        ("vision/encoders/internvit/description", NO_TORCH),
+        ("vision/encoders/interface", NO_TORCH),
+        ("vision/encoders/registry", NO_TORCH),
         ("vision", ("nvlm.data.loader", "nvlm.data.sources", "nvlm.data.samples")),
         ("llm", ("nvlm.data.loader", "nvlm.data.sources", "nvlm.data.samples")),
         ("arch/registry", NO_TORCH),
@@ -98,6 +99,25 @@ def test_what_a_room_does_without(where, never):
     for path, names in imports(where).items():
         for name in names:
             assert not any(name == other or name.startswith(f"{other}.") for other in never), f"{path} imports {name}"
+
+
+def test_an_encoder_is_known_to_its_own_folder_alone():
+    """The exported single file has its own copy of the modules; a run folder that names no encoder means the first."""
+    own, default = ROOT / "nvlm/vision/encoders", '"vision": {"encoder": "internvit"}'
+    for path in (ROOT / "nvlm").rglob("*.py"):
+        if own not in path.parents and path.name != "modeling_nvlm.py":
+            lines = [line for line in path.read_text().splitlines() if "internvit" in line.lower()]
+            assert not [line for line in lines if default not in line], f"{path}: {lines}"
+
+
+def test_what_is_known_of_an_encoder_needs_no_torch():
+    descriptions = list((ROOT / "nvlm/vision/encoders").glob("*/description.py"))
+    assert descriptions
+    code = (
+        "import sys; import nvlm.vision.source; from nvlm.vision.encoders.registry import ENCODERS\n"
+        f"assert len(ENCODERS) == {len(descriptions)} and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_only_device_speaks_of_cuda():

@@ -23,6 +23,7 @@ from nvlm.data.tokenizer import TINY, load_tokenizer
 from nvlm.export.describe import describe
 from nvlm.export.modeling_nvlm import NVLM
 from nvlm.generate.text import words
+from nvlm.vision.encoders.internvit import description as internvit
 
 PAD_TEXT = "<|vision_pad|>"
 SPECIAL = ["<|startoftext|>", "<|im_start|>", "<|im_end|>", PAD_TEXT]
@@ -230,7 +231,7 @@ def test_the_state_of_a_tokenizer_file_does_not_count(configured, tmp_path, kind
     assert encode(told, found).labels.equal(encode(told, clean).labels)
     tokens = encode(asked, found, generate=True).tokens
     assert tokens.equal(encode(asked, clean, generate=True).tokens)
-    values = json.dumps(describe(config, 4))
+    values = json.dumps(describe(config, internvit.exported(config.vision, 4)))
     with torch.device("meta"):
         model = NVLM(json.loads(values, object_hook=lambda keys: SimpleNamespace(**keys)), tmp_path)
     exported = [i for piece in model.inputs(asked.messages, reply=True).stream for i in piece.ids]
@@ -322,7 +323,7 @@ SERVED = {
 
 def model_of(config, folder):
     """The exported file's own class, without weights."""
-    values = json.dumps(describe(config, 4))
+    values = json.dumps(describe(config, internvit.exported(config.vision, 4)))
     with torch.device("meta"):
         return NVLM(json.loads(values, object_hook=lambda keys: SimpleNamespace(**keys)), folder)
 

@@ -16,6 +16,7 @@ from nvlm.data.tokenizer import load_tokenizer
 from nvlm.export.describe import describe
 from nvlm.export.readme import RELEASE_FILES, note, other_limits, readme, release_limits
 from nvlm.export.text import chat_template, exported_text, training_note
+from nvlm.vision.encoders.internvit import description as internvit
 
 # The tokenizer here knows no long words: tags take more tokens than real ones.
 LARGE = ("llm=qwen2-72b", "data.seq_length=9000", "data.cross_length=9000")
@@ -69,15 +70,16 @@ def test_a_tokenizer_without_vision_pad_is_completed_with_the_release_s_ids(conf
     again = configured("arch=decoder", *LARGE, f"llm.tokenizer={folder}")
     assert training_note(again) is None
     assert exported_text(again).files["tokenizer.json"] == folder / "tokenizer.json"  # nothing left to add
-    assert not other_limits(config, 7)
+    assert not other_limits(config, encoder_of(config))
 
 
 def test_a_vocabulary_without_room_is_said_before_training_and_at_export(configured, qwen2):
     config = configured("arch=decoder", *LARGE, f"llm.tokenizer={qwen2}")
     full = replace(config, llm=replace(config.llm, vocab=151646))
     assert "llm.vocab=151646 no row left" in training_note(full)
-    assert any("no <|vision_pad|>" in limit for limit in other_limits(full, 7))
-    assert "no <|vision_pad|>" in note(full, 7) and "cannot serve this folder" in readme(full, 7)
+    assert any("no <|vision_pad|>" in limit for limit in other_limits(full, encoder_of(full)))
+    assert "no <|vision_pad|>" in note(full, encoder_of(full))
+    assert "cannot serve this folder" in readme(full, encoder_of(full))
     for arch in ("xattn", "hybrid"):  # which nobody else loads
         assert training_note(configured(f"arch={arch}", *LARGE, f"llm.tokenizer={qwen2}")) is None
 
@@ -88,7 +90,7 @@ def test_ends_and_beginnings_are_written(configured, qwen2, tmp_path):
     generation = GenerationConfig.from_pretrained(folder)
     assert (generation.eos_token_id, generation.bos_token_id) == ([151645, 151643], 151643)
     assert generation.temperature == 0.7  # the folder's own
-    language = describe(config, 7, text)["llm_config"]
+    language = describe(config, encoder_of(config), text)["llm_config"]
     assert (language["bos_token_id"], language["eos_token_id"]) == (151643, 151645)
     assert load_tokenizer(str(folder)).ends == {151645, 151643}
 
@@ -133,6 +135,10 @@ def test_a_copied_template_does_not_outlive_the_export(configured, qwen2, tmp_pa
     assert stored == chat_template("Answer.", None) == (tmp_path / "out/chat_template.jinja").read_text()
 
 
+def encoder_of(config, dummy_heads=7):
+    return internvit.exported(config.vision, dummy_heads)
+
+
 LIMITS = {
     "a hybrid": (("arch=hybrid",), 7, "NVLM-H is known to no other library"),
     "other tags": (("tiling.tag=2d_grid",), 7, "tiling.tag=2d_grid"),
@@ -149,22 +155,24 @@ LIMITS = {
 def test_what_others_cannot_serve_is_said_by_name(configured, qwen2, case):
     overrides, dummies, reason = LIMITS[case]
     base = ("arch=decoder", *LARGE, f"llm.tokenizer={qwen2}")
-    assert note(configured(*base), 7) is None
+    assert note(configured(*base), encoder_of(configured(*base))) is None
     config = configured(*base, *overrides)
-    assert reason in note(config, dummies) and "modeling_nvlm.py" in note(config, dummies)
-    told = readme(config, dummies, RELEASE_FILES)
+    encoder = encoder_of(config, dummies)
+    assert reason in note(config, encoder) and "modeling_nvlm.py" in note(config, encoder)
+    told = readme(config, encoder, RELEASE_FILES)
     assert reason in told and "vllm serve" not in told and "from modeling_nvlm import NVLM" in told
 
 
 def test_the_folder_says_what_serves_it(configured, qwen2):
     base = ("arch=decoder", *LARGE, f"llm.tokenizer={qwen2}")
-    complete, bare = (readme(configured(*base), 7, files) for files in (RELEASE_FILES, ()))
+    encoder = encoder_of(configured(*base))
+    complete, bare = (readme(configured(*base), encoder, files) for files in (RELEASE_FILES, ()))
     for told in (complete, bare):
         assert "vllm serve . --trust-remote-code" in told and "vLLM (0.33)" in told
         assert "transformers 4.39.3" in told and "does not load in transformers 5.x" in told
     assert "First copy configuration_nvlm_d.py" in bare and "First copy" not in complete
     assert release_limits(configured(*base), RELEASE_FILES) == []
-    assert "leaves the output layer random" in readme(configured(*base, "llm.tied=true"), 7, RELEASE_FILES)
+    assert "leaves the output layer random" in readme(configured(*base, "llm.tied=true"), encoder, RELEASE_FILES)
     assert "data.tokenize=apart" in complete and "vLLM and the release's class may give" in complete
-    joined = readme(configured(*base, "data.tokenize=joined"), 7, RELEASE_FILES)
+    joined = readme(configured(*base, "data.tokenize=joined"), encoder, RELEASE_FILES)
     assert "So vLLM may give the model other ids" in joined and "the release's class gives it the same" in joined

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from nvlm.config.values import Config, ConfigError
 from nvlm.inputs import identity
-from nvlm.vision.source import TINY
+from nvlm.vision.encoders.internvit.description import TINY
 from nvlm.weights.published import read_headers
 
 

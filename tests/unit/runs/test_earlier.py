@@ -24,7 +24,11 @@ def with_lengths_of_the_language_model(values: dict) -> None:
     values["llm"] |= {"seq_length": BY_ARCH, "cross_length": BY_ARCH, "steps": BY_ARCH}
 
 
-EARLIER = [without_logging, with_lengths_of_the_language_model]
+def without_an_encoder_s_name(values: dict) -> None:
+    del values["vision"]["encoder"]
+
+
+EARLIER = [without_logging, without_an_encoder_s_name, with_lengths_of_the_language_model]
 
 
 def write(run_dir, values: dict):

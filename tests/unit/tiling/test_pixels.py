@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from nvlm.tiling import TilePlan, choose_grid, normalize, plan_tiles, tile_image
+from nvlm.tiling import TilePlan, choose_grid, plan_tiles, tile_image
+from nvlm.tiling import normalize as normalized_by
 from nvlm.tiling.pixels import to_rgb
 
 EIGHT_BIT = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
@@ -21,6 +22,13 @@ WIDE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 def tiles_of(image, max_tiles=6, resize="exact", tile_size=448):
     """The tiles of an image that is planned by its size, as everywhere."""
     return tile_image(image, plan_tiles(*image.size, max_tiles, tile_size), resize)
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def normalize(pixels, *dtype):
+    return normalized_by(pixels, *IMAGENET, *dtype)
 
 
 def reference_tiles(image, max_tiles, size):
@@ -38,7 +46,7 @@ def reference_tiles(image, max_tiles, size):
         [
             transforms.Resize((size, size), interpolation=transforms.InterpolationMode.BICUBIC),
             transforms.ToTensor(),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            transforms.Normalize(*IMAGENET),
         ]
     )
     return torch.stack([to_float(tile) for tile in tiles])
@@ -243,7 +251,7 @@ def every_level():
 
 def test_normalize_is_torchvisions_for_every_level():
     image = Image.fromarray(every_level().permute(1, 2, 0).numpy())
-    want = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(transforms.ToTensor()(image))
+    want = transforms.Normalize(*IMAGENET)(transforms.ToTensor()(image))
     assert torch.equal(normalize(every_level()), want)
 
 

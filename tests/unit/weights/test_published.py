@@ -292,7 +292,7 @@ def test_what_an_encoder_s_file_leaves_out_means_internvits_default():
 
 def test_what_a_release_s_file_leaves_out_means_internvl_s_default():
     config = compose_config("arch=decoder", "llm=qwen2-72b", "dry_run=true")
-    values = describe(config, 7)
+    values = describe(config, internvit.exported(config.vision, 7))
     check_whole(values, config, "init.release")
     check_whole({k: v for k, v in values.items() if k not in ("select_layer", "downsample_ratio")}, config, "r")
     for change, reason in (

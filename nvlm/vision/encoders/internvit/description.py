@@ -1,24 +1,30 @@
-"""InternViT's published tensors (`embeddings.*`, `encoder.layers.*`), for our Megatron modules.
+"""What is known of InternViT without its modules: published tensors, config.json, normalisation, its export.
 
-qkv is published as [all queries | all keys | all values]; Megatron wants [q, k, v] head by head. NVLM-D-72B holds the
-encoder with `dummy_heads` heads of zeros behind the real ones, so that its number divides by 8: ours has none.
+The tensors are `embeddings.*` and `encoder.layers.*`. qkv is published as [all queries | all keys | all values];
+Megatron wants [q, k, v] head by head. NVLM-D-72B holds the encoder with `dummy_heads` heads of zeros behind the real
+ones, so that their number divides by 8: ours has none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
-from nvlm.config.values import VisionConfig, problem
+from nvlm.config.values import Config, VisionConfig, problem
+from nvlm.vision.encoders.interface import EncoderDescription, ExportedEncoder
 from nvlm.weights.defaults import completed
 from nvlm.weights.parts import Part
 from nvlm.weights.published import Stored, check_fixed, check_values
 
-CODE = ("configuration_intern_vit.InternVisionConfig", "modeling_intern_vit.InternVisionModel")
+TINY = Path(__file__).parents[2] / "tiny_encoder.safetensors"  # launch/pretrain_tiny_encoder.py wrote it
+_CODE = ("configuration_intern_vit.InternVisionConfig", "modeling_intern_vit.InternVisionModel")
+# What InternVisionConfig, the class that reads a published config.json, takes for what is left out.
 _DEFAULTS = dict(
     num_channels=3, patch_size=14, image_size=224, qkv_bias=False, hidden_size=3200, num_attention_heads=25,
     intermediate_size=12800, qk_normalization=True, num_hidden_layers=48, hidden_act="gelu", norm_type="rms_norm",
     layer_norm_eps=1e-6,
 )  # fmt: skip
+_RELEASED_DUMMIES = 7  # behind InternViT-6B's 25 heads in NVLM-D-72B, for 8 tensor-parallel ranks
 _FIXED = dict(hidden_act="gelu", num_channels=3, quantization_config=None)
 _NORMS = {"rms_norm": "rms", "layer_norm": "layer"}
 
@@ -98,9 +104,71 @@ def check_config(values: Mapping, vision: VisionConfig, key: str) -> None:
     check_values(whole, expected, key, values)
 
 
-def dummy_heads(vision: VisionConfig, stored: Mapping[str, Stored], prefix: str) -> int:
-    """Heads of zeros behind the real ones, in tensors `stored` under `prefix`."""
-    first = stored.get(f"{prefix}encoder.layers.0.attn.qkv.weight")
-    rows = first.shape[0] if first else 0
+def _dummy_heads(vision: VisionConfig, rows: int) -> int:
+    """Heads of zeros behind the real ones where a layer's qkv has so many rows."""
     extra, rest = divmod(rows - 3 * vision.hidden, 3 * vision.hidden // vision.heads)
     return extra if extra > 0 and not rest else 0
+
+
+def _parts_of(vision: VisionConfig, stored: Mapping[str, Stored]) -> list[Part]:
+    first = stored.get("encoder.layers.0.attn.qkv.weight")
+    return parts(vision, _dummy_heads(vision, first.shape[0]) if first else 0)
+
+
+def exported(vision: VisionConfig, dummy_heads: int) -> ExportedEncoder:
+    """The encoder in a folder in NVLM-D-72B's layout, whose modelling class and vLLM expect seven dummy heads."""
+    limits = []
+    if dummy_heads != _RELEASED_DUMMIES:
+        heads = f"{vision.heads} heads and {dummy_heads} dummy ones"
+        limits.append(f"vision={vision.name}: {heads}, where they take InternViT-6B's {_RELEASED_DUMMIES}")
+    config = {
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",
+        "hidden_size": vision.hidden,
+        "intermediate_size": vision.ffn,
+        "num_hidden_layers": vision.layers,
+        "num_attention_heads": vision.heads,
+        "num_dummy_heads": dummy_heads,
+        "image_size": vision.tile_size,
+        "patch_size": vision.patch,
+        "num_channels": 3,
+        "hidden_act": "gelu",
+        "layer_norm_eps": vision.norm_eps,
+        "norm_type": {ours: theirs for theirs, ours in _NORMS.items()}[vision.norm],
+        "qk_normalization": vision.qk_norm,
+        "qkv_bias": vision.qkv_bias,
+        "attention_dropout": 0.0,
+        "dropout": 0.0,
+        "drop_path_rate": 0.0,
+        "initializer_factor": 0.1,
+        "use_flash_attn": True,
+    }
+    return ExportedEncoder(parts=parts(vision, dummy_heads), config=config, limits=limits)
+
+
+def _export(vision: VisionConfig, read: Sequence[Part]) -> ExportedEncoder:
+    """With as many dummy heads as `read` has, else up to a multiple of 8, which tensor parallelism divides."""
+    rows = next(part.shape[0] for part in read if part.name.endswith(".attn.qkv.weight"))
+    return exported(vision, _dummy_heads(vision, rows) or -vision.heads % 8)
+
+
+def _build(config: Config, groups):
+    from nvlm.vision.encoders.internvit.model import InternViT
+
+    return InternViT(config, groups)
+
+
+INTERNVIT = EncoderDescription(
+    name="internvit",
+    code=_CODE,
+    mean=(0.485, 0.456, 0.406),  # ImageNet's
+    std=(0.229, 0.224, 0.225),
+    extra_tokens=1,  # the class token
+    unseen=("heads", "tile_size", "patch", "norm_eps"),
+    fixed={},
+    shipped={"tiny": TINY},
+    parts=_parts_of,
+    check_config=check_config,
+    build=_build,
+    export=_export,
+)

@@ -1,0 +1,29 @@
+"""The encoders by name. Imports no torch."""
+
+from __future__ import annotations
+
+from nvlm.config.values import Config, VisionConfig, problem
+from nvlm.vision.encoders.interface import EncoderDescription
+from nvlm.vision.encoders.internvit.description import INTERNVIT
+
+ENCODERS: dict[str, EncoderDescription] = {INTERNVIT.name: INTERNVIT}
+
+
+def description_of(vision: VisionConfig) -> EncoderDescription:
+    """The description that `vision.encoder` names. Raises ConfigError where there is none."""
+    if vision.encoder not in ENCODERS:
+        known = f"one of {', '.join(ENCODERS)}"
+        raise problem("vision.encoder", repr(vision.encoder), known, f"vision.encoder={next(iter(ENCODERS))}")
+    return ENCODERS[vision.encoder]
+
+
+def check_encoder(config: Config) -> Config:
+    """Return `config`, or raise ConfigError where its encoder is unknown or has no such settings."""
+    encoder = description_of(config.vision)
+    for name, value in encoder.fixed.items():
+        got = getattr(config.vision, name)
+        if got != value:
+            typed = str(value).lower() if isinstance(value, bool) else value
+            expected = f"{typed}: vision.encoder={encoder.name} has no other"
+            raise problem(f"vision.{name}", got, expected, f"vision.{name}={typed}")
+    return config
