@@ -1,4 +1,4 @@
-"""Builds any configuration on the meta device and prints what it is made of: no memory, no data, no weights."""
+"""Builds a configuration on the meta device and prints what it consists of, without memory, data or weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def dry_run(config: Config) -> None:
         size = sum(source.stored[name].bytes for name in names)
         console.print(
             f"{source.key}={source.folder}: {len(names):,} tensors of {', '.join(source.parts)}, {size / 1e9:.2f} GB, "
-            f"with the names, shapes and dtypes that they should have"
+            f"with the expected names, shapes and dtypes"
         )
     p = config.parallel
     console.print(
@@ -57,7 +57,7 @@ def _memory(config: Config) -> str:
 
 
 def _sources(config: Config) -> list[Source]:
-    """What config.init names, checked already; not the encoder that ships with the package."""
+    """The folders that config.init names, already checked, without the encoder that ships with the package."""
     named = config.init.vision is not None and config.init.vision not in description_of(config.vision).shipped
     found = [vision_source(config)] if named else []
     return found + list(filter(None, [model_source(config)]))
@@ -78,7 +78,7 @@ def _parameters(config: Config) -> Table:
         sequence=False,
         distributed_optimizer=False,
     )
-    # Modules of Megatron's own, which the meta device holds; their parameters are the same in any precision.
+    # Megatron's own modules, which work on the meta device; their parameters are the same in any precision.
     plain = dataclasses.replace(config.precision, name="fp32", edges=0, encoder=False, param_gather=False)
     whole = dataclasses.replace(config, parallel=one, precision=plain)
     with groups.distributed(one, config.seed), torch.device("meta"):

@@ -1,4 +1,4 @@
-"""From a validated configuration to workers: in place under torchrun or srun, else in processes of our own."""
+"""Runs a validated configuration: in this process under torchrun or srun, else in our own worker processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from nvlm.runs.sinks import steady_streams
 
 
 def start(config: Config, run_dir: Path, started: float) -> None:
-    """Train: in this process under torchrun or srun, else in workers of our own."""
+    """Train: in this process under torchrun or srun, else in our own workers."""
     steady_streams()
     check_weights(config, run_dir)
     task = launched()
@@ -60,13 +60,13 @@ def _look(config: Config, run_dir: Path) -> None:
 
 
 def _has_work(config: Config, run_dir: Path) -> bool:
-    """Whether there is a step to do, or an evaluation."""
+    """Whether a step or an evaluation remains to be done."""
     heldout = config.data.source != "jsonl" or config.data.heldout_path
     return steps_done(run_dir) < config.train.steps or bool(config.evaluate.questions and heldout)
 
 
 def _claim(config: Config, run_dir: Path, held: contextlib.ExitStack) -> str | None:
-    """Own the folder for as long as `held` is open; why not, where that is refused: the other ranks are to hear it."""
+    """Own the folder while `held` is open. Returns the reason if that is refused, to be passed to the other ranks."""
     try:
         held.enter_context(owned(run_dir))
         _look(config, run_dir)
@@ -76,21 +76,21 @@ def _claim(config: Config, run_dir: Path, held: contextlib.ExitStack) -> str | N
 
 
 def _in_workers(config: Config, run_dir: Path, started: float, lock: int) -> None:
-    """Train in workers. They get the configuration from here: a file in the folder might be another start's by then."""
+    """Train in workers. They get the configuration in memory: a file in the folder could be from another start."""
     with open(os.memfd_create("config"), "w") as file:
         file.write(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
         file.flush()
         arguments = ["-m", "nvlm.commands.launch", str(file.fileno()), str(run_dir), repr(started)]
         processes = config.parallel.replica * config.parallel.data
         status, stopped = spawn(arguments, processes, config.train.stop_seconds, (file.fileno(), lock))
-    if status or stopped:  # a signal ends a sweep, too
+    if status or stopped:  # a signal also ends a sweep
         sys.exit(status)
 
 
 def spawn(
     arguments: Sequence[str], processes: int, stop_seconds: float, inherit: Sequence[int] = ()
 ) -> tuple[int, bool]:
-    """Run `python ARGUMENTS` as workers on this machine; returns as `run_workers` does."""
+    """Run `python ARGUMENTS` as workers on this machine; returns the same as `run_workers`."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
@@ -100,7 +100,7 @@ def spawn(
 
 
 def work(config: Config, run_dir: Path, started: float, refusal: str | None = None) -> None:
-    """Train in this process. `refusal`: why the first process may not, which it tells the others."""
+    """Train in this process. `refusal`: the first rank's reason not to start, which it passes to the others."""
     quiet()
     steady_streams()
     take_forks_along()
@@ -111,19 +111,19 @@ def work(config: Config, run_dir: Path, started: float, refusal: str | None = No
 
 
 def quiet() -> None:
-    """Megatron tells at every import what is not installed; environment.json holds it once."""
+    """Silence Megatron's messages about missing packages at every import: environment.json records them."""
     for name in ("megatron", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="megatron")
-    # Megatron's distributed optimizer keeps fp32 weights as views, and looks at their gradients.
+    # Megatron's distributed optimizer keeps fp32 weights as views and reads their gradients.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # Megatron reads a checkpoint by its ranks
-    # Megatron calls collectives by their older names.
+    # Megatron calls collectives by deprecated names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def launched() -> Task | None:
-    """The task that torchrun, srun or mpirun started this process as, in torch's variables too; None: started alone."""
+    """The task that a launcher started this process as, or None. Also sets torch's environment variables for it."""
     task = find_task(os.environ)
     if task is not None:
         os.environ.update(task.variables())
@@ -132,7 +132,7 @@ def launched() -> Task | None:
 
 @functools.cache
 def gpus_here() -> tuple[tuple[str, int], ...]:
-    """Name and memory in bytes of each GPU that this process may use, asked without importing torch."""
+    """Name and memory in bytes of each GPU that this process may use, determined without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible == "" or shutil.which("nvidia-smi") is None:
         return ()
@@ -142,13 +142,13 @@ def gpus_here() -> tuple[tuple[str, int], ...]:
     rows = [[word.strip() for word in line.split(",")] for line in lines if line.count(",") == 2]
     if visible is not None:
         rows = _visible(rows, visible.split(","))
-    # A GPU that shares the machine's memory tells none.
+    # A GPU that shares the machine's memory reports no size.
     return tuple((name, int(size) * 2**20 if size.isdecimal() else 0) for _, name, size in rows)
 
 
 def _visible(rows: list[list[str]], wanted: list[str]) -> list[list[str]]:
-    """Those of `rows` that CUDA_VISIBLE_DEVICES names by number or by the beginning of their UUID, up to one that it
-    names wrongly, as CUDA has it. A part of a GPU (MIG) is looked up by nobody here: it stands for a whole one."""
+    """The `rows` that CUDA_VISIBLE_DEVICES names by number or by a prefix of their UUID; like CUDA, it stops at the
+    first wrong name. A MIG slice is not looked up and counts as a whole GPU."""
     found = []
     for name in map(str.strip, wanted):
         named = [row for number, row in enumerate(rows) if name == str(number) or (name and row[0].startswith(name))]
@@ -159,7 +159,7 @@ def _visible(rows: list[list[str]], wanted: list[str]) -> list[list[str]]:
 
 
 def check_machine(config: Config) -> None:
-    """Raise ConfigError where this machine cannot run `config`; of a dry run, where the GPU that it names cannot."""
+    """Raise ConfigError if this machine cannot run `config` or, for a dry run, if the GPU in config.gpu cannot."""
     if not config.dry_run:
         check_data(config, placement_rule(config.arch.name))
         check_launcher(config)
@@ -170,13 +170,14 @@ def check_machine(config: Config) -> None:
 
 
 def check_logging(config: Config) -> None:
-    """The package that is to tell of the run is there."""
+    """Raise ConfigError if the package for logging is missing."""
     if config.logging.name == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise problem("logging=wandb", "no wandb", "it", f"pip install -e '{ROOT}[wandb]', or logging=none")
+        fix = f"pip install -e '{ROOT}[wandb]', or logging=none"
+        raise problem("logging=wandb", "no wandb", "the package wandb", fix)
 
 
 def check_launcher(config: Config) -> None:
-    """What started this process, if it was not a shell, started as many as `config` can use."""
+    """Raise ConfigError if a launcher started a number of processes that `config` cannot use."""
     task = launched()
     if task is not None:
         check_world(config, task.world)
@@ -184,24 +185,25 @@ def check_launcher(config: Config) -> None:
 
 
 def check_devices(config: Config) -> None:
-    """A full-size model does not train on CPU: say what it needs instead."""
+    """Raise ConfigError for a full-size model on a CPU, with what it needs, and for too few GPUs."""
     gpus = len(gpus_here())
     total = sum(parameters(config).values())
     if gpus == 0 and total > 2e9:
         needed, fewest = gpus_needed(config), fewest_gpus(config)
-        wanted = f"{needed} GPUs" if needed else "more shards of the model than this layout has, on GPUs"
+        wanted = f"{needed} GPUs" if needed else "a layout with more shards of the model, on GPUs"
         better = f", with parallel.pipeline={fewest[1]} {fewest[0]} GPUs" if fewest and fewest[0] != needed else ""
         raise ConfigError(
             f"devices: got a machine without GPUs, expected {wanted} of 80 GB or more for "
             f"{total / 1e9:.1f}B parameters ({config.parallel.tensor} tensor x {config.parallel.pipeline} pipeline x "
-            f"{config.parallel.context} context = {config.parallel.replica} a replica){better}. Fix: start it there "
-            f"under torchrun or srun; here, dry_run=true builds and counts it, and launch/plan.py lists what fits"
+            f"{config.parallel.context} context = {config.parallel.replica} per replica){better}. Fix: start it on "
+            f"such machines with torchrun or srun; here, dry_run=true builds and counts it, and launch/plan.py lists "
+            f"what fits"
         )
     check_processes(config, gpus)
 
 
 def check_fits(config: Config) -> None:
-    """Raise ConfigError where the run cannot fit the GPU that config.gpu names, or else this machine's largest."""
+    """Raise ConfigError if the run cannot fit the GPU named by config.gpu or, by default, this machine's largest."""
     if config.gpu:
         name, capacity = config.gpu, GPUS[config.gpu].memory
     else:
@@ -217,19 +219,19 @@ def check_fits(config: Config) -> None:
 
 
 def check_engine(config: Config) -> None:
-    """FP8 and offload need Transformer Engine, which can be seen to be missing without loading anything."""
+    """Raise ConfigError if FP8 or offload needs Transformer Engine and it is not installed. Loads nothing."""
     if importlib.util.find_spec("transformer_engine") is not None:
         return
     if config.precision.recipe:
         what, fix = f"precision={config.precision.name}", f"{TE_INSTALL}, or precision=bf16"
-        raise problem(what, "no Transformer Engine", "one: FP8 products are its own", fix)
+        raise problem(what, "no Transformer Engine", "Transformer Engine, whose kernels compute in FP8", fix)
     if config.train.offload:
         fix = f"{TE_INSTALL}, or train.offload=false"
-        raise problem("train.offload=true", "no Transformer Engine", "one: it does the moving", fix)
+        raise problem("train.offload=true", "no Transformer Engine", "Transformer Engine, which moves the tensors", fix)
 
 
 def check_processes(config: Config, gpus: int) -> None:
-    """Processes of our own on this machine are no more than its `gpus`, where it has any."""
+    """Raise ConfigError if this machine has GPUs, but fewer than the run's processes."""
     processes = config.parallel.replica * config.parallel.data
     if gpus and not launched() and processes > gpus:
         raise problem("parallel", f"{processes} processes", f"at most the {gpus} GPUs here", "use torchrun or srun")
@@ -237,13 +239,13 @@ def check_processes(config: Config, gpus: int) -> None:
 
 def _worker() -> int:
     """`python -m nvlm.commands.launch DESCRIPTOR FOLDER STARTED`: one of our own workers."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before there is anything to save it needs no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while there is nothing to save
     return answered(_worker_s_part, failed=EXPLAINED)
 
 
 def _worker_s_part() -> int:
     descriptor, run_dir, started = sys.argv[1:]
-    values = os.pread(int(descriptor), os.fstat(int(descriptor)).st_size, 0)  # all workers share its position
+    values = os.pread(int(descriptor), os.fstat(int(descriptor)).st_size, 0)  # workers share the file position
     config = validate(from_mapping(Config, OmegaConf.to_container(OmegaConf.create(values.decode()))))
     work(config, Path(run_dir), float(started))
     return 0

@@ -1,4 +1,4 @@
-"""The command: all layouts of a number of GPUs."""
+"""The plan command: ranks all parallel layouts of a number of GPUs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from nvlm.runs.files import write_whole
 
 HELP = f"""python launch/plan.py gpus=64 gpu=h100 [key=value ...]
 
-gpus=N          of the whole run
-gpu=NAME        one of {", ".join(GPUS)}; without it, the kind that this machine has
+gpus=N          GPUs of the whole run
+gpu=NAME        one of {", ".join(GPUS)}; default: this machine's kind
 top=8           layouts to show
-tiles=N text=N  what every sample is like: an image of N regular tiles, N tokens of text with labels
-json=PATH       writes all layouts that fit, part by part
+tiles=N text=N  every sample has an image of N regular tiles and N tokens of text with labels
+json=PATH       writes all layouts that fit, with every part of their estimates
 arch=hybrid llm=qwen2-72b precision=fp8_current +experiment=nvlm_h_72b_sft ...   as for launch/train.py;
-                parallel.tensor=8 and the like, and train.recompute=full, hold a layout to what they say"""
+                keys such as parallel.tensor=8 or train.recompute=full restrict the layouts"""
 
 OPTIONS = ("gpus", "top", "tiles", "text", "json")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Answer the command line; returns the exit status: 1 where nothing fits."""
+    """Run the command; returns the exit status: 1 if nothing fits."""
     return answered_or_helped(arguments, HELP, _answer)
 
 
@@ -41,7 +41,7 @@ def _answer(arguments: Sequence[str]) -> int:
     if numbers["gpus"] is None:
         raise problem("gpus", "nothing", "the number of GPUs of the whole run", "gpus=64")
     if "json" in own and not Path(own["json"]).parent.is_dir():
-        raise problem("json", named(own["json"]), "a file in a folder that is there", "json=PATH")
+        raise problem("json", named(own["json"]), "a file in an existing folder", "json=PATH")
     configs = check_overrides([*others, "dry_run=true"], OPTIONS)
     if len(configs) != 1:
         raise problem("command line", f"{len(configs)} configurations", "one", "give each key one value")
@@ -62,7 +62,7 @@ def _answer(arguments: Sequence[str]) -> int:
 
 
 def _number(own: dict[str, str], key: str, least: int) -> int | None:
-    """The option's value; None where it is not given."""
+    """The option's value, or None."""
     if key not in own:
         return None
     text = own[key]
@@ -72,9 +72,9 @@ def _number(own: dict[str, str], key: str, least: int) -> int | None:
 
 
 def _here() -> GPU:
-    """The GPU of this machine."""
+    """This machine's kind of GPU."""
     found = [known_gpu(name) for name, _ in launch.gpus_here()]
     if not found or found[0] is None:
-        got = "nothing, on a machine without one" if not found else "nothing, on one whose GPU is not known"
+        got = "nothing, on a machine without a GPU" if not found else "nothing, on a machine with an unknown GPU"
         raise problem("gpu", got, f"one of {', '.join(GPUS)}", "gpu=h100")
     return found[0]

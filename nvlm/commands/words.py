@@ -1,7 +1,7 @@
-"""The words of a command line, `key=value`, as Hydra reads them.
+"""Quotes the words of a command line, `key=value`, for Hydra.
 
-Hydra's grammar trips over é, ~, # and quotes, reads name=20241127 as a number and a comma as a sweep. What can be meant
-as text alone is quoted here, so that a user need not know how.
+Hydra's grammar trips over é, ~, # and quotes, reads name=20241127 as a number, and takes a comma for a sweep. Values
+that can only be text are quoted here, so that users need not do it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _KEY = re.compile(r"[+~]{0,2}[\w./@-]+", re.ASCII)
 
 
 def plain_words(arguments: Sequence[str]) -> list[str]:
-    """`arguments` with the values quoted that are text and that Hydra would read as something else."""
+    """`arguments`, with text values quoted where Hydra would read something else."""
     sweep = any(word in SWEEP_FLAGS for word in arguments)
     return [word if word.startswith("-") else _plain(word, sweep) for word in arguments]
 
 
 def parse(word: str) -> Override:
-    """One word, through Hydra's own parser. Raises ConfigError."""
+    """Parse one word with Hydra's parser. Raises ConfigError."""
     try:
         read = _parser().parse_overrides([word])[0]
     except HydraException:
@@ -38,7 +38,7 @@ def parse(word: str) -> Override:
     if read is None or not read.key_or_group:
         raise problem("command line", repr(word), "key=value", "--help lists the keys")
     if read.is_delete():
-        raise problem("command line", repr(word), "every key to have a value", f"leave {word} out")
+        raise problem("command line", repr(word), "a value for every key", f"omit {word}")
     return read
 
 
@@ -46,7 +46,7 @@ def _plain(word: str, sweep: bool) -> str:
     key, equals, value = word.partition("=")
     if not equals or not _KEY.fullmatch(key):
         return word
-    if key.startswith("hydra.") and value.startswith("~"):  # a folder; a shell leaves the ~ of key=~/folder alone
+    if key.startswith("hydra.") and value.startswith("~"):  # shells do not expand the ~ in key=~/folder
         return _plain(f"{key}={os.path.expanduser(value)}", sweep) if os.path.expanduser(value) != value else word
     try:
         (read,) = _parser().parse_overrides([word])
@@ -54,7 +54,7 @@ def _plain(word: str, sweep: bool) -> str:
         parts = value.split(",") if sweep else [value]
         return f"{key}={','.join(map(quoted, parts))}"
     listed = read.is_sweep_override()
-    is_text = (not sweep) if listed else isinstance(read.value(), int | float)  # true and false among them
+    is_text = (not sweep) if listed else isinstance(read.value(), int | float)  # including true and false
     return f"{key}={quoted(value)}" if key in _text_keys() and is_text else word
 
 

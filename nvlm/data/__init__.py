@@ -1,1 +1,1 @@
-"""From records on disk to packed batches. Imports neither Megatron nor torch.distributed."""
+"""Turns records on disk into packed batches. Imports neither Megatron nor torch.distributed."""

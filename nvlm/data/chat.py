@@ -1,13 +1,12 @@
-"""ChatML with image slots: messages become runs of ids, each trained on or not, with image slots between them.
+"""ChatML with image slots: messages become runs of token ids, with or without loss, and image slots between them.
 
-Template: `<|im_start|>role\\ncontent<|im_end|>\\n`, in the Yi variant of NVLM behind a token that begins every
-conversation; loss on the assistant's words and its `<|im_end|>` (NVLM appendix E).
+Template: `<|im_start|>role\\ncontent<|im_end|>\\n`; in NVLM's Yi variant a begin token starts every conversation. The
+loss is on the assistant's text and its `<|im_end|>` (NVLM appendix E).
 
-Text and tags are tokenised in one of three ways. `apart`: each by itself, as NVLM was trained. `joined`, as NVLM-D's
-Hugging Face release does it: all text between two special tokens is one, so that the `>` of `<Image>` and the `<` of
-the first tag may become one token. `vllm`: `<Image>` and the first tag are one text, `</Image>` and the line end
-behind it are texts by themselves. In all three an assistant's words are apart from their header, since generation
-begins behind it.
+Text and tags are tokenised in one of three ways. `apart`: each separately, as in NVLM's training. `joined`, as in
+NVLM-D's Hugging Face release: all text between two special tokens together, so that the `>` of `<Image>` and the `<`
+of the first tag may become one token. `vllm`: `<Image>` and the first tag together, `</Image>` and the following line
+end each separately. In all three an assistant's text is tokenised apart from its header, where generation starts.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from nvlm.data.messages import Turn
 from nvlm.data.record import BadRecord
 from nvlm.data.tokenizer import ChatTokenizer
 
-# vLLM looks for the tokens of the mark and its line end. Before a further line end they would be others.
+# vLLM searches for the tokens of the mark and its line end, which differ if another line end follows.
 _LINE_OF_IMAGE = re.compile(rf"(?m)^{IMAGE_MARK}\n(?!\n)")
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Token ids with or without loss, or an image slot (`image` is its number)."""
+    """Token ids with or without loss, or an image slot (`image` is the image's number)."""
 
     ids: tuple[int, ...] = ()
     trained: bool = False
@@ -41,11 +40,11 @@ def chatml(
     tokenize: str = "apart",
     first_tags: Sequence[str] = (),
 ) -> list[Run]:
-    """The conversation as runs. `system` stands first unless the conversation brings its own.
+    """The conversation as runs. `system` is put first unless the conversation has its own system turn.
 
-    `tokenize`: apart, joined or vllm, as above. `first_tags`: the tag that stands first in each image's slot, which in
-    the latter two is part of the text. There an image in an assistant's turn raises BadRecord, in the last also one
-    that does not have a line of its own.
+    `tokenize`: apart, joined or vllm, as above. `first_tags`: the first tag in each image's slot, which is part of the
+    text for joined and vllm. With these two, an image in an assistant's turn raises BadRecord; with vllm, so does an
+    image that is not on its own line.
     """
     if system and turns[0].role != "system":
         turns = [Turn("system", system), *turns]
@@ -62,7 +61,7 @@ def chatml(
         runs += [Run((tokenizer.im_end,), turn.learned), Run(tokenizer.encode("\n"))]
         images += turn.text.count(IMAGE_MARK)
         if tokenize != "apart" and words and IMAGE_MARK in turn.text:
-            raise BadRecord(f"an image in an assistant's turn, which data.tokenize={tokenize} has no form for")
+            raise BadRecord(f"an image in an assistant's turn, which data.tokenize={tokenize} does not support")
     return runs
 
 
@@ -88,7 +87,7 @@ def _joined(turn: Turn, image: int, tokenizer: ChatTokenizer, first_tags: Sequen
 def _as_vllm(turn: Turn, image: int, tokenizer: ChatTokenizer, first_tags: Sequence[str]) -> list[Run]:
     before, *behind = _LINE_OF_IMAGE.split(turn.text)
     if len(behind) < turn.text.count(IMAGE_MARK):
-        raise BadRecord(f"{IMAGE_MARK} within a line or before an empty one, which vLLM does not find")
+        raise BadRecord(f"{IMAGE_MARK} inside a line or before an empty line, where vLLM does not find it")
     runs = [Run(tokenizer.encode(f"{turn.role}\n{before}"))]
     for number, fragment in enumerate(behind, start=image):
         runs += [Run(tokenizer.encode(f"<Image>{first_tags[number]}")), Run(image=number)]
@@ -103,7 +102,7 @@ def prompt(
     tokenize: str = "apart",
     first_tags: Sequence[str] = (),
 ) -> list[Run]:
-    """The conversation, and an assistant's turn opened behind it: what generation starts from."""
+    """The conversation, followed by the header of an assistant's turn: the prompt for generation."""
     if turns[-1].role == "assistant":
         raise BadRecord("the last turn is the assistant's, expected a user's")
     opened = Run((tokenizer.im_start, *tokenizer.encode("assistant\n")))

@@ -1,4 +1,4 @@
-"""The tokens that a published folder says its model ends an answer with, beside the template's end of turn."""
+"""Finds the tokens with which a published model ends an answer, besides the template's end of turn."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from nvlm.config.values import problem
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer, key: str) -> frozenset[int]:
-    """The ids of `eos_token_id` in generation_config.json (without that file: in config.json), a number or a list of
-    them, and of `eos_token` in tokenizer_config.json and special_tokens_map.json.
+    """The ids from `eos_token_id` (a number or a list) in generation_config.json or, without that file, config.json,
+    and from `eos_token` in tokenizer_config.json and special_tokens_map.json.
 
-    `key`: the setting that named the folder. Raises ConfigError for a damaged file.
+    `key`: the setting that the folder came from. Raises ConfigError for a damaged file.
     """
     files = ("generation_config.json", "config.json", "tokenizer_config.json", "special_tokens_map.json")
     generation, model, *texts = (read_json(folder / name, key) for name in files)
@@ -26,7 +26,7 @@ def end_tokens(folder: Path, tokenizer: Tokenizer, key: str) -> frozenset[int]:
 
 
 def read_json(file: Path, key: str) -> dict | None:
-    """The object in `file`, None where there is no such file. Raises ConfigError."""
+    """The object in `file`, or None without such a file. Raises ConfigError."""
     if not file.is_file():
         return None
     try:
@@ -39,6 +39,6 @@ def read_json(file: Path, key: str) -> dict | None:
 
 
 def token_texts(token: object) -> Iterable[str]:
-    """A token stands in such a file as its text or as an object with its text."""
+    """The text of a token, which such files give as a string or as an object that contains it."""
     text = token.get("content") if isinstance(token, dict) else token
     return [text] if isinstance(text, str) else []

@@ -1,7 +1,7 @@
-"""Images of records: found below the data folder, opened as regular files alone, decoded as they are stored.
+"""Images of records: looked up in the data folder, opened only if they are regular files, decoded as stored.
 
-Input is untrusted: no URL is fetched, a path stays inside the folder of its records file, and an image's header is
-looked at before its pixels are. All formats follow one rule: an orientation is not applied. Imports no torch.
+Input is untrusted: no URL is fetched, paths must stay inside the folder of the records file, and an image's header is
+checked before its pixels are read. Orientation tags are ignored in every format. Imports no torch.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _KINDS = {
 
 
 def image_path(root: Path, path: Any) -> Path:
-    """The file that a record's `path` means, below the data folder `root` (resolved). Raises BadRecord."""
+    """The file that a record's `path` refers to, inside the data folder `root` (resolved). Raises BadRecord."""
     if not isinstance(path, str):
         raise BadRecord(f"image path is {type(path).__name__}, expected text")
     if "\0" in path:
-        raise BadRecord(f"image path {path!r} holds a NUL character")
+        raise BadRecord(f"image path {path!r} contains a NUL character")
     full = Path(os.path.realpath(root / path))
     if full.is_relative_to(root):
         return full
@@ -56,7 +56,7 @@ def image_path(root: Path, path: Any) -> Path:
 
 
 def _link_that_leaves(root: Path, path: str) -> Path | None:
-    """The first part of `path` that is a link out of `root`; None where the path leaves it by itself."""
+    """The first part of `path` that is a link out of `root`; None if the path leaves it without a link."""
     if not Path(os.path.normpath(root / path)).is_relative_to(root):
         return None
     parts = Path(path).parts
@@ -65,7 +65,7 @@ def _link_that_leaves(root: Path, path: str) -> Path | None:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A regular file, opened for reading; OSError says what else it is. Reading a pipe or a device could hang."""
+    """Open a regular file for reading. Raises OSError for anything else: reading a pipe or a device could hang."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         raise OSError(f"{_KINDS.get(stat.S_IFMT(mode), 'something')}, not a regular file")
@@ -73,7 +73,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def image_size(source: bytes | Path | Image.Image, max_pixels: int) -> tuple[int, int]:
-    """(width, height) in px from an image's header, without its pixels; BadRecord as in `decode_image`."""
+    """(width, height) in px from an image's header, without its pixels. Raises BadRecord like `decode_image`."""
     if isinstance(source, Image.Image):
         return _stored_size(source)
     with _opened(source, max_pixels) as image:
@@ -81,7 +81,7 @@ def image_size(source: bytes | Path | Image.Image, max_pixels: int) -> tuple[int
 
 
 def decode_image(source: bytes | Path | Image.Image, max_pixels: int) -> Image.Image:
-    """A decoded image of at most `max_pixels` px; BadRecord for one that is missing, broken or larger."""
+    """The decoded image. Raises BadRecord if it is missing, broken or larger than `max_pixels` px."""
     if isinstance(source, Image.Image):
         return _as_stored(source)
     with _opened(source, max_pixels) as image:
@@ -90,7 +90,7 @@ def decode_image(source: bytes | Path | Image.Image, max_pixels: int) -> Image.I
 
 
 def _orientation(image: Image.Image) -> int:
-    """The orientation that Pillow applies to `image` when it loads it, as it does to TIFF alone; 1 for none."""
+    """The orientation that Pillow applies when it loads `image`, which it does only for TIFF; 1 for none."""
     return image.getexif().get(_ORIENTATION, 1) if image.format == "TIFF" else 1
 
 
@@ -105,14 +105,14 @@ def _as_stored(image: Image.Image) -> Image.Image:
     image.load()
     stored = image.transpose(_TURN_BACK[turned]) if turned in _TURN_BACK else image
     if stored.size != size:
-        raise BadRecord(f"{size[0]} x {size[1]} px by its header, but {stored.width} x {stored.height} px of pixels")
+        raise BadRecord(f"{size[0]} x {size[1]} px in its header, but {stored.width} x {stored.height} px of pixels")
     return stored
 
 
 @contextmanager
 def _opened(source: bytes | Path, max_pixels: int) -> Iterator[Image.Image]:
-    """An image of which the header alone is read. Whatever Pillow raises, also within the block, becomes BadRecord
-    with the image's name."""
+    """An image of which only the header has been read. Anything that Pillow raises, even within the block, becomes
+    BadRecord with the image's name."""
     name = source.name if isinstance(source, Path) else "embedded image"
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)

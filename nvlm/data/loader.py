@@ -1,8 +1,8 @@
-"""Steps of packed micro-batches. What a step holds is a function of (seed, step) alone, so a resumed run, also on
-another number of data-parallel replicas, sees the same samples.
+"""Steps of packed micro-batches. The contents of a step depend only on (seed, step), so a resumed run sees the same
+samples, even with another number of data-parallel replicas.
 
-The records of a window of steps are packed together. For that their lengths are enough: text is tokenised and image
-headers are read, and tiles planned from them. Pixels are read only once a step needs them, and cut as planned."""
+The records of a window of steps are packed together. Packing needs only lengths, so text is tokenised and tiles are
+planned from image headers. Pixels are read when a step needs them, and cut as planned."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from nvlm.data.work import count_work
 
 @dataclass(frozen=True, slots=True)
 class StepData:
-    """One optimizer step's data of one replica: its micro-batches, and the records it had to skip.
+    """One replica's data for one optimizer step: its micro-batches and the records that were skipped.
 
-    `fewer_tiles`: records whose images have fewer tiles than tiling.max_tiles would give them, for want of room.
+    `fewer_tiles`: records whose images got fewer tiles than tiling.max_tiles allows, so that they fit.
     """
 
     micro_batches: tuple[Batch, ...]
@@ -41,7 +41,7 @@ class StepData:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A record, the text tokens and cross-attended tokens that it takes, and what its images are cut into."""
+    """A record, its lengths in text tokens and cross-attended tokens, and the tile plans of its images."""
 
     index: int
     lengths: tuple[int, int]
@@ -50,7 +50,7 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What all replicas together do in a step: rows, longest first, and records that are known to be bad."""
+    """A step of all replicas together: its rows, longest first, and the records already known to be bad."""
 
     rows: tuple[tuple[Planned, ...], ...]
     skipped: tuple[tuple[str, str], ...]  # (name, reason)
@@ -62,14 +62,14 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def step_records(seed: int, step: int, global_batch: int, count: int) -> list[int]:
-    """Indices of the records of `step` (from 0): epochs are permutations, one behind the other."""
+    """Indices of the records of `step` (from 0). Each epoch is a permutation of all records."""
     numbers = range(step * global_batch, (step + 1) * global_batch)
     return [int(_permutation(seed, n // count, count)[n % count]) for n in numbers]
 
 
 @dataclass(frozen=True)
 class Steps(Dataset):
-    """Map-style: index = step."""
+    """All steps as a map-style dataset whose index is the step."""
 
     records: Records
     processor: Processor
@@ -83,14 +83,14 @@ class Steps(Dataset):
     multiple: int = 8  # row lengths are multiples of this many tokens
     window: int = 1  # steps whose records are packed together
     groups: int = 1  # the number of micro-batches is a multiple of this
-    ends: tuple[int, ...] = ()  # where the run was to end before it was made longer
+    ends: tuple[int, ...] = ()  # former values of `steps` of a run that was extended
 
     def __len__(self) -> int:
         return self.steps
 
     def window_of(self, step: int) -> range:
-        """The steps whose records are packed with those of `step`. The run's end cuts the last window, which stays as
-        it was where the run is made longer: what its finished steps saw is not seen again, and nothing is left out."""
+        """The steps whose records are packed with those of `step`. The run's end cuts the last window short. It stays
+        short if the run is extended later, so that no record is repeated or left out."""
         first = step // self.window * self.window
         last = min(first + self.window, self.steps)
         cuts = [first, *sorted(end for end in self.ends if first < end < last), last]
@@ -110,7 +110,7 @@ class Steps(Dataset):
         return StepData(batches, records, tuple(skipped), sum(map(count_work, batches), Work()), fewer)
 
     def _decode(self, row: Sequence[Planned], skipped: list[tuple[str, str]]) -> list[Sample]:
-        """The samples of a row; one whose pixels turn out to be broken is left out and added to `skipped`."""
+        """The samples of a row. A sample whose pixels cannot be decoded is dropped and added to `skipped`."""
         samples = []
         for planned in row:
             try:
@@ -124,14 +124,14 @@ class Steps(Dataset):
         return collate(samples, self.processor.tile_size, self.multiple, step=step, numbers=numbers)
 
     def _micro_batches(self, rows: list) -> list[list]:
-        """At least one, the last ones maybe short or empty."""
+        """Groups of `rows`, at least one; the last ones may be short or empty."""
         count = max(1, math.ceil(len(rows) / self.micro_batch))
         count = math.ceil(count / self.groups) * self.groups
         return [rows[i * self.micro_batch : (i + 1) * self.micro_batch] for i in range(count)]
 
 
 def _encode(steps: Steps, planned: Planned) -> Sample:
-    fix = "Fix: leave records and images alone while a run reads them"
+    fix = "Fix: do not change records or images while a run reads them"
     try:
         with one_record():
             record = steps.records[planned.index]
@@ -149,12 +149,12 @@ def _encode(steps: Steps, planned: Planned) -> Sample:
 
 @lru_cache(maxsize=2)
 def plan_window(steps: Steps, numbers: range) -> tuple[StepPlan, ...]:
-    """Plans of the steps `numbers`, which are a window. The same on all replicas."""
+    """Plans of the steps `numbers`, which form a window; the same on all replicas."""
     drawn = [step_records(steps.seed, step, steps.global_batch, len(steps.records)) for step in numbers]
     measured = [_measure(steps, indices) for indices in drawn]
     good = [planned for found, _ in measured for planned in found]
     lengths = [planned.lengths for planned in good]
-    # Every step gets a row where it can: a step without one would still move the weights.
+    # Every step gets a row if there are enough: a step without one learns nothing.
     rows = pack(lengths, steps.row_length, steps.processor.cross_length, at_least=len(numbers))
     seed = (steps.seed, numbers.start // steps.window, len(numbers))
     hands = deal([tuple(good[i] for i in row) for row in rows], len(numbers), seed)
@@ -162,7 +162,7 @@ def plan_window(steps: Steps, numbers: range) -> tuple[StepPlan, ...]:
 
 
 def _measure(steps: Steps, indices: Sequence[int]) -> tuple[list[Planned], tuple[tuple[str, str], ...]]:
-    """The records that can be packed, and (name, reason) of the others."""
+    """The records that can be packed, and (name, reason) for the others."""
     good, bad = [], []
     for index in indices:
         try:
@@ -175,7 +175,7 @@ def _measure(steps: Steps, indices: Sequence[int]) -> tuple[list[Planned], tuple
 
 
 def load_steps(steps: Steps, first: int, workers: int) -> Iterator[StepData]:
-    """Steps `first`, `first` + 1, ... to the end, prepared by `workers` processes (0: in this one)."""
+    """Steps `first`, `first` + 1, ... up to the end, prepared by `workers` processes (0: in this process)."""
     return iter(
         DataLoader(
             steps,

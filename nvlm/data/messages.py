@@ -1,7 +1,7 @@
-"""What a record's messages may say, and where its images stand. Imports no torch.
+"""What a record's messages may contain, and where its images go. Imports no torch.
 
-A key to which other trainers give a meaning is understood or refused by name, so that nothing is trained without its
-picture, or on a turn that was to be left out. A key whose value is null or empty says nothing.
+Keys that mean something to other trainers are either supported or refused by name, so that no record is trained
+without its image or on a turn that was meant to be excluded. A key whose value is null or empty is ignored.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from nvlm.data.record import BadRecord, Record
 ROLES = ("system", "user", "assistant")
 MESSAGE_KEYS = ("role", "content", "loss", "weight")
 
-# Keys beside `messages` that others give a meaning, and what to write instead. All other keys are the user's own.
+# Keys of a record that mean something to other trainers, and what to write instead. All other keys are ignored.
 _ELSEWHERE = {
-    **dict.fromkeys(("image", "image_path", "image_url"), "paths of images stand in the list `images`"),
-    **dict.fromkeys(("video", "videos", "audio", "audios"), "there are images alone"),
-    **dict.fromkeys(("conversations", "conversation"), "the dialogue stands in `messages`"),
-    "system": "it stands in `messages`, as the first turn",
-    **dict.fromkeys(("tools", "functions"), "no template for tools is known"),
-    **dict.fromkeys(("chosen", "rejected", "rejected_response"), "preferences are not learned from"),
-    "objects": "boxes are written into the text",
+    **dict.fromkeys(("image", "image_path", "image_url"), "put the paths of images into the list `images`"),
+    **dict.fromkeys(("video", "videos", "audio", "audios"), "only images are supported"),
+    **dict.fromkeys(("conversations", "conversation"), "put the dialogue into `messages`"),
+    "system": "put it into `messages`, as the first turn",
+    **dict.fromkeys(("tools", "functions"), "tools are not supported"),
+    **dict.fromkeys(("chosen", "rejected", "rejected_response"), "preferences are not supported"),
+    "objects": "write boxes into the text",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message: its text with `<image>` marks, and whether it is learned from (an assistant's is, by default)."""
+    """One message: its text with `<image>` marks, and whether it has loss (by default, only an assistant's has)."""
 
     role: str
     text: str
@@ -39,17 +39,17 @@ class Turn:
 
 
 class NoAnswer(BadRecord):
-    """A held-out record that can be asked, but not scored."""
+    """A held-out record without an answer, which cannot be scored."""
 
 
 def check_row(row: Any) -> None:
-    """Raise BadRecord where a line's value is no record, or has a key that would be passed over though it has a
-    meaning elsewhere."""
+    """Raise BadRecord if a line's value is not a record, or if it has a key that means something to other trainers but
+    would be ignored here."""
     if not isinstance(row, dict):
         raise BadRecord(f"{_kind(row)}, expected an object")
     if says(row.get("conversations")) and "messages" not in row:
         raise BadRecord(
-            "`conversations` (LLaVA's form) in the place of `messages`: data=jsonl reads messages of role and content"
+            "`conversations` (LLaVA's format) instead of `messages`: data=jsonl reads messages with role and content"
         )
     for key, instead in _ELSEWHERE.items():
         if says(row.get(key)):
@@ -59,12 +59,12 @@ def check_row(row: Any) -> None:
 
 
 def read_turns(messages: Sequence[Any]) -> list[Turn]:
-    """The messages as turns. Raises BadRecord for what it does not understand."""
+    """The messages as turns. Raises BadRecord for anything that is not supported."""
     return [_turn(message) for message in messages]
 
 
 def says(value: Any) -> bool:
-    """False for null and whatever is empty: writers of tables fill all columns."""
+    """False for null and anything empty, with which table formats fill unused columns."""
     return value is not None and value != "" and value != [] and value != {}
 
 
@@ -92,7 +92,7 @@ def _part(part: Any) -> str:
         _refuse_others(part, ("type",), "part of type image")
         return IMAGE_MARK
     if kind != "text":
-        raise BadRecord(f"a part of type {kind!r}, expected text or image (paths stand in the record's `images`)")
+        raise BadRecord(f"a part of type {kind!r}, expected text or image (put paths into the record's `images`)")
     _refuse_others(part, ("type", "text"), "part of type text")
     if not isinstance(part.get("text"), str):
         raise BadRecord(f"the text of a part is {_kind(part.get('text'))}, expected text")
@@ -102,11 +102,11 @@ def _part(part: Any) -> str:
 def _refuse_others(values: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
     for key, value in values.items():
         if key not in known and says(value):
-            raise BadRecord(f"key {key!r} of a {what} is not understood, expected {', '.join(known)} alone")
+            raise BadRecord(f"key {key!r} of a {what} is not supported, expected only {', '.join(known)}")
 
 
 def _learned(role: str, message: Mapping[str, Any]) -> bool:
-    """Whether a turn is learned: an assistant's, unless `loss` is false or `weight` is 0."""
+    """Whether a turn has loss: an assistant's has, unless `loss` is false or `weight` is 0."""
     said = {}
     for key in ("loss", "weight"):
         value = message.get(key)
@@ -119,7 +119,9 @@ def _learned(role: str, message: Mapping[str, Any]) -> bool:
         raise BadRecord(f"loss and weight of a message of role {role} contradict each other")
     wanted = next(iter(said.values()), role == "assistant")
     if wanted and role != "assistant":
-        raise BadRecord(f"{next(iter(said))} asks to learn a message of role {role}: only an assistant's are learned")
+        raise BadRecord(
+            f"{next(iter(said))} asks for loss on a message of role {role}: only the assistant's can have loss"
+        )
     return wanted
 
 
@@ -137,10 +139,9 @@ def _kind(value: Any) -> str:
 
 
 def place_images(turns: Sequence[Turn], images: int) -> list[Turn]:
-    """The turns with a mark for each image: as many marks as images, or none, and then all stand in front of the
-    first user turn's text.
+    """The turns with a mark for each image. If the text has no marks, all go in front of the first user turn's text.
 
-    Raises BadRecord for a conversation without a user turn, and for any other number of marks.
+    Raises BadRecord for a conversation without a user turn, and if the text has some marks, but not one per image.
     """
     first_user = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
     if first_user is None:
@@ -155,20 +156,20 @@ def place_images(turns: Sequence[Turn], images: int) -> list[Turn]:
 
 
 def check_learns(turns: Sequence[Turn]) -> None:
-    """Raise BadRecord where there is nothing to learn: no assistant turn that is learned, or only empty ones."""
+    """Raise BadRecord if there is nothing to learn: no assistant turn with loss, or only empty ones."""
     if not any(turn.role == "assistant" for turn in turns):
         raise BadRecord("no assistant turn to learn from")
     learned = [turn for turn in turns if turn.learned]
     if not learned:
         raise BadRecord("no assistant turn to learn from: all have loss false or weight 0")
     if not any(turn.text.strip() for turn in learned):
-        raise BadRecord("no words to learn: every assistant turn that is learned is empty")
+        raise BadRecord("no text to learn: every assistant turn with loss is empty")
 
 
 def first_question(record: Record) -> tuple[Record, str]:
-    """`record` up to its first learned assistant turn, with the images that stand there, and that turn's text.
+    """`record` before its first assistant turn with loss and text, with the images up to there, and that turn's text.
 
-    Raises BadRecord, also where no such turn has any words.
+    Raises BadRecord, in particular NoAnswer if there is no such turn.
     """
     turns = place_images(read_turns(record.messages), len(record.images))
     asked = list(takewhile(lambda turn: not (turn.learned and turn.text.strip()), turns))

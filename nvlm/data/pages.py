@@ -1,8 +1,8 @@
 """The built-in task: pages of handwritten digits (scikit-learn's 8x8 scans), with questions about them.
 
-A page is made for a grid of (cols, rows) tiles from 1:6 to 6:1, and one digit stands somewhere in every tile.
-On the thumbnail of such a page the digits are too small or too squeezed to read, so tiling decides the score.
-Training and held-out pages draw from disjoint pools of scans. Lengths are in pixels unless a name says cells.
+A page is made for a grid of (cols, rows) tiles from 1:6 to 6:1, with one digit somewhere in every tile. On the page's
+thumbnail the digits are too small or too distorted to read, so the score depends on tiling. Training and held-out
+pages draw from disjoint pools of scans. Lengths are in pixels unless a name says cells.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CELLS = 4  # cells per tile side: one visual token covers one cell of 28 px
 GRIDS = tuple((c, r) for c in range(1, 7) for r in range(1, 7) if c * r <= 6)  # (cols, rows), 14 of them
 KINDS = ("tile", "row", "page", "count")
 SHARES = (0.4, 0.25, 0.25, 0.1)  # of each kind, where the page allows it
-MAX_QUESTIONS = 12  # a one-tile page has no more different ones: its row, the page, ten counts
+MAX_QUESTIONS = 12  # a one-tile page has only these: its row, the page, ten counts
 VERSION = 2  # part of the datasets cache key: raise it when pages or questions change
 
 _SPLITS = {"train": 0, "heldout": 1}
@@ -49,7 +49,7 @@ def _grain() -> np.ndarray:
 def draw_digit(
     ink: np.ndarray, scan: np.ndarray, centre: tuple[float, float], size: tuple[float, float], rng: np.random.Generator
 ) -> None:
-    """Draw one scan onto ink [height, width] (0..1), smoothly enlarged, a little turned and slanted.
+    """Draw one scan onto ink [height, width] (0..1), smoothly enlarged, slightly rotated and slanted.
 
     centre and size are (x, y) and (width, height) in px of the page.
     """
@@ -91,22 +91,22 @@ def on_paper(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
 def draw_page(split: str, grid: tuple[int, int], rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
     """A page for grid = (cols, rows) tiles and its digits [rows, cols].
 
-    The page's size is random: it is resized to (cols * TILE, rows * TILE) when it is tiled, and its aspect is
-    near enough to cols / rows for the tiling rule to choose that grid.
+    The page's size is random; tiling resizes it to (cols * TILE, rows * TILE). Its aspect ratio is close enough to
+    cols / rows for the tiling rule to choose that grid.
     """
     cols, rows = grid
     scans, labels = digit_pool(split)
     zoom = rng.uniform(0.8, 1.25) * np.exp(rng.uniform(-0.02, 0.02, 2))  # page px per tile px, (x, y)
     if cols == rows:
-        zoom[:] = zoom[0]  # 1:1 and 2:2 tie for a square alone, and there the area decides
+        zoom[:] = zoom[0]  # only for a square do 1:1 and 2:2 tie, so that the area decides
     width, height = round(cols * TILE * zoom[0]), round(rows * TILE * zoom[1])
     ink = np.zeros((height, width), np.float32)
-    # Few different digits on some pages, so that counting has more answers than 0 and 1.
+    # Some pages have few different digits, so that counts other than 0 and 1 occur.
     palette = rng.permutation(10)[: rng.integers(2, 11)]
     digits = rng.choice(palette, (rows, cols))
     cell = TILE / CELLS
     for row in range(rows):
-        line = rng.integers(CELLS)  # the digits of a row stand on one line
+        line = rng.integers(CELLS)  # the digits of a row are on one line
         for col in range(cols):
             at = np.array([col, row]) * TILE + (np.array([rng.integers(CELLS), line]) + 0.5) * cell
             at = (at + rng.uniform(-2.5, 2.5, 2)) * zoom
@@ -160,7 +160,7 @@ def make_page(split: str, seed: int, index: int, questions: int) -> dict[str, An
 
 
 def _records(split: str, indices: list[int], seed: int, questions: int, version: int) -> Iterator[dict[str, Any]]:
-    """The records with these indices, their pages as JPEG bytes; version only enters the cache key."""
+    """The records with these indices, their pages as JPEG bytes; version is only part of the cache key."""
     for index in indices:
         record = make_page(split, seed, index, questions)
         data = io.BytesIO()
@@ -171,8 +171,8 @@ def _records(split: str, indices: list[int], seed: int, questions: int, version:
 def build_pages(split: str, count: int, seed: int = 0, questions_per_page: int = 4) -> Dataset:
     """Pages 0..count-1 of a split ("train" or "heldout") with columns id, messages, images and kinds.
 
-    kinds names the kind of each question, in the order of the turns. Record i depends on (split, seed, i) and
-    questions_per_page alone. Built once (about 2.5 ms and 10 kB a page), then read from the datasets cache.
+    kinds holds the kind of each question, in the order of the turns. Record i depends only on (split, seed, i) and
+    questions_per_page. Built once (about 2.5 ms and 10 kB per page), then read from the datasets cache.
     """
     from datasets import Dataset, Features, Image, Sequence, Value
 

@@ -1,4 +1,4 @@
-"""A record as it was read, and what happens to one that cannot be used. Imports no torch."""
+"""A record as read from disk, and the exceptions for records that cannot be used. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LONGEST = 300  # characters of a reason
 
 
 class BadRecord(ValueError):
-    """A record that cannot be used; the message is the reason that skipped.jsonl gives."""
+    """A record that cannot be used; the message is the reason for skipped.jsonl."""
 
 
 class ImageChanged(BadRecord):
@@ -22,7 +22,7 @@ class ImageChanged(BadRecord):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One conversation as it was read: messages of {role, content}, and its images, not yet decoded."""
+    """One conversation as read: messages of {role, content}, and its images, not yet decoded."""
 
     id: str
     messages: list[dict[str, Any]]
@@ -31,10 +31,10 @@ class Record:
 
 @contextmanager
 def one_record() -> Iterator[None]:
-    """Turns whatever goes wrong with the one record that is read, decoded or encoded in the block into BadRecord.
+    """Turns any error about the one record that is read, decoded or tokenised in the block into BadRecord.
 
-    Readers and decoders of untrusted input raise exceptions of any type. A failed assertion is our own mistake, too
-    little memory the machine's, a ConfigError the user's: these pass.
+    Readers and decoders of untrusted input may raise exceptions of any type. AssertionError (our own mistake),
+    MemoryError (the machine's) and ConfigError (the user's) pass.
     """
     try:
         yield
@@ -47,7 +47,7 @@ def one_record() -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """`text` as one line of limited length that every console and file can hold."""
+    """`text` as one line of limited length that any console or file can show."""
     line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."

@@ -1,7 +1,7 @@
-"""Dynamic high resolution tiling: which grid an image gets, its tags, its pixels and its token counts.
+"""Dynamic high-resolution tiling: an image's grid, its tags, its pixels and its token counts.
 
-grid and tags are plain Python, so a config can be checked without loading torch; the names that
-need torch live in pixels and are loaded on first use.
+grid and tags are plain Python, so that a configuration can be checked without loading torch. Names that need torch
+are in pixels and loaded on first use.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NEEDS_TORCH = ("normalize", "tile_image")
 
 
 def __getattr__(name: str) -> Any:
-    """Load a torch-backed name from pixels when it is first asked for (PEP 562)."""
+    """Load a name that needs torch from pixels on first access (PEP 562)."""
     if name not in _NEEDS_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from nvlm.tiling import pixels

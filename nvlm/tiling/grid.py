@@ -1,7 +1,7 @@
-"""Which tile grid an image gets, from its size alone: integers in, integers out, no pixels and no torch.
+"""Chooses an image's tile grid from its size: integers in, integers out, no pixels and no torch.
 
-A grid is (cols, rows). The tiles of an image are its regular tiles row-major, then a thumbnail of the
-whole image; an image with a 1x1 grid has the thumbnail alone.
+A grid is (cols, rows). An image's tiles are its regular tiles in row-major order, then a thumbnail of the whole
+image; an image with a 1x1 grid has only the thumbnail.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-# Where several images overflow a sample, the limit on tiles per image steps down these values.
+# If the images of a sample do not fit, the limit on tiles per image is lowered to these values in turn.
 _LADDER = (12, 8, 6, 4, 2, 1)
 
 
@@ -24,12 +24,12 @@ class TilePlan:
 
     @property
     def num_regular(self) -> int:
-        """Tiles cut out of the image, without the thumbnail: 0 for a 1x1 grid."""
+        """Number of tiles cut from the image, without the thumbnail; 0 for a 1x1 grid."""
         return 0 if self.cols == self.rows == 1 else self.cols * self.rows
 
     @property
     def num_tiles(self) -> int:
-        """All tiles, the thumbnail included; the thumbnail is the last."""
+        """Number of all tiles, including the thumbnail, which is the last one."""
         return self.num_regular + 1
 
     @property
@@ -43,7 +43,7 @@ class TilePlan:
         return self.rows * self.tile_size
 
     def boxes(self) -> tuple[tuple[int, int, int, int], ...]:
-        """Crop boxes (left, top, right, bottom) of the regular tiles, px of the resized image, row-major."""
+        """Crop boxes (left, top, right, bottom) of the regular tiles in px of the resized image, row-major."""
         size = self.tile_size
         corners = (((k % self.cols) * size, (k // self.cols) * size) for k in range(self.num_regular))
         return tuple((x, y, x + size, y + size) for x, y in corners)
@@ -51,24 +51,24 @@ class TilePlan:
 
 @cache
 def ratios(max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """Every grid (cols, rows) of at most max_tiles tiles, fewest tiles first (NVLM section 4.1)."""
+    """All grids (cols, rows) of at most max_tiles tiles, fewest tiles first (NVLM section 4.1)."""
     _require_positive(max_tiles=max_tiles)
     grids = ((i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles // i + 1))
-    # Only the order by tile count matters to choose_grid: up to 64 tiles, no two grids with the same count
-    # are neighbours in aspect, so they never tie for the best. The order by cols makes this one definite.
+    # choose_grid depends only on the order by tile count: up to 64 tiles, no two grids with the same count are
+    # adjacent in aspect ratio, so they never tie for the best. Sorting by cols just makes the order definite.
     return tuple(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0])))
 
 
 def choose_grid(width: int, height: int, max_tiles: int = 6, tile_size: int = 448) -> tuple[int, int]:
-    """Grid (cols, rows) nearest in aspect to a width x height px image (NVLM section 4.1).
+    """Grid (cols, rows) closest in aspect ratio to a width x height px image (NVLM section 4.1).
 
-    On an exact tie the grid with more tiles wins if the image has more than half its pixels.
+    On an exact tie, the grid with more tiles wins if the image has more than half as many pixels as it.
     Raises ValueError unless every argument is positive.
     """
     _require_positive(width=width, height=height, max_tiles=max_tiles, tile_size=tile_size)
     aspect = width / height
     best, best_gap = (1, 1), float("inf")
-    # Ties are ties of floats, as in the published code: exact fractions would choose other grids.
+    # Floats are compared for ties, as in the published code: exact fractions would choose other grids.
     for cols, rows in ratios(max_tiles):
         gap = abs(aspect - cols / rows)
         tie_won = gap == best_gap and width * height > 0.5 * tile_size * tile_size * cols * rows
@@ -78,7 +78,7 @@ def choose_grid(width: int, height: int, max_tiles: int = 6, tile_size: int = 44
 
 
 def plan_tiles(width: int, height: int, max_tiles: int = 6, tile_size: int = 448) -> TilePlan:
-    """Tile plan of a width x height px image; ValueError unless every argument is positive."""
+    """Tile plan of a width x height px image. Raises ValueError unless every argument is positive."""
     return TilePlan(*choose_grid(width, height, max_tiles, tile_size), tile_size)
 
 
@@ -89,11 +89,11 @@ def fit_max_tiles(
     max_tiles: int = 6,
     tile_size: int = 448,
 ) -> tuple[TilePlan, ...]:
-    """Plans for the images of one sample whose token counts sum to at most room.
+    """Plans for the images of one sample, with at most `room` tokens in total.
 
-    sizes are (width, height) in px, tokens_of gives the tokens of one plan. The same limit on tiles holds
-    for every image of the sample: max_tiles first, then the values of 12, 8, 6, 4, 2, 1 below it, until the
-    images fit. Raises ValueError with both counts when they don't fit even with one tile each.
+    `sizes`: (width, height) in px; `tokens_of`: the number of tokens of a plan. All images of the sample have the same
+    limit on tiles: max_tiles, then the values of 12, 8, 6, 4, 2, 1 below it, until the images fit. Raises ValueError
+    with both counts if they do not fit even with one tile each.
     """
     _require_positive(max_tiles=max_tiles)
     needed = 0

@@ -1,6 +1,6 @@
-"""The text that stands before each tile and tells the language model where it lies (NVLM section 4.2).
+"""The text in front of each tile that tells the language model the tile's position (NVLM section 4.2).
 
-Tags are ordinary text for the language model's own tokenizer; nothing here knows a tokenizer.
+Tags are ordinary text for the language model's tokenizer, which this module does not need.
 """
 
 from __future__ import annotations
@@ -9,25 +9,25 @@ from nvlm.tiling.grid import TilePlan
 
 TAG_STYLES = ("none", "1d", "2d_grid", "2d_bbox")
 
-# Bounding boxes elsewhere in the training data are integers below 1000, so tile boxes use the same scale.
+# Other bounding boxes in the training data are integers below 1000, so tile boxes use the same scale.
 _BOX_MAX = 999
 
 
 def tile_tags(
     plan: TilePlan, style: str, max_tiles: int = 6, thumbnail: str = "<tile_global_thumbnail>"
 ) -> tuple[str, ...]:
-    """One tag per tile of plan, thumbnail last; a 1x1 plan has the thumbnail's tag alone.
+    """One tag per tile of plan, thumbnail last; a 1x1 plan has only the thumbnail's tag.
 
     none: empty strings.
-    1d: <tile_1>, <tile_2>, ... padded with zeros to the digits of max_tiles, so that with usual tokenizers
-        all tags of a run have the same length.
-    2d_grid: <tile_x0_y0>, ... with x the column and y the row.
-    2d_bbox: <box> (x0, y0), (x1, y1) </box>, left-top and right-bottom corner of the tile in the whole image,
-        where 0 is its left or top edge and 999 its right or bottom edge: edge e of n is 999 * e / n to the
-        nearest integer, halves up. Neighbours share an edge. The thumbnail is the box of the whole image, and
+    1d: <tile_1>, <tile_2>, ... zero-padded to the digits of max_tiles, so that with common tokenizers all tags of a
+        run have the same length.
+    2d_grid: <tile_x0_y0>, ... where x is the column and y the row.
+    2d_bbox: <box> (x0, y0), (x1, y1) </box>, the top-left and bottom-right corners of the tile in the whole image,
+        where 0 is the left or top edge and 999 the right or bottom edge: edge e of n is 999 * e / n, rounded to the
+        nearest integer, halves up. Adjacent tiles share an edge. The thumbnail has the box of the whole image, and
         `thumbnail` is not used. These tags differ in token length.
 
-    Raises ValueError for an unknown style, and for 1d when plan has more tiles than max_tiles.
+    Raises ValueError for an unknown style and, for 1d, if plan has more tiles than max_tiles.
     """
     if style not in TAG_STYLES:
         raise ValueError(
@@ -47,7 +47,7 @@ def _numbered(plan: TilePlan, max_tiles: int) -> tuple[str, ...]:
     if plan.num_regular > max_tiles:
         raise ValueError(
             f"tiles to tag, got {plan.num_regular}, expected at most max_tiles = {max_tiles}, "
-            "fix: hand in the max_tiles that made the plan"
+            "fix: pass the max_tiles that the plan was made with"
         )
     digits = len(str(max_tiles))
     return tuple(f"<tile_{k:0{digits}d}>" for k in range(1, plan.num_regular + 1))

@@ -73,6 +73,6 @@ def test_who_is_not_logged_in_is_told_before_the_first_step(tmp_path, package):
 
 def test_a_package_that_is_missing_is_said_at_once(configured, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match="no wandb, expected it. Fix: pip install"):
+    with pytest.raises(ConfigError, match="no wandb, expected the package wandb. Fix: pip install"):
         check_logging(configured("logging=wandb"))
     check_logging(configured())

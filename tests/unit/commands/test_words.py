@@ -53,7 +53,7 @@ def test_a_sweep_over_texts_that_hydra_does_not_understand():
         ("foo", "'foo', expected key=value"),
         ("=x", "'=x', expected key=value"),
         ("é=1", "'é=1', expected key=value"),
-        ("~optim", "leave ~optim out"),
+        ("~optim", "omit ~optim"),
         ("optim=3", "optim: got '3', expected one of paper, tiny"),
         ("data=null", "data: got 'null', expected one of jsonl, pages"),
         ("optim=", "optim: got '', expected one of paper, tiny"),

@@ -60,7 +60,7 @@ class Lying(Image.Image):
 def test_a_header_that_lies_about_its_pixels_is_refused():
     image = STORED.copy()
     image.__class__ = Lying
-    with pytest.raises(BadRecord, match="40 x 24 px by its header, but 48 x 48 px of pixels"):
+    with pytest.raises(BadRecord, match="40 x 24 px in its header, but 48 x 48 px of pixels"):
         decode_image(image, 10**6)
 
 

@@ -36,10 +36,10 @@ def line(**keys):
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
-        ({"image": "a.png"}, "key `image` is not read: paths of images stand in the list `images`"),
+        ({"image": "a.png"}, "key `image` is not read: put the paths of images into the list `images`"),
         ({"video": "a.mp4"}, "key `video` is not read"),
         ({"audios": ["a.wav"]}, "key `audios` is not read"),
-        ({"system": "Be kind."}, "key `system` is not read: it stands in `messages`"),
+        ({"system": "Be kind."}, "key `system` is not read: put it into `messages`"),
         ({"tools": [{}]}, "key `tools` is not read"),
         ({"rejected": "no"}, "key `rejected` is not read"),
         ({"conversations": [{"from": "human", "value": "?"}]}, "key `conversations` is not read"),
@@ -61,7 +61,7 @@ def test_keys_that_mean_nothing_to_anyone_are_the_users_own(tmp_path):
 
 def test_llavas_form_is_named(tmp_path):
     row = {"id": "0", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}
-    with pytest.raises(BadRecord, match="`conversations` .LLaVA's form. in the place of `messages`"):
+    with pytest.raises(BadRecord, match="`conversations` .LLaVA's format. instead of `messages`"):
         read_line(json.dumps(row).encode(), "r:1", tmp_path)
 
 
@@ -73,7 +73,7 @@ def test_llavas_form_is_named(tmp_path):
         ({"role": "user", "content": {"text": "hi"}}, "is an object, expected text"),
         ({"role": ["user"], "content": "hi"}, r"role \['user'\], expected one of"),
         ({"role": "tool", "content": "4"}, "role 'tool', expected one of"),
-        ({"role": "user", "content": "hi", "name": "Ann"}, "key 'name' of a message of role user is not understood"),
+        ({"role": "user", "content": "hi", "name": "Ann"}, "key 'name' of a message of role user is not supported"),
         ({"role": "user", "content": "hi", "images": ["a.png"]}, "key 'images' of a message"),
         ({"role": "user", "content": ["hello"]}, "a part of a content list is text, expected an object"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "a part of type 'image_url', expected text or image"),
@@ -87,7 +87,7 @@ def test_llavas_form_is_named(tmp_path):
         ({"role": "assistant", "content": "a", "weight": 0.5}, "weight 0.5 of a message of role assistant, expected"),
         ({"role": "assistant", "content": "a", "loss": "no"}, "loss 'no'"),
         ({"role": "assistant", "content": "a", "loss": True, "weight": 0}, "loss and weight .* contradict"),
-        ({"role": "user", "content": "hi", "loss": True}, "only an assistant's are learned"),
+        ({"role": "user", "content": "hi", "loss": True}, "only the assistant's can have loss"),
         ({"role": "assistant", "content": "a", "train": False}, "key 'train' of a message"),
     ],
 )
@@ -118,7 +118,7 @@ def test_a_turn_with_loss_false_is_read_but_not_learned(processor, mark):
 @pytest.mark.parametrize("empty", ["", "  \n"])
 def test_an_empty_answer_alone_is_nothing_to_learn(processor, empty):
     silent = [TALK[0], {"role": "assistant", "content": empty}]
-    with pytest.raises(BadRecord, match="no words to learn"):
+    with pytest.raises(BadRecord, match="no text to learn"):
         encode(Record("r", silent, []), processor)
     assert learned(Record("r", [*silent, *TALK], []), processor).endswith("yes<|im_end|>")
 

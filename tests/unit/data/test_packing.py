@@ -335,7 +335,7 @@ def test_an_image_that_changed_since_it_was_planned_stops_the_run(tmp_path):
     plan_window(steps, steps.window_of(0))
     picture(100, 100).save(tmp_path / "a.png")
     with pytest.raises(
-        ValueError, match="sample a: 600 x 100 px when it was planned, 100 x 100 px decoded. Fix: leave"
+        ValueError, match="sample a: 600 x 100 px when it was planned, 100 x 100 px decoded. Fix: do not"
     ):
         steps[0]
 
@@ -362,7 +362,7 @@ class Changing:
     ("images", "says"), [((), "got .* text tokens .* expected"), ((picture(9, 9),), "2 images, 1")]
 )
 def test_a_record_that_changed_since_it_was_measured_stops_the_run(images, says):
-    with pytest.raises(ValueError, match=f"sample 0: {says}.* Fix: leave records and images alone"):
+    with pytest.raises(ValueError, match=f"sample 0: {says}.* Fix: do not change records or images"):
         steps_of(Changing(images), steps=1, global_batch=1)[0]
 
 

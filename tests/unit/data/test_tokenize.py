@@ -259,7 +259,7 @@ def test_a_tokenizer_that_cannot_read_a_control_token_as_text_is_refused(tmp_pat
 
 def test_a_tokenizer_that_does_not_read_is_refused_in_one_line(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{broken")
-    with pytest.raises(ConfigError, match=r"llm.tokenizer: got .*which does not read") as caught:
+    with pytest.raises(ConfigError, match=r"llm.tokenizer: got .*which cannot be read") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -354,7 +354,7 @@ def test_the_ids_that_vllm_makes(configured, by_hand, case):
 def test_marks_that_vllm_does_not_find_are_refused(configured, by_hand, text):
     config = configured("arch=decoder", f"llm.tokenizer={by_hand}", "data.tokenize=vllm")
     asked = record([("user", text)], PICTURES[:1])
-    with pytest.raises(BadRecord, match="<image> within a line or before an empty one, which vLLM does not find"):
+    with pytest.raises(BadRecord, match="<image> inside a line or before an empty line, where vLLM does not find it"):
         encode(asked, build_processor(config, registry.placement_rule("decoder")), generate=True)
     with pytest.raises(ValueError, match="which vLLM does not find"):
         model_of(config, by_hand).inputs(asked.messages, PICTURES[:1])
