@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 from pathlib import PurePosixPath
 
@@ -22,8 +24,14 @@ hypothesis.settings.load_profile("untimed")
 
 @pytest.fixture(scope="session")
 def configured():
-    """A function from overrides to a validated Config."""
-    return compose_config
+    """A function from overrides to a validated Config, which never changes."""
+    return functools.cache(compose_config)
+
+
+def pytest_collection_finish():
+    """What was imported stays: collecting garbage need not look at it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_xdist_make_scheduler(config, log):

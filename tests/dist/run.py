@@ -1,13 +1,12 @@
 """Several processes on this machine, joined by gloo, for tests: `run_distributed(fn, world, *args)`.
 
-Processes are forked from a server that has imported torch and Megatron once, so they start in a fraction of a
-second. Whatever happens, none is left behind.
+Processes are forked from a server that has imported torch and Megatron once (tests/server.py). Whatever happens, none
+is left behind.
 """
 
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import pickle
 import queue
@@ -27,12 +26,9 @@ from nvlm.commands.launch import quiet
 from nvlm.config.values import Config
 from nvlm.processes.groups import distributed
 from nvlm.processes.workers import die_with_parent
+from tests.server import CONTEXT
 
 _PORTS = 64  # process groups that one call of `run_distributed` may build one after another
-
-_context = multiprocessing.get_context("forkserver")
-_first = os.environ.get("NVLM_TEST_PRELOAD", "").split()
-_context.set_forkserver_preload(["tests.server", *_first, "nvlm.train.loop", "tests.models"])
 
 
 def run_distributed(fn: Callable, world: int, *args, timeout: float = 300) -> list:
@@ -41,9 +37,9 @@ def run_distributed(fn: Callable, world: int, *args, timeout: float = 300) -> li
     Raises AssertionError with the traceback of the first rank that failed, or the ranks that did not end in time.
     """
     ports = _free_ports()
-    pipes = [_context.Pipe(duplex=False) for _ in range(world)]
+    pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world)]
     processes = [
-        _context.Process(target=_run, args=(fn, args, rank, world, ports, pipe[1])) for rank, pipe in enumerate(pipes)
+        CONTEXT.Process(target=_run, args=(fn, args, rank, world, ports, pipe[1])) for rank, pipe in enumerate(pipes)
     ]
     try:
         for process in processes:

@@ -21,9 +21,7 @@ from pathlib import Path
 from nvlm.commands import compose, launch
 from nvlm.processes import workers
 from nvlm.train import loop, watch
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.server", "tests.e2e.preloaded"])
+from tests.server import CONTEXT
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ def start(where: Path, *overrides: str, change: Callable[[], None] | None = None
     """A running `launch/train.py` in `where`, its output in where/output; `change` is called in each worker first."""
     for path in where.glob("rank.*"):
         path.unlink()
-    process = SERVER.Process(target=_launch, args=(where, overrides, change))
+    process = CONTEXT.Process(target=_launch, args=(where, overrides, change))
     process.start()
     return process
 
