@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nvlm.config.rules import validate
-from nvlm.config.values import Config, ConfigError, problem
+from nvlm.config.values import Config, ConfigError, InitConfig, problem
 from nvlm.export.describe import describe, exported_encoder, preprocessor
 from nvlm.export.options import ExportOptions
 from nvlm.export.readback import check_readable
@@ -50,12 +50,13 @@ def export(options: ExportOptions, tell: Callable[[str], None] = lambda line: No
     if os.path.lexists(out):
         raise problem("out", f"{out}, which exists", "a new folder", "out=OTHER, or delete it")
     step = find_checkpoint(Path(options.checkpoint), "checkpoint")
-    config = _at_hand(read_run_config(step), options)
+    before = read_run_config(step)
+    config, code = _at_hand(before, step, options), _release_code(before)
     _refuse(step, checkpoint_faults(step, functools.partial(own_faults, tensors=False)))
     folders = [step] if frozen_digest(step) is None else [step, step.parent / FROZEN]
     exported_text(config)  # raises before anything is written
-    check_model(config, step.parent.parent)
-    weights, vision = TrainedWeights(folders, config.peft.scale), vision_source(config)
+    check_model(config, step, "vision")
+    weights, vision = TrainedWeights(folders, config.peft.scale), vision_source(config, "vision")
     encoder = exported_encoder(config, vision)
     parts = whole_model(config, encoder.parts)
     _check(weights, parts, step)
@@ -75,7 +76,7 @@ def export(options: ExportOptions, tell: Callable[[str], None] = lambda line: No
             wrong = beside.submit(checkpoint_faults, step, own_faults)
             try:
                 _write(partial, config, weights, vision, parts, options, like)
-                _describe(partial, config, encoder)
+                _describe(partial, config, encoder, code)
             finally:  # also where a damaged file is why it could not be written
                 _refuse(step, wrong.result())
         check_readable(partial, config, out)
@@ -96,9 +97,9 @@ def _refused(out: Path, error: OSError) -> ConfigError:
     return problem(f"out={out}", f"{error.strerror}; {free / 1e9:.1f} GB free", "room for it", "make room")
 
 
-def _at_hand(config: Config, options: ExportOptions) -> Config:
-    if options.vision:
-        config = replace(config, init=replace(config.init, vision=options.vision, release=None))
+def _at_hand(config: Config, step: Path, options: ExportOptions) -> Config:
+    """The run's configuration for the model in `step`, whose encoder is where the run recorded it or `options` say."""
+    config = replace(config, init=InitConfig(llm=None, vision=options.vision, release=None, checkpoint=str(step)))
     if options.tokenizer:
         config = replace(config, llm=replace(config.llm, tokenizer=options.tokenizer))
     return validate(config)
@@ -172,9 +173,9 @@ def _of_encoder(pairs: Sequence[tuple[Part, Part]], vision: Source) -> Tensor:
     return out
 
 
-def _describe(folder: Path, config: Config, encoder: ExportedEncoder) -> None:
+def _describe(folder: Path, config: Config, encoder: ExportedEncoder, code: Mapping[str, Path]) -> None:
     """Everything beside the tensors."""
-    text, code = exported_text(config), _release_code(config)
+    text = exported_text(config)
     files = {
         "preprocessor_config.json": _dump(preprocessor(config)),
         "README.md": readme(config, encoder, list(code)),

@@ -44,9 +44,7 @@ def read_config(checkpoint: str | Path, overrides: Sequence[str] = (), also: Seq
     before = read_run_config(folder)
     values = dataclasses.asdict(before)
     values["parallel"] |= _ONE_PROCESS
-    # The weights are all in the checkpoint, but for the encoder's, which never change.
-    encoder = values["init"]["vision"] or values["init"]["release"]
-    values["init"] = {"llm": None, "release": None, "vision": encoder, "checkpoint": str(folder)}
+    values["init"] = {"llm": None, "release": None, "vision": None, "checkpoint": str(folder)}
     values["peft"]["targets"] = before.adapted or before.peft.targets  # what was new had no adapters
     values["stage"]["new"] = []
     values["train"] |= {"offload": False, "recompute": "none"}  # nothing is kept for a backward pass

@@ -21,14 +21,14 @@ def check_weights(config: Config, run_dir: Path | None = None) -> None:
     """
     if not config.dry_run or config.init.vision or config.init.release:
         vision_source(config)
-    if config.resume == "auto" and run_dir is not None and latest(run_dir) is not None:
-        identity.check_model(config, run_dir)
+    if config.resume == "auto" and run_dir is not None and (newest := latest(run_dir)) is not None:
+        identity.check_model(config, newest)
         return
     model_source(config)
     if config.init.checkpoint:
         folder = find_checkpoint(Path(config.init.checkpoint), "init.checkpoint")
         check_same_model(config, folder)
-        identity.check_model(config, folder.parent.parent)
+        identity.check_model(config, folder)
 
 
 # Fields that change the computation but no tensor's name or shape; the encoder's description adds its own.

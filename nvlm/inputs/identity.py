@@ -12,36 +12,22 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from nvlm.config.values import Config, problem
 from nvlm.data.sources import Records
 from nvlm.data.tokenizer import tokenizer_file
 from nvlm.inputs.sources import model_source
-from nvlm.runs.files import write_whole
-from nvlm.runs.folder import INPUTS, find_checkpoint
-from nvlm.vision.source import vision_source
+from nvlm.runs.folder import find_checkpoint
+from nvlm.runs.record import Identity, read, write
+from nvlm.vision.source import check_frozen, vision_source
 from nvlm.weights.published import VISION, Source, Stored
 
 _WHOLE = 1 << 26  # bytes: smaller files are read whole
 _BLOCK = 1 << 16  # bytes
 _BLOCKS = 64  # of a larger file, evenly spaced, first and last included
 _PIECE = 1 << 12  # bytes of a tensor, at its start, middle and end
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What one input was: where it lay, how large it was, and a digest of its content."""
-
-    path: str
-    bytes: int
-    digest: str
-    records: int | None = None
-
-    def same(self, other: Identity) -> bool:
-        """Whether the two have the same content, wherever they lie."""
-        return (self.bytes, self.digest, self.records) == (other.bytes, other.digest, other.records)
 
 
 def of_file(path: Path, records: int | None = None) -> Identity:
@@ -98,13 +84,15 @@ def of_first_weights(config: Config) -> Identity | None:
     return None if source is None else _of_source(source, [group for group in source.parts if group != "vision"])
 
 
-def check_model(config: Config, run_dir: Path) -> None:
-    """Raise ConfigError where `config` reads another encoder or tokenizer than the run in `run_dir`, whose weights it
-    takes, was trained with."""
+def check_model(config: Config, step: Path, key: str = "init.vision") -> None:
+    """Raise ConfigError where `config` reads another encoder or tokenizer than the run of the step folder `step`, whose
+    weights it takes, was trained with. `key`: the setting that would name another place of the encoder."""
+    check_frozen(step)
+    run_dir = step.parent.parent
     before = read(run_dir)
     if "encoder" in before:
-        key = "init.vision" if config.init.vision else "init.release"
-        _compare("encoder", before, of_encoder(config), run_dir, key)
+        now = _of_source(vision_source(config, key), ["vision"])
+        _compare("encoder", before, now, run_dir, "init.release" if config.init.release else key)
     if "tokenizer" in before and config.llm.tokenizer:
         _compare("tokenizer", before, of_tokenizer(config), run_dir, "llm.tokenizer")
 
@@ -125,23 +113,6 @@ def record(config: Config, run_dir: Path, records: Records) -> None:
         "weights": of_first_weights(config),
     }
     write(run_dir, inputs)
-
-
-def write(run_dir: Path, inputs: Mapping[str, Identity | None]) -> None:
-    """Record what a run begins with."""
-    found = {name: asdict(one) for name, one in inputs.items() if one is not None}
-    write_whole(run_dir / INPUTS, json.dumps(found, indent=1) + "\n")
-
-
-def read(run_dir: Path) -> dict[str, Identity]:
-    """What the run in `run_dir` began with; empty where it recorded nothing."""
-    path = run_dir / INPUTS
-    if not path.is_file():
-        return {}
-    try:
-        return {name: Identity(**values) for name, values in json.loads(path.read_text()).items()}
-    except (ValueError, TypeError, AttributeError):
-        raise problem(str(path), "a damaged file", "what the run wrote", "restore it, or delete it") from None
 
 
 def _compare(name: str, before: Mapping[str, Identity], now: Identity, run_dir: Path, key: str) -> None:

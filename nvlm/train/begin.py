@@ -12,6 +12,7 @@ from nvlm.config.values import Config
 from nvlm.inputs.sources import model_source
 from nvlm.runs.folder import find_checkpoint
 from nvlm.train.checkpoint.restore import load_weights
+from nvlm.vision.source import encoder_of_run
 from nvlm.weights.load import read
 
 
@@ -33,6 +34,7 @@ def begin(parts: Sequence[VisionLanguageModel], config: Config) -> dict[str, str
         origins |= dict.fromkeys(groups, source.folder)
     if config.init.checkpoint:
         folder = find_checkpoint(Path(config.init.checkpoint), "init.checkpoint")
+        origins["vision"] = origins["vision"] or encoder_of_run(folder)
         absent = load_weights(parts, folder, config.stage.new)
         origins |= {group: str(folder) for group in ("projector", "xattn", "llm") if group not in absent}
     return origins

@@ -234,7 +234,7 @@ def test_the_command_refuses_in_one_line(tmp_path, run, capsys):
         ([f"checkpoint={run}", f"out={tmp_path / 'there'}"], "which exists"),
         ([f"checkpoint={run}", f"out={tmp_path / 'o'}", "shards=5"], "shards: got a key that does not exist"),
         ([f"checkpoint={run}", f"out={tmp_path / 'o'}", "shard_gb=0"], "shard_gb: got 0"),
-        ([f"checkpoint={run}", f"out={tmp_path / 'o'}", f"vision={tmp_path / 'no'}"], "init.vision: got"),
+        ([f"checkpoint={run}", f"out={tmp_path / 'o'}", f"vision={tmp_path / 'no'}"], "vision: got"),
         ([f"checkpoint={tmp_path}", f"out={tmp_path / 'o'}"], "a run folder with a checkpoint"),
         ([f"checkpoint={run}", f"out={tmp_path / 'link'}"], "which exists"),
         ([f"checkpoint={run}", f"out={tmp_path / 'file' / 'o'}"], "Not a directory"),

@@ -109,7 +109,7 @@ def test_files_that_were_moved_are_taken(begun, tmp_path):
     moved = {}
     for key, name in (("data", "records.jsonl"), ("tokenizer", "tokenizer.json"), ("encoder", "encoder.safetensors")):
         moved[key] = (tmp_path / name).rename(tmp_path / f"moved-{name}")
-    identity.check_model(config(**moved), run)
+    identity.check_model(config(**moved), run / "checkpoints/step_00000002")
     identity.check_records(config(**moved), run, [1])
 
 
@@ -119,13 +119,13 @@ def test_files_that_were_replaced_are_refused_by_name(begun, tmp_path):
         file.write('{"messages": []}\n')
     with pytest.raises(ConfigError, match=r"data.path: got .*2 records, 34 bytes.*1 records, 17 bytes.*name=OTHER"):
         identity.check_records(config(), run, [1, 2])
-    identity.check_model(config(), run)
+    identity.check_model(config(), run / "checkpoints/step_00000002")
     (tmp_path / "tokenizer.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"llm.tokenizer: got .*tokenizer.json"):
-        identity.check_model(config(), run)
+        identity.check_model(config(), run / "checkpoints/step_00000002")
     weights = load_file(TINY)
     name = max(weights, key=lambda name: weights[name].size)
     weights[name].flat[-1] += 1
     save_file(weights, tmp_path / "encoder.safetensors")
     with pytest.raises(ConfigError, match=r"init.vision: got .*encoder.safetensors"):
-        identity.check_model(config(), run)
+        identity.check_model(config(), run / "checkpoints/step_00000002")

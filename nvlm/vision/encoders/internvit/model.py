@@ -67,7 +67,7 @@ class ScaledMLP(MLP):
 
 def encoder_config(config: Config) -> TransformerConfig:
     """The TransformerConfig of the encoder, whole on its rank."""
-    vision = config.vision
+    vision, init = config.vision, config.init
     return base_config(
         config,
         num_layers=vision.layers,
@@ -83,7 +83,7 @@ def encoder_config(config: Config) -> TransformerConfig:
         qk_layernorm=vision.qk_norm,
         add_bias_linear=True,
         add_qkv_bias=vision.qkv_bias,
-        perform_initialization=not (config.init.vision or config.init.release),  # read instead
+        perform_initialization=not (init.vision or init.release or init.checkpoint),  # read instead
     )
 
 
