@@ -284,12 +284,3 @@ class VisionLanguageModel(MegatronModule):
             if copy:
                 entry.replica_id = (copy, *entry.replica_id[1:])
         return state
-
-
-def parameter_group(name: str) -> str:
-    """The module group that the parameter `name` of a VisionLanguageModel belongs to."""
-    if name.startswith("projector."):
-        return "projector"
-    if name.startswith("fusion.") or ".cross_attention." in name or ".pre_cross_attn_layernorm." in name:
-        return "xattn"
-    return "llm"

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from nvlm.arch.base import VisionLanguageModel, parameter_group
+from nvlm.arch.base import VisionLanguageModel
+from nvlm.arch.groups import parameter_group
 from nvlm.config.values import GROUPS, Config, problem
 from nvlm.processes import device, groups
 

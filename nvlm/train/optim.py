@@ -14,7 +14,8 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from nvlm.arch.base import VisionLanguageModel, parameter_group
+from nvlm.arch.base import VisionLanguageModel
+from nvlm.arch.groups import parameter_group
 from nvlm.config.values import GROUPS, Config
 from nvlm.llm.build import DTYPES
 from nvlm.weights.merge import is_adapter

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nvlm.arch.base import parameter_group
+from nvlm.arch.groups import parameter_group
 from nvlm.config.values import StageConfig
 from nvlm.processes.groups import distributed
 from tests.dist.layouts import gradients_of, prepare, reference_gradients, run_cases

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nvlm.arch.base import parameter_group
+from nvlm.arch.groups import parameter_group
 from nvlm.arch.pipeline import build_parts
 from nvlm.data.batch import Batch
 from nvlm.llm.adapters import AdaptedColumnLinear, AdaptedRowLinear

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nvlm.arch.base import parameter_group
+from nvlm.arch.groups import parameter_group
 from nvlm.arch.pipeline import Pipeline, next_logits
 from nvlm.arch.registry import placement_rule
 from nvlm.arch.xattn.attention import GatedCrossAttention

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
-from nvlm.arch.base import VisionLanguageModel, parameter_group
+from nvlm.arch.base import VisionLanguageModel
+from nvlm.arch.groups import parameter_group
 from nvlm.config.values import GROUPS, problem
 from nvlm.runs.digests import checkpoint_faults, faults, frozen_digest
 from nvlm.runs.folder import FROZEN, steps_of, weight_keys
@@ -101,7 +103,7 @@ def load_weights(parts: Sequence[VisionLanguageModel], folder: Path, new: Sequen
     state = {f"model{number}": part.sharded_state_dict(metadata=metadata()) for number, part in enumerate(parts)}
     places = [folder] if frozen_digest(folder) is None else [folder, folder.parent / FROZEN]
     have = {place: _weights_in(place) for place in places}
-    present = {_group(key) for keys in have.values() for key in keys}
+    present = _groups_in(key for keys in have.values() for key in keys)
     absent = sorted({*new, *(_ADAPTERS + group for group in GROUPS)} - present)
     wanted = {
         name: {key: entry for key, entry in part.items() if _group(key) not in absent} for name, part in state.items()
@@ -124,6 +126,15 @@ def load_weights(parts: Sequence[VisionLanguageModel], folder: Path, new: Sequen
 
 def _group(key: str) -> str:
     return (_ADAPTERS if is_adapter(key) else "") + parameter_group(key)
+
+
+def _groups_in(keys: Iterable[str]) -> set[str]:
+    """The groups of a checkpoint's weights. `_differences` names those that no group has, as what the run lacks."""
+    found = set()
+    for key in keys:
+        with contextlib.suppress(ValueError):
+            found.add(_group(key))
+    return found
 
 
 def _verify(folder: Path) -> None:
