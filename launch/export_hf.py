@@ -1,4 +1,4 @@
-"""Export: `python launch/export_hf.py checkpoint=runs/NAME out=DIR` writes a trained model in NVLM-D-72B's layout.
+"""Export: `python launch/export_hf.py checkpoint=runs/NAME out=DIR` writes a trained model in NVLM-D-72B's format.
 
 Needs no GPU. `--help` lists the keys.
 """

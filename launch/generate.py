@@ -1,6 +1,6 @@
 """Generate text: `python launch/generate.py checkpoint=runs/NAME image=PAGE.png prompt="What is this?"`.
 
-Starts its own workers where the layout has several processes, or uses torchrun's or srun's. `--help` lists the keys.
+Starts its own workers if the layout has several ranks, or runs as a task of torchrun or srun. `--help` lists the keys.
 """
 
 from __future__ import annotations

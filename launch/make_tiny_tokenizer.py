@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from nvlm.data.pages import KINDS, ask
 
-VOCABULARY = 512  # at most: the merges of so small a corpus end earlier
+VOCABULARY = 512  # an upper limit: so small a corpus has fewer merges
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_pad|>"]
 TAGS = [
     *(f"<tile_{k}>" for k in range(1, 10)),
@@ -21,13 +21,13 @@ TAGS = [
     *(f"<tile_x{c}_y{r}>" for c in range(6) for r in range(6)),
     "<box> (0, 0), (999, 999) </box>",
 ]
-# The opening of a tag or of <Image>, a word, one digit, other signs, space.
+# The start of a tag or of <Image>, a word, one digit, other characters, angle brackets, white space.
 PIECES = r"</?[A-Za-z]+_?| ?[A-Za-z_]+|[0-9]| ?[^\sA-Za-z0-9_<>]+|[<>]|\s+"
 TARGET = Path(__file__).parent.parent / "nvlm" / "data" / "tiny_tokenizer" / "tokenizer.json"
 
 
 def corpus() -> list[str]:
-    """Text whose words deserve a token each: the built-in questions, the roles and the tags."""
+    """Text whose words should become tokens: the built-in questions, the roles and the tags."""
     rng = np.random.default_rng(0)
     questions = [ask(kind, rng.integers(10, size=(2, 3)), rng)[0] for kind in KINDS for _ in range(50)]
     return questions + TAGS + ["system\n", "user\n", "assistant\n", "<Image></Image>\n"]

@@ -1,6 +1,6 @@
-"""Plan: `python launch/plan.py gpus=64 gpu=h100 arch=hybrid llm=qwen2-72b` lists the layouts that fit.
+"""Plan: `python launch/plan.py gpus=64 gpu=h100 arch=hybrid llm=qwen2-72b` lists the layouts that fit, fastest first.
 
-The fastest first, and why the others are refused. No GPU, no weights, no torch. `--help` lists the keys.
+It also says why the others do not fit. Needs no GPU, no weights and no torch. `--help` lists the keys.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Train the tiny InternViT on scikit-learn's digits and write nvlm/vision/tiny_encoder.safetensors.
 
-The task is one class per cell of a tile (0-9 or blank), read from the four patch features that pixel shuffle
-joins into one visual token; the linear classifier is thrown away. Only the training pool of scans is seen. The class
-that learns here is the one that later stands frozen; the file has the Hugging Face InternViT's names.
+The task is to classify each cell of a tile (0-9 or blank) from the four patch features that pixel shuffle joins into
+one visual token; the linear classifier is discarded. Only the training pool of scans is used. The module trained here
+is the one that later serves as the frozen encoder; the file uses the tensor names of Hugging Face's InternViT.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def draw_tiles(split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def shuffle_cells(pixels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Roll a batch of tiles by whole cells: every scan is seen in every place."""
+    """Roll a batch of tiles by whole cells, so that every scan is seen in every position."""
     down, right = torch.randint(CELLS, (2,)).tolist()
     cell = TILE // CELLS
     return pixels.roll((down * cell, right * cell), (2, 3)), classes.roll((down, right), (1, 2))
@@ -65,7 +65,7 @@ def classify(encoder: InternViT, head: nn.Linear, pixels: Tensor) -> Tensor:
 
 
 def accuracy(encoder: InternViT, head: nn.Linear, pixels: Tensor, classes: Tensor) -> tuple[float, float]:
-    """Share of right cells: over the digits, and over the blanks."""
+    """Share of correct cells, for digits and for blanks."""
     with torch.no_grad():
         right = classify(encoder, head, pixels).argmax(-1) == classes.flatten(1)
     blank = classes.flatten(1) == BLANK
@@ -73,7 +73,7 @@ def accuracy(encoder: InternViT, head: nn.Linear, pixels: Tensor, classes: Tenso
 
 
 def train(encoder: InternViT, head: nn.Linear, start: float) -> None:
-    """Cell classification; prints the accuracy on held-out scans as it goes."""
+    """Train cell classification; prints the accuracy on held-out scans regularly."""
     pixels, classes = draw_tiles("train", 6000, seed=1)
     held_out = draw_tiles("heldout", 500, seed=2)
     print(f"drawn in {time.time() - start:.0f} s")
@@ -104,7 +104,7 @@ def main() -> None:
     config = compose_config("vision=tiny", "init.vision=null")
     with groups.distributed(config.parallel, seed=0):
         encoder = InternViT(config, solo_groups())
-        for layer in encoder.decoder.layers:  # trained from scratch: begin as plain residual branches
+        for layer in encoder.decoder.layers:  # training from scratch starts with plain residual branches
             nn.init.ones_(layer.self_attention.layer_scale.weight)
             nn.init.ones_(layer.mlp.layer_scale.weight)
         head = nn.Linear(config.vision.hidden * config.vision.downsample**2, BLANK + 1)

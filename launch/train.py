@@ -1,6 +1,6 @@
 """Train: `python launch/train.py [arch=hybrid] [llm=tiny] ...`; `-m` sweeps over comma lists.
 
-Starts its own workers, or uses torchrun's or srun's. `--help` lists the configuration groups.
+Starts its own workers, or runs as a task of torchrun or srun. `--help` lists the configuration groups.
 """
 
 from __future__ import annotations

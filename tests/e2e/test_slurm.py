@@ -211,7 +211,7 @@ def test_a_job_that_gets_nowhere_ends(toy):
         status, output = end(job)
         assert cluster.requeues == requeues
         (cluster.where / "runs" / "job" / "seen").unlink()
-    assert status == 1 and "no step further" in output
+    assert status == 1 and "no progress beyond" in output
 
 
 def test_what_is_not_given_is_said():
