@@ -1,7 +1,7 @@
-"""How long a checkpoint holds the training up: `python benchmarks/async_save.py [key=value ...]`.
+"""How long a checkpoint pauses training: `python benchmarks/async_save.py [key=value ...]`.
 
-One process, one model, saved by turns with train.async_save=false and =true. The pause of an asynchronous save is
-the time until save() returns and the time of the poll that finishes it; meanwhile training steps go on.
+One process, one model, saved alternately with train.async_save=false and =true. The pause of an asynchronous save is
+the time until save() returns plus the time of the poll that finishes it; training steps run in between.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def turn(blocking, beside, trainer, step: Callable, number: int) -> tuple[float, float, float, list[float]]:
-    """Seconds: the blocking save, save() of the other one, the poll that finishes it, the steps between the two."""
+    """Seconds of the blocking save, the asynchronous save(), the poll that finishes it, and the steps in between."""
     whole = seconds(lambda: blocking.save(trainer, number))
     begin = seconds(lambda: beside.save(trainer, number))
     between = []
@@ -70,7 +70,7 @@ def seconds(action: Callable) -> float:
 
 
 def show(rows: list, steps: list[float], size: int) -> None:
-    """The medians."""
+    """Print the medians."""
     whole, begin, poll = (statistics.median(row[n] for row in rows) for n in range(3))
     pause = statistics.median(row[1] + row[2] for row in rows)
     during = statistics.median(one for row in rows for one in row[3])

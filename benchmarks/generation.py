@@ -1,10 +1,10 @@
-"""Tokens per second with cached keys against recomputing the row for each token, on the tiny models.
+"""Tokens per second with a key-value cache compared with recomputing the row for each token, on the tiny models.
 
     python benchmarks/generation.py [--tokens 256] [--rows 1 8] [--repeats 3] [--threads 1] [--precision fp32]
 
-The prompts are questions about the embedded pages, a page each; weights are random and no token ends a row, so that
-every row gets all its tokens. Both ways go through `continue_rows`, take turns in one process, and must choose the
-same tokens. The encoder's time is not counted. Figures are medians over the repeats; "speed-up" is that of the pairs.
+Each prompt is a question about one of the embedded pages. Weights are random and no token ends a row, so that every row
+gets all its tokens. Both variants use `continue_rows`, alternate in one process, and must choose the same tokens. The
+encoder's time is not counted. Figures are medians over the repeats; "speed-up" is the median over pairs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ARCHITECTURES = ("decoder", "xattn", "hybrid")
 
 
 def prompts(config: Config, rows: int, device) -> Batch:
-    """Questions about `rows` pages, their tiles encoded."""
+    """Questions about `rows` pages, with encoded tiles."""
     processor = build_processor(config, registry.placement_rule(config.arch.name), resize="exact")
     records = build_records(config.data, config.seed, heldout=True)
     samples = [encode(first_question(records[row])[0], processor, generate=True) for row in range(rows)]
@@ -45,14 +45,14 @@ def prompts(config: Config, rows: int, device) -> Batch:
 
 
 def timed(stages, batch: Batch, tokens: int, recompute: bool) -> tuple[float, list[list[int]]]:
-    """Seconds, and the new tokens of each row."""
+    """Seconds, and each row's new tokens."""
     began = time.perf_counter()
     texts = continue_rows(stages, batch, Sampling(max_new_tokens=tokens), (), recompute=recompute)
     return time.perf_counter() - began, texts
 
 
 def measure(arch: str, rows: int, options: argparse.Namespace) -> tuple[float, float, float, int, int, bool]:
-    """Tokens per second recomputed and cached, the speed-up, the prompt's columns and keys, and whether they agree."""
+    """Tokens per second recomputed and cached, speed-up, columns and keys of the prompt, and whether both agree."""
     overrides = (f"arch={arch}", f"precision={options.precision}", f"data.heldout_records={rows}")
     config = compose_config(*overrides)
     with groups.distributed(config.parallel, config.seed, options.threads) as device:
@@ -73,7 +73,7 @@ def measure(arch: str, rows: int, options: argparse.Namespace) -> tuple[float, f
 
 
 def main() -> int:
-    """Print the table; 1 where the two ways choose different tokens in fp32."""
+    """Print the table; returns 1 if the two variants choose different tokens in fp32."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])

@@ -1,23 +1,22 @@
-"""Everything that only a GPU can tell, in one command: is it right in each precision, how fast, in how much memory.
+"""Checks everything that needs a GPU in one command: correctness in each precision, speed and memory.
 
     python benchmarks/gpu.py [--out gpu.json] [--tiles 1 2 3 4 5 6] [--only accuracy attention throughput peers] [--toy]
 
-Meant for less than eight minutes on one Hopper GPU with 80 GB or more; not timed on one yet. Without a GPU, or
-with --toy, the same code runs at toy size: its figures then say that it works, nothing about speed.
+Meant to take less than eight minutes on one Hopper GPU with 80 GB or more, which has not been timed yet. Without a GPU,
+or with --toy, the same code runs at toy size; its figures then show that it works, but nothing about speed.
 
-accuracy    A small model of each architecture learns the embedded pages, the same steps in fp32 and in each precision
-            that this machine has: means of the losses over all steps, at most 1% apart.
-attention   Packed self- and cross-attention through the kernels that training uses, against dense masks in fp32:
-            outputs and gradients, and the times of both.
-throughput  Forward and backward of NVLM-D, -X and -H at Yi-34B's and InternViT-6B's full widths with a fifth of their
-            layers (12 of 60, 9 of 45, 2 of 10 with cross-attention), so that the work is the paper's in proportion
-            (Table 3: 1,024 text tokens a sample, all of the language model learning). One row of packed samples a
-            step. No optimizer: its state does not fit one GPU, and in training it is shared out over replicas.
-            TFLOP/s and MFU count what is real (nvlm.estimate.flops); `forecast` is the planner's memory over the
-            measured peak.
-peers       The same NVLM-D samples by Megatron-Core's LLaVAModel and by transformers (benchmarks/peers.py).
+accuracy    A small model of each architecture learns the embedded pages, with the same steps in fp32 and in each
+            precision that this machine supports. The means of the losses over all steps may differ by at most 1%.
+attention   Packed self- and cross-attention with the kernels of training, compared with dense masks in fp32: outputs,
+            gradients and times.
+throughput  Forward and backward of NVLM-D, -X and -H with Yi-34B's and InternViT-6B's full widths and a fifth of their
+            layers (12 of 60, 9 of 45, 2 of 10 with cross-attention), so that the work has the paper's proportions
+            (Table 3: 1,024 text tokens per sample, the whole language model learns). One row of packed samples per
+            step. No optimizer: its state does not fit one GPU, and training distributes it over replicas. TFLOP/s and
+            MFU count no padding (nvlm.estimate.flops); `forecast` is the planner's memory over the measured peak.
+peers       The same NVLM-D samples with Megatron-Core's LLaVAModel and with transformers (benchmarks/peers.py).
 
-Figures are medians. Exit status 1 where something is wrong, not where it is slow.
+Figures are medians. Exit status 1 if results are wrong, not if they are slow.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ data.workers=0""".split()
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is. `text`: tokens a sample; `row`: tokens of a packed row."""
+    """Sizes of the benchmark. `text`: tokens per sample; `row`: tokens per packed row."""
 
     overrides: tuple[str, ...]
     learner: tuple[str, ...]
@@ -97,7 +96,7 @@ class Size:
 
 
 def size_of(toy: bool) -> Size:
-    """The real one, with rows as long as the memory allows; or a toy's."""
+    """The full size, with rows as long as the memory allows, or the toy size."""
     if toy:
         learner = (*TOY, "train.global_batch=4", "train.micro_batch=2", "data.records=16", "optim.warmup=2")
         return Size(tuple(TOY), learner, steps=4, text=64, row=256, repeats=2)
@@ -143,7 +142,7 @@ def main() -> int:
 
 
 def machine() -> dict[str, str]:
-    """What the figures belong to."""
+    """Description of the machine and its software."""
     git = ["git", "-C", str(Path(__file__).resolve().parent.parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
@@ -151,7 +150,7 @@ def machine() -> dict[str, str]:
 
 
 def precisions(size: Size) -> tuple[list[str], dict[str, str]]:
-    """Those that this machine has beside fp32, and why it has no others."""
+    """The precisions that this machine supports besides fp32, and why it lacks the others."""
     able, refused = [], {}
     for name in ("bf16", *FP8_RECIPES):
         try:
@@ -166,7 +165,7 @@ def precisions(size: Size) -> tuple[list[str], dict[str, str]]:
 
 
 def accuracy(size: Size, able: Sequence[str]) -> list[dict]:
-    """Mean losses over the same steps in each precision, against fp32."""
+    """Mean losses over the same steps in each precision, compared with fp32."""
     rows = []
     for arch in ARCHITECTURES:
         exact = losses(size, arch, "fp32")
@@ -180,7 +179,7 @@ def accuracy(size: Size, able: Sequence[str]) -> list[dict]:
 
 
 def losses(size: Size, arch: str, precision: str) -> list[float]:
-    """Of the first steps of a run."""
+    """Losses of the first steps of a run."""
     config = compose_config(*size.learner, f"arch={arch}", f"precision={precision}", "seed=7")
     with groups.distributed(config.parallel, config.seed) as device:
         trainer = build_trainer(config, device)
@@ -194,7 +193,7 @@ def losses(size: Size, arch: str, precision: str) -> list[float]:
 
 
 def attention(size: Size) -> list[dict]:
-    """Packed attention of the architectures' rows, by the kernels of training against dense masks."""
+    """Packed attention on the architectures' rows: the kernels of training compared with dense masks."""
     rows = []
     for arch in ("decoder", "xattn", "hybrid"):
         config = compose_config(*size.overrides, f"arch={arch}", "precision=bf16")
@@ -237,10 +236,10 @@ def compared(
     device: torch.device,
     padding_S: torch.Tensor | None = None,
 ) -> dict:
-    """Errors of `packed`, which computes in bf16, as shares of the largest value of fp32 attention; both times.
+    """Errors of `packed`, which computes in bf16, relative to the largest value of fp32 attention; and both times.
 
-    FlexAttention has no backward on CPU: there only outputs are compared. `padding_S`: True where `packed` may give
-    anything, because nobody looks there.
+    FlexAttention has no backward on CPU, so only outputs are compared there. `padding_S`: True where the output of
+    `packed` does not matter.
     """
     generator = torch.Generator(device).manual_seed(3)
     llm, dtype = config.llm, torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -335,7 +334,7 @@ def measured(config: Config, size: Size, tiles: int, samples: Sequence[Sample], 
 
 
 def some_samples(config: Config, size: Size, tiles: int) -> list[Sample]:
-    """As many alike as fill a row: an image of `tiles` tiles and `size.text` tokens of text, half of it answers."""
+    """Equal samples to fill a row: an image of `tiles` tiles and `size.text` tokens of text, half of them answers."""
     processor = replace(build_processor(config, registry.placement_rule(config.arch.name)), cross_length=10**6)
     image = Image.new("RGB", (config.vision.tile_size * tiles, config.vision.tile_size), "gray")
     letters = size.text // 2
@@ -357,7 +356,7 @@ def some_samples(config: Config, size: Size, tiles: int) -> list[Sample]:
 
 
 def peers(size: Size, tiles: Sequence[int]) -> list[dict]:
-    """Ours and others at the most tiles, on the same samples without tags, in bf16."""
+    """Our step and the peers' with the largest number of tiles, on the same samples without tags, in bf16."""
     from benchmarks.peers import llava_model, transformers_model
 
     config = compose_config(*size.overrides, "arch=decoder", "precision=bf16", "tiling.tag=none")
@@ -389,7 +388,7 @@ def peers(size: Size, tiles: Sequence[int]) -> list[dict]:
 
 
 def timed(function: Callable[[], object], repeats: int) -> float:
-    """Median seconds of a call, behind two that warm up."""
+    """Median seconds of a call, after two warm-up calls."""
     seconds = []
     for number in range(repeats + 2):
         wait()
@@ -408,14 +407,14 @@ def wait() -> None:
 
 
 def forget() -> None:
-    """Give the memory of what is gone back."""
+    """Free the memory of deleted objects."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def as_table(title: str, rows: Sequence[dict]) -> Table:
-    """Rows of one kind."""
+    """A table of `rows`, which have the same columns."""
     table = Table(title=title, title_justify="left")
     for heading in rows[0] if rows else ():
         table.add_column(heading, justify="right", overflow="fold")

@@ -1,10 +1,10 @@
-"""LoRA from a language model that has never seen a picture: does NVLM-X or -H learn to use the pages?
+"""LoRA on a language model that has never seen an image: does NVLM-X or -H learn to read the pages?
 
     python benchmarks/lora.py [--arch xattn] [--text-steps 700] [--steps 900] [--out lora]
 
-1. A tiny language model learns the pages' questions from text alone: the digits stand in the prompt behind their tags.
-2. Its weights are exported and cut down to a published language model's folder.
-3. `peft=lora init.llm=FOLDER`: adapters on the language model, projector and cross-attention in full.
+1. A tiny language model learns the pages' questions from text alone: the prompt contains the digits after their tags.
+2. Its weights are exported and reduced to the folder of a published language model.
+3. `peft=lora init.llm=FOLDER`: adapters on the language model; projector and cross-attention are trained in full.
 
 The last lines are the held-out exact match of `launch/train.py`. It takes about 15 minutes on two cores.
 """
@@ -27,7 +27,7 @@ PREFIX = "language_model."
 
 
 def conversation(rng: np.random.Generator) -> list[dict[str, str]]:
-    """Four questions about a page whose digits are written out."""
+    """Four questions about a page whose digits are given as text."""
     cols, rows = GRIDS[rng.integers(len(GRIDS))]
     digits = rng.choice(rng.permutation(10)[: rng.integers(2, 11)], (rows, cols))
     weights = np.array(SHARES) * (digits.size > 1, 1, 1, 1)

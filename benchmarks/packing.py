@@ -1,11 +1,11 @@
-"""How full packed rows are, text stream and cross-attended keys: windows of steps against first fit and no packing.
+"""Fill of packed rows, for text and cross-attended keys: windows of steps compared with first fit and no packing.
 
     python benchmarks/packing.py [--window 8] [--global-batch 256] [--micro-batch 8] [--multiple 2]
 
-Fill: real tokens / positions computed, where a row is padded to the longest of its micro-batch and that to a
-multiple of 8, as `collate` does. Rows may take `multiple` times the longest sample (data.seq_length), and as many
-times data.cross_length keys. Two mixes: the embedded pages with the tiny presets, by the loader's own length stage;
-and records of log-normal text with 0 to 6 image tiles in the sizes of the 72B presets (256 tokens a tile).
+Fill: real tokens / positions computed. A row is padded to the longest of its micro-batch, rounded up to a multiple of
+8, as in `collate`. Rows hold up to `multiple` times the longest sample (data.seq_length) and `multiple` times
+data.cross_length keys. Two mixes: the embedded pages with the tiny presets, measured by the loader; and records of
+log-normal text with 0 to 6 image tiles in the sizes of the 72B presets (256 tokens per tile).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MicroBatch = Sequence[Length]  # of each row
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Samples in the order in which they come, and the budgets of a row."""
+    """Samples in order, and the budgets of a row."""
 
     name: str
     lengths: list[Length]
@@ -47,7 +47,7 @@ class Mix:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What one run of the table has in common."""
+    """Settings shared by all rows of the table."""
 
     window: int
     global_batch: int
@@ -73,7 +73,7 @@ def pages(arch: str, shape: Shape) -> tuple[Mix, float]:
 
 
 def synthetic(arch: str, shape: Shape) -> Mix:
-    """Three windows of records with a long tail; what would pass data.seq_length is cut to it."""
+    """Three windows of records with a long tail, cut to data.seq_length."""
     config = compose_config(f"arch={arch}", "llm=qwen2-72b", "dry_run=true")
     rng = np.random.default_rng(0)
     count = 3 * shape.samples
@@ -93,22 +93,22 @@ def total(lengths: Sequence[Length], row: Sequence[int]) -> Length:
 
 
 def chunks(rows: Sequence[Length], size: int) -> list[MicroBatch]:
-    """Micro-batches of rows as they stand."""
+    """Micro-batches of rows, in order."""
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def windows(mix: Mix, samples: int) -> Iterator[list[Length]]:
-    """The mix, so many samples at a time."""
+    """The samples of the mix, in groups of a window."""
     return (mix.lengths[i : i + samples] for i in range(0, len(mix.lengths), samples))
 
 
 def unpacked(mix: Mix, shape: Shape) -> list[MicroBatch]:
-    """One sample a row."""
+    """One sample per row."""
     return chunks(mix.lengths, shape.micro_batch)
 
 
 def first_fit(mix: Mix, shape: Shape) -> list[MicroBatch]:
-    """Each sample, as it comes, into the first row with room; all rows of a window stay open."""
+    """Put each sample, in order, into the first row with room; all rows of a window stay open."""
     batches = []
     for lengths in windows(mix, shape.samples):
         rows: list[list[int]] = []
@@ -134,13 +134,13 @@ def ours(mix: Mix, shape: Shape, window: int) -> list[MicroBatch]:
 
 
 def computed(batches: Sequence[MicroBatch], which: int) -> int:
-    """Positions of the text stream (0) or of the keys (1), padding included."""
+    """Positions of the text stream (0) or of the keys (1), including padding."""
     longest = [max(row[which] for row in batch) for batch in batches]
     return sum(len(batch) * max(-(-most // ROUND), 1) * ROUND for batch, most in zip(batches, longest, strict=True))
 
 
 def fills(batches: Sequence[MicroBatch]) -> str:
-    """Text fill, key fill, rows; no key fill where there are no keys."""
+    """Text fill, key fill (if there are keys) and number of rows."""
     real = [sum(row[which] for batch in batches for row in batch) for which in (0, 1)]
     keys = f"{real[1] / computed(batches, 1):7.1%}" if real[1] else "      -"
     return f"{real[0] / computed(batches, 0):8.1%}{keys}{sum(map(len, batches)):6}"
@@ -161,7 +161,7 @@ def line(mix: Mix, shape: Shape) -> str:
 
 
 def check() -> None:
-    """Fail unless the loader's own batches have the positions that this file computes for them."""
+    """Fail unless the loader's batches have the number of positions that this file computes."""
     config, shape = compose_config("arch=hybrid"), Shape(window=2, global_batch=32, micro_batch=3, multiple=1)
     processor, records = build_processor(config, placement_rule("hybrid")), build_records(config.data, config.seed)
     steps = Steps(records, processor, 0, 2, 32, 3, 500, 0, 1, multiple=ROUND, window=2)

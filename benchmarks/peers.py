@@ -1,21 +1,21 @@
-"""NVLM-D's training work done by two peers: Megatron-Core's own LLaVAModel, and transformers' own classes.
+"""NVLM-D's training step with two peers: Megatron-Core's LLaVAModel, and transformers' classes.
 
 A peer has the shapes of a configuration (layers, widths, grouped queries, rotary base, projector, frozen encoder) and
-takes the same samples. tests/parity/test_peers.py shows that with the same weights it has our loss and gradients.
-One process, no optimizer; a step is one forward and one backward, with all tiles in one call of the encoder. Both
-compute the logits of all positions, as they do by themselves.
+takes the same samples. tests/parity/test_peers.py shows that with the same weights it has our loss and gradients. One
+process, no optimizer; a step is one forward and one backward, with all tiles in one call of the encoder. Both compute
+the logits of all positions, which is their default.
 
-LLaVAModel: a sample a row, rows padded to the longest. Transformer Engine's layers and FP8 where ours have them, and in
-FP8 the projector too; without Transformer Engine core's attention writes all scores to memory, which is no measure of
-Megatron. Gradients in fp32 in Megatron's buffers, as ours. The encoder is core's CLIPViTModel: it has no layer scale
-(weights that are handed in have it folded into the linear before it) and always a qkv bias; QK-norm over all heads,
-which core lacks, is our module in its layer spec. Rows that pad the vocabulary count as words. Of a rotary scaling it
+LLaVAModel: one sample per row, rows padded to the longest. It uses Transformer Engine's layers and FP8 where ours do,
+in FP8 also for the projector. Without Transformer Engine, core's attention writes all scores to memory, so its speed
+says nothing about Megatron. Gradients are in fp32 in Megatron's buffers, like ours. The encoder is core's CLIPViTModel:
+it has no layer scale (given weights have it folded into the linear before it) and always a qkv bias; core lacks QK-norm
+over all heads, so its layer spec gets our module. Padding rows of the vocabulary count as words. Of a rotary scaling it
 takes the factor; the other numbers are fixed at Llama 3.1's.
 
-transformers: one packed row with flash attention; else a sample a row where all are of one length, so that PyTorch's
-own attention needs no mask, and a packed row with a dense mask where not. Gradients in the weights' precision (bf16),
-no FP8. On a GPU layers, projector and loss are compiled each by itself: traced as a whole, transformers makes a dense
-mask in every case. Recomputes whole layers where train.recompute is not none.
+transformers: one packed row with flash attention. Otherwise one sample per row if all have the same length, so that
+PyTorch's attention needs no mask, else a packed row with a dense mask. Gradients are in the weights' precision (bf16),
+without FP8. On a GPU, layers, projector and loss are compiled separately: traced as a whole, transformers always makes
+a dense mask. It recomputes whole layers unless train.recompute is none.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """A model that trains as ours does.
+    """A model that trains like ours.
 
     `step`: forward and backward over samples of NVLM-D; returns the mean loss over their trained tokens.
-    `gradients`: what the last step left, by the names of NVLM-D-72B's files.
+    `gradients`: gradients of the last step, by the names in NVLM-D-72B's files.
     """
 
     name: str
@@ -74,9 +74,9 @@ class Peer:
 
 
 def llava_model(config: Config, device: torch.device, weights: Weights | None = None) -> Peer:
-    """Megatron-Core's LLaVAModel, of Transformer Engine's layers where ours are; FP8 as config.precision says.
+    """Megatron-Core's LLaVAModel, with Transformer Engine's layers if ours use them, and FP8 as in config.precision.
 
-    Call it inside `nvlm.processes.groups.distributed`. `weights`: by the names of NVLM-D-72B's files, else random ones.
+    Call it inside `nvlm.processes.groups.distributed`. `weights`: by the names in NVLM-D-72B's files; default: random.
     """
     te, dtype = uses_te(config), DTYPES[config.precision.dtype]
     scaling = config.llm.rope_scaling
@@ -161,7 +161,7 @@ def _projection_spec(te: bool) -> MLPSubmodules:
 
 
 class _NormedLinear(ColumnParallelLinear):
-    """What Transformer Engine has as one module."""
+    """A norm and a linear, which Transformer Engine has as one module."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
@@ -172,7 +172,7 @@ class _NormedLinear(ColumnParallelLinear):
 
 
 def _llava_inputs(samples: Sequence[Sample], config: Config, device: torch.device) -> dict[str, Tensor | None]:
-    """One sample a row, an image of several tiles as one token."""
+    """One sample per row, with one token for an image of several tiles."""
     rows, lengths, tiles = [], [], []
     for sample in samples:
         image = sample.tokens == IMAGE
@@ -210,7 +210,7 @@ def _learning_parts(config: Config) -> list[Part]:
 
 
 def _ours(prefix: str, module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of one of LLaVAModel's modules by our names."""
+    """The parameters of one of LLaVAModel's modules under our names."""
     renamed = {
         "encoder.linear_fc1.layer_norm_": "norm.",
         "encoder.linear_fc1.norm.": "norm.",
@@ -242,7 +242,7 @@ def _fill_llava(model: LLaVAModel, config: Config, weights: Weights) -> None:
 
 
 def _without_scales(encoder: Weights) -> dict[str, Tensor]:
-    """The same encoder, its layer scales folded into the linears that they follow."""
+    """The same encoder, with layer scales folded into the linears before them."""
     folded = dict(encoder)
     for place, linear in (("self_attention", "linear_proj"), ("mlp", "linear_fc2")):
         end = f".{place}.layer_scale.weight"
@@ -264,9 +264,9 @@ def _copy(parameters: Mapping[str, Tensor], tensors: Weights) -> None:
 
 
 def transformers_model(config: Config, device: torch.device, weights: Weights | None = None) -> Peer:
-    """transformers' Qwen2 or Llama behind its own InternViT, compiled on a GPU.
+    """transformers' InternViT and its Qwen2 or Llama, compiled on a GPU.
 
-    `weights`: by the names of NVLM-D-72B's files, else random ones.
+    `weights`: by the names in NVLM-D-72B's files; default: random.
     """
     cuda = device.type == "cuda"
     flash = cuda and is_flash_attn_2_available() and config.precision.dtype == "bf16"
@@ -300,7 +300,7 @@ class _Tiles(nn.Module):
         super().__init__()
         vision, hidden, inner = config.vision, config.llm.hidden, config.llm.ffn
         width, dtype = vision.hidden * vision.downsample**2, DTYPES[config.precision.dtype]
-        # Told here, and not by .to(): that would round the rotary frequencies as well.
+        # Set here rather than by .to(), which would also round the rotary frequencies.
         how = dict(dtype=dtype, attn_implementation=attention)
         self.downsample = vision.downsample
         self.vision_model = transformers.AutoModel.from_config(_vision_shape(config), **how).requires_grad_(False)
@@ -320,7 +320,7 @@ class _Tiles(nn.Module):
                 patches = self.vision_model(pixel_values=pixels).last_hidden_state[:, 1:]
             tiles = self.mlp1(pixel_shuffle(patches, self.downsample))
             stream = stream.masked_scatter((tokens == IMAGE)[..., None], tiles)
-        # Our labels already stand one place before their tokens.
+        # Our labels are already shifted.
         out = self.language_model(inputs_embeds=stream, labels=labels, shift_labels=labels, use_cache=False, **rows)
         return out.loss
 
@@ -363,7 +363,7 @@ def _vision_shape(config: Config) -> transformers.PretrainedConfig:
 
 def _compile(model: _Tiles) -> None:
     layers = [*model.language_model.model.layers, *model.vision_model.encoder.layer]
-    # Its attention reads each layer's number, so that each is compiled anew.
+    # Its attention reads the layer's number, so each layer is compiled separately.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(layers))
     for layer in layers:
         layer.compile(dynamic=False)
@@ -389,7 +389,7 @@ def _rows(samples: Sequence[Sample], flash: bool, device: torch.device) -> dict[
 
 
 def _transformers_names(weights: Weights) -> dict[str, Tensor]:
-    """Published weights as `_Tiles` has them: the encoder's queries, keys and values apart."""
+    """Published weights under the names of `_Tiles`: the encoder's queries, keys and values are separate."""
     renamed = {
         "class_embedding": "cls_token",
         "position_embedding": "position_embeddings",

@@ -1,19 +1,18 @@
-"""Our training step against the same work done with transformers' own classes, on packed rows, on CPU.
+"""Our training step compared with the same work in transformers' classes, on packed rows, on CPU.
 
     python benchmarks/step_cpu.py [--shapes tiny small] [--threads 1 2] [--pairs 7]
 
-NVLM-D in fp32, language model and projector learn, the frozen encoder's features are made before. A step is forward
-and backward over the step's micro-batches, the gradient norm over all parameters, clipping to 1 and AdamW; ours also
-counts tokens and judges the loss, as it does in a run. The peer is transformers' Qwen2ForCausalLM behind a LayerNorm
-and two linears of torch, with the same first weights, samples, positions and labels.
+NVLM-D in fp32; language model and projector learn, and the frozen encoder's features are computed beforehand. A step
+is forward and backward over its micro-batches, the gradient norm over all parameters, clipping to 1 and AdamW; ours
+also counts tokens and checks the loss, as in a run. The peer is transformers' Qwen2ForCausalLM with torch's LayerNorm
+and two linears as the projector, with the same initial weights, samples, positions and labels.
 
-Where transformers leaves a choice the peer gets the quicker one, found by a measurement of its own before the pairs:
-samples told apart by their positions (transformers then makes the mask) or by a mask made once a micro-batch; rows
-with their padding or all samples in one line without; logits of all columns or of those with a label; AdamW fused or
-foreach.
+Where transformers leaves a choice, the peer gets the faster option, which is measured before the pairs: samples
+separated by their positions (transformers then makes the mask) or by a mask made once per micro-batch; padded rows, or
+all samples in one row without padding; logits of all columns, or only of those with a label; AdamW fused or foreach.
 
-Both train on, step by step in pairs, one right behind the other and by turns first; their losses must stay within 1e-4.
-Figures are medians, "ratio" that of the pairs: above 1 ours is faster.
+Both train in pairs of steps, alternating which goes first; their losses must stay within 1e-4 of each other. Figures
+are medians; "ratio" is the median over pairs, above 1 if ours is faster.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Stands for the frozen encoder where the features are there already."""
+    """Stands in for the frozen encoder when the features are already computed."""
 
     def encode(self, batches: Sequence[Batch]) -> list[Batch]:
         """The batches as they are."""
@@ -66,7 +65,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """What transformers and torch leave to choose."""
+    """Options of transformers and torch."""
 
     masked: bool = True  # a mask tells the samples of a row apart; else transformers finds them by their positions
     line: bool = False  # all samples of a micro-batch in one row, without padding
@@ -79,7 +78,7 @@ class Ways:
 
 
 class Peer(nn.Module):
-    """Qwen2ForCausalLM with projected tiles in the place of placeholders."""
+    """Qwen2ForCausalLM with projected tiles instead of placeholders."""
 
     def __init__(self, config: Config, weights: dict[str, Tensor], ways: Ways) -> None:
         super().__init__()
@@ -112,7 +111,7 @@ class Peer(nn.Module):
         self.load_state_dict({names[name]: value for name, value in weights.items()})
 
     def forward(self, batch: Batch, trained: int) -> Tensor:
-        """The micro-batch's share of the step's mean loss."""
+        """This micro-batch's share of the step's mean loss."""
         if self.ways.line:
             batch, _ = without_padding(batch, self.multiple)
         columns = (batch.labels != IGNORE).any(0).nonzero()[:, 0] if self.ways.kept else slice(None)
@@ -130,14 +129,14 @@ class Peer(nn.Module):
 
 
 def block_diagonal(sample_BS: Tensor) -> Tensor:
-    """[B, 1, S, S], True where a token may look; padding looks at itself, since transformers wants no empty row."""
+    """[B, 1, S, S], True for visible pairs; padding sees itself, because transformers cannot have empty rows."""
     same = (sample_BS[:, :, None] == sample_BS[:, None, :]) & (sample_BS != PAD)[:, None]
     itself = torch.eye(sample_BS.shape[1], dtype=torch.bool)
     return (same.tril() | itself)[:, None]
 
 
 def adamw(model: nn.Module, config: Config, fused: bool) -> torch.optim.AdamW:
-    """With Megatron's groups: no decay for what has one dimension."""
+    """AdamW with Megatron's parameter groups: no weight decay for one-dimensional parameters."""
     optim = config.optim
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
@@ -152,7 +151,7 @@ def adamw(model: nn.Module, config: Config, fused: bool) -> torch.optim.AdamW:
 
 
 def peer_step(model: Peer, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], clip: float) -> float:
-    """The mean loss of the step."""
+    """One step of the peer; returns the mean loss."""
     optimizer.zero_grad(set_to_none=True)
     trained = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
     total = 0.0
@@ -166,14 +165,14 @@ def peer_step(model: Peer, optimizer: torch.optim.Optimizer, batches: Sequence[B
 
 
 def timed(step) -> tuple[float, float]:
-    """Seconds, and what `step` returns."""
+    """Seconds, and the result of `step`."""
     began = time.perf_counter()
     loss = step()
     return time.perf_counter() - began, loss
 
 
 def quickest(config: Config, weights: dict[str, Tensor], steps: Sequence[StepData]) -> Ways:
-    """The peer's best ways, one choice after the other, each tried on the same steps."""
+    """The peer's fastest options, chosen one after another on the same steps."""
 
     def seconds(ways: Ways) -> float:
         model = Peer(config, weights, ways)
@@ -198,7 +197,7 @@ def encoded_steps(config: Config, trainer: Trainer, count: int) -> list[StepData
 
 
 def weights_of(trainer: Trainer, config: Config) -> dict[str, Tensor]:
-    """The model's weights under their published names, copied."""
+    """A copy of the model's weights under their published names."""
     (part,) = trainer.pipeline.parts
     return copy.deepcopy(published([*llm.parts(config.llm), *projector.parts(config)], part.weights()))
 
@@ -236,7 +235,7 @@ def measure(shape: str, threads: int, pairs: int) -> tuple[list[str], bool]:
 
 
 def main() -> int:
-    """Print the table; 1 where losses part."""
+    """Print the table; returns 1 if the losses diverge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])

@@ -1,10 +1,10 @@
-"""Images per second from a decoded Pillow image to tiles: ours against two peers, on one thread, in one run.
+"""Images per second from a decoded Pillow image to tiles: ours and two peers, on one thread, in one run.
 
     python benchmarks/tiling.py [--rounds 9]
 
-Peers: the published path (Pillow resize, ToTensor, Normalize per tile) and Hugging Face's torchvision
-processor of the same tiling (GotOcr2ImageProcessor). Both hand out normalised float32. Our loader hands out
-uint8 and leaves normalisation to the encoder's device: the rows "+ normalize" compare like with like.
+Peers: the published code (Pillow resize, ToTensor, Normalize per tile) and Hugging Face's torchvision processor with
+the same tiling (GotOcr2ImageProcessor). Both return normalised float32. Our loader returns uint8 and leaves
+normalisation to the encoder's device; the rows "+ normalize" compare like with like.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _hf = GotOcr2ImageProcessor(
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """RGB image with what photographs and documents have: smooth shading, grain, sharp lines of text."""
+    """RGB image with features of photographs and documents: smooth shading, grain, sharp lines of text."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     image = coarse.resize((width, height), Image.Resampling.BICUBIC)
@@ -53,7 +53,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def published(image: Image.Image) -> torch.Tensor:
-    """float32 tiles the published way."""
+    """float32 tiles from the published code."""
     image = image.convert("RGB")
     cols, rows = choose_grid(*image.size, MAX_TILES, TILE)
     resized = image.resize((cols * TILE, rows * TILE))
@@ -65,17 +65,17 @@ def published(image: Image.Image) -> torch.Tensor:
 
 
 def hugging_face(image: Image.Image) -> torch.Tensor:
-    """float32 tiles by the transformers processor."""
+    """float32 tiles from the transformers processor."""
     return _hf(image, return_tensors="pt")["pixel_values"]
 
 
 def ours(image: Image.Image, resize: str) -> torch.Tensor:
-    """uint8 tiles, as the loader hands them out."""
+    """uint8 tiles, as returned by the loader."""
     return tile_image(image, plan_tiles(*image.size, MAX_TILES, TILE), resize)
 
 
 def ours_normalized(image: Image.Image, resize: str) -> torch.Tensor:
-    """float32 tiles, as the peers hand them out."""
+    """float32 tiles, as returned by the peers."""
     return normalize(ours(image, resize), INTERNVIT.mean, INTERNVIT.std)
 
 

@@ -1,14 +1,14 @@
-"""The balanced vision pre-pass against the encoder in the first pipeline stage, and global balance against none.
+"""The vision pre-pass compared with the encoder in the first pipeline stage, and global balancing with none.
 
     python benchmarks/vision_prepass.py
 
 Two processes with one thread each. In one run and on the same batches:
 
-- pipeline 2, NVLM-D: the pre-pass, against the first stage encoding each micro-batch's tiles in its forward step, as
-  Megatron-LM's LLaVA does. The encoder's depth is chosen so that it costs as much as one stage of the language model
-  (forward and backward): counting work, 2 against 1.5, the pre-pass can gain 1.33x.
-- data 2, NVLM-X, seven tiles a sample on one replica and one on the other: vision.balance=global against replica.
-  The encoder's seven tiles cost 1, 2 and 4 times the language model's forward and backward.
+- pipeline 2, NVLM-D: the pre-pass, compared with a first stage that encodes each micro-batch's tiles in its forward
+  step, like Megatron-LM's LLaVA. The encoder's depth is chosen so that it costs as much as one stage of the language
+  model (forward and backward); by work alone (2 to 1.5), the pre-pass can gain 1.33x.
+- data 2, NVLM-X, seven tiles per sample on one replica and one on the other: vision.balance=global compared with
+  replica. The encoder's seven tiles cost 1, 2 and 4 times the language model's forward and backward.
 
 Medians over several steps. Idle: the share of a step that a process spends waiting in communication.
 """
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def worker() -> None:
-    """Both comparisons, in one of the two processes."""
+    """Both comparisons, on one of the two ranks."""
     from nvlm.commands.launch import quiet
 
     quiet()
@@ -66,7 +66,7 @@ def worker() -> None:
 
 
 def pipeline_row(depth: int) -> dict:
-    """Pipeline 2: samples/s of the pre-pass over those of the encoder in the first stage."""
+    """Pipeline 2: samples/s with the pre-pass and with the encoder in the first stage, and their ratio."""
     from nvlm.train.step import forward_backward
 
     with trainer_of(["arch=decoder", f"vision.layers={depth}"], pipeline=2) as (trainer, config):
@@ -77,7 +77,7 @@ def pipeline_row(depth: int) -> dict:
 
 
 def balance_row(depth: int, cost: float) -> dict:
-    """Data 2, seven tiles beside one: samples/s with global balance over those without."""
+    """Data 2, seven tiles on one replica and one on the other: samples/s with and without global balancing."""
     from nvlm.train.step import forward_backward
 
     with trainer_of(["arch=xattn", f"vision.layers={depth}", "vision.balance=global"], data=2) as (trainer, config):
@@ -96,7 +96,7 @@ def balance_row(depth: int, cost: float) -> dict:
 
 
 def encoder_in_first_stage(trainer, batches) -> None:
-    """A step in which the first stage's forward encodes each micro-batch's tiles, and no other stage any."""
+    """A step in which only the first stage's forward encodes each micro-batch's tiles."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -122,7 +122,7 @@ def encoder_in_first_stage(trainer, batches) -> None:
 
 
 def compare(name: str, peer: str, theirs: Callable, own: str, ours: Callable, samples: int, depth: int) -> dict:
-    """Alternate the two, so that a noisy machine is noisy for both; medians."""
+    """Medians of the two, measured alternately so that noise affects both alike."""
     import torch
     import torch.distributed as dist
 
@@ -153,7 +153,7 @@ def compare(name: str, peer: str, theirs: Callable, own: str, ours: Callable, sa
 
 @contextmanager
 def waiting():
-    """Yields a list that gathers the seconds spent in communication."""
+    """Yields a list that collects the seconds spent in communication."""
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
     from nvlm.vision import prepass
@@ -184,7 +184,7 @@ def waiting():
 
 @contextmanager
 def trainer_of(overrides: list[str], **sizes):
-    """A trainer with random weights in a layout."""
+    """A trainer with random weights in the given layout."""
     import tempfile
 
     from safetensors.torch import save_file
@@ -197,7 +197,7 @@ def trainer_of(overrides: list[str], **sizes):
     from nvlm.vision.path import solo_groups
     from nvlm.weights.parts import published
 
-    # A port of its own for each: the store of the groups before may still be closing.
+    # A separate port for each, because the previous groups' store may still be closing.
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     layout = [f"parallel.{key}={size}" for key, size in sizes.items()]
     config = compose_config(*BASE, *overrides, *layout, "init.vision=null")
@@ -210,7 +210,7 @@ def trainer_of(overrides: list[str], **sizes):
 
 
 def make_batches(config, tiles: list[int]) -> list:
-    """A micro-batch of one sample for each number of tiles (7: six and a thumbnail; 1: one)."""
+    """One micro-batch of one sample for each number of tiles (7: six and a thumbnail; 1: one)."""
     import numpy as np
     from PIL import Image
 
@@ -234,7 +234,7 @@ def make_batches(config, tiles: list[int]) -> list:
 
 
 def measured_depth(cost: float, arch: str, tiles: int, stages: int) -> int:
-    """Encoder layers with which `tiles` tiles cost `cost` times a stage (of `stages`) of the language model."""
+    """Number of encoder layers for which `tiles` tiles cost `cost` times one of the `stages` language model stages."""
     import torch
     import torch.distributed as dist
 
@@ -259,7 +259,7 @@ def measured_depth(cost: float, arch: str, tiles: int, stages: int) -> int:
 
 
 def median_seconds(run: Callable, repeats: int = 5) -> float:
-    """Median seconds of `run`, once to warm up."""
+    """Median seconds of `run`, after one warm-up call."""
     run()
     found = []
     for _ in range(repeats):

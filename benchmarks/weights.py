@@ -1,19 +1,19 @@
-"""Loading and exporting against `cp` of the same folder, and the host memory that each takes.
+"""Loading and exporting compared with `cp` of the same folder, and the host memory that each takes.
 
     python benchmarks/weights.py [--layers 10] [--folder DIR]
 
-A language model of Qwen2-72B's widths, random weights, in Hugging Face's layout: 10 layers are 22.5 GB. In one run:
+A language model of Qwen2-72B's widths, with random weights, in Hugging Face's format (10 layers: 22.5 GB). One run:
 
-- memory: one rank of two tensor-parallel ones, then one of two pipeline stages, each built and filled as in training
-  by a process of its own (its fellow is a stand-in, since this machine could not hold both), and an export of such a
-  model. Peak: what the kernel counts as the process's, mapped files included.
-- speed: `cp -r` of the folder, the loading of one rank, and the export, each from a cold page cache, in turn, medians
-  of three. Rates are of the folder's size.
-- reads: two real tensor-parallel processes load a part of the folder (--shared-layers) together, from a cold cache;
-  the bytes that both fetched from the disk, against the folder's.
+- memory: one of two tensor-parallel ranks, then one of two pipeline stages, each built and filled as in training in a
+  separate process (the other rank is a stand-in, since this machine could not hold both), and an export of such a
+  model. Peak: all memory that the kernel counts for the process, including mapped files.
+- speed: `cp -r` of the folder, loading one rank, and the export, each from a cold page cache, in turn, medians of
+  three. Rates refer to the folder's size.
+- reads: two real tensor-parallel processes load a part of the folder (--shared-layers) together from a cold cache;
+  the bytes that both read from the disk, compared with the folder's size.
 
-It needs three times the folder's size on disk. Bounds: a rank's shard, or nothing for the export, plus the largest
-tensor plus 2 GB.
+It needs three times the folder's size on disk. Bounds: a rank's shard (nothing for the export) plus the largest tensor
+plus 2 GB.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 SLACK = 2e9
-PROCESS = 0.7e9  # Python, torch and Megatron; with a GPU the shard is there and not in the host's memory
-# Frozen, so that the checkpoint holds weights alone; the tiny encoder.
+PROCESS = 0.7e9  # Python, torch and Megatron; with a GPU, the shard is not in the host's memory
+# Frozen, so that the checkpoint holds only weights; with the tiny encoder.
 BASE = "arch=decoder llm=qwen2-72b vision=tiny parallel=one stage=pretrain precision=bf16 tiling=single".split()
 TENSOR = ("parallel.tensor=2",)
 PIPELINE = ("parallel.pipeline=2",)
@@ -53,7 +53,7 @@ def compose(layers: int, *overrides: str):
 
 
 def random_words(count: int):
-    """A storage of `count` random bf16 numbers of a usual size."""
+    """A storage of `count` random bf16 numbers of typical magnitude."""
     import torch
 
     block = torch.randn(1 << 22).mul_(0.02).to(torch.bfloat16)
@@ -77,7 +77,7 @@ def write_folder(folder: Path, layers: int) -> None:
 
 
 def write_run(run: Path, layers: int) -> None:
-    """A run folder whose checkpoint holds such a model, as one process would have written it."""
+    """A run folder with a checkpoint of such a model, as written by one process."""
     import torch
     from torch.distributed import checkpoint
 
@@ -106,7 +106,7 @@ def write_run(run: Path, layers: int) -> None:
 
 
 def cool(folder: Path) -> None:
-    """Out of the page cache."""
+    """Drop the files from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -118,7 +118,7 @@ def cool(folder: Path) -> None:
 
 
 def load_as(layers: int, folder: str, layout: tuple[str, ...], stand_in: bool) -> dict:
-    """Fill this process's part of the model; `stand_in`: the other rank of two is none."""
+    """Fill this rank's part of the model; `stand_in`: the other of the two ranks is not real."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -156,7 +156,7 @@ def load_as(layers: int, folder: str, layout: tuple[str, ...], stand_in: bool) -
 
 
 def in_process(*arguments: str, count: int = 1) -> list[dict]:
-    """`count` processes of this script, together; what each reports."""
+    """Run `count` processes of this script together; returns what each reports."""
     environment = os.environ | dict(
         WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(random.randrange(10_000, 30_000))
     )
@@ -175,7 +175,7 @@ def in_process(*arguments: str, count: int = 1) -> list[dict]:
 
 
 def export_as(run: str, out: str) -> dict:
-    """What the command does, in this process; seconds without the imports."""
+    """Run the export command in this process; returns seconds without the imports."""
     from nvlm.commands.launch import quiet
     from nvlm.export.export import export
     from nvlm.export.options import parse
@@ -187,13 +187,12 @@ def export_as(run: str, out: str) -> dict:
 
 
 def peak() -> int:
-    """Most memory that this process has had, in bytes, mapped files included. (What getrusage tells begins with the
-    parent's.)"""
+    """Peak memory of this process in bytes, including mapped files. (getrusage's value starts from the parent's.)"""
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 def copy(folder: Path, target: Path) -> float:
-    """Seconds of `cp -r`, the data on disk."""
+    """Seconds of `cp -r` until the data is on disk."""
     started = time.perf_counter()
     subprocess.run(["cp", "-r", str(folder), str(target)], check=True)
     for path in target.iterdir():
@@ -214,7 +213,7 @@ def main() -> None:
 
 
 def arithmetic() -> None:
-    """The same for all 80 layers and InternViT-6B by counting: what the fullest rank holds, and maps at one time."""
+    """The same for all 80 layers and InternViT-6B, calculated: what the fullest rank holds, and maps at a time."""
     import re
 
     from nvlm.vision.encoders.internvit import description as internvit
