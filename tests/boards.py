@@ -1,4 +1,4 @@
-"""Reading TensorBoard's files."""
+"""Reads TensorBoard's files."""
 
 from __future__ import annotations
 

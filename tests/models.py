@@ -1,7 +1,7 @@
-"""Our models with the reference's weights, and the same records for both of them.
+"""Our models with the reference's weights, and the same records for both.
 
-What a record means to the reference is spelled out here once more, from its words, pictures and tags: nothing
-of nvlm.data or of the layouts is used but the tokenizer, so a mistake in them shows as a difference.
+What a record means to the reference is written out here independently, from its text, images and tags: nothing of
+nvlm.data or the placements is used except the tokenizer, so a mistake in them shows up as a difference.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Comparing with the reference, which computes in fp64, by differences relative to a tensor's largest value.
+"""Compares with the reference, which computes in fp64, by differences relative to a tensor's largest value.
 
-Where the reference says zero, ours must be exactly zero. The worst seen are 2e-7 for losses and 3e-6 for gradients.
-Gradients of gates and of the biases of keys are sums of terms that nearly cancel, so rounding weighs more in them
-(worst seen 1e-5).
+Where the reference is zero, ours must be exactly zero. The worst seen are 2e-7 for losses and 3e-6 for gradients.
+Gradients of gates and of the key biases are sums of terms that nearly cancel, so rounding matters more in them (worst
+seen 1e-5).
 """
 
 from __future__ import annotations

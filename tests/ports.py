@@ -1,4 +1,4 @@
-"""A TCP port for a test that must name one before anything listens there."""
+"""Finds a TCP port for a test that must name one before anything listens on it."""
 
 from __future__ import annotations
 

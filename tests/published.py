@@ -1,4 +1,4 @@
-"""Folders in published layouts with small random weights, written by transformers or laid out as the releases are."""
+"""Folders in published formats with small random weights, written by transformers or in the form of the releases."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The server that tests fork processes from, with what they need imported: a process starts in a fraction of a second.
+"""The fork server of the tests' processes, with their imports done, so that a process starts in a fraction of a second.
 
-Python has one such server for each process of pytest, whatever context asks for it.
+Python has one such server per pytest process, whichever context asks for it.
 """
 
 from __future__ import annotations

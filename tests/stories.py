@@ -1,4 +1,4 @@
-"""Conversations that tests of models, layouts and exports read, and rows packed from them."""
+"""Conversations for tests of models, layouts and exports, and rows packed from them."""
 
 from __future__ import annotations
 

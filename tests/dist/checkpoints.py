@@ -1,4 +1,4 @@
-"""Trainers that save and load inside `run_distributed`, and what their checkpoints hold."""
+"""Trainers that save and load inside `run_distributed`, and the contents of their checkpoints."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One model, one set of weights, any layout: gradients by the trainer's own step, gathered to compare them.
+"""One model with one set of weights in any layout: gradients from the trainer's own step, gathered for comparison.
 
-Weights reach the processes through a checkpoint that one process wrote, gradients come back through one that the
-layout wrote, so each comparison also says that checkpoints are cut and joined rightly.
+Weights reach the ranks through a checkpoint written by one process, and gradients come back through a checkpoint
+written by the layout, so each comparison also tests that checkpoints are split and joined correctly.
 """
 
 from __future__ import annotations

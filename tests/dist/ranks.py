@@ -1,5 +1,5 @@
-"""Any rank of any layout in one process, for what depends on shapes alone: collectives are left out, so that what they
-would bring is whatever the memory holds."""
+"""Simulates any rank of any layout in one process, for what depends only on shapes: collectives are skipped, so their
+results are whatever the memory contains."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Several processes on this machine, joined by gloo, for tests: `run_distributed(fn, world, *args)`.
+"""Runs several processes on this machine, joined by gloo, for tests: `run_distributed(fn, world, *args)`.
 
-Processes are forked from a server that has imported torch and Megatron once (tests/server.py). Whatever happens, none
-is left behind.
+Processes are forked from a server that has imported torch and Megatron once (tests/server.py). None is left behind.
 """
 
 from __future__ import annotations

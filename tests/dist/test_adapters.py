@@ -1,4 +1,4 @@
-"""Low-rank adapters in every layout: gradients, checkpoints that any layout reads, dropout that ranks agree on.
+"""Low-rank adapters in every layout: gradients, checkpoints that any layout can read, dropout on which ranks agree.
 
 Tolerance as in test_layouts: 1e-5 of each tensor's largest value (worst seen 3e-6).
 """

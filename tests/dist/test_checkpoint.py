@@ -1,4 +1,4 @@
-"""Checkpoints in real process groups: any layout to any other, snapshots, failures, damage, and what is refused."""
+"""Checkpoints in real process groups: from any layout to any other, snapshots, failures, damage, and refusals."""
 
 from __future__ import annotations
 

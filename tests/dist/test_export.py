@@ -1,4 +1,4 @@
-"""From a folder into a trainer of any layout and back into a folder: bit for bit, or not at all."""
+"""From a published folder into a trainer of any layout and back into a folder: bit for bit, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every layout that can generate gives one process's tokens, greedy and drawn (fp32)."""
+"""Every layout that can generate gives the same tokens as one process, greedy and sampled (fp32)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What learns beside adapters, from a language model that never saw an image; and the message when nothing does."""
+"""What learns besides adapters when the language model has never seen an image, and the message when nothing does."""
 
 from __future__ import annotations
 

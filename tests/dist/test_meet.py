@@ -1,4 +1,4 @@
-"""Processes that meet, and what is said of those that do not come."""
+"""The rendezvous, and what is reported about processes that do not arrive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No image, nothing that learns: on some ranks, on all, in turn. No hang, and exact gradients."""
+"""Ranks or steps without images or without anything that learns: no hang, and exact gradients."""
 
 from __future__ import annotations
 

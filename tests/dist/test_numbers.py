@@ -1,4 +1,4 @@
-"""What a step says of itself over several processes: sums over replicas, and who encoded how many tiles."""
+"""The numbers that a step reports over several ranks: sums over replicas, and how many tiles each rank encoded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Communication of the distributed optimizer hidden behind forward and backward: the same steps as without."""
+"""Communication of the distributed optimizer overlapped with forward and backward gives the same steps as without."""
 
 from __future__ import annotations
 

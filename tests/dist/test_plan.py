@@ -1,7 +1,7 @@
-"""The planner's arithmetic against models that are really built: parameters exact, the rest within stated limits.
+"""The planner's estimates compared with models that are really built: parameters exact, the rest within stated limits.
 
-On CPU kernels keep more than a GPU's do; what they keep is said in `CPU`, and the formula is the same one. Worst seen:
-2.9% of what a forward pass keeps, where there is next to nothing else (whole layers recomputed, a tiny model).
+On CPU kernels keep more than on a GPU; `CPU` says how much, in the same formula. Worst seen: 2.9% of what a forward
+pass keeps, for a tiny model that recomputes whole layers and so keeps almost nothing else.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Published weights in every layout: the same logits and features as transformers' own classes, fp32."""
+"""Published weights in every layout give the same logits and features as transformers' classes (fp32)."""
 
 from __future__ import annotations
 

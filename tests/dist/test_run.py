@@ -1,4 +1,4 @@
-"""Tests that are interrupted or killed leave no process behind: no rank, no fork server, no tracker."""
+"""Tests that are interrupted or killed leave no process behind: no rank, no fork server, no resource tracker."""
 
 from __future__ import annotations
 

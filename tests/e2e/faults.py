@@ -1,4 +1,4 @@
-"""A small run called `run` that tests break, and what it wrote."""
+"""A small run called `run` that tests disturb, and the files that it wrote."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Whole runs without their imports: launcher and workers are forked from a server that has imported everything.
 
-Process for process it is what `python launch/train.py` starts, and each is as mortal; only exec is left out, and with
-it ten seconds of imports a run. All of a run's processes work in its folder, by which `alive` finds them. Each worker
-keeps a file `rank.N` there: its process id, step and phase.
+The processes are the same as with `python launch/train.py` and can be killed like them; only exec is left out, and with
+it ten seconds of imports per run. All of a run's processes work in its folder, by which `alive` finds them. Each worker
+keeps a file `rank.N` there with its process id, step and phase.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small whole runs, each in a folder of its own, and what they wrote."""
+"""Small whole runs, each in its own folder, and the files that they wrote."""
 
 from __future__ import annotations
 

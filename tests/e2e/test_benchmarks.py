@@ -1,4 +1,4 @@
-"""Benchmarks that need a GPU run at toy size here, so that they work on the day that there is one."""
+"""Benchmarks that need a GPU run here at toy size, so that they work once a GPU is available."""
 
 from __future__ import annotations
 

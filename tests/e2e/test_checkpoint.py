@@ -1,4 +1,4 @@
-"""Checkpoints of real runs: a disk that is full, a damaged file, frozen weights, one way of writing or the other."""
+"""Checkpoints of real runs: a full disk, a damaged file, frozen weights, blocking and asynchronous saves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Dockerfile's steps as far as they go without a daemon, a GPU and a network: an interpreter plays the image."""
+"""The Dockerfile's steps, as far as they work without a daemon, a GPU and a network; an interpreter acts as image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs on files with faults: what is skipped, what ends a run, what evaluation says."""
+"""Whole runs on files with faults: what is skipped, what ends a run, and what evaluation reports."""
 
 from __future__ import annotations
 

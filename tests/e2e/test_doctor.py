@@ -1,4 +1,4 @@
-"""`python -m nvlm.doctor` by a bare interpreter, whose packages are made up for the test."""
+"""`python -m nvlm.doctor` run by a bare interpreter whose packages are fakes made for the test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can go wrong in a real run, made to go wrong: signals, ranks that hang or stop, losses that are no numbers."""
+"""Faults provoked in real runs: signals, ranks that hang or stop, losses that are not finite."""
 
 from __future__ import annotations
 

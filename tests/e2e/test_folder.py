@@ -1,4 +1,4 @@
-"""Two starts of one run, and files of somebody else's where a run is to go."""
+"""Two starts of the same run, and foreign files in a run's folder."""
 
 from __future__ import annotations
 

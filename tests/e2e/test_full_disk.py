@@ -1,4 +1,4 @@
-"""A run on a disk without room for anything but its checkpoints, with nobody to print to."""
+"""A run on a disk with room only for its checkpoints, and with a standard output that cannot be written."""
 
 from __future__ import annotations
 

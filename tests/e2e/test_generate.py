@@ -1,4 +1,4 @@
-"""The command on a trained checkpoint: what it writes and when, several turns, two processes, and its errors."""
+"""The generate command on a trained checkpoint: what it writes and when, several turns, two processes, errors."""
 
 from __future__ import annotations
 

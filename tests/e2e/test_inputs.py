@@ -1,4 +1,4 @@
-"""Files that are replaced between a run and what goes on from it: a resume, the next stage, an export, generation."""
+"""Input files that are replaced after a run: what a resume, the next stage, an export and generation do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Twenty SIGKILLs at random moments of one run: nothing is left over, and it ends as if nothing had been."""
+"""Twenty SIGKILLs at random moments of one run: no process remains, and the run ends as if undisturbed."""
 
 from __future__ import annotations
 

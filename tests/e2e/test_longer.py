@@ -1,4 +1,4 @@
-"""A run that is done, made longer, and done again."""
+"""A finished run is extended and finished again."""
 
 from __future__ import annotations
 

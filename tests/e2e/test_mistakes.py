@@ -1,4 +1,4 @@
-"""What a user can cause ends in one line, never in a traceback: real shells, real commands."""
+"""Users' mistakes end in one line, never in a traceback: real shells, real commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers that a real run tells of itself, and the trace that it leaves with profile=true."""
+"""The numbers that a real run reports about itself, and the trace that it writes with profile=true."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""launch/slurm/nvlm.sbatch with a Slurm of one machine: `srun` starts local tasks, and kills them at its own SIGTERM;
-`scancel` signals them; `scontrol requeue` is written down.
+"""launch/slurm/nvlm.sbatch with a fake Slurm of one machine: `srun` starts local tasks and kills them when it gets a
+SIGTERM; `scancel` signals them; `scontrol requeue` is recorded.
 
-The script itself, its signals and its requeues are real; in the slow test the trainer is, too.
+The script, its signals and its requeues are real; in the slow test the trainer is, too.
 """
 
 from __future__ import annotations

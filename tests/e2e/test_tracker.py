@@ -1,4 +1,4 @@
-"""logging=wandb, with a package that writes down what it is told."""
+"""logging=wandb with a fake package that records the calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real processes: train, kill, resume, sweep, dry run, and what a wrong command gets."""
+"""Real processes: train, kill, resume, sweep, dry run, and the answers to wrong commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole way with real processes: published folders, two stages in two layouts, export, an answer from each side."""
+"""The whole workflow in real processes: published folders, two stages in two layouts, export, answers from both."""
 
 from __future__ import annotations
 

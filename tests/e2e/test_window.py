@@ -1,4 +1,4 @@
-"""Windows of steps in real runs: resumed within a window, and shared by two replicas, they train on the same rows."""
+"""Windows of steps in real runs: resumed within a window or shared by two replicas, they train on the same rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process whose layers are Transformer Engine's although there is no GPU."""
+"""Makes a process use Transformer Engine's layers although there is no GPU."""
 
 from __future__ import annotations
 

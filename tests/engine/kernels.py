@@ -1,11 +1,12 @@
-"""What Transformer Engine's layers ask of their compiled extension, computed by torch on a CPU.
+"""The functions that Transformer Engine's layers call in their compiled extension, computed by torch on a CPU.
 
-Transformer Engine's Python decides everything that can be wrong without a GPU: which tensor meets which, what is kept
-for the backward pass, what is quantized and when, which gradient goes where. Its extension `transformer_engine_torch`
-does the arithmetic. `install()` puts this module in the extension's place, so that the former runs here as it is.
+Transformer Engine's Python code decides everything that can be wrong without a GPU: which tensor is used where, what is
+kept for the backward pass, what is quantized and when, which gradient goes where. Its extension
+`transformer_engine_torch` does the arithmetic. `install()` puts this module in the extension's place, so that the
+Python code runs here unchanged.
 
-Covered: dense linears, RMSNorm, packed attention, rotary angles, Adam, and FP8 with one scale a tensor (delayed and
-current scaling). What else is called raises NotImplementedError with its name. Numbers are those of an ideal kernel:
+Covered: dense linears, RMSNorm, packed attention, rotary angles, Adam, and FP8 with one scale per tensor (delayed and
+current scaling). Any other function raises NotImplementedError with its name. Results are those of an ideal kernel:
 products are summed in fp32 and rounded once.
 """
 

@@ -1,4 +1,4 @@
-"""`pytest -p tests.engine.plugin FILES`: tests of all kinds see Transformer Engine's layers, with kernels for CPU."""
+"""`pytest -p tests.engine.plugin FILES` runs tests of any kind with Transformer Engine's layers and kernels for CPU."""
 
 from tests.engine import choose
 

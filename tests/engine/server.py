@@ -1,4 +1,4 @@
-"""Imported by the server that processes are forked from: see tests.engine.choose."""
+"""Imported by the fork server of these tests' processes; see tests.engine.choose."""
 
 from tests.engine import choose
 

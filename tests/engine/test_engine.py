@@ -1,5 +1,5 @@
-"""What the layers of Transformer Engine compute, without a GPU: whole files of tests once more, in processes where its
-own Python runs as it is, on kernels that torch computes (tests/engine/kernels.py)."""
+"""Transformer Engine's layers without a GPU: runs whole test files once more, in processes where its Python code runs
+unchanged on kernels that torch computes (tests/engine/kernels.py)."""
 
 from __future__ import annotations
 

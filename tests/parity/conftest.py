@@ -1,4 +1,4 @@
-"""What the parity tests share."""
+"""Fixtures shared by the parity tests."""
 
 from __future__ import annotations
 

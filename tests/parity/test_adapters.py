@@ -1,4 +1,4 @@
-"""Low-rank adapters in one process: silent at first, then as the reference with merged weights; what learns."""
+"""Low-rank adapters in one process: no effect at first, then equal to the reference with merged weights."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""FLOPs by formula against torch's own counter on real models, and the counts that go in against who sees whom.
+"""FLOPs by formula compared with torch's own counter on real models, and their counts compared with visibility.
 
-torch counts what is computed: on CPU all pairs of a sample, also those behind the mask, and some padding. So the
-formula is given these counts here; that the real ones are right is another test. The math kernel stands in for the
-fused ones, in which torch's counter sees nothing on CPU.
+torch counts what is computed: on CPU all pairs of a sample, even masked ones, and some padding. So the formula gets
+these counts here; another test checks the real ones. The math kernel replaces the fused kernels, whose work torch's
+counter does not see on CPU.
 """
 
 from __future__ import annotations

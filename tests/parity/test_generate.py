@@ -1,4 +1,4 @@
-"""Generation with cached keys computes what a forward over the whole conversation does."""
+"""Generation with cached keys computes the same as a forward pass over the whole conversation."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A forward and a backward pass ask nothing of the device that they run on, so that a GPU's queue never runs dry.
+"""Forward and backward never ask the device for a value, so that a GPU's queue never runs empty.
 
-The meta device stands for one: it has shapes but no numbers.
+The meta device stands in for a GPU: it has shapes but no values.
 """
 
 from __future__ import annotations

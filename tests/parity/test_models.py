@@ -1,6 +1,6 @@
-"""The three architectures against the plain reference, and what must hold of them alone.
+"""The three architectures compared with the plain reference, and invariants of each.
 
-Ours computes in fp32, the reference in fp64 from the same weights; tests/near.py says how near they must be.
+Ours computes in fp32, the reference in fp64 from the same weights; tests/near.py has the tolerances.
 """
 
 from __future__ import annotations

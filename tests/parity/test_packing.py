@@ -1,6 +1,6 @@
-"""Packed rows as a GPU gets them, on CPU: block masks and rows in a line show what dense masks show.
+"""Packed rows as on a GPU, computed on CPU: block masks and concatenated samples give the same as dense masks.
 
-FlexAttention has no backward on CPU, so its gradients are not compared here (benchmarks/gpu.py does).
+FlexAttention has no backward on CPU, so its gradients are not compared here (benchmarks/gpu.py does that).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The peers of the benchmarks do our work: with our weights, our loss and our gradients, fp32."""
+"""The benchmarks' peers do the same work: with our weights they give our loss and our gradients (fp32)."""
 
 from __future__ import annotations
 

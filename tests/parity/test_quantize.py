@@ -1,4 +1,4 @@
-"""The encoder's linears in other hands: what is replaced, what it costs, and an encoder that comes out too wrong."""
+"""The encoder's quantized linears: which are replaced, the error this causes, and the refusal of too large an error."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The reference against transformers' Qwen2, Llama and InternVL, and against literal examples.
+"""The reference compared with transformers' Qwen2, Llama and InternVL, and with literal examples.
 
 Tolerances, relative to the largest value: 1e-5 in fp32 (worst seen 3.4e-6, another order of the same sums);
 1e-12 in fp64 (worst seen 5e-15), once transformers' norms and rotary tables, which compute in fp32, are
-replaced by fp64 ones. No wrong constant (an eps, a scale, a bias) survives the second.
+replaced by fp64 ones. No wrong constant (an eps, a scale, a bias) passes the second.
 """
 
 from __future__ import annotations

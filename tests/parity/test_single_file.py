@@ -1,4 +1,4 @@
-"""The modelling file that stands beside exported weights, against the trainer's own classes and preprocessing.
+"""The modelling file in exported folders compared with the trainer's own classes and preprocessing.
 
 Both compute in fp32 from the same weights; a logit may differ by 1e-5 of the largest one (worst seen 1e-6).
 """

@@ -1,5 +1,5 @@
-"""The model of Transformer Engine's modules has the parameters of ours. Runs where Transformer Engine is installed, and
-from tests/engine/test_engine.py. Here its modules are made, not called."""
+"""The model built from Transformer Engine's modules has the same parameters as ours. Runs if Transformer Engine is
+installed, and from tests/engine/test_engine.py. Here its modules are built, but not called."""
 
 from __future__ import annotations
 

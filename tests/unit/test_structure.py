@@ -1,4 +1,4 @@
-"""The house's rules, kept: which way imports run, and what only one place may know."""
+"""Rules about structure: the direction of imports, and what only one place may know."""
 
 from __future__ import annotations
 

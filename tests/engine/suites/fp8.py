@@ -1,4 +1,4 @@
-"""Training in FP8 by Transformer Engine's own Python, on kernels that torch computes (see test_engine.py)."""
+"""Training in FP8 with Transformer Engine's Python code, on kernels that torch computes (see test_engine.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one script for a GPU, with Transformer Engine's layers and in FP8, at toy size (see test_engine.py)."""
+"""The benchmark script for GPUs at toy size, with Transformer Engine's layers and in FP8 (see test_engine.py)."""
 
 from __future__ import annotations
 

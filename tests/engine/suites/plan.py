@@ -1,4 +1,4 @@
-"""What Transformer Engine's layers keep of a forward pass, against what the planner foretells (see test_engine.py)."""
+"""What Transformer Engine's layers keep of a forward pass, compared with the planner (see test_engine.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of an architecture is what its placement rule and its code do."""
+"""The description of an architecture agrees with its placement rule and its code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Module groups by a parameter's name."""
+"""The module group of each parameter, by its name."""
 
 from __future__ import annotations
 

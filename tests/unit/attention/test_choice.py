@@ -1,4 +1,4 @@
-"""Which kernels are chosen, as one table, and that models are built of them."""
+"""The choice of kernels as one table, and models built accordingly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training on CPU does in its own way, against the plain way: samples apart, no padding, SwiGLU in few passes."""
+"""CPU-specific computation compared with the plain one: attention by sample, no padding, SwiGLU in few passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is chosen for a GPU and for Transformer Engine, asked for where neither is."""
+"""The choices made for a GPU and for Transformer Engine, tested without either."""
 
 from __future__ import annotations
 

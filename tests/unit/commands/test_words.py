@@ -1,4 +1,4 @@
-"""Text on a command line arrives as it was typed, whatever Hydra's grammar makes of its signs."""
+"""Text on a command line arrives as typed, whatever Hydra's grammar makes of its characters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every field states what it may hold, and nothing beyond it gets through."""
+"""Every field states its range, and values outside it are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPUs by the name that their driver tells."""
+"""GPUs by their driver's names for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Composition and cross-field rules: presets, recipes, and one plain message for each mistake."""
+"""Composition and rules across fields: presets, recipes, and one plain message for each mistake."""
 
 from __future__ import annotations
 

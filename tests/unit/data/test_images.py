@@ -1,4 +1,4 @@
-"""Images of records: regular files below the data folder, pixels as they are stored, in all formats alike."""
+"""Images of records: only regular files inside the data folder, and pixels as stored, in every format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of a run are looked at before it starts: paths, first records, held-out answers."""
+"""A run's files are checked before it starts: paths, first records, held-out answers."""
 
 from __future__ import annotations
 

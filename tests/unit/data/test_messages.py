@@ -1,4 +1,4 @@
-"""What a record may say: what has a meaning elsewhere is understood or refused by name, never passed over."""
+"""What a record may contain: keys that mean something to other trainers are supported or refused by name."""
 
 from __future__ import annotations
 

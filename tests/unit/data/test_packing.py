@@ -1,4 +1,4 @@
-"""Rows under two budgets, and windows of steps: every record once, whatever the seed, step or number of replicas."""
+"""Rows under two budgets, and windows of steps: every record once, for any seed, step or number of replicas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records in, samples out: ChatML, image slots, order, packing, and every kind of bad record."""
+"""From records to samples: ChatML, image slots, order, packing, and every kind of bad record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text to tokens: joined as NVLM-D's release does, Yi's first token, several turns, wrong tokenizers."""
+"""From text to tokens: joined as in NVLM-D's release, Yi's first token, several turns, wrong tokenizers."""
 
 from __future__ import annotations
 

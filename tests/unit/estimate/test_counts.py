@@ -1,4 +1,4 @@
-"""Parameter counts: built on the meta device, by arithmetic, and as published (NVLM section 4.5, model cards)."""
+"""Parameter counts: from models on the meta device, calculated, and published (NVLM section 4.5, model cards)."""
 
 from __future__ import annotations
 

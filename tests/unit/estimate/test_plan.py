@@ -1,4 +1,4 @@
-"""Plans: what is counted, what is refused and why, and the two commands that tell it."""
+"""Plans: what is counted, what is refused and why, and the two commands that show it."""
 
 from __future__ import annotations
 

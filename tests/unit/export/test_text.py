@@ -1,4 +1,4 @@
-"""What an exported folder says of text and of who can load it: tokenizer, template, ends, limits."""
+"""An exported folder's text files and its limits for other loaders: tokenizer, template, end tokens."""
 
 from __future__ import annotations
 

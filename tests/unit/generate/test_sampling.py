@@ -1,4 +1,4 @@
-"""How a token is chosen from logits, on literal numbers, and text that comes piece by piece."""
+"""Choosing a token from logits, on literal numbers, and text that arrives in pieces."""
 
 from __future__ import annotations
 

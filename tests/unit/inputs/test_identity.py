@@ -1,4 +1,4 @@
-"""Inputs by their content: what is noticed, what is not, and that only samples of large files are read."""
+"""Inputs identified by content: which changes are noticed, which are not, and that large files are only sampled."""
 
 from __future__ import annotations
 

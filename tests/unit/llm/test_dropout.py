@@ -1,4 +1,4 @@
-"""Dropout by place: how much it drops, and that nothing but place, linear and feature decides."""
+"""Dropout by place: its rate, and that it depends only on place, linear and feature."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job of submitit does with signals, with a handler in the place of submitit's."""
+"""What a submitit job does on signals, with a fake of submitit's handler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The launcher with workers of a few lines: what it says, how it ends, and that nothing outlives it."""
+"""The launcher with workers of a few lines: what it prints, how it ends, and that no process outlives it."""
 
 from __future__ import annotations
 

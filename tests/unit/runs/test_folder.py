@@ -1,4 +1,4 @@
-"""A run's folder: one owner, nothing of anybody else's lost, and what a resume may change."""
+"""A run's folder: one owner, no loss of foreign files, and what a resume may change."""
 
 from __future__ import annotations
 

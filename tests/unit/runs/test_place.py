@@ -1,4 +1,4 @@
-"""Where runs go: names of sweeps' folders, and folders that cannot be made."""
+"""Where runs go: folder names of sweeps, and folders that cannot be created."""
 
 from __future__ import annotations
 

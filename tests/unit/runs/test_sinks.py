@@ -1,4 +1,4 @@
-"""What is told while the disk is full, the pipe closed: nothing fails, nothing is cut in half, and it is said once."""
+"""Logging while the disk is full or the pipe closed: nothing fails, no piece is cut, and it is reported once."""
 
 from __future__ import annotations
 

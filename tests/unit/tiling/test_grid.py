@@ -1,4 +1,4 @@
-"""Grid choice against published vectors and against a plain second implementation of the published rule."""
+"""Grid choice compared with published vectors and with a plain second implementation of the published rule."""
 
 from __future__ import annotations
 

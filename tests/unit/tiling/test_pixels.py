@@ -1,4 +1,4 @@
-"""Pixels: `exact` against the published Pillow + torchvision path bit for bit, `fast` within a bound."""
+"""Pixels: `exact` equals the published Pillow and torchvision code bit for bit, `fast` is within a bound."""
 
 from __future__ import annotations
 

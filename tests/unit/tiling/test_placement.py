@@ -1,4 +1,4 @@
-"""Placements of the three architectures: what stands where and with how many tokens."""
+"""Placements of the three architectures: what goes where, with how many tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tile tags, as the literal strings that the tokenizer gets."""
+"""Tile tags, as the literal strings given to the tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which steps are bad, and what the guard remembers."""
+"""Which steps count as bad, and the guard's state."""
 
 from __future__ import annotations
 

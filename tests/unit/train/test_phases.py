@@ -1,4 +1,4 @@
-"""A step's phases: without a gap, each by its own time, heard of by the watchdog."""
+"""A step's phases: timed without gaps and reported to the watchdog."""
 
 from __future__ import annotations
 

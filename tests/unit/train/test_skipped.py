@@ -1,4 +1,4 @@
-"""When a run has too many records that cannot be used."""
+"""When a run ends because too many records cannot be used."""
 
 from __future__ import annotations
 

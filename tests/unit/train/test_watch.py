@@ -1,4 +1,4 @@
-"""The watchdog's verdict on beats of a pipeline of four, and where it takes a thread to stand."""
+"""The watchdog's verdict on beats of a pipeline of four, and where it locates a thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of the vision pre-pass: every tile once, even shares, as few moved as can be."""
+"""The plan of the vision pre-pass: every tile once, even shares, as few tiles moved as possible."""
 
 from __future__ import annotations
 

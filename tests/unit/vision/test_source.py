@@ -1,4 +1,4 @@
-"""Where the encoder is found: what is named, else what the run of a checkpoint recorded, never another in silence."""
+"""Where the encoder is read from: the folder that is named, else the one its run recorded, never silently another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders that are not what they should be: refused by name, from their headers, before anything is read or written."""
+"""Wrong folders are refused by name, from their headers, before anything is read or written."""
 
 from __future__ import annotations
 
