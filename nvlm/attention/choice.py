@@ -41,13 +41,13 @@ CPU, GPU, GPU_WITH_TE = Machine(False, False), Machine(True, False), Machine(Tru
 class Kernel:
     """An attention kernel, by the name of its module in nvlm.attention.kernels.
 
-    The last three say what it keeps for the backward pass, beside queries, keys, values, output and the logarithms of
-    the sums of each query's scores.
+    `joint`, `apart` and `mask` say what it keeps for the backward pass beside queries, keys, values, output and each
+    query's logsumexp.
     """
 
     name: str
-    inner: Kernel | None = None  # what computes on each rank where `name` is about communication
-    rows: Rows = Rows.KEPT
+    inner: Kernel | None = None  # the kernel that computes on each rank, where this one moves data between ranks
+    rows: Rows = Rows.KEPT  # how it wants a micro-batch
     joint: bool = True  # values stay a view of queries, keys and values in one
     apart: bool = False  # its output is copied for the linear behind it
     mask: bool = False  # the mask of all pairs, as numbers
@@ -74,8 +74,8 @@ class Chosen:
 
 
 def choose(config: Config, machine: Machine, mode: Mode) -> Chosen:
-    """The kernels of `config` on `machine`. Outside training rows are short, and caches hold their keys: masks of all
-    pairs are quick enough."""
+    """The kernels of `config` on `machine` in `mode`. Outside training masks of all pairs are quick enough: rows are
+    short, and caches hold their keys."""
     trains = mode is Mode.TRAINING
     pairs = FLEX if trains and machine.cuda else DENSE
     keys = pairs if cross_layers(config) else None
@@ -88,7 +88,7 @@ def choose(config: Config, machine: Machine, mode: Mode) -> Chosen:
 def _rows(whole: Kernel, keys: Kernel | None, trains: bool) -> Rows:
     if whole.rows is Rows.LINE:
         return Rows.LINE  # in all modes: Transformer Engine's fused rotary embedding takes one row
-    # Of one line, a mask of all pairs of tokens and keys would be as many times larger as there are rows.
+    # In one line, a mask of all pairs of tokens and keys would be larger by the number of rows.
     return whole.rows if trains and keys is None else Rows.KEPT
 
 

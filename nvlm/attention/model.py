@@ -25,7 +25,7 @@ class ModelAttention:
     columns: Kernel
     keys: Kernel | None
     rows: Rows
-    multiple: int  # of what divides a row
+    multiple: int  # what the length of a row must be a multiple of, tokens
 
     @property
     def core(self) -> type[nn.Module]:
@@ -37,11 +37,11 @@ class ModelAttention:
         return arranged(batch, self.rows, self.multiple)
 
     def masks(self, batch: Batch, columns_S: Tensor, keys: bool) -> Masks:
-        """Of an arranged batch. `keys`: there are layers that cross-attend."""
+        """What the tokens of an arranged batch see. `keys`: whether there are layers with cross-attention."""
         return Masks(columns=self.columns.columns(batch), keys=self.keys.keys(batch, columns_S) if keys else None)
 
     def cached(self, past: Past) -> Masks:
-        """Of the newest column."""
+        """What the newest column sees of what caches keep."""
         return Masks(
             columns=View(self.columns, past.columns), keys=None if self.keys is None else View(self.keys, past.keys)
         )

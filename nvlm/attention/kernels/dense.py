@@ -42,9 +42,9 @@ class Dense(PairKernel):
         # Of one column a group's heads stand as columns do: keys are read once a group, and a call costs half.
         groups = key_XBGD.shape[2]
         query_BGnD = for_kernel(query_SBND).reshape(rows, groups, heads // groups, width)
-        key_value = (for_kernel(x).permute(1, 2, 0, 3) for x in (key_XBGD, value_XBGD))
+        key_BGXD, value_BGXD = for_kernel(key_XBGD).permute(1, 2, 0, 3), for_kernel(value_XBGD).permute(1, 2, 0, 3)
         seen = None if mask is None else ~mask
-        out_BGnD = scaled_dot_product_attention(query_BGnD, *key_value, attn_mask=seen, scale=scale)
+        out_BGnD = scaled_dot_product_attention(query_BGnD, key_BGXD, value_BGXD, attn_mask=seen, scale=scale)
         return _blind(out_BGnD, mask).reshape(1, rows, heads * width).to(query_SBND.dtype)
 
     def attended(
