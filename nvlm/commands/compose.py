@@ -59,7 +59,7 @@ def main(started: float) -> int:
 
 
 def _answer(started: float) -> int:
-    sys.argv[1:] = plain_words(sys.argv[1:])  # Hydra reads them again
+    sys.argv[1:] = _effective(plain_words(sys.argv[1:]))  # Hydra reads them again
     configs = check_overrides(sys.argv[1:])
     sweep = any(word in SWEEP_FLAGS for word in sys.argv)
     if len(configs) > 1 and not sweep:
@@ -121,7 +121,7 @@ def _through_hydra(started: float) -> None:
     try:
         job()
     except (HydraException, OmegaConfBaseException) as error:
-        raise _explain(error, ()) from None
+        raise _explain(error) from None
 
 
 def _start(composed: DictConfig, run_dir: Path, started: float) -> int:
@@ -153,14 +153,27 @@ def check_overrides(arguments: list[str], also: Sequence[str] = ()) -> list[Conf
     if any(word.startswith("-") and word not in SWEEP_FLAGS for word in arguments):
         return []
     configs = []
-    for combination in _runs(arguments):
+    for combination in _runs(_effective(arguments)):
         try:
             configs.append(compose_config(*combination))
         except ConfigError:
             raise
         except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
-            raise _explain(error, also) from None
+            raise _explain(error, also, combination) from None
     return configs
+
+
+def _effective(arguments: Sequence[str]) -> list[str]:
+    """`arguments` without the keys of data sources other than the one that they choose, which is told on stderr."""
+    chosen = [word for word in arguments if word.startswith("data=")]
+    file = CONF / "data" / f"{chosen[-1].partition('=')[2]}.yaml" if chosen else None
+    if file is None or not file.is_file():
+        return list(arguments)
+    foreign = {f"data.{key}" for other in file.parent.glob("*.yaml") for key in OmegaConf.load(other)}
+    foreign -= {f"data.{key}" for key in OmegaConf.load(file)}
+    for word in (found := [word for word in arguments if word.partition("=")[0] in foreign]):
+        print(f"{word}: ignored, {chosen[-1]} does not have it", file=sys.stderr)
+    return [word for word in arguments if word not in found]
 
 
 def _runs(arguments: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -200,11 +213,13 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(".")
 
 
-def _explain(error: Exception, also: Sequence[str]) -> ConfigError:
-    """Hydra's and OmegaConf's complaints in this project's form."""
+def _explain(error: Exception, also: Sequence[str] = (), words: Sequence[str] = ()) -> ConfigError:
+    """Hydra's and OmegaConf's complaints about `words` in this project's form."""
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
-        return unknown_key(match[1], also)
+        chosen = (word.partition("=")[0] for word in words)
+        groups = [word for word, key in zip(words, chosen, strict=True) if (CONF / key).is_dir() and key != match[1]]
+        return unknown_key(match[1], also, groups)
     if match := re.search(r"Could not find '([^']+)/([^'/]*)'", text):
         return _unknown_value(match[1], match[2])
     if "Could not load 'hydra/launcher/submitit" in text:
@@ -215,11 +230,23 @@ def _explain(error: Exception, also: Sequence[str]) -> ConfigError:
     return ConfigError(f"configuration: {_first_line(error)}. Fix: {LISTING}")
 
 
-def unknown_key(key: str, also: Sequence[str] = ()) -> ConfigError:
-    """What to say about a key that neither the configuration has nor is one of `also`."""
-    known = list(flat(OmegaConf.to_container(_compose(), resolve=False)))
+def unknown_key(key: str, also: Sequence[str] = (), choices: Sequence[str] = ()) -> ConfigError:
+    """What to say about a key that neither the configuration has nor is one of `also`; `choices`: words that choose the
+    files of groups."""
+    known = list(flat(OmegaConf.to_container(_compose(choices), resolve=False)))
     groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "experiment"))
+    if others := [f"{group}={name}" for group, name in _files_with(key)]:
+        section = key.partition(".")[0]
+        expected = f"one of {', '.join(name for name in known if name.startswith(f'{section}.'))}"
+        return problem(key, f"a key of {' and '.join(others)} alone", expected, f"{others[0]}, or leave it out")
     near = near_keys(key, [*also, *known, *groups, "+experiment"])
     sections = sorted({name.partition(".")[0] for name in known}.intersection(groups))
     expected = f"one of {', '.join(near)}" if near else f"one of the keys of {', '.join(sections)}"
     return problem(key, "a key that does not exist", expected, f"{near[0]}=..." if 0 < len(near) <= 3 else LISTING)
+
+
+def _files_with(key: str) -> list[tuple[str, str]]:
+    """(group, name) of the files of the key's group that have the key."""
+    group, _, leaf = key.partition(".")
+    files = sorted((CONF / group).glob("*.yaml"))
+    return [(group, file.stem) for file in files if leaf in OmegaConf.load(file)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib.util
 import logging
@@ -22,7 +21,7 @@ from omegaconf import OmegaConf
 from nvlm.arch.registry import placement_rule
 from nvlm.commands.mistakes import answered
 from nvlm.config.hardware import GPUS, known_gpu
-from nvlm.config.mapping import from_mapping
+from nvlm.config.mapping import from_mapping, to_mapping
 from nvlm.config.rules import check_world, validate
 from nvlm.config.values import TE_INSTALL, Config, ConfigError, problem
 from nvlm.data.look import check_data
@@ -61,8 +60,8 @@ def _look(config: Config, run_dir: Path) -> None:
 
 def _has_work(config: Config, run_dir: Path) -> bool:
     """Whether a step or an evaluation remains to be done."""
-    heldout = config.data.source != "jsonl" or config.data.heldout_path
-    return steps_done(run_dir) < config.train.steps or bool(config.evaluate.questions and heldout)
+    asked = config.evaluate.questions and config.data.source.has_heldout
+    return steps_done(run_dir) < config.train.steps or bool(asked)
 
 
 def _claim(config: Config, run_dir: Path, held: contextlib.ExitStack) -> str | None:
@@ -78,7 +77,7 @@ def _claim(config: Config, run_dir: Path, held: contextlib.ExitStack) -> str | N
 def _in_workers(config: Config, run_dir: Path, started: float, lock: int) -> None:
     """Train in workers. They get the configuration in memory: a file in the folder could be from another start."""
     with open(os.memfd_create("config"), "w") as file:
-        file.write(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+        file.write(OmegaConf.to_yaml(OmegaConf.create(to_mapping(config))))
         file.flush()
         arguments = ["-m", "nvlm.commands.launch", str(file.fileno()), str(run_dir), repr(started)]
         processes = config.parallel.replica * config.parallel.data

@@ -13,7 +13,7 @@ from pathlib import Path
 from nvlm.commands.compose import check_overrides
 from nvlm.config.data import DataConfig
 from nvlm.config.fields import named
-from nvlm.config.mapping import from_mapping
+from nvlm.config.mapping import from_mapping, to_mapping
 from nvlm.config.values import Config, problem
 from nvlm.generate.config import for_generation, read_config
 from nvlm.generate.sampling import Sampling
@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str]) -> Request:
     )
     config = read_config(own["checkpoint"], others, OPTIONS) if own.get("checkpoint") else _composed(others)
     if "system" in own:
-        values = dataclasses.asdict(config.data) | {"system": own["system"] or None}
+        values = to_mapping(config.data) | {"system": own["system"] or None}
         config = dataclasses.replace(config, data=from_mapping(DataConfig, values, "data."))
     if not chat and not own.get("prompt"):
         raise problem("prompt", "nothing", "the user's words, or chat=true to read them", 'prompt="What is this?"')

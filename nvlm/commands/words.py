@@ -6,17 +6,16 @@ that can only be text are quoted here, so that users need not do it.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from nvlm.config.mapping import kinds_of
+from nvlm.config.mapping import leaves
 from nvlm.config.values import Config, problem
 
 SWEEP_FLAGS = ("-m", "--multirun")
@@ -55,7 +54,7 @@ def _plain(word: str, sweep: bool) -> str:
         return f"{key}={','.join(map(quoted, parts))}"
     listed = read.is_sweep_override()
     is_text = (not sweep) if listed else isinstance(read.value(), int | float)  # including true and false
-    return f"{key}={quoted(value)}" if key in _text_keys() and is_text else word
+    return f"{key}={quoted(value)}" if is_text and _is_text(key) else word
 
 
 def quoted(value: str) -> str:
@@ -68,14 +67,14 @@ def _parser() -> OverridesParser:
     return OverridesParser.create()
 
 
+def _is_text(key: str) -> bool:
+    return _texts(Config).fullmatch(key) is not None
+
+
 @functools.cache
-def _text_keys() -> frozenset[str]:
-    return frozenset(_texts(Config, ""))
-
-
-def _texts(cls: type, path: str) -> Iterator[str]:
-    for name, kind in kinds_of(cls).items():
-        if dataclasses.is_dataclass(kind.type):
-            yield from _texts(kind.type, f"{path}{name}.")
-        elif kind.type is str:
-            yield f"{path}{name}"
+def _texts(cls: type) -> re.Pattern[str]:
+    """Matches the keys of `cls` that hold text, whatever the names of a mapping and the numbers of a list."""
+    kinds = [(key, kind.type) for key, kind in leaves(cls)]
+    others = {key for key, kind in kinds if kind is not str}
+    texts = [re.escape(key).replace(r"\*", r"[^.]+") for key, _ in kinds if key not in others]
+    return re.compile("|".join(texts))

@@ -110,7 +110,11 @@ def _encodable(value: str) -> bool:
 
 
 class FilePath:
-    """A path of a file or folder that is to be read."""
+    """A path of a file or folder that is to be read. `needed`: what it must lead to, if a run cannot do without it
+    (nvlm.config.rules); `example`: such a path."""
+
+    def __init__(self, needed: str = "", example: str = "PATH") -> None:
+        self.needed, self.example = needed, example
 
     def __contains__(self, value: str) -> bool:
         return "\0" not in value
@@ -128,6 +132,13 @@ Natural = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(above=0, example=1)]
 NotNegative = Annotated[float, Range(0)]
 Location = Annotated[str, FilePath()]
+
+
+class Tag:
+    """On a union of dataclasses: the field that tells them apart, in which each may hold one word alone (a Choice)."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
 
 
 def named(path: str | os.PathLike) -> str:

@@ -24,4 +24,4 @@ def near_keys(key: str, known: Sequence[str]) -> list[str]:
         close = get_close_matches(leaf, siblings, n=3, cutoff=0.6) or list(siblings)[:20]
         return [siblings[name] for name in close]
     namesakes = [name for name in known if name.rpartition(".")[2] == leaf]
-    return namesakes or get_close_matches(key, known, n=3, cutoff=0.75)
+    return get_close_matches(key, namesakes or known, n=3, cutoff=0.75) or namesakes

@@ -9,43 +9,89 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 import types
 import typing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated
 
-from nvlm.config.fields import FilePath
+from nvlm.config.fields import Choice, FilePath, Tag
 from nvlm.config.keys import moved
-from nvlm.config.values import problem
+from nvlm.config.values import ConfigError, problem
 
 
 def from_mapping(cls: type, values: dict, path: str = ""):
-    """Build the dataclass `cls` from plain `values`. Raises ConfigError for a key that is unknown or missing, and for a
-    value that is not of its field's type or beyond the field's limits."""
+    """Build the dataclass `cls` from plain `values`; `path` is their place in the whole, with a dot at its end.
+
+    A union of dataclasses is told apart by its Tag. A field that is called as the tag takes the chosen dataclass's keys
+    from `values` itself: {source: jsonl, path: ...}. Raises ConfigError for a key that is unknown or missing, and for a
+    value that is not of its field's type or beyond the field's limits.
+    """
     kinds = kinds_of(cls)
-    unknown = sorted(set(values) - set(kinds))
+    beside = {name: _chosen(kind, values, path) for name, kind in kinds.items() if kind.tag == name}
+    everything = kinds | {key: kind for variant in beside.values() for key, kind in kinds_of(variant).items()}
+    unknown = sorted(set(values) - set(everything), key=str)
     if unknown:
-        if new := moved(f"{path}{unknown[0]}"):
-            raise problem(f"{path}{unknown[0]}", "a key of an earlier version", new, f"{new}=...")
-        near = get_close_matches(unknown[0], kinds, n=3, cutoff=0.7)
-        fix = f"{path}{near[0]}=..." if near else "leave it out"
-        expected = f"one of {', '.join(near or sorted(kinds))}"
-        raise problem(f"{path}{unknown[0]}", "a key that does not exist", expected, fix)
-    missing = sorted(set(kinds) - set(values))
+        raise _unknown(path, unknown[0], list(everything))
+    missing = sorted(set(everything) - set(values))
     if missing:
-        raise problem(f"{path}{missing[0]}", "nothing", str(kinds[missing[0]]), f"{path}{missing[0]}=...")
-    return cls(**{key: _checked(kind, values[key], f"{path}{key}") for key, kind in kinds.items()})
+        raise problem(f"{path}{missing[0]}", "nothing", str(everything[missing[0]]), _typed(f"{path}{missing[0]}"))
+    parts = {
+        name: from_mapping(variant, {key: values[key] for key in kinds_of(variant)}, path)
+        for name, variant in beside.items()
+    }
+    others = {key: _checked(kind, values[key], f"{path}{key}") for key, kind in kinds.items() if key not in beside}
+    return cls(**parts, **others)
+
+
+def to_mapping(value) -> dict:
+    """The plain values of a dataclass, from which `from_mapping` builds it again."""
+    plain: dict = {}
+    for name, kind in kinds_of(type(value)).items():
+        part = _plain(getattr(value, name))
+        plain |= part if kind.tag == name else {name: part}
+    return plain
+
+
+def _plain(value):
+    if dataclasses.is_dataclass(value):
+        return to_mapping(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return type(value)(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def leaves(cls: type, path: str = "") -> Iterator[tuple[str, Kind]]:
+    """Every value that a `cls` holds or may hold: its dotted key, with * for names of a mapping and numbers of a list,
+    and its kind."""
+    for name, kind in kinds_of(cls).items():
+        yield from _leaves(kind, path.removesuffix(".") if kind.tag == name else f"{path}{name}")
+
+
+def _leaves(kind: Kind, path: str) -> Iterator[tuple[str, Kind]]:
+    for variant in kind.variants:
+        yield from leaves(variant, f"{path}.")
+    if kind.inside and kind.inside[-1].variants:
+        yield from _leaves(kind.inside[-1], f"{path}.*")
+    elif not kind.variants:
+        yield path, kind
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a field may hold: a `type`, for containers the kinds `inside`, the `limits` of its annotation, or None."""
+    """What a field may hold: a `type`, for containers the kinds `inside`, the `limits` of its annotation, or None.
+
+    `variants`: the dataclasses that it may be, which the key `tag` tells apart where there are several.
+    """
 
     type: type
     inside: tuple[Kind, ...]
     limits: tuple
     optional: bool
+    variants: tuple[type, ...] = ()
+    tag: str | None = None
 
     def __str__(self) -> str:
         limits = ", ".join(map(str, self.limits))
@@ -61,12 +107,48 @@ def kinds_of(cls: type) -> dict[str, Kind]:
 
 
 def _kind(hint) -> Kind:
-    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    some = next(option for option in options if option is not types.NoneType)
-    limits = some.__metadata__ if typing.get_origin(some) is Annotated else ()
-    bare = typing.get_args(some)[0] if limits else some
+    limits = hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
+    bare = typing.get_args(hint)[0] if limits else hint
+    if typing.get_origin(bare) in (types.UnionType, typing.Union):
+        options = [option for option in typing.get_args(bare) if option is not types.NoneType]
+        optional = len(options) < len(typing.get_args(bare))
+        if len(options) > 1:
+            (tag,) = (limit.key for limit in limits if isinstance(limit, Tag))
+            return Kind(dict, (), (Choice(*map(_name(tag), options)),), optional, tuple(options), tag)
+        return dataclasses.replace(_kind(options[0]), optional=optional)
     inside = tuple(_kind(part) for part in typing.get_args(bare) if part is not ...)
-    return Kind(typing.get_origin(bare) or bare, inside, limits, len(options) > 1)
+    variants = (bare,) if dataclasses.is_dataclass(bare) else ()
+    return Kind(typing.get_origin(bare) or bare, inside, limits, False, variants)
+
+
+def _name(tag: str) -> Callable[[type], str]:
+    """A function from a dataclass to the one word that its field `tag` may hold."""
+    return lambda variant: kinds_of(variant)[tag].limits[0].words[0]
+
+
+def _chosen(kind: Kind, values: dict, path: str) -> type:
+    """Which of the dataclasses of `kind` the mapping `values` is."""
+    if kind.tag is None:
+        return kind.variants[0]
+    (names,) = kind.limits
+    key, got = f"{path}{kind.tag}", values.get(kind.tag)
+    if not isinstance(got, str) or got not in names:
+        instead = names.instead(got if isinstance(got, str) else "")
+        raise problem(key, "nothing" if got is None else repr(got), str(names), _typed(key, instead))
+    return kind.variants[names.words.index(got)]
+
+
+def _unknown(path: str, key: object, known: list[str]) -> ConfigError:
+    if new := moved(f"{path}{key}"):
+        return problem(f"{path}{key}", "a key of an earlier version", new, _typed(new))
+    near = get_close_matches(str(key), known, n=3, cutoff=0.7)
+    fix = _typed(f"{path}{near[0]}") if near else "leave it out"
+    return problem(f"{path}{key}", "a key that does not exist", f"one of {', '.join(near or sorted(known))}", fix)
+
+
+def _typed(path: str, value: str = "...") -> str:
+    """How a command line sets the value at `path`: Hydra writes data.blend[1].weight as data.blend.1.weight."""
+    return f"{re.sub(r'\[(\d+)\]', r'.\1', path)}={value}"
 
 
 _LARGEST = 2**62  # in 64 bits, with room to count on
@@ -77,26 +159,31 @@ _KINDS = {
     str: "text",
     dict: "a mapping",
     tuple: "a list",
+    list: "a list",
 }
-_EXAMPLES = {int: "1", float: "1", bool: "true", str: "'\"text\"'", dict: "{name:1}", tuple: "[a,b]"}
+_EXAMPLES = {int: "1", float: "1", bool: "true", str: "'\"text\"'", dict: "{name:1}", tuple: "[a,b]", list: "[a,b]"}
 
 
-def _checked(kind: Kind, value, path: str, fix: str = "{}={}"):
+def _checked(kind: Kind, value, path: str, form: str = "{}"):
+    """`value`, which stands at `path`, as a value of `kind`. `form`: how a list of such values is typed."""
     if value is None and kind.optional:
         return None
-    if dataclasses.is_dataclass(kind.type):
+    if kind.variants:
         if not isinstance(value, dict):
-            raise problem(path, repr(value), str(kind), f"{path}.KEY=...")
-        return from_mapping(kind.type, value, f"{path}.")
+            raise problem(path, repr(value), "a group of keys", _typed(f"{path}.{kind.tag or 'KEY'}"))
+        return from_mapping(_chosen(kind, value, f"{path}."), value, f"{path}.")
     value = _as_type(kind.type, value, path)
     if kind.type is dict:
         return {key: _checked(kind.inside[1], item, f"{path}.{key}") for key, item in value.items()}
-    if kind.type is tuple:
-        return tuple(_checked(kind.inside[0], item, path, "{}=[{}]") for item in value)
+    if kind.type in (list, tuple):
+        (inside,) = kind.inside
+        if inside.variants:
+            return kind.type(_checked(inside, item, f"{path}[{place}]") for place, item in enumerate(value))
+        return kind.type(_checked(inside, item, path, "[{}]") for item in value)
     for limit in kind.limits:
         if value not in limit:
             got = repr(value) if kind.type is str else value
-            raise problem(path, got, str(limit), fix.format(path, limit.instead(value)))
+            raise problem(path, got, str(limit), _typed(path, form.format(limit.instead(value))))
         if isinstance(limit, FilePath):  # a shell leaves the ~ of key=~/file alone
             value = os.path.expanduser(value)
     return value
@@ -115,8 +202,9 @@ def _as_type(wanted: type, value, path: str):
     if wanted is tuple and isinstance(value, list):
         return tuple(value)
     if wanted is int and whole and abs(value) > _LARGEST:
-        raise problem(path, value, f"a number of at most {len(str(_LARGEST)) - 1} digits", f"{path}=1")
+        raise problem(path, value, f"a number of at most {len(str(_LARGEST)) - 1} digits", _typed(path, "1"))
     if not isinstance(value, wanted) or (wanted is int and not whole):
-        example = f"[{value.strip('[]')}]" if wanted is tuple and isinstance(value, str) else _EXAMPLES[wanted]
-        raise problem(path, repr(value), _KINDS[wanted], f"{path}={example}")
+        listed = wanted in (list, tuple) and isinstance(value, str)
+        example = f"[{value.strip('[]')}]" if listed else _EXAMPLES[wanted]
+        raise problem(path, repr(value), _KINDS[wanted], _typed(path, example))
     return value

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 
 from nvlm.config.compute import FP8_RECIPES
+from nvlm.config.data import Source
+from nvlm.config.fields import FilePath
+from nvlm.config.mapping import kinds_of
 from nvlm.config.values import Config, problem
 
 PROFILED = 6  # steps until a trace is whole
@@ -18,13 +21,21 @@ def _data(config: Config) -> None:
     if data.tokenize == "vllm" and (config.tiling.tag != "1d" or config.tiling.max_tiles > 9):
         got = f"vllm with tiling.tag={config.tiling.tag} tiling.max_tiles={config.tiling.max_tiles}"
         raise problem("data.tokenize", got, "tiling.tag=1d and at most 9 tiles, as vLLM has", "data.tokenize=apart")
-    if data.source == "jsonl" and not data.path and not config.dry_run:
-        raise problem("data.path", "nothing", "a .jsonl file", "data.path=records.jsonl")
+    if not config.dry_run:
+        _needed(data.source, "data.")
     if data.seq_length > config.llm.max_positions:
         positions = config.llm.max_positions
         expected = f"at most the positions that the model knows, llm.max_positions={positions}"
         fix = f"data.seq_length={positions}, or llm.max_positions={data.seq_length} where the model learns that many"
         raise problem("data.seq_length", data.seq_length, expected, fix)
+
+
+def _needed(source: Source, path: str) -> None:
+    """Raise ConfigError where the source of records at `path` lacks a file that it cannot do without."""
+    for name, kind in kinds_of(type(source)).items():
+        for limit in kind.limits:
+            if isinstance(limit, FilePath) and limit.needed and not getattr(source, name):
+                raise problem(f"{path}{name}", "nothing", limit.needed, f"{path}{name}={limit.example}")
 
 
 def _shapes(config: Config) -> None:

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from nvlm.config.data import Pages
+from nvlm.data.record import Record
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -166,6 +169,45 @@ def _records(split: str, indices: list[int], seed: int, questions: int, version:
         data = io.BytesIO()
         record["images"][0].save(data, "JPEG", quality=90)
         yield record | {"images": [{"bytes": data.getvalue(), "path": None}]}
+
+
+def build(source: Pages, seed: int, heldout: bool) -> PageRecords:
+    """The pages of a run; held-out ones have one question each."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    if heldout:
+        return PageRecords(build_pages("heldout", source.heldout_records, seed, questions_per_page=1))
+    return PageRecords(build_pages("train", source.records, seed, questions_per_page=source.questions))
+
+
+def first(source: Pages, heldout: bool) -> None:
+    """Pages that are made here need not be looked at."""
+
+
+class PageRecords:
+    """Pages of a Hugging Face dataset: columns id, messages, images (encoded until they are used) and kinds."""
+
+    files = ()  # pages are drawn anew
+
+    def __init__(self, dataset) -> None:
+        from datasets import Image as ImageFeature
+        from datasets import Sequence as SequenceFeature
+
+        self.dataset = dataset.cast_column("images", SequenceFeature(ImageFeature(decode=False)))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        return str(self.dataset[index]["id"])
+
+    def kind(self, index: int) -> str:
+        return self.dataset[index]["kinds"][0]
+
+    def __getitem__(self, index: int) -> Record:
+        row = self.dataset[index]
+        return Record(str(row["id"]), row["messages"], [image["bytes"] or image["path"] for image in row["images"]])
 
 
 def build_pages(split: str, count: int, seed: int = 0, questions_per_page: int = 4) -> Dataset:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,16 @@ class Record:
     id: str
     messages: list[dict[str, Any]]
     images: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class First:
+    """The first records of a source: name of each and how to read it, which may raise BadRecord. `key`: the setting
+    that leads to them; `place`: its value."""
+
+    key: str
+    place: str
+    records: Iterator[tuple[str, Callable[[], Record]]]
 
 
 @contextmanager

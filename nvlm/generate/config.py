@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from yaml import YAMLError
 
 from nvlm.config.compute import PrecisionConfig
 from nvlm.config.keys import near_keys
-from nvlm.config.mapping import from_mapping
+from nvlm.config.mapping import from_mapping, to_mapping
 from nvlm.config.rules import validate
 from nvlm.config.values import Config, ConfigError, problem
 from nvlm.estimate.lengths import check_lengths
@@ -42,7 +41,7 @@ def read_config(checkpoint: str | Path, overrides: Sequence[str] = (), also: Seq
     """
     folder = find_checkpoint(Path(checkpoint).resolve(), "checkpoint")
     before = read_run_config(folder)
-    values = dataclasses.asdict(before)
+    values = to_mapping(before)
     values["parallel"] |= _ONE_PROCESS
     values["init"] = {"llm": None, "release": None, "vision": None, "checkpoint": str(folder)}
     values["peft"]["targets"] = before.adapted or before.peft.targets  # what was new had no adapters

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,16 +53,26 @@ def of_tensors(folder: str, stored: Mapping[str, Stored], prefix: str = "") -> I
     return Identity(str(Path(folder).resolve()), total, found.hexdigest())
 
 
+def of_files(files: Sequence[Path], records: int) -> Identity:
+    """Several files by their names and contents, wherever their folder lies."""
+    found = [of_file(path) for path in files]
+    names = "".join(f"{path.name} {one.bytes} {one.digest}\n" for path, one in zip(files, found, strict=True))
+    folder = str(files[0].resolve().parent)
+    return Identity(folder, sum(one.bytes for one in found), hashlib.sha256(names.encode()).hexdigest(), records)
+
+
 def of_records(config: Config, records: Records) -> Identity:
-    """The training records: their file, or of pages that are drawn anew the first and the last one."""
-    if config.data.source == "jsonl":
-        return of_file(Path(config.data.path or ""), len(records))
+    """The training records: their files, or where they are made the first and the last one."""
+    if len(records.files) == 1:
+        return of_file(records.files[0], len(records))
+    if records.files:
+        return of_files(records.files, len(records))
     found = hashlib.sha256()
     for record in (records[0], records[len(records) - 1]):
         found.update(json.dumps(record.messages).encode())
         for image in record.images:
             found.update(image)
-    return Identity(config.data.source, 0, found.hexdigest(), len(records))
+    return Identity(config.data.source.source, 0, found.hexdigest(), len(records))
 
 
 def of_encoder(config: Config) -> Identity:

@@ -6,7 +6,6 @@ Imports no torch.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import importlib.metadata
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from nvlm.config.mapping import to_mapping
 from nvlm.config.values import Config, ConfigError, problem
 from nvlm.runs.earlier import as_written_now
 from nvlm.runs.files import write_whole
@@ -97,7 +97,7 @@ def begin(config: Config, run_dir: Path, fresh: bool) -> None:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+        write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_mapping(config))))
         write_whole(run_dir / "environment.json", json.dumps(_environment(), indent=1) + "\n")
         if fresh:
             for stale in ("metrics.jsonl", "skipped.jsonl"):
@@ -142,7 +142,7 @@ def _check_resume(config: Config, run_dir: Path) -> None:
         raise problem(f"run folder {run_dir}", "a folder that holds a run", "a new folder with resume=never", fix)
     before = flat(as_written_now(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))))
     free = (*_FREE, *_IDENTIFIED) if (run_dir / INPUTS).is_file() else _FREE
-    for key, value in flat(dataclasses.asdict(config)).items():
+    for key, value in flat(to_mapping(config)).items():
         old = before.get(key)
         if key == "train.steps" and isinstance(old, int) and value >= old:  # a run may be extended
             continue
@@ -152,11 +152,13 @@ def _check_resume(config: Config, run_dir: Path) -> None:
 
 
 def flat(values: dict, path: str = "") -> dict[str, object]:
-    """Nested `values` with dotted keys."""
+    """Nested `values` with dotted keys; groups of keys in a list have their numbers: blend.0.weight."""
     leaves: dict[str, object] = {}
     for key, value in values.items():
         plain = list(value) if isinstance(value, tuple) else value  # as YAML reads it back
-        leaves |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": plain}
+        if isinstance(plain, list) and plain and all(isinstance(item, dict) for item in plain):
+            plain = dict(enumerate(plain))
+        leaves |= flat(plain, f"{path}{key}.") if isinstance(plain, dict) else {f"{path}{key}": plain}
     return leaves
 
 

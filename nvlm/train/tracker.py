@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nvlm.config.mapping import to_mapping
 from nvlm.config.values import Config, problem
 from nvlm.runs.files import write_whole
 from nvlm.runs.sinks import reason, say
@@ -32,7 +32,7 @@ class Tracker:
                 resume="allow",
                 mode=settings.mode,
                 dir=str(run_dir),
-                config=dataclasses.asdict(config),
+                config=to_mapping(config),
             )
             # wandb's own step counter would refuse the steps that a resumed run repeats.
             self.run.define_metric("*", step_metric="step")

@@ -23,7 +23,7 @@ def test_a_text_is_what_was_typed(text):
 
 def test_a_path_need_not_be_utf_8():
     (config,) = check_overrides(["data=jsonl", "data.path=\udcff.jsonl"])
-    assert config.data.path == "\udcff.jsonl"
+    assert config.data.source.path == "\udcff.jsonl"
 
 
 @pytest.mark.parametrize("text", ["é", "20241127", "1e3", "true", "a,b", "it's"])
@@ -42,7 +42,7 @@ def test_what_hydra_understands_is_left_alone():
 
 def test_a_sweep_over_texts_that_hydra_does_not_understand():
     configs = check_overrides(["-m", "data.path=~root/é,b#", "data=jsonl", "seed=1,2"])
-    assert [(config.data.path, config.seed) for config in configs] == [
+    assert [(config.data.source.path, config.seed) for config in configs] == [
         ("/root/é", 1), ("/root/é", 2), ("b#", 1), ("b#", 2)
     ]  # fmt: skip
 

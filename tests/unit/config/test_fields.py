@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator
 
 import pytest
 
 from nvlm.commands.compose import check_overrides
 from nvlm.config.fields import Choice, FileName, FilePath, Range, Text
-from nvlm.config.mapping import Kind, from_mapping, kinds_of
+from nvlm.config.mapping import from_mapping, leaves, to_mapping
 from nvlm.config.values import Config, ConfigError
 
-
-def fields(cls: type = Config, path: str = "") -> Iterator[tuple[str, Kind]]:
-    """Dotted key and kind of every value of a configuration, those inside lists and mappings too."""
-    for name, kind in kinds_of(cls).items():
-        if dataclasses.is_dataclass(kind.type):
-            yield from fields(kind.type, f"{path}{name}.")
-        else:
-            yield from ((f"{path}{name}", part) for part in (kind, *kind.inside))
-
-
-NUMBERS = [(key, kind) for key, kind in fields() if kind.type in (int, float)]
+NUMBERS = [(key, part) for key, kind in leaves(Config) for part in (kind, *kind.inside) if part.type in (int, float)]
 
 
 def refused(values: dict, key: str, value) -> str:
@@ -51,7 +39,7 @@ def test_a_number_just_outside_its_range_is_refused_and_one_at_its_end_is_not(co
     outside += [limit.most + step] if limit.most is not None else []
     outside += [limit.below] if limit.below is not None else []
     outside += [math.nan, math.inf, -math.inf] if kind.type is float else [2**63]
-    values = dataclasses.asdict(configured())
+    values = to_mapping(configured())
     for value in outside:
         message = refused(values, key, value)
         assert message.startswith(f"{key}") and "\n" not in message, message
@@ -120,5 +108,5 @@ def test_the_other_limits():
 def test_a_home_is_where_a_path_says(configured, monkeypatch):
     monkeypatch.setenv("HOME", "/somebody")
     config = configured("data=jsonl", 'data.path="~/records.jsonl"', 'init.llm="~/llm"', 'data.system="~/ hello"')
-    assert (config.data.path, config.init.llm) == ("/somebody/records.jsonl", "/somebody/llm")
+    assert (config.data.source.path, config.init.llm) == ("/somebody/records.jsonl", "/somebody/llm")
     assert config.data.system == "~/ hello"  # a text, no path

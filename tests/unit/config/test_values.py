@@ -32,6 +32,9 @@ from nvlm.estimate.lengths import most_image_tokens
         (["precision=fp8"], ("precision", "'fp8'", "bf16, fp32, fp8_blockwise")),
         (["data.window=0"], ("data.window", "0", "at least 1")),
         (["data=jsonl"], ("data.path", "nothing", "data.path=")),
+        (["data=jsonl", "data.paht=r.jsonl"], ("data.paht", "expected one of data.path.", "data.path=")),
+        (["data.path=r.jsonl"], ("data.path", "a key of data=jsonl alone", "data.records", "Fix: data=jsonl")),
+        (["-m", "data=pages,jsonl", "data.path=r", "data.questions=1"], ("data.path", "a key of data=jsonl alone")),
         (
             ["parallel.context=4", "parallel.context_heads=4"],
             ("parallel.context_heads", "4", "parallel.context_heads=2"),
@@ -122,6 +125,12 @@ def test_lengths_follow_the_language_model_and_the_architecture_unless_typed(con
     config = configured(*words, "data.seq_length=4000", "data.cross_length=4000", "train.steps=4000")
     assert (config.data.seq_length, config.data.cross_length, config.train.steps) == (4000, 4000, 4000)
     assert configured(*words, "data=jsonl").data.row_length == expected[0]
+
+
+def test_a_key_of_another_data_source_is_left_out_and_told(capsys):
+    (config,) = check_overrides(["data.records=48", "data=jsonl", "data.path=r.jsonl", "data.window=3"])
+    assert (config.data.source.path, config.data.window) == ("r.jsonl", 3)
+    assert capsys.readouterr().err == "data.records=48: ignored, data=jsonl does not have it\n"
 
 
 def test_right_overrides_pass():

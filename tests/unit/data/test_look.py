@@ -13,8 +13,8 @@ from PIL import Image
 
 from nvlm.arch.registry import placement_rule
 from nvlm.config.values import Config, ConfigError
+from nvlm.data.jsonl import JsonlRecords
 from nvlm.data.look import check_data
-from nvlm.data.sources import JsonlRecords
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
 ASKED = {"messages": GOOD["messages"][:1]}
@@ -86,7 +86,7 @@ def test_training_records_none_of_which_can_be_used_are_refused_at_once(look):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (gzip.compress(b"{}"), "a gzip file, .*gunzip"),
+        (gzip.compress(b"{}", mtime=0), "a gzip file, .*gunzip"),
         (b"PAR1" + bytes(9), "a Parquet file"),
         (b'[\n{"messages": []}\n]', "a JSON list, .*jq"),
     ],

@@ -8,11 +8,11 @@ import pytest
 
 from nvlm.arch import registry
 from nvlm.data.batch import IGNORE
+from nvlm.data.jsonl import read_line
 from nvlm.data.messages import NoAnswer, first_question, place_images, read_turns
 from nvlm.data.outline import build_processor
 from nvlm.data.record import BadRecord, Record, one_record, printable
 from nvlm.data.samples import encode
-from nvlm.data.sources import read_line
 from nvlm.data.tokenizer import load_tokenizer
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]

@@ -15,13 +15,13 @@ from nvlm.arch import registry
 from nvlm.data import chat
 from nvlm.data.batch import IGNORE, IMAGE
 from nvlm.data.images import decode_image
+from nvlm.data.jsonl import JsonlRecords
 from nvlm.data.loader import Steps, load_steps, step_records
 from nvlm.data.messages import read_turns
 from nvlm.data.outline import build_processor, outline
 from nvlm.data.pack import collate, pack
 from nvlm.data.record import BadRecord, Record
 from nvlm.data.samples import encode, fill
-from nvlm.data.sources import JsonlRecords
 from nvlm.data.tokenizer import load_tokenizer
 
 

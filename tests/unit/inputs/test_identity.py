@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nvlm.config.values import Config, ConfigError
+from nvlm.data.sources import build_records
 from nvlm.inputs import identity
 from nvlm.vision.encoders.internvit.description import TINY
 from nvlm.weights.published import read_headers
@@ -77,6 +78,22 @@ def test_a_small_file_is_read_whole(tmp_path):
     assert not before.same(identity.of_file(moved, records=5))
 
 
+def records(config: Config):
+    return build_records(config.data, config.seed)
+
+
+def test_several_files_are_the_same_in_another_folder_and_not_with_another_content(tmp_path):
+    found = {}
+    for folder, last in (("one", "b"), ("two", "b"), ("three", "c")):
+        (tmp_path / folder).mkdir()
+        files = [tmp_path / folder / name for name in ("first", "second")]
+        for file, text in zip(files, ("a", last), strict=True):
+            file.write_text(text)
+        found[folder] = identity.of_files(files, 2)
+    assert found["one"].same(found["two"]) and not found["one"].same(found["three"])
+    assert found["one"].bytes == found["three"].bytes == 2
+
+
 @pytest.fixture
 def begun(tmp_path, configured):
     """A run folder that recorded its inputs, and a function to the configuration of a run with other files."""
@@ -92,7 +109,7 @@ def begun(tmp_path, configured):
         return replace(base, llm=replace(base.llm, tokenizer=str(found["tokenizer"])))
 
     (tmp_path / "run").mkdir()
-    identity.record(config(), tmp_path / "run", [1])
+    identity.record(config(), tmp_path / "run", records(config()))
     return tmp_path / "run", config
 
 
@@ -110,7 +127,7 @@ def test_files_that_were_moved_are_taken(begun, tmp_path):
     for key, name in (("data", "records.jsonl"), ("tokenizer", "tokenizer.json"), ("encoder", "encoder.safetensors")):
         moved[key] = (tmp_path / name).rename(tmp_path / f"moved-{name}")
     identity.check_model(config(**moved), run / "checkpoints/step_00000002")
-    identity.check_records(config(**moved), run, [1])
+    identity.check_records(config(**moved), run, records(config(**moved)))
 
 
 def test_files_that_were_replaced_are_refused_by_name(begun, tmp_path):
@@ -118,7 +135,7 @@ def test_files_that_were_replaced_are_refused_by_name(begun, tmp_path):
     with open(tmp_path / "records.jsonl", "a") as file:
         file.write('{"messages": []}\n')
     with pytest.raises(ConfigError, match=r"data.path: got .*2 records, 34 bytes.*1 records, 17 bytes.*name=OTHER"):
-        identity.check_records(config(), run, [1, 2])
+        identity.check_records(config(), run, records(config()))
     identity.check_model(config(), run / "checkpoints/step_00000002")
     (tmp_path / "tokenizer.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"llm.tokenizer: got .*tokenizer.json"):

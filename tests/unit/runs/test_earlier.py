@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 
 import pytest
 from omegaconf import OmegaConf
 
+from nvlm.config.mapping import to_mapping
 from nvlm.config.values import ConfigError
 from nvlm.runs.earlier import as_written_now
 from nvlm.runs.folder import read_run_config
@@ -28,7 +28,14 @@ def without_an_encoder_s_name(values: dict) -> None:
     del values["vision"]["encoder"]
 
 
-EARLIER = [without_logging, without_an_encoder_s_name, with_lengths_of_the_language_model]
+def with_the_keys_of_all_sources(values: dict) -> None:
+    keys = {"path": None, "heldout_path": None, "records": 1, "heldout_records": 1, "questions": 1}
+    values["data"] = keys | values["data"]
+
+
+EARLIER = [
+    without_logging, without_an_encoder_s_name, with_lengths_of_the_language_model, with_the_keys_of_all_sources
+]  # fmt: skip
 
 
 def write(run_dir, values: dict):
@@ -40,26 +47,27 @@ def write(run_dir, values: dict):
     return step
 
 
+@pytest.mark.parametrize("source", [("data=pages",), ("data=jsonl", "data.path=r.jsonl")], ids=["pages", "jsonl"])
 @pytest.mark.parametrize("change", EARLIER)
-def test_what_an_earlier_version_wrote_is_read_and_resumed(tmp_path, configured, change):
-    config = configured("arch=decoder", "resume=auto", "train.steps=77", "data.seq_length=700")
-    values = dataclasses.asdict(config)
+def test_what_an_earlier_version_wrote_is_read_and_resumed(tmp_path, configured, change, source):
+    config = configured("arch=decoder", "resume=auto", "train.steps=77", "data.seq_length=700", *source)
+    values = to_mapping(config)
     change(values)
     step = write(tmp_path, values)
     assert read_run_config(step) == config
     check_folder(config, tmp_path)
     with pytest.raises(ConfigError, match="data.seq_length: got 512, expected 700"):
-        check_folder(configured("arch=decoder", "resume=auto", "train.steps=77"), tmp_path)
+        check_folder(configured("arch=decoder", "resume=auto", "train.steps=77", *source), tmp_path)
 
 
 def test_what_this_version_writes_stays_as_it_is(configured):
-    values = dataclasses.asdict(configured())
+    values = to_mapping(configured())
     before = copy.deepcopy(values)
     assert as_written_now(values) == before == values
 
 
 def test_a_key_that_no_version_wrote_is_refused_with_the_file_s_name(tmp_path, configured):
-    values = dataclasses.asdict(configured())
+    values = to_mapping(configured())
     values["llm"]["layerz"] = 3
     step = write(tmp_path, values)
     with pytest.raises(ConfigError, match=r"config.yaml: llm.layerz: got a key that does not exist, .*layers"):
