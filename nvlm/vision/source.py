@@ -74,5 +74,6 @@ def _read(vision: VisionConfig, folder: str, key: str) -> Source:
     if values:
         encoder.check_config(values.get("vision_config") or values, vision, key)
     parts = below(prefix, encoder.parts(vision, {name.removeprefix(prefix): one for name, one in stored.items()}))
-    check_tensors(parts, stored, key)
+    spare = [name for name in stored if name.removeprefix(prefix).startswith(tuple(encoder.unused))]
+    check_tensors(parts, stored, key, spare)
     return Source(key, folder, {"vision": parts}, stored)

@@ -37,6 +37,7 @@ class EncoderDescription:
     unseen: Sequence[str]  # settings of VisionConfig that no tensor's name or shape shows
     fixed: Mapping[str, object]
     shipped: Mapping[str, Path]  # weights that come with the package, by their names for init.vision
+    unused: Sequence[str]  # how names of published tensors begin that the features do not need, as of a pooling head
     parts: Callable[[VisionConfig, Mapping[str, Stored]], list[Part]]  # the published tensors that `Stored` ones are of
     check_config: Callable[[Mapping, VisionConfig, str], None]  # (config.json, ours, setting that named the folder)
     build: Callable[[Config, Any], Any]

@@ -167,6 +167,7 @@ INTERNVIT = EncoderDescription(
     unseen=("heads", "tile_size", "patch", "norm_eps"),
     fixed={},
     shipped={"tiny": TINY},
+    unused=(),
     parts=_parts_of,
     check_config=check_config,
     build=_build,
