@@ -202,7 +202,7 @@ def _llava_inputs(samples: Sequence[Sample], config: Config, device: torch.devic
 
 def _pixels(samples: Sequence[Sample]) -> Tensor:
     """uint8 [T, 3, px, px] of all samples, in the order of their placeholders."""
-    return torch.cat([sample.pixels[sample.stream_tiles] for sample in samples])
+    return torch.cat([sample.pixels for sample in samples])
 
 
 def _learning_parts(config: Config) -> list[Part]:

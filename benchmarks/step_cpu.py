@@ -116,7 +116,7 @@ class Peer(nn.Module):
             batch, _ = without_padding(batch, self.multiple)
         columns = (batch.labels != IGNORE).any(0).nonzero()[:, 0] if self.ways.kept else slice(None)
         words = self.llm.get_input_embeddings()(batch.tokens.clamp(min=0))
-        tiles = self.mlp1(batch.features_of(batch.stream_tiles).flatten(0, 1))
+        tiles = self.mlp1(batch.features_of(batch.stream_rows))
         return self.llm(
             inputs_embeds=words.masked_scatter((batch.tokens == IMAGE)[..., None], tiles),
             position_ids=batch.positions,

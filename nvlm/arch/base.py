@@ -4,7 +4,7 @@ The language model is Megatron-Core's embedding, TransformerBlock and output lay
 `Projector`, and how projected tiles get into the text stream, into the cross-attended keys, or both.
 
 Shapes: B rows, L tokens of a row, S columns of it that this context-parallel rank computes (all L without), X keys,
-T tiles, K tokens per tile, C feature width, H model width.
+N tokens of tiles, C feature width, H model width.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class VisionLanguageModel(MegatronModule):
         super().__init__(config=megatron)
         self.model_type = ModelType.encoder_or_decoder  # the pipeline schedules ask for it
         self.share_embeddings_and_output_weights = False  # nvlm.arch.pipeline sums tied gradients
-        self.llm, self.tile_tokens = config.llm, config.vision.tile_tokens
+        self.llm = config.llm
         self.pre_process, self.post_process = pipeline_stage == 0, pipeline_stage == config.parallel.pipeline_stages - 1
         self.architecture, self.use = architecture, tile_use(config, architecture, pipeline_stage)
         self.first_layer = pipeline_layers(config, pipeline_stage).start
@@ -182,7 +182,7 @@ class VisionLanguageModel(MegatronModule):
         if past is not None:
             masks = self.attends(past).cached(past)
         else:
-            check_placeholders(batch, self.tile_tokens)
+            check_placeholders(batch)
             own_S = own_columns(batch.tokens.shape[1])
             columns_S = own_S.to(batch.tokens.device, non_blocking=True)
             if self.drops_inputs and self.training:

@@ -21,6 +21,6 @@ class Work(Addable):
     pairs: int = 0  # (token, visible token) in self-attention: s (s + 1) / 2 for a sample of s tokens
     outputs: int = 0  # positions with a label; only they go through the output layer
     tiles: int = 0  # encoded
-    projected: int = 0  # tiles that go through the projector, to the stream or to the keys
+    projected: int = 0  # tile tokens that go through the projector, to the stream or to the keys
     keys: int = 0  # cross-attended tokens
     cross_pairs: int = 0  # (token, visible key)

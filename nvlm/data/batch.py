@@ -1,7 +1,12 @@
 """The contracts between data and model: Sample, Batch. A record before it is encoded is in nvlm.data.record.
 
-Shapes: B packed rows, S text-stream length, X keys per row in cross-attention, T tiles, K tokens per tile,
-C feature width after pixel shuffle.
+Tiles may have any number of tokens. All that is made of tiles is flat: the tokens of a sample's tiles, or of a batch's,
+lie one behind the other, tile t's in the rows offsets[t] to offsets[t + 1], where offsets are the running sums of
+`tile_tokens`. Placeholders are filled by row number: `stream_rows` names the row for each placeholder of the text
+stream, `cross_rows` for each among the keys.
+
+Shapes: B packed rows, S text-stream length, X keys per row in cross-attention, T tiles, N tokens of all T tiles, C
+feature width, P pieces among the keys that show tiles, n a number of its own in each place.
 """
 
 from __future__ import annotations
@@ -27,13 +32,22 @@ class Sample:
     labels: Tensor  # [S], the target of the logits at each position, IGNORE without loss
     image: Tensor  # [S], number of the last image begun, PAD before the first
     tile: Tensor  # [S], the one tile that the token sees, or ALL_TILES
-    stream_tiles: Tensor  # tiles that fill the placeholders, in order
+    stream_rows: Tensor  # [n], the row among the sample's N that fills each placeholder, in order
     cross_tokens: Tensor  # [X], tag ids, IMAGE where a tile token stands
     cross_image: Tensor  # [X]
     cross_tile: Tensor  # [X]
-    cross_tiles: Tensor  # tiles that fill the keys, in order
-    cross_tags: tuple[tuple[int, ...], ...]  # tag ids of each tile in cross_tiles
+    cross_rows: Tensor  # [n], the row among the sample's N that fills each IMAGE key, in order
+    cross_lengths: tuple[int, ...]  # [P], IMAGE keys of each piece
+    cross_tags: tuple[tuple[int, ...], ...]  # [P], tag ids of each piece
+    tile_tokens: Tensor  # [T], tokens of each tile; their sum is N
     pixels: Tensor  # uint8 [T, 3, px, px]
+
+
+# What says where something goes. It is asked on the CPU alone, so that it never waits for a GPU.
+_ON_CPU = (
+    *("stream_rows", "stream_counts", "cross_rows", "cross_counts", "cross_lengths", "tile_tokens"),
+    "feature_rows",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +61,22 @@ class Batch:
     sample: Tensor  # [B, S], number of the sample within its row, PAD at padding
     image: Tensor  # [B, S], number of the last image begun within the sample
     tile: Tensor  # [B, S]
-    stream_tiles: Tensor  # tile numbers for the placeholders, row by row
-    stream_owners: Tensor  # [tiles in stream_tiles, 2], (row, sample in it)
+    stream_rows: Tensor  # [n], the row among N that fills each placeholder, row by row; on the CPU
+    stream_counts: Tensor  # placeholders of each sample, in the order of `ids`; on the CPU
     place: Tensor  # [B, S], where in the run the token stands (see `places_of`), the same in every layout
     cross_tokens: Tensor  # [B, X]
     cross_place: Tensor  # [B, X], the same for keys
     cross_sample: Tensor  # [B, X]
     cross_image: Tensor  # [B, X]
     cross_tile: Tensor  # [B, X]
-    cross_tiles: Tensor  # tile numbers for the IMAGE keys, row by row
-    cross_owners: Tensor  # [tiles in cross_tiles, 2], (row, sample in it)
-    cross_tags: Tensor  # [tiles in cross_tiles, longest tag], tag ids, PAD behind
+    cross_rows: Tensor  # [n], the row among N that fills each IMAGE key, row by row; on the CPU
+    cross_counts: Tensor  # IMAGE keys of each sample, in the order of `ids`; on the CPU
+    cross_lengths: Tensor  # [P], IMAGE keys of each piece; on the CPU
+    cross_tags: Tensor  # [P, longest tag], tag ids, PAD behind
+    tile_tokens: Tensor  # [T], tokens of each tile; their sum is N; on the CPU
     pixels: Tensor  # uint8 [T, 3, px, px]
-    features: Tensor | None = None  # [n, K, C], from the frozen encoder: the tiles that this process uses
-    feature_rows: Tensor | None = None  # [T], each tile's row in `features`, PAD where it is not used here; on the CPU
+    features: Tensor | None = None  # [n, C], from the frozen encoder: the tokens of the tiles that this process uses
+    feature_rows: Tensor | None = None  # [N], each one's row in `features`, PAD where it is not used here; on the CPU
     host: Batch | None = None  # where this one is on another device: the same in the CPU's memory
 
     @property
@@ -75,28 +91,28 @@ class Batch:
         """The same batch with its tensors on `device`."""
         if torch.device(device) == self.tokens.device:
             return self
-        values = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "feature_rows")
+        values = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in _ON_CPU)
         moved = {name: x.to(device, non_blocking=True) for name, x in values if torch.is_tensor(x)}
         return replace(self, host=self.on_host, **moved)
 
-    def with_features(self, features_TKC: Tensor) -> Batch:
+    def with_features(self, features_NC: Tensor) -> Batch:
         """The same batch with all its tiles encoded."""
-        return replace(self, features=features_TKC, feature_rows=torch.arange(len(features_TKC), device="cpu"))
+        return replace(self, features=features_NC, feature_rows=torch.arange(len(features_NC), device="cpu"))
 
-    def with_some_features(self, features_nKC: Tensor, rows_T: Tensor) -> Batch:
-        """The same batch with features of some tiles: `rows_T`, on the CPU, gives each tile's row, PAD for none."""
-        return replace(self, features=features_nKC, feature_rows=rows_T)
+    def with_some_features(self, features_nC: Tensor, rows_N: Tensor) -> Batch:
+        """The same batch with some tiles encoded: `rows_N`, on the CPU, gives each token's row, PAD for none."""
+        return replace(self, features=features_nC, feature_rows=rows_N)
 
-    def rows_of(self, tiles: Tensor) -> Tensor:
-        """Rows [n], on the CPU, that the tile numbers `tiles` [n] have in `features`."""
+    def features_of(self, rows_n: Tensor) -> Tensor:
+        """Features [n, C] of the tile tokens `rows_n`, numbers among N on the CPU."""
         assert self.features is not None and self.feature_rows is not None, "the tiles are not encoded yet"
-        rows = self.feature_rows[tiles.cpu()]
-        assert bool((rows != PAD).all()), "features of a tile that this process was not to receive"
-        return rows
+        here_n = self.feature_rows[rows_n]
+        assert bool((here_n != PAD).all()), "features of a tile that this process was not to receive"
+        return self.features[here_n.to(self.features.device, non_blocking=True)]
 
-    def features_of(self, tiles: Tensor) -> Tensor:
-        """Features [n, K, C] of the tile numbers `tiles` [n]."""
-        return self.features[self.rows_of(tiles).to(self.features.device, non_blocking=True)]
+    def tiles_of(self, rows_n: Tensor) -> Tensor:
+        """The tile [n] to which each of the tile tokens `rows_n` belongs, on the CPU."""
+        return torch.repeat_interleave(self.tile_tokens)[rows_n]
 
     @property
     def num_tokens(self) -> int:
@@ -125,9 +141,6 @@ def in_line(batch: Batch) -> Batch:
     def numbered(sample_BS: Tensor) -> Tensor:
         return torch.where(sample_BS == PAD, PAD, sample_BS + first_B[:, None]).view(1, -1)
 
-    def owned(owners: Tensor) -> Tensor:
-        return torch.stack((torch.zeros_like(owners[:, 0]), owners[:, 1] + first_B[owners[:, 0]]), dim=1)
-
     flat = (
         *("tokens", "labels", "positions", "image", "tile", "place"),
         *("cross_tokens", "cross_image", "cross_tile", "cross_place"),
@@ -137,8 +150,6 @@ def in_line(batch: Batch) -> Batch:
         ids=(tuple(name for row in batch.ids for name in row),),
         sample=numbered(batch.sample),
         cross_sample=numbered(batch.cross_sample),
-        stream_owners=owned(batch.stream_owners),
-        cross_owners=owned(batch.cross_owners),
         host=None if batch.host is None else in_line(batch.host),
         **{name: getattr(batch, name).reshape(1, -1) for name in flat},
     )
@@ -162,39 +173,36 @@ def _columns_of(line: Batch, columns_T: Tensor) -> Batch:
     return replace(line, **{name: getattr(line, name)[:, columns_T] for name in along})
 
 
-def check_placeholders(batch: Batch, tile_tokens: int) -> None:
+def check_placeholders(batch: Batch) -> None:
     """Raise ValueError with the sample's id and both counts where placeholders and tile tokens do not match."""
-    if batch.features is not None and batch.features.shape[1] != tile_tokens:
+    names = [name for row in batch.ids for name in row]
+    tokens = int(batch.tile_tokens.sum())
+    if batch.feature_rows is not None and len(batch.feature_rows) != tokens:
         # Filling would take the surplus for the next tile's tokens without a word.
-        names = ", ".join(name for row in batch.ids for name in row)
         raise ValueError(
-            f"features of samples [{names}]: got {batch.features.shape[1]} tokens a tile, "
-            f"expected {tile_tokens}. Fix: the encoder and vision.tile_size, patch and downsample disagree"
+            f"features of samples [{', '.join(names)}]: got {len(batch.feature_rows)} tokens, expected {tokens} for "
+            f"{len(batch.tile_tokens)} tiles. Fix: the encoder and vision.tile_size, patch and downsample disagree"
         )
-    batch = batch.on_host
-    for place, tokens, sample, tiles, owners in (
-        ("text stream", batch.tokens, batch.sample, batch.stream_tiles, batch.stream_owners),
-        ("cross-attended keys", batch.cross_tokens, batch.cross_sample, batch.cross_tiles, batch.cross_owners),
+    host = batch.on_host
+    for place, columns, rows, counts in (
+        ("text stream", (host.tokens, host.sample), batch.stream_rows, batch.stream_counts),
+        ("cross-attended keys", (host.cross_tokens, host.cross_sample), batch.cross_rows, batch.cross_counts),
     ):
-        if len(tiles) != len(owners):
-            raise ValueError(f"{place}: got {len(tiles)} tiles, expected {len(owners)}. Fix: the loader lost some")
-        places = (tokens == IMAGE).nonzero()
-        # One row a placeholder or tile token: (row, sample in it).
-        found = torch.stack((places[:, 0], sample[places[:, 0], places[:, 1]]), dim=1)
-        difference = _count(found, batch) - tile_tokens * _count(owners, batch)
-        if difference.any():
-            row, number = difference.nonzero()[0].tolist()
-            got = int(_count(found, batch)[row, number])
-            name = batch.ids[row][number] if number < len(batch.ids[row]) else "padding"
+        if len(rows) != int(counts.sum()):
+            raise ValueError(f"{place}: got {len(rows)} tile tokens, expected {int(counts.sum())}. Fix: the loader")
+        found, expected = _placeholders(batch.ids, *columns), torch.nn.functional.pad(counts, (0, 1))
+        for number in (found != expected).nonzero()[:1, 0].tolist():
+            name = names[number] if number < len(names) else "padding"
             raise ValueError(
-                f"{place} of sample {name}: got {got} image placeholders, expected "
-                f"{got - int(difference[row, number])} ({tile_tokens} tokens a tile). "
-                f"Fix: the tile plan and the encoded text disagree"
+                f"{place} of sample {name}: got {int(found[number])} image placeholders, expected "
+                f"{int(expected[number])} as its tiles have tokens. Fix: the tile plan and the encoded text disagree"
             )
 
 
-def _count(owners: Tensor, batch: Batch) -> Tensor:
-    """How often each (row, sample) stands in `owners` [n, 2]: [B, most samples in a row + 1], padding last."""
-    counts = owners.new_zeros(len(batch.tokens), max((len(row) for row in batch.ids), default=0) + 1)
-    ones = torch.ones_like(owners[:, 0])
-    return counts.index_put((owners[:, 0], owners[:, 1]), ones, accumulate=True)
+def _placeholders(ids: Sequence[Sequence[str]], tokens_BL: Tensor, sample_BL: Tensor) -> Tensor:
+    """Placeholders of each sample, in the order of `ids`, and behind them those in padding; on the CPU."""
+    counts = torch.tensor([0, *(len(row) for row in ids)], device="cpu").cumsum(0)
+    places = (tokens_BL == IMAGE).nonzero()
+    numbers = sample_BL[places[:, 0], places[:, 1]].cpu()
+    numbers = torch.where(numbers == PAD, counts[-1], numbers + counts[places[:, 0].cpu()])
+    return numbers.bincount(minlength=int(counts[-1]) + 1)

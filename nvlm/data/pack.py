@@ -96,8 +96,11 @@ def collate(
     """
     rows, numbers = rows or [[]], numbers or range(max(1, len(rows)))
 
+    def joined(parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts) if parts else torch.zeros(0).long()
+
     def along(name: str) -> list[Tensor]:
-        return [torch.cat([getattr(s, name) for s in row]) if row else torch.zeros(0).long() for row in rows]
+        return [joined([getattr(s, name) for s in row]) for row in rows]
 
     def numbered(name: str) -> list[Tensor]:
         lengths = [[getattr(s, name).numel() for s in row] for row in rows]
@@ -109,19 +112,17 @@ def collate(
         return torch.nn.functional.pad(stacked, (0, short), value=value)
 
     samples = [sample for row in rows for sample in row]
-    first_tile = torch.tensor([0, *(s.pixels.shape[0] for s in samples)]).cumsum(0)
+    first_row = torch.tensor([0, *(int(s.tile_tokens.sum()) for s in samples)]).cumsum(0)
     tags = [torch.tensor(tag, dtype=torch.long) for s in samples for tag in s.cross_tags]
     empty = torch.zeros(0, 3, tile_size, tile_size, dtype=torch.uint8)
 
-    def tiles(name: str) -> Tensor:
-        parts = [getattr(s, name) + start for s, start in zip(samples, first_tile)]
-        return torch.cat(parts) if parts else torch.zeros(0).long()
+    def tile_rows(name: str) -> Tensor:
+        return joined([getattr(s, name) + start for s, start in zip(samples, first_row)])
 
-    def owners(name: str) -> Tensor:
-        counts = [(r, i, getattr(s, name).numel()) for r, row in enumerate(rows) for i, s in enumerate(row)]
-        return torch.tensor([(r, i) for r, i, n in counts for _ in range(n)], dtype=torch.long).view(-1, 2)
+    def counts(name: str) -> Tensor:
+        return torch.tensor([getattr(s, name).numel() for s in samples], dtype=torch.long)
 
-    positions = [torch.cat([torch.arange(s.tokens.numel()) for s in r]) if r else torch.zeros(0).long() for r in rows]
+    positions = [joined([torch.arange(s.tokens.numel()) for s in row]) for row in rows]
     tokens, cross_tokens = padded(along("tokens"), 0), padded(along("cross_tokens"), 0)
     return Batch(
         ids=tuple(tuple(s.id for s in row) for row in rows),
@@ -131,16 +132,18 @@ def collate(
         sample=padded(numbered("tokens"), PAD),
         image=padded(along("image"), PAD),
         tile=padded(along("tile"), ALL_TILES),
-        stream_tiles=tiles("stream_tiles"),
-        stream_owners=owners("stream_tiles"),
+        stream_rows=tile_rows("stream_rows"),
+        stream_counts=counts("stream_rows"),
         place=places_of(step, numbers, tokens.shape[1]),
         cross_tokens=cross_tokens,
         cross_place=places_of(step, numbers, cross_tokens.shape[1]),
         cross_sample=padded(numbered("cross_tokens"), PAD),
         cross_image=padded(along("cross_image"), PAD),
         cross_tile=padded(along("cross_tile"), PAD),
-        cross_tiles=tiles("cross_tiles"),
-        cross_owners=owners("cross_tiles"),
+        cross_rows=tile_rows("cross_rows"),
+        cross_counts=counts("cross_rows"),
+        cross_lengths=torch.tensor([n for s in samples for n in s.cross_lengths], dtype=torch.long),
         cross_tags=pad_sequence(tags, batch_first=True, padding_value=PAD) if tags else torch.zeros(0, 0).long(),
+        tile_tokens=joined([s.tile_tokens for s in samples]),
         pixels=torch.cat([s.pixels for s in samples]) if samples else empty,
     )

@@ -1,4 +1,4 @@
-"""Record -> Sample: an outline with its pixels, placeholder runs of exactly K per tile, labels, visibility numbers."""
+"""Record -> Sample: an outline with its pixels, a placeholder for each tile token, labels, visibility numbers."""
 
 from __future__ import annotations
 
@@ -40,13 +40,15 @@ def _tiles(record: Record, sketch: Outline, processor: Processor) -> torch.Tenso
 
 
 def _assemble(name: str, sketch: Outline, pixels: torch.Tensor) -> Sample:
-    runs, placements = sketch.runs, sketch.placements
-    first_tile = [0, *accumulate(plan.num_tiles for plan in sketch.pictures.plans)]
+    placements = sketch.placements
+    tile_tokens = [count for placement in placements for count in placement.tile_tokens]
+    rows = [0, *accumulate(tile_tokens)]  # where each tile's tokens begin, and the end of all
+    first_tile = [0, *accumulate(len(placement.tile_tokens) for placement in placements)]
     tokens: list[int] = []
     trained: list[bool] = []
     image_of: list[int] = []
     tile_of: list[int] = []
-    stream_tiles: list[int] = []
+    stream_rows: list[int] = []
 
     def add(ids: Sequence[int], learns: bool, image: int, tile: int) -> None:
         tokens.extend(ids)
@@ -54,20 +56,23 @@ def _assemble(name: str, sketch: Outline, pixels: torch.Tensor) -> Sample:
         image_of.extend([image] * len(ids))
         tile_of.extend([tile] * len(ids))
 
+    def rows_of(image: int, piece: Piece) -> Sequence[int]:
+        tile = first_tile[image] + piece.tile
+        return range(rows[tile], rows[tile + 1]) if piece.from_tiles else ()
+
     latest = PAD
-    for run in runs:
+    for run in sketch.runs:
         if run.image is None:
             add(run.ids, run.trained, latest, ALL_TILES)
             continue
         latest = run.image
         for piece in placements[run.image].stream:
-            if not isinstance(piece.content, Words):
-                stream_tiles.append(first_tile[run.image] + piece.tile)
+            stream_rows.extend(rows_of(run.image, piece))
             add(_ids(piece), False, latest, piece.tile if piece.own_tile else ALL_TILES)
 
     cross = [(image, piece) for image, placement in enumerate(placements) for piece in placement.cross]
     tags = {(image, piece.tile): piece.content.ids for image, piece in cross if isinstance(piece.content, Words)}
-    tiles = [(image, piece.tile) for image, piece in cross if not isinstance(piece.content, Words)]
+    shown = [(image, piece) for image, piece in cross if piece.from_tiles]
     # The logits at t predict the token at t + 1, so a label stands one place before its token.
     labels = [tokens[t] if trained[t] else IGNORE for t in range(1, len(tokens))] + [IGNORE]
 
@@ -80,12 +85,14 @@ def _assemble(name: str, sketch: Outline, pixels: torch.Tensor) -> Sample:
         labels=long(labels),
         image=long(image_of),
         tile=long(tile_of),
-        stream_tiles=long(stream_tiles),
+        stream_rows=long(stream_rows),
         cross_tokens=long(i for _, piece in cross for i in _ids(piece)),
         cross_image=long(i for i, piece in cross for _ in range(piece.length)),
         cross_tile=long(piece.tile for _, piece in cross for _ in range(piece.length)),
-        cross_tiles=long(first_tile[i] + t for i, t in tiles),
-        cross_tags=tuple(tags.get(key, ()) for key in tiles),
+        cross_rows=long(row for image, piece in shown for row in rows_of(image, piece)),
+        cross_lengths=tuple(piece.length for _, piece in shown),
+        cross_tags=tuple(tags.get((image, piece.tile), ()) for image, piece in shown),
+        tile_tokens=long(tile_tokens),
         pixels=pixels,
     )
 

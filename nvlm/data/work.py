@@ -17,7 +17,7 @@ def count_work(batch: Batch) -> Work:
         pairs=int((batch.positions[real] + 1).sum()),  # a token sees itself and those before it in its sample
         outputs=batch.num_trained,
         tiles=len(batch.pixels),
-        projected=len(batch.stream_tiles) + len(batch.cross_tiles),
+        projected=len(batch.stream_rows) + len(batch.cross_rows),
         keys=int((batch.cross_sample != PAD).sum()),
         cross_pairs=_cross_pairs(batch),
     )

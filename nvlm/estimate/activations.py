@@ -205,12 +205,12 @@ def _mlp(config: Config, s: _Sizes, fp8: bool, flows: bool) -> tuple[float, floa
 def _fusion(config: Config, s: _Sizes, pipeline_stage: int, load: Load) -> float:
     """Projected tiles in the stream, and keys."""
     use, learns = uses_tiles(config, pipeline_stage), "projector" in s.learns
-    tile, h = config.vision.tile_tokens, config.llm.hidden
+    h = config.llm.hidden
     kept = 0.0
     if use.stream and learns:
-        kept += load.stream_tiles * tile / config.parallel.context * _projected(config, s)
+        kept += load.stream_from_tiles / config.parallel.context * _projected(config, s)
     if use.keys and load.keys:
-        tokens = load.key_tiles * tile
+        tokens = load.keys_from_tiles
         kept += tokens * _projected(config, s) if learns else 0
         normed = h * s.normed("xattn" in s.learns) + 4
         words = config.arch.name == "hybrid" and ("xattn" in s.learns or "llm" in s.learns)

@@ -120,10 +120,9 @@ def _scores(config: Config, pairs: int) -> int:
 def forward(config: Config, work: Work) -> Flops:
     """Of a forward pass."""
     m, layers, carriers = _model(config), config.llm.layers, len(cross_layers(config))
-    tile_tokens = work.projected * config.vision.tile_tokens
     return Flops(
         vision=work.tiles * _tile(config.vision),
-        projector=tile_tokens * _forward(m.projector),
+        projector=work.projected * _forward(m.projector),
         linears=work.tokens * layers * _forward((m.qkv, m.proj)),
         scores=layers * _scores(config, work.pairs),
         mlp=work.tokens * layers * _forward(m.mlp),
@@ -140,7 +139,6 @@ def _forward(linears: Sequence[_Linear]) -> int:
 def backward(config: Config, work: Work, whole: bool = False) -> Flops:
     """Of a backward pass. `whole`: gradients run down to the embedding whatever learns, as with recomputed layers."""
     m, stage, arch = _model(config), config.stage, config.arch.name
-    projected = work.projected * config.vision.tile_tokens
     # Features need no gradient, but the norm in front of the projector learns with it.
     projector = sum(linear.backward(flows=True) for linear in m.projector) if stage.train_projector else 0
     keys_flow = stage.train_projector or m.xattn_learns or (m.llm_learns and arch == "hybrid")  # tags are words
@@ -167,7 +165,7 @@ def backward(config: Config, work: Work, whole: bool = False) -> Flops:
             into = linear.passes(into)
         flows |= into
     return Flops(
-        projector=projected * projector,
+        projector=work.projected * projector,
         linears=linears,
         scores=scores,
         mlp=mlp,

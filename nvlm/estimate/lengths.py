@@ -55,7 +55,7 @@ def sample_work(config: Config, text: int, regular: int) -> Work:
         pairs=tokens * (tokens + 1) // 2,
         outputs=text,
         tiles=plan.num_tiles,
-        projected=sum(p.from_tiles > 0 for p in (*placement.stream, *placement.cross)),
+        projected=sum(placement.from_tiles),
         keys=keys,
         cross_pairs=seen + text * keys,
     )

@@ -28,8 +28,8 @@ class Load:
     rows: int
     length: int  # columns of a row
     keys: int  # of a row
-    stream_tiles: int  # of a micro-batch
-    key_tiles: int
+    stream_from_tiles: int  # tokens of tiles in the text streams of a micro-batch
+    keys_from_tiles: int
     micro_batches: int
     samples: int  # of a replica's step
 
@@ -62,14 +62,14 @@ def step_load(config: Config, replicas: int, tiles: int | None = None, text: int
     if p.virtual > 1:  # interleaved stages take turns
         micro_batches = math.ceil(micro_batches / p.pipeline) * p.pipeline
     each = rows * min(a_row, samples)
-    stream, keys = _tiles_by_place(config, tiles)
+    stream, keys = _from_tiles(config, tiles)
     return Load(
         work=Work(**{f.name: each * getattr(sample, f.name) for f in dataclasses.fields(Work)}),
         rows=rows,
         length=_up(min(a_row, samples) * sample.tokens, config.row_multiple),
         keys=_up(min(a_row, samples) * sample.keys, config.row_multiple),
-        stream_tiles=each * stream,
-        key_tiles=each * keys,
+        stream_from_tiles=each * stream,
+        keys_from_tiles=each * keys,
         micro_batches=micro_batches,
         samples=samples,
     )
@@ -83,20 +83,18 @@ def batch_load(batch: Batch, work: Work) -> Load:
         rows=rows,
         length=length,
         keys=batch.cross_tokens.shape[1],
-        stream_tiles=len(batch.stream_tiles),
-        key_tiles=len(batch.cross_tiles),
+        stream_from_tiles=len(batch.stream_rows),
+        keys_from_tiles=len(batch.cross_rows),
         micro_batches=1,
         samples=sum(map(len, batch.ids)),
     )
 
 
-def _tiles_by_place(config: Config, tiles: int) -> tuple[int, int]:
-    """Tiles of the sample's image in the text stream and among the keys."""
+def _from_tiles(config: Config, tiles: int) -> tuple[int, int]:
+    """Tokens of the sample's tiles in the text stream and among the keys."""
     if not tiles:
         return 0, 0
-    placement = place(config, TilePlan(tiles, 1, config.vision.tile_size))
-    stream, keys = (sum(piece.from_tiles > 0 for piece in pieces) for pieces in (placement.stream, placement.cross))
-    return stream, keys
+    return place(config, TilePlan(tiles, 1, config.vision.tile_size)).from_tiles
 
 
 def _up(count: int, multiple: int) -> int:

@@ -142,15 +142,15 @@ def most_in_flight(chunks: list[float], config: Config, rank: int, micro_batches
 def _features(config: Config, load: Load, stages: list[int]) -> float:
     """Of all tiles of a step that the rank's stages use; and of all its replica's tiles the pixels."""
     uses = [uses_tiles(config, pipeline_stage) for pipeline_stage in stages]
-    tiles = load.stream_tiles * any(use.stream for use in uses) + load.key_tiles * any(use.keys for use in uses)
+    stream, keys = any(use.stream for use in uses), any(use.keys for use in uses)
+    tokens = load.stream_from_tiles * stream + load.keys_from_tiles * keys
     pixels = load.tiles * 3 * config.vision.tile_size**2
-    return tiles * load.micro_batches * tile_bytes(config) + pixels
+    return tokens * load.micro_batches * token_bytes(config) + pixels
 
 
-def tile_bytes(config: Config) -> int:
-    """A tile's features."""
-    width = config.vision.hidden * config.vision.downsample**2
-    return config.vision.tile_tokens * width * element_bytes(config)
+def token_bytes(config: Config) -> int:
+    """Features of one token."""
+    return config.vision.hidden * config.vision.downsample**2 * element_bytes(config)
 
 
 def _encoder_workspace(config: Config, load: Load) -> float:
@@ -160,7 +160,7 @@ def _encoder_workspace(config: Config, load: Load) -> float:
     patches = (vision.tile_size // vision.patch) ** 2 + 1
     # In an MLP: the residual, the norm's output, and the inner width before and behind GELU.
     call = min(share, vision.tiles_per_call) * patches * (2 * vision.hidden + 2 * vision.ffn) * element
-    return call + 3 * share * tile_bytes(config)
+    return call + 3 * share * vision.tile_tokens * token_bytes(config)
 
 
 def _backward_workspace(config: Config, load: Load, chunks: list[Kept]) -> float:

@@ -17,7 +17,7 @@ from nvlm.data.amounts import Work
 from nvlm.estimate.activations import kept
 from nvlm.estimate.flops import Flops, hardware_flops, model_flops
 from nvlm.estimate.load import Load
-from nvlm.estimate.memory import tile_bytes
+from nvlm.estimate.memory import token_bytes
 from nvlm.estimate.parameters import Held, carriers_of, element_bytes, held, pipeline_stages_of, uses_tiles
 
 # Of the peak, while large products are computed.
@@ -142,10 +142,10 @@ def _plain(config: Config) -> Config:
 
 def _projections(config: Config, load: Load, stages: list[int]) -> float:
     """How much of a micro-batch's projecting a rank does: each stage with keys projects them for itself."""
-    tiles = 0.0
+    tokens = 0.0
     for use in (uses_tiles(config, pipeline_stage) for pipeline_stage in stages):
-        tiles += load.stream_tiles / config.parallel.context * use.stream + load.key_tiles * use.keys
-    return tiles / max(load.work.projected, 1)
+        tokens += load.stream_from_tiles / config.parallel.context * use.stream + load.keys_from_tiles * use.keys
+    return tokens / max(load.work.projected, 1)
 
 
 def _encoding(config: Config, gpu: GPU, load: Load) -> float:
@@ -225,5 +225,5 @@ def _vision_bytes(config: Config, load: Load) -> float:
     for rank in range(config.parallel.pipeline):
         uses = [uses_tiles(config, pipeline_stage) for pipeline_stage in pipeline_stages_of(config, rank)]
         stream, keys = any(use.stream for use in uses), any(use.keys for use in uses)
-        most = max(most, load.stream_tiles * stream + load.key_tiles * keys)
-    return most * load.micro_batches * tile_bytes(config) * (seats - 1) / seats
+        most = max(most, load.stream_from_tiles * stream + load.keys_from_tiles * keys)
+    return most * load.micro_batches * token_bytes(config) * (seats - 1) / seats

@@ -37,19 +37,19 @@ class VisionPath:
         self.full = device.graphed(self.encoder) if vision.graph else self.encoder
 
     def encode(self, batch: Batch) -> Batch:
-        """`batch` with features [T, K, C] of all its tiles, encoded by this process alone."""
+        """`batch` with features [N, C] of all its tiles, encoded by this process alone."""
         return batch.with_features(self.features(batch.pixels))
 
     @torch.no_grad()
     def features(self, pixels_T3: Tensor) -> Tensor:
-        """uint8 [T, 3, px, px] to [T, K, C]; no tile gives [0, K, C]."""
+        """uint8 [T, 3, px, px] to [N, C], one tile's tokens behind another's; no tile gives [0, C]."""
         vision = self.vision
         if len(pixels_T3) == 0:  # attention kernels do not take an empty batch
             width = vision.hidden * vision.downsample**2
-            return next(self.encoder.parameters()).new_zeros(0, vision.tile_tokens, width)
+            return next(self.encoder.parameters()).new_zeros(0, width)
         known = description_of(vision)
         calls = [self._call(normalize(some, known.mean, known.std)) for some in pixels_T3.split(vision.tiles_per_call)]
-        return pixel_shuffle(torch.cat(calls), vision.downsample)
+        return pixel_shuffle(torch.cat(calls), vision.downsample).flatten(0, 1)
 
     def _call(self, pixels_T3: Tensor) -> Tensor:
         return (self.full if len(pixels_T3) == self.vision.tiles_per_call else self.encoder)(pixels_T3)

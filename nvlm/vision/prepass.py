@@ -9,12 +9,15 @@ seat i mod (ranks of a replica); among the ranks of that seat, one in each repli
 even share allows. So pixels move between replicas only where they must, and no rank has more than one tile more than
 another.
 
-Shapes: T tiles, K tokens per tile, C feature width.
+Tiles may have different numbers of tokens; which, is known from the data. Pixels are exchanged by tiles, features by
+tokens, and numbers of tokens go with the pixels.
+
+Shapes: T tiles, N tokens of all T tiles, n of some, C feature width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -104,29 +107,44 @@ class BalancedVision:
     @torch.no_grad()
     def encode(self, batches: Sequence[Batch]) -> list[Batch]:
         """`batches` with the features that this process uses. All processes of the team call it together."""
-        team, counts = self.team, [len(batch.pixels) for batch in batches]
-        pixels_T3 = torch.cat([batch.pixels for batch in batches])
+        team, pixels_T3 = self.team, torch.cat([batch.pixels for batch in batches])
+        tokens_T = torch.cat([batch.tile_tokens for batch in batches])
         everyone, here = _counts_of_replicas(len(pixels_T3), team, pixels_T3.device)
-        seats = [seat_tiles(everyone, team.replica.size(), seat)[here] for seat in range(team.replica.size())]
-        features = self._encode_share(pixels_T3[seats[team.seat]], everyone)
-        wanted = [_used(batches, counts, use) for use in team.uses]
-        received, rows = _deal(features, seats, wanted, team)
-        row_of_T = torch.full((len(pixels_T3),), PAD, device="cpu")
-        row_of_T[rows] = torch.arange(len(rows), device="cpu")
-        return [
-            batch.with_some_features(received, row_of)
-            for batch, row_of in zip(batches, row_of_T.split(counts), strict=True)
-        ]
+        dealt = (seat_tiles(everyone, team.replica.size(), seat)[here] for seat in range(team.replica.size()))
+        seats = [torch.tensor(tiles, dtype=torch.long, device="cpu") for tiles in dealt]
+        own = seats[team.seat]
+        own_T3 = pixels_T3[own.to(pixels_T3.device, non_blocking=True)]
+        features_nC = self._encode_share(own_T3, tokens_T[own], everyone)
+        received, tiles = _deal(features_nC, tokens_T, seats, _wanted(batches, team.uses), team)
+        rows_N = torch.full((int(tokens_T.sum()),), PAD, device="cpu")
+        rows_N[token_rows(tiles, tokens_T)] = torch.arange(len(received), device="cpu")
+        parts = rows_N.split([int(batch.tile_tokens.sum()) for batch in batches])
+        return [batch.with_some_features(received, rows) for batch, rows in zip(batches, parts, strict=True)]
 
-    def _encode_share(self, own_T3: Tensor, everyone: Sequence[int]) -> Tensor:
-        """Features of the tiles that fell to this seat, whoever encodes them."""
+    def _encode_share(self, own_T3: Tensor, tokens_T: Tensor, everyone: Sequence[int]) -> Tensor:
+        """Features [n, C] of the tiles that fell to this seat, whoever encodes them."""
         group = self.team.across
         if group is None:
-            return self.path.features(own_T3)
+            return self._encode(own_T3, tokens_T)
         by_replica = [len(tiles) for tiles in seat_tiles(everyone, self.team.replica.size(), self.team.seat)]
         sent = spread(by_replica)
         out, back = sent[group.rank()], [row[group.rank()] for row in sent]
-        return exchange(self.path.features(exchange(own_T3, out, back, group)), back, out, group)
+        come_T = exchange(tokens_T.to(own_T3.device), out, back, group).cpu()
+        features_nC = self._encode(exchange(own_T3, out, back, group), come_T)
+        return exchange(features_nC, _sums(come_T, back), _sums(tokens_T, out), group)
+
+    def _encode(self, pixels_T3: Tensor, tokens_T: Tensor) -> Tensor:
+        features_nC, expected = self.path.features(pixels_T3), int(tokens_T.sum())
+        if len(features_nC) != expected:
+            raise ValueError(
+                f"features of {len(pixels_T3)} tiles: got {len(features_nC)} tokens, expected {expected}. "
+                f"Fix: the encoder and vision.tile_size, patch and downsample disagree"
+            )
+        return features_nC
+
+
+def _sums(tokens_T: Tensor, counts: Sequence[int]) -> list[int]:
+    return [int(part.sum()) for part in tokens_T.split(list(counts))]
 
 
 def _counts_of_replicas(count: int, team: Team, device: torch.device) -> tuple[list[int], int]:
@@ -138,24 +156,40 @@ def _counts_of_replicas(count: int, team: Team, device: torch.device) -> tuple[l
     return counts.tolist(), team.across.rank()
 
 
-def _used(batches: Sequence[Batch], counts: Sequence[int], use: TileUse) -> set[int]:
-    """Numbers, over all `batches`, of the tiles that a stage with `use` needs."""
-    found, start = set(), 0
-    for batch, count in zip(batches, counts):
-        found |= {start + t for t in batch.on_host.stream_tiles.tolist()} if use.stream else set()
-        found |= {start + t for t in batch.on_host.cross_tiles.tolist()} if use.keys else set()
-        start += count
-    return found
+def _wanted(batches: Sequence[Batch], uses: Sequence[TileUse]) -> list[Tensor]:
+    """Which of the tiles [T] of all `batches` a stage needs, for each of `uses`."""
+
+    def used(rows_of: Callable[[Batch], Tensor]) -> Tensor:
+        parts = []
+        for batch in batches:
+            found_T = torch.zeros(len(batch.tile_tokens), dtype=torch.bool, device="cpu")
+            found_T[batch.tiles_of(rows_of(batch))] = True
+            parts.append(found_T)
+        return torch.cat(parts)
+
+    stream_T, keys_T = used(lambda batch: batch.stream_rows), used(lambda batch: batch.cross_rows)
+    return [stream_T & use.stream | keys_T & use.keys for use in uses]
 
 
-def _deal(features: Tensor, seats: list[list[int]], wanted: list[set[int]], team: Team) -> tuple[Tensor, list[int]]:
-    """Each seat's tiles to the seats that want them; returns features and the numbers of their tiles."""
+def _deal(
+    features_nC: Tensor, tokens_T: Tensor, seats: Sequence[Tensor], wanted: Sequence[Tensor], team: Team
+) -> tuple[Tensor, Tensor]:
+    """The tiles `seats` of each seat to the seats that want them; returns features and the numbers of their tiles."""
     mine = seats[team.seat]
-    picked = [[place for place, tile in enumerate(mine) if tile in tiles] for tiles in wanted]
-    arriving = [[tile for tile in tiles if tile in wanted[team.seat]] for tiles in seats]
-    send = features[[place for places in picked for place in places]]
-    received = exchange(send, [len(p) for p in picked], [len(a) for a in arriving], team.replica)
-    return received, [tile for tiles in arriving for tile in tiles]
+    picked = [wanted_T[mine].nonzero()[:, 0] for wanted_T in wanted]
+    arriving = [tiles[wanted[team.seat][tiles]] for tiles in seats]
+    rows_n = token_rows(torch.cat(picked), tokens_T[mine])
+    send = features_nC[rows_n.to(features_nC.device, non_blocking=True)]
+    out = [int(tokens_T[mine[places]].sum()) for places in picked]
+    received = exchange(send, out, [int(tokens_T[tiles].sum()) for tiles in arriving], team.replica)
+    return received, torch.cat(arriving)
+
+
+def token_rows(tiles: Tensor, tokens_T: Tensor) -> Tensor:
+    """The rows of the tokens of `tiles`, one tile behind the other, where those of all T tiles lie in order."""
+    first_T, counts = tokens_T.cumsum(0) - tokens_T, tokens_T[tiles]
+    shifts = first_T[tiles] - (counts.cumsum(0) - counts)
+    return torch.repeat_interleave(shifts, counts) + torch.arange(int(counts.sum()), device="cpu")
 
 
 def exchange(x: Tensor, out: Sequence[int], back: Sequence[int], group: dist.ProcessGroup) -> Tensor:

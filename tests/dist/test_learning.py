@@ -42,7 +42,7 @@ def after_thirty_steps(arch: str) -> tuple[float, float]:
         steps = list(load_steps(build_steps(config), 0, 0))
         batch = steps[0].micro_batches[0]
         every = set(range(len(batch.pixels)))
-        keep = set(batch.stream_tiles.tolist()) if arch == "hybrid" else set()
+        keep = set(batch.tiles_of(batch.stream_rows).tolist()) if arch == "hybrid" else set()
 
         def moved() -> float:
             whole = logits(trainer, batch, every)

@@ -79,7 +79,7 @@ def test_a_forward_pass_keeps_what_is_foretold(arch, setting, monkeypatch):
     config = small_config(f"arch={arch}", *WIDE, *SETTINGS[setting])
     batch = collate([[sample_of(story, config) for story in row] for row in ROWS], TILE, config.row_multiple)
     fp32, width = config.precision.dtype == "fp32", config.vision.hidden * config.vision.downsample**2
-    features = torch.randn(len(batch.pixels), config.vision.tile_tokens, width)
+    features = torch.randn(int(batch.tile_tokens.sum()), width)
     batch = batch.with_features(features if fp32 else features.bfloat16())
     for rank in range(config.parallel.pipeline):
         with as_rank(config, rank):

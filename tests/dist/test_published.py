@@ -64,8 +64,9 @@ def text_batch(config: Config) -> Batch:
     for row, length in zip(words(config), LENGTHS):
         sample = Sample(
             id="text", tokens=row[:length], labels=torch.full((length,), -100), image=torch.full((length,), -1),
-            tile=torch.full((length,), -1), stream_tiles=none, cross_tokens=none, cross_image=none, cross_tile=none,
-            cross_tiles=none, cross_tags=(), pixels=torch.zeros(0, 3, tile, tile, dtype=torch.uint8),
+            tile=torch.full((length,), -1), stream_rows=none, cross_tokens=none, cross_image=none, cross_tile=none,
+            cross_rows=none, cross_lengths=(), cross_tags=(), tile_tokens=none,
+            pixels=torch.zeros(0, 3, tile, tile, dtype=torch.uint8),
         )  # fmt: skip
         samples.append([sample])
     return collate(samples, tile, config.row_multiple)
@@ -75,7 +76,7 @@ def text_batch(config: Config) -> Batch:
 def whole_logits(config: Config, parts: list) -> Tensor | None:
     """Logits [B, S, V] of the batch through all stages; on the processes of the last one."""
     batch = text_batch(config)
-    batch = batch.with_features(torch.zeros(0, config.vision.tile_tokens, 4 * config.vision.hidden))
+    batch = batch.with_features(torch.zeros(0, 4 * config.vision.hidden))
     stages = build_pipeline(config, parts)
     stages.begin([batch])
     ranks = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())

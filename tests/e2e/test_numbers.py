@@ -84,7 +84,7 @@ def test_mfu_is_told_where_the_gpu_is_known(configured, monkeypatch, tmp_path):
     from nvlm.train.step import StepResult
 
     config = configured("precision=bf16", "arch=xattn")
-    work = Work(tokens=900, pairs=9000, outputs=900, tiles=7, projected=7, keys=112, cross_pairs=5000)
+    work = Work(tokens=900, pairs=9000, outputs=900, tiles=7, projected=112, keys=112, cross_pairs=5000)
     result = StepResult(
         loss=1.0, trained_tokens=100, positions=1000, key_positions=128, records=3, skipped=0, fewer_tiles=0, work=work,
         tiles_by_replica=(6, 1), grad_norm=1.0, lr=1e-3, updated=True, guard=NAN_ONLY, stop=False,

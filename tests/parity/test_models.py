@@ -128,10 +128,10 @@ def assert_equals_reference(overrides: tuple[str, ...], tag: str, rows: list[lis
 def test_vision_features_equal_the_reference():
     twins = twins_of("arch=decoder")
     sample = reference_sample(TWO, twins.config)
-    expected = torch.stack([*twins.reference.vision_features(sample.tiles).values()])
+    expected = torch.cat([*twins.reference.vision_features(sample.tiles).values()])
     pixels = torch.stack([*sample.tiles.values()])
     features = twins.vision.features(pixels)
-    assert features.shape == (7, K, 4 * twins.config.vision.hidden)
+    assert features.shape == (7 * K, 4 * twins.config.vision.hidden)
     assert_near(features, expected, "features")
     assert twins.vision.features(pixels[:0]).shape == (0, *features.shape[1:])
 
@@ -203,8 +203,8 @@ def test_missing_and_surplus_weights_are_named():
 def text_stream(sample: Sample) -> Sample:
     """The sample without its cross-attended part."""
     none = torch.zeros(0, dtype=torch.long)
-    cross = ("cross_tokens", "cross_image", "cross_tile", "cross_tiles")
-    return replace(sample, cross_tags=(), **dict.fromkeys(cross, none))
+    cross = ("cross_tokens", "cross_image", "cross_tile", "cross_rows")
+    return replace(sample, cross_tags=(), cross_lengths=(), **dict.fromkeys(cross, none))
 
 
 @pytest.mark.parametrize("arch", ["xattn", "hybrid"])
@@ -219,7 +219,7 @@ def test_with_closed_gates_it_is_the_text_model_on_the_same_stream(arch, gates):
     samples = [sample_of(story, twins.config) for story in (ONE, TWO, TEXT)]
     without = [text_stream(sample) for sample in samples]
     if arch == "xattn":
-        nothing = dict(stream_tiles=samples[0].stream_tiles[:0], pixels=samples[0].pixels[:0])
+        nothing = {name: getattr(samples[0], name)[:0] for name in ("stream_rows", "tile_tokens", "pixels")}
         without = [replace(sample, **nothing) for sample in without]
         assert not any((sample.tokens == IMAGE).any() for sample in without)
     batches = [each.vision.encode(collate([s[:1], s[1:]], TILE)) for each, s in ((twins, samples), (plain, without))]
@@ -487,9 +487,24 @@ def test_placeholders_that_do_not_match_are_refused_by_sample(arch, field, corru
 @pytest.mark.parametrize(
     ("arch", "field", "corrupt", "says"),
     [
-        ("decoder", "stream_tiles", lambda tiles: tiles[1:], "text stream: got 5 tiles, expected 6"),
-        ("xattn", "cross_tiles", lambda tiles: tiles[1:], "cross-attended keys: got 5 tiles, expected 6"),
-        ("hybrid", "stream_tiles", lambda tiles: tiles.repeat(2), "text stream: got 4 tiles, expected 2"),
+        (
+            "decoder",
+            "stream_rows",
+            lambda rows: rows[1:],
+            f"text stream: got {6 * K - 1} tile tokens, expected {6 * K}",
+        ),
+        (
+            "xattn",
+            "cross_rows",
+            lambda rows: rows[1:],
+            f"cross-attended keys: got {6 * K - 1} tile tokens, expected {6 * K}",
+        ),
+        (
+            "hybrid",
+            "stream_rows",
+            lambda rows: rows.repeat(2),
+            f"text stream: got {4 * K} tile tokens, expected {2 * K}",
+        ),
     ],
 )
 def test_lost_or_doubled_tiles_are_refused(arch, field, corrupt, says):
@@ -502,9 +517,10 @@ def test_features_of_another_size_are_refused(arch, tokens):
     """Too many tokens a tile would otherwise fill the placeholders with the wrong ones without a word."""
     twins = twins_with((f"arch={arch}",))
     batch = batch_of([[ONE]], twins)
-    count, _, channels = batch.features.shape
-    with pytest.raises(ValueError, match=rf"features of samples \[one\]: got {tokens} tokens a tile, expected {K}"):
-        twins.model(batch.with_features(torch.randn(count, tokens, channels)))
+    count, channels = len(batch.pixels), batch.features.shape[1]
+    says = rf"features of samples \[one\]: got {count * tokens} tokens, expected {count * K} for {count} tiles"
+    with pytest.raises(ValueError, match=says):
+        twins.model(batch.with_features(torch.randn(count * tokens, channels)))
 
 
 # --- packing, freezing, recomputing ---

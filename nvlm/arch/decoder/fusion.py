@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from nvlm.data.batch import IMAGE, Batch
@@ -20,9 +19,6 @@ def fill(words_BSH: Tensor, batch: Batch, columns_S: Tensor, project: Callable[[
     numbers_BL = places_BL.flatten().cumsum(0).view_as(places_BL) - 1  # which tile token stands here
     places_N = places_BL[:, columns_S].flatten().nonzero()[:, 0]
     numbers_N = numbers_BL[:, columns_S].flatten()[places_N].cpu()
-    width = batch.features.shape[1]
-    tokens = batch.rows_of(host.stream_tiles)[:, None] * width + torch.arange(width, device="cpu")
-    features_NC = batch.features.flatten(0, 1)[tokens.flatten()[numbers_N].to(device, non_blocking=True)]
-    tiles_NH = project(features_NC).to(words_BSH.dtype)
+    tiles_NH = project(batch.features_of(batch.stream_rows[numbers_N])).to(words_BSH.dtype)
     places_N = places_N.to(device, non_blocking=True)
     return words_BSH.flatten(0, 1).index_put((places_N,), tiles_NH).view_as(words_BSH)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 
+import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
@@ -27,9 +29,23 @@ class TaggedTileKeys(TileKeys):
     def forward(self, batch: Batch, project: Callable[[Tensor], Tensor], embed: Callable[[Tensor], Tensor]) -> Tensor:
         """Keys [X, B, H]."""
         words_BXH = self.tag_norm(embed(batch.cross_tokens))
-        tiles_TKH = self.tile_norm(project(batch.features_of(batch.on_host.cross_tiles)))
+        tiles_NH = self.tile_norm(project(batch.features_of(batch.cross_rows)))
         if self.bind_tags and batch.cross_tags.numel():
-            real_TL1 = (batch.cross_tags != PAD)[..., None]
-            mean_TH = (embed(batch.cross_tags) * real_TL1).sum(1) / real_TL1.sum(1).clamp(min=1)
-            tiles_TKH = tiles_TKH + self.tag_norm(mean_TH)[:, None, :]
-        return place(words_BXH, tiles_TKH, batch)
+            real_PL1 = (batch.cross_tags != PAD)[..., None]
+            mean_PH = (embed(batch.cross_tags) * real_PL1).sum(1) / real_PL1.sum(1).clamp(min=1)
+            tiles_NH = tiles_NH + _repeated(self.tag_norm(mean_PH), batch.cross_lengths)
+        return place(words_BXH, tiles_NH, batch)
+
+
+def _repeated(x_PH: Tensor, times_P: Tensor) -> Tensor:
+    """Row p of `x_PH` as often as `times_P` says, on the CPU: [N, H].
+
+    Rows that are repeated equally often go together: their gradients are summed by one reduction, which in bf16 rounds
+    once, where those of an index would be added up one by one.
+    """
+    parts, start = [], 0
+    for times, run in groupby(times_P.tolist()):
+        stop = start + sum(1 for _ in run)
+        parts.append(x_PH[start:stop, None].expand(-1, times, -1).flatten(0, 1))
+        start = stop
+    return torch.cat(parts)

@@ -28,14 +28,14 @@ class TileKeys(nn.Module):
 
     def forward(self, batch: Batch, project: Callable[[Tensor], Tensor], embed: Callable[[Tensor], Tensor]) -> Tensor:
         """Keys [X, B, H]."""
-        tiles_TKH = self.tile_norm(project(batch.features_of(batch.on_host.cross_tiles)))
-        padding_BXH = tiles_TKH.new_zeros(*batch.cross_tokens.shape, tiles_TKH.shape[-1])
-        return place(padding_BXH, tiles_TKH, batch)
+        tiles_NH = self.tile_norm(project(batch.features_of(batch.cross_rows)))
+        padding_BXH = tiles_NH.new_zeros(*batch.cross_tokens.shape, tiles_NH.shape[-1])
+        return place(padding_BXH, tiles_NH, batch)
 
 
-def place(words_BXH: Tensor, tiles_TKH: Tensor, batch: Batch) -> Tensor:
-    """Keys [X, B, H]: `tiles_TKH` in the IMAGE places of `batch.cross_tokens`, words elsewhere."""
+def place(words_BXH: Tensor, tiles_NH: Tensor, batch: Batch) -> Tensor:
+    """Keys [X, B, H]: `tiles_NH` in the IMAGE places of `batch.cross_tokens`, words elsewhere."""
     places_N = (batch.on_host.cross_tokens == IMAGE).flatten().nonzero()[:, 0]
     places_N = places_N.to(words_BXH.device, non_blocking=True)
-    tiles_NH = tiles_TKH.flatten(0, 1).to(words_BXH.dtype)
+    tiles_NH = tiles_NH.to(words_BXH.dtype)
     return words_BXH.flatten(0, 1).index_put((places_N,), tiles_NH).view_as(words_BXH).transpose(0, 1).contiguous()

@@ -26,7 +26,7 @@ def test_a_forward_pass_keeps_what_is_foretold(arch, precision, setting, monkeyp
     config = small_config(f"arch={arch}", *WIDE, *SETTINGS[setting], f"precision={precision}")
     batch = collate([[sample_of(story, config) for story in row] for row in ROWS], TILE, config.row_multiple)
     width = config.vision.hidden * config.vision.downsample**2
-    batch = batch.with_features(torch.randn(len(batch.pixels), config.vision.tile_tokens, width).bfloat16())
+    batch = batch.with_features(torch.randn(int(batch.tile_tokens.sum()), width).bfloat16())
     with as_rank(config, 0):
         (part,) = frozen_parts(config)
         # On CPU the gated unit is our own, which keeps a width more than Megatron's on a GPU.

@@ -388,11 +388,16 @@ def test_micro_batches_of_rows_with_many_images_keep_tiles_and_placeholders_toge
     seen = 0
     for step in range(4):
         for batch in steps[step].micro_batches:
-            check_placeholders(batch, chosen.tile_tokens)
-            for tiles, owners in ((batch.stream_tiles, batch.stream_owners), (batch.cross_tiles, batch.cross_owners)):
-                for tile, (row, place) in zip(tiles.tolist(), owners.tolist()):
-                    number = int(batch.ids[row][place])
-                    assert int(batch.pixels[tile].float().mean()) in (2 * number, 2 * number + 1)
+            check_placeholders(batch)
+            shades = batch.pixels.float().mean((1, 2, 3)).int()
+            for columns, sample, rows in (
+                (batch.tokens, batch.sample, batch.stream_rows),
+                (batch.cross_tokens, batch.cross_sample, batch.cross_rows),
+            ):
+                places = (columns == IMAGE).nonzero().tolist()
+                for (row, column), shade in zip(places, shades[batch.tiles_of(rows)].tolist(), strict=True):
+                    number = int(batch.ids[row][sample[row, column]])
+                    assert shade in (2 * number, 2 * number + 1)
             seen += int((batch.tokens == IMAGE).sum() + (batch.cross_tokens == IMAGE).sum())
     tiles = sum(len(encode(record, chosen).pixels) for record in records.records)
     assert seen == tiles * chosen.tile_tokens

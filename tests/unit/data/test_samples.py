@@ -271,8 +271,8 @@ def test_placeholders_match_tiles_and_carry_no_loss(processor, arch):
     )
     sample = encode(record, processor(arch))
     places = sample.tokens == IMAGE
-    assert int(places.sum()) == 16 * sample.stream_tiles.numel()
-    assert int((sample.cross_tokens == IMAGE).sum()) == 16 * sample.cross_tiles.numel()
+    assert int(places.sum()) == sample.stream_rows.numel()
+    assert int((sample.cross_tokens == IMAGE).sum()) == sample.cross_rows.numel()
     # A label at t is the token at t + 1: neither a placeholder's own position nor the one before it may be trained
     # towards an image token.
     assert (sample.labels[places] == IGNORE).all()

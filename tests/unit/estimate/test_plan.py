@@ -36,7 +36,7 @@ def test_a_sample_fills_its_row_and_a_replica_its_micro_batches(configured):
     config = configured("+experiment=nvlm_h_72b_sft", "dry_run=true", "train.global_batch=256")
     load = step_load(config, replicas=8)
     assert (load.length, load.rows, load.micro_batches, load.samples) == (1280, 1, 32, 32)
-    assert (load.stream_tiles, load.key_tiles, load.work.tiles) == (1, 6, 7)
+    assert (load.stream_from_tiles, load.keys_from_tiles, load.work.tiles) == (256, 6 * 256, 7)
     assert load.tiles == 32 * 7
     assert load.work.tokens == 1280 and load.work.keys == 6 * (256 + 5)
     assert load.work.outputs == 1280 - 256 - 5  # no label on an image's tokens
