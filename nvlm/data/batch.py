@@ -3,7 +3,7 @@
 Tiles may have any number of tokens. All that is made of tiles is flat: the tokens of a sample's tiles, or of a batch's,
 lie one behind the other, tile t's in the rows offsets[t] to offsets[t + 1], where offsets are the running sums of
 `tile_tokens`. Placeholders are filled by row number: `stream_rows` names the row for each placeholder of the text
-stream, `cross_rows` for each among the keys.
+stream, `cross_rows` for each among the keys; ROW_END stands for a learned vector at the end of a map's row.
 
 Shapes: B packed rows, S text-stream length, X keys per row in cross-attention, T tiles, N tokens of all T tiles, C
 feature width, P pieces among the keys that show tiles, n a number of its own in each place.
@@ -20,6 +20,7 @@ from torch import Tensor
 IGNORE = -100  # label: no loss here
 IMAGE = -1  # token id: one tile token stands here
 PAD = -1  # sample, image and tile numbers of padding; image number of text before any image
+ROW_END = -2  # row number of the place at the end of a map's row, which no token of a tile fills
 ALL_TILES = -1  # tile number of a query that sees every tile of the images before it
 
 
@@ -106,13 +107,14 @@ class Batch:
     def features_of(self, rows_n: Tensor) -> Tensor:
         """Features [n, C] of the tile tokens `rows_n`, numbers among N on the CPU."""
         assert self.features is not None and self.feature_rows is not None, "the tiles are not encoded yet"
+        assert not bool((rows_n == ROW_END).any()), "the end of a map's row has no feature"
         here_n = self.feature_rows[rows_n]
         assert bool((here_n != PAD).all()), "features of a tile that this process was not to receive"
-        return self.features[here_n.to(self.features.device, non_blocking=True)]
+        return self.features.index_select(0, here_n.to(self.features.device, non_blocking=True))
 
     def tiles_of(self, rows_n: Tensor) -> Tensor:
-        """The tile [n] to which each of the tile tokens `rows_n` belongs, on the CPU."""
-        return torch.repeat_interleave(self.tile_tokens)[rows_n]
+        """The tile to which each of the tile tokens `rows_n` belongs, ends of rows left out; on the CPU."""
+        return torch.repeat_interleave(self.tile_tokens)[rows_n[rows_n != ROW_END]]
 
     @property
     def num_tokens(self) -> int:

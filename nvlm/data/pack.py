@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from nvlm.data.batch import ALL_TILES, IGNORE, PAD, Batch, Sample, places_of
+from nvlm.data.batch import ALL_TILES, IGNORE, PAD, ROW_END, Batch, Sample, places_of
 
 _SPARE = 1.01  # rows to begin with, by the fuller budget: a little room lets them come out even
 _MOST = 1.05  # even rows may be this many times as many as first-fit decreasing needs
@@ -117,7 +117,8 @@ def collate(
     empty = torch.zeros(0, 3, tile_size, tile_size, dtype=torch.uint8)
 
     def tile_rows(name: str) -> Tensor:
-        return joined([getattr(s, name) + start for s, start in zip(samples, first_row)])
+        own = [getattr(sample, name) for sample in samples]
+        return joined([torch.where(r == ROW_END, r, r + start) for r, start in zip(own, first_row)])
 
     def counts(name: str) -> Tensor:
         return torch.tensor([getattr(s, name).numel() for s in samples], dtype=torch.long)

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import torch
 
-from nvlm.data.batch import ALL_TILES, IGNORE, IMAGE, PAD, Sample
+from nvlm.data.batch import ALL_TILES, IGNORE, IMAGE, PAD, ROW_END, Sample
 from nvlm.data.images import decode_image
 from nvlm.data.outline import Outline, Processor, outline
 from nvlm.data.record import ImageChanged, Record
@@ -56,9 +56,9 @@ def _assemble(name: str, sketch: Outline, pixels: torch.Tensor) -> Sample:
         image_of.extend([image] * len(ids))
         tile_of.extend([tile] * len(ids))
 
-    def rows_of(image: int, piece: Piece) -> Sequence[int]:
-        tile = first_tile[image] + piece.tile
-        return range(rows[tile], rows[tile + 1]) if piece.from_tiles else ()
+    def rows_of(image: int, piece: Piece) -> list[int]:
+        first = first_tile[image]
+        return [ROW_END if source is None else rows[first + source[0]] + source[1] for source in piece.sources()]
 
     latest = PAD
     for run in sketch.runs:
@@ -72,7 +72,7 @@ def _assemble(name: str, sketch: Outline, pixels: torch.Tensor) -> Sample:
 
     cross = [(image, piece) for image, placement in enumerate(placements) for piece in placement.cross]
     tags = {(image, piece.tile): piece.content.ids for image, piece in cross if isinstance(piece.content, Words)}
-    shown = [(image, piece) for image, piece in cross if piece.from_tiles]
+    shown = [(image, piece) for image, piece in cross if piece.tiles]
     # The logits at t predict the token at t + 1, so a label stands one place before its token.
     labels = [tokens[t] if trained[t] else IGNORE for t in range(1, len(tokens))] + [IGNORE]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nvlm.data.amounts import Work
-from nvlm.data.batch import ALL_TILES, PAD, Batch
+from nvlm.data.batch import ALL_TILES, PAD, ROW_END, Batch
 
 
 def count_work(batch: Batch) -> Work:
@@ -17,7 +17,7 @@ def count_work(batch: Batch) -> Work:
         pairs=int((batch.positions[real] + 1).sum()),  # a token sees itself and those before it in its sample
         outputs=batch.num_trained,
         tiles=len(batch.pixels),
-        projected=len(batch.stream_rows) + len(batch.cross_rows),
+        projected=sum(int((rows != ROW_END).sum()) for rows in (batch.stream_rows, batch.cross_rows)),
         keys=int((batch.cross_sample != PAD).sum()),
         cross_pairs=_cross_pairs(batch),
     )

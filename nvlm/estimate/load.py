@@ -83,8 +83,8 @@ def batch_load(batch: Batch, work: Work) -> Load:
         rows=rows,
         length=length,
         keys=batch.cross_tokens.shape[1],
-        stream_from_tiles=len(batch.stream_rows),
-        keys_from_tiles=len(batch.cross_rows),
+        stream_from_tiles=len(batch.tiles_of(batch.stream_rows)),
+        keys_from_tiles=len(batch.tiles_of(batch.cross_rows)),
         micro_batches=1,
         samples=sum(map(len, batch.ids)),
     )

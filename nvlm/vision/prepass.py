@@ -179,7 +179,7 @@ def _deal(
     picked = [wanted_T[mine].nonzero()[:, 0] for wanted_T in wanted]
     arriving = [tiles[wanted[team.seat][tiles]] for tiles in seats]
     rows_n = token_rows(torch.cat(picked), tokens_T[mine])
-    send = features_nC[rows_n.to(features_nC.device, non_blocking=True)]
+    send = features_nC.index_select(0, rows_n.to(features_nC.device, non_blocking=True))
     out = [int(tokens_T[mine[places]].sum()) for places in picked]
     received = exchange(send, out, [int(tokens_T[tiles].sum()) for tiles in arriving], team.replica)
     return received, torch.cat(arriving)

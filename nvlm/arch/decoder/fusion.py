@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from nvlm.arch.pictures import picture_tokens
 from nvlm.data.batch import IMAGE, Batch
 
 
@@ -19,6 +20,6 @@ def fill(words_BSH: Tensor, batch: Batch, columns_S: Tensor, project: Callable[[
     numbers_BL = places_BL.flatten().cumsum(0).view_as(places_BL) - 1  # which tile token stands here
     places_N = places_BL[:, columns_S].flatten().nonzero()[:, 0]
     numbers_N = numbers_BL[:, columns_S].flatten()[places_N].cpu()
-    tiles_NH = project(batch.features_of(batch.stream_rows[numbers_N])).to(words_BSH.dtype)
+    tiles_NH = picture_tokens(batch, batch.stream_rows[numbers_N], project).to(words_BSH.dtype)
     places_N = places_N.to(device, non_blocking=True)
     return words_BSH.flatten(0, 1).index_put((places_N,), tiles_NH).view_as(words_BSH)

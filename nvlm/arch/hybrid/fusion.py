@@ -9,6 +9,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from nvlm.arch.pictures import picture_tokens
 from nvlm.arch.xattn.fusion import TileKeys, key_norm, place
 from nvlm.data.batch import PAD, Batch
 
@@ -29,7 +30,7 @@ class TaggedTileKeys(TileKeys):
     def forward(self, batch: Batch, project: Callable[[Tensor], Tensor], embed: Callable[[Tensor], Tensor]) -> Tensor:
         """Keys [X, B, H]."""
         words_BXH = self.tag_norm(embed(batch.cross_tokens))
-        tiles_NH = self.tile_norm(project(batch.features_of(batch.cross_rows)))
+        tiles_NH = self.tile_norm(picture_tokens(batch, batch.cross_rows, project))
         if self.bind_tags and batch.cross_tags.numel():
             real_PL1 = (batch.cross_tags != PAD)[..., None]
             mean_PH = (embed(batch.cross_tags) * real_PL1).sum(1) / real_PL1.sum(1).clamp(min=1)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from nvlm.arch.pictures import picture_tokens
 from nvlm.data.batch import IMAGE, Batch
 from nvlm.llm.norm import RMSNorm
 
@@ -28,7 +29,7 @@ class TileKeys(nn.Module):
 
     def forward(self, batch: Batch, project: Callable[[Tensor], Tensor], embed: Callable[[Tensor], Tensor]) -> Tensor:
         """Keys [X, B, H]."""
-        tiles_NH = self.tile_norm(project(batch.features_of(batch.cross_rows)))
+        tiles_NH = self.tile_norm(picture_tokens(batch, batch.cross_rows, project))
         padding_BXH = tiles_NH.new_zeros(*batch.cross_tokens.shape, tiles_NH.shape[-1])
         return place(padding_BXH, tiles_NH, batch)
 

@@ -48,7 +48,7 @@ def test_a_one_tile_image_is_its_thumbnail(arch):
 
 
 def test_a_piece_that_disagrees_with_its_tile_is_refused():
-    with pytest.raises(ValueError, match="a piece of tile 1, got 9 tokens, expected the tile's 4"):
+    with pytest.raises(ValueError, match="a piece of tile 1, got 9 of its tokens, expected all 4"):
         Placement((9, 4), (Piece(0, TileTokens(9)), Piece(1, TileTokens(9))), ())
 
 
