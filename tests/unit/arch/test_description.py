@@ -15,10 +15,10 @@ ARCHITECTURES = ("decoder", "xattn", "hybrid")
 def test_tiles_and_tags_go_where_the_description_says(name):
     description, place = registry.description(name), registry.placement_rule(name)
     plan = TilePlan(2, 1, 448)
-    bare, tagged = ([(7,) * length] * plan.num_tiles for length in (0, 3))
-    stream, keys = place(plan, bare).tokens(16)
+    bare, tagged = (place(plan, [(7,) * length] * plan.num_tiles, [16] * plan.num_tiles) for length in (0, 3))
+    stream, keys = bare.lengths
     assert (stream > 0, keys > 0) == (description.tiles_in_stream, description.tiles_in_keys)
-    assert (place(plan, tagged).tokens(16)[1] > keys) == description.tags_in_keys
+    assert (tagged.lengths[1] > keys) == description.tags_in_keys
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
