@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from torch.distributed import checkpoint
 
+from nvlm.config.mapping import to_mapping
 from nvlm.config.values import Config, ConfigError
 from nvlm.export.export import export
 from nvlm.export.options import parse
@@ -33,7 +34,7 @@ def write_run(run: Path, config: Config, tensors: dict, frozen: dict | None = No
     step = run / "checkpoints" / "step_00000002"
     step.parent.mkdir(parents=True)
     (step.parent / "latest").write_text(step.name)
-    (run / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(to_mapping(config))))
     write(run, {"encoder": identity.of_encoder(config)})
     for folder, held in ((step, tensors), (step.parent / "frozen", frozen)):
         if held:
