@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def scalars(folder: Path) -> dict[int, float]:
-    """What TensorBoard shows of "loss", by step."""
+    """The values of "loss" that TensorBoard shows, by step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     reader = EventAccumulator(str(folder))

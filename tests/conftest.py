@@ -29,13 +29,14 @@ def configured():
 
 
 def pytest_collection_finish():
-    """What was imported stays: collecting garbage need not look at it each time."""
+    """Imported objects stay, so exclude them from garbage collection."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests stay on one worker, because they share fixtures; those of tests/engine are whole suites each."""
+    """A file's tests stay on one worker because they share fixtures;
+    those of tests/engine are separate whole suites."""
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):

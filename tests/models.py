@@ -52,7 +52,7 @@ def small_config(*overrides: str) -> Config:
 
 
 def dims_of(config: Config) -> RefDims:
-    """The reference's sizes."""
+    """The sizes for the reference."""
     vision, language = config.vision, config.llm
     return RefDims(
         vit_hidden=vision.hidden,
@@ -90,7 +90,7 @@ def projector_names(arch: str) -> dict[str, str]:
 
 
 def below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors below `prefix`, without it."""
+    """The tensors under `prefix`, without it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
@@ -108,13 +108,13 @@ def to_reference(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
 
 
 def parameters_of(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """By their names in the whole model, whatever modules it is made of."""
+    """Parameters by their names in the whole model, whatever modules it is made of."""
     whole = module.whole_name if isinstance(module, VisionLanguageModel) else str
     return {whole(name): parameter for name, parameter in module.named_parameters()}
 
 
 def load(module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy `tensors` into the parameters of `module`: all of them and no others, shapes equal."""
+    """Copy `tensors` into the parameters of `module`: exactly these names, with equal shapes."""
     parameters = parameters_of(module)
     assert parameters.keys() == tensors.keys(), parameters.keys() ^ tensors.keys()
     for name, parameter in parameters.items():
@@ -124,7 +124,7 @@ def load(module: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Twins:
-    """One set of weights twice: ours in fp32, the reference in fp64, so the gap is our rounding alone."""
+    """One set of weights twice, ours in fp32 and the reference in fp64, so that the gap is only our rounding."""
 
     config: Config
     model: VisionLanguageModel
@@ -133,8 +133,8 @@ class Twins:
 
 
 def build_twins(config: Config, gates: float | None = None, seed: int = 1) -> Twins:
-    """Random weights of standard deviation STD (gates open unless given). Where ours has adapters, they are at work,
-    and the reference has them merged."""
+    """Random weights of standard deviation STD (gates open unless given). If ours has adapters, they are active, and
+    the reference has them merged."""
     reference = ReferenceNVLM(dims_of(config)).init(seed, STD, gates)
     state = dict(reference.named_parameters())
     (model,) = build_parts(config)
@@ -149,7 +149,7 @@ def build_twins(config: Config, gates: float | None = None, seed: int = 1) -> Tw
 
 
 def awake_adapters(model: VisionLanguageModel) -> dict[str, Tensor]:
-    """The first weights of the model's adapters, with random ones in the place of zero."""
+    """The model's initial adapter weights, with random values instead of zeros."""
     generator, found = torch.Generator().manual_seed(11), {}
     for name, parameter in model.named_parameters():
         if ".adapter." in name:
@@ -159,7 +159,7 @@ def awake_adapters(model: VisionLanguageModel) -> dict[str, Tensor]:
 
 
 def adapters_of(model: VisionLanguageModel) -> dict[str, tuple[Tensor, Tensor]]:
-    """(down, up) by the name of the weight beside them."""
+    """(down, up) by the name of the weight that they belong to."""
     named = dict(model.named_parameters())
     bases = [name.replace("adapter.down.", "") for name in named if name.endswith(".adapter.down.weight")]
     return {b: tuple(named[b.replace(".weight", f".adapter.{part}.weight")] for part in ("down", "up")) for b in bases}
@@ -167,7 +167,7 @@ def adapters_of(model: VisionLanguageModel) -> dict[str, tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def merged_weights(model: VisionLanguageModel, config: Config) -> dict[str, Tensor]:
-    """In fp64, under the names of a model without adapters."""
+    """Weights in fp64, under the names of a model without adapters."""
     named = {name: p.double() for name, p in model.named_parameters() if ".adapter." not in name}
     for name, (down, up) in adapters_of(model).items():
         named[name] = named[name] + config.peft.alpha / config.peft.rank * (up.double() @ down.double())
@@ -175,7 +175,8 @@ def merged_weights(model: VisionLanguageModel, config: Config) -> dict[str, Tens
 
 
 def adapter_gradients(twins: Twins, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of our adapters, from the reference's `gradients` of the merged weights: the chain rule through up @ down."""
+    """Gradients of our adapters from the reference's `gradients` of the merged weights, by the chain rule through up @
+    down."""
     ours, found = to_ours(gradients, twins.config), {}
     scale = twins.config.peft.alpha / twins.config.peft.rank
     for name, (down, up) in adapters_of(twins.model).items():
@@ -198,10 +199,8 @@ def loss_and_gradients(twins: Twins, batch: Batch) -> tuple[Tensor, dict[str, Te
 
 @dataclass(frozen=True)
 class Story:
-    """A conversation of (role, words) with `<image>` where a picture of (columns, rows) tiles stands.
-
-    `form`: how the record says so; "parts" as content parts, "unmarked" without any mark.
-    """
+    """A conversation of (role, text) with `<image>` for each image of (columns, rows) tiles. `form`: how the record
+    marks images; "parts" as content parts, "unmarked" without marks."""
 
     name: str
     turns: tuple[tuple[str, str], ...]
@@ -216,7 +215,7 @@ class Story:
 
 
 def record_of(story: Story) -> Record:
-    """What a data source would hand over."""
+    """The record that a data source would return."""
     messages = []
     for role, words in story.turns:
         content = words.replace("<image>\n", "") if story.form == "unmarked" else words
@@ -228,12 +227,12 @@ def record_of(story: Story) -> Record:
 
 
 def sample_of(story: Story, config: Config) -> Sample:
-    """The story by our pipeline."""
+    """The story's sample from our pipeline."""
     return encode(record_of(story), build_processor(config, placement_rule(config.arch.name)))
 
 
 def batch_of(rows: Sequence[Sequence[Story]], twins: Twins) -> Batch:
-    """The stories, packed as given, by our pipeline and our encoder."""
+    """The stories, packed as given, from our pipeline and our encoder."""
     samples = [[sample_of(story, twins.config) for story in row] for row in rows]
     return twins.vision.encode(collate(samples, twins.config.vision.tile_size))
 
@@ -265,7 +264,7 @@ def cut(picture: np.ndarray) -> list[Tensor]:
 
 
 def reference_sample(story: Story, config: Config) -> RefSample:
-    """The story as the reference wants it."""
+    """The story in the reference's form."""
     tokenizer, arch = load_tokenizer("tiny"), config.arch.name
     im_start, im_end = (tokenizer.tokenizer.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>"))
     out = RefSample(stream=[])

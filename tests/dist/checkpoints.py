@@ -24,7 +24,7 @@ FP32 = (*SMALL, "precision=fp32")
 
 
 def built(overrides: tuple[str, ...], device, first: int = 0) -> tuple[Trainer, Callable[[], tuple[float, float]]]:
-    """A new trainer and a function that makes the run's steps behind `first`: loss and gradient norm."""
+    """A new trainer, and a function that runs the steps after `first` and returns loss and gradient norm."""
     config = compose_config(*overrides)
     trainer = build_trainer(config, device)
     data = iter(load_steps(build_steps(config), first, 0))
@@ -44,7 +44,7 @@ def saved(trainer: Trainer, overrides: tuple[str, ...], run: Path, step: int, **
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, whole, by a reader that knows no layout."""
+    """All tensors of a checkpoint, whole, from a reader that knows no layout."""
     frozen = folder.parent / save.FROZEN
     return {
         name: tensor
@@ -56,7 +56,7 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def held_by(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """What one process without the distributed optimizer holds, by the names that a checkpoint should use."""
+    """What one process without the distributed optimizer holds, under the names that a checkpoint should use."""
     named = {}
     for name, weight in trainer.chunks[0].module.named_parameters():
         named[name] = weight.detach()
@@ -70,14 +70,14 @@ def held_by(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Equal in names and in every bit."""
+    """Equal names and equal bits."""
     assert got.keys() == expected.keys(), got.keys() ^ expected.keys()
     different = [name for name in got if not torch.equal(got[name], expected[name])]
     assert not different
 
 
 def begin(overrides: tuple[str, ...], run: Path) -> list[tuple[float, float]]:
-    """Two steps, a checkpoint that holds just what the trainer does, two steps more."""
+    """Two steps, a checkpoint that contains exactly the trainer's state, two more steps."""
     with joined(compose_config(*overrides)) as device:
         trainer, step = built(overrides, device)
         for _ in range(2):
@@ -88,7 +88,7 @@ def begin(overrides: tuple[str, ...], run: Path) -> list[tuple[float, float]]:
 
 
 def pass_on(overrides: tuple[str, ...], run: Path, onward: Path) -> list[tuple[float, float]]:
-    """Load, write what was loaded into another run, two steps more."""
+    """Load, save what was loaded into another run, two more steps."""
     with joined(compose_config(*overrides)) as device:
         trainer, step = built(overrides, device, first=2)
         loaded = restore.load(trainer, latest(run))

@@ -37,7 +37,7 @@ MICRO_BATCHES = (
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of stories by micro-batch, and a model in a folder of its own."""
+    """Rows of stories by micro-batch, and a model in its own folder."""
 
     config: Config
     folder: Path
@@ -53,12 +53,12 @@ class Case:
 
 
 def metadata() -> dict:
-    """What Megatron's sharded state asks for."""
+    """The metadata that Megatron's sharded state needs."""
     return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
 def prepare(config: Config, folder: Path, micro_batches) -> tuple[Case, Twins]:
-    """Write the weights of twins of `config` where every layout finds them. In one process, with its groups."""
+    """Write the weights of twins of `config` where every layout finds them. Runs in one process, with its groups."""
     twins = build_twins(config)
     state = dict(twins.reference.named_parameters())
     tower = {name: t.float().contiguous() for name, t in below("vision_model.", state).items()}
@@ -70,7 +70,7 @@ def prepare(config: Config, folder: Path, micro_batches) -> tuple[Case, Twins]:
 
 
 def reference_gradients(twins: Twins, case: Case) -> tuple[float, dict[str, Tensor]]:
-    """Mean loss over trained tokens and its gradients, one story at a time, by the plain reference."""
+    """The plain reference's mean loss over trained tokens and its gradients, one story at a time."""
     twins.reference.zero_grad(set_to_none=True)
     total, count = 0.0, 0
     for story in (story for rows in case.micro_batches for row in rows for story in row):
@@ -83,7 +83,7 @@ def reference_gradients(twins: Twins, case: Case) -> tuple[float, dict[str, Tens
 
 
 def load_weights(trainer: Trainer, folder: Path) -> None:
-    """The weights that `prepare` wrote, into every part."""
+    """Load the weights that `prepare` wrote into every part."""
     parts = dict(enumerate(trainer.pipeline.parts))
     states = {number: part.sharded_state_dict(metadata=metadata()) for number, part in parts.items()}
     for number, state in dist_checkpointing.load(states, str(folder)).items():
@@ -108,7 +108,7 @@ def own_batches(case: Case) -> list:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one process saw of a step."""
+    """What one rank observed in a step."""
 
     loss: float
     grad_norm: float
@@ -117,7 +117,7 @@ class Outcome:
 
 
 def step_in_layout(case: Case, out: Path) -> Outcome:
-    """One step in this process's part of the layout; gradients go to `out` as a checkpoint of the whole model."""
+    """One step on this rank of the layout; gradients go to `out` as a checkpoint of the whole model."""
     with joined(case.config) as device:
         trainer = build_trainer(case.config, device)
         load_weights(trainer, case.folder / "weights")
@@ -148,7 +148,7 @@ def dist_rank() -> int:
 
 
 def count_tiles(trainer: Trainer) -> list[int]:
-    """A list that grows by the number of tiles of each call of the encoder."""
+    """A list that gets the number of tiles of each call of the encoder."""
     calls: list[int] = []
     features = trainer.vision.path.features
 
@@ -161,7 +161,7 @@ def count_tiles(trainer: Trainer) -> list[int]:
 
 
 def spread_of(copied) -> float:
-    """Largest difference among all copies of a parameter."""
+    """Largest difference between the copies of a parameter."""
     low, high = copied.parameter.data.clone(), copied.parameter.data.clone()
     torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN, group=copied.group)
     torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX, group=copied.group)
@@ -169,7 +169,7 @@ def spread_of(copied) -> float:
 
 
 def gradients_of(twins: Twins, out: Path) -> dict[str, Tensor]:
-    """What a layout wrote, under the reference's names. In one process."""
+    """The gradients that a layout wrote, under the reference's names. Runs in one process."""
     state = twins.model.sharded_state_dict(metadata=metadata())
     loaded = dist_checkpointing.load({"part0": state}, str(out))["part0"]
     named = {twins.model.whole_name(n): t for n, t in loaded.items() if torch.is_tensor(t)}

@@ -44,7 +44,7 @@ SETTINGS = {
 
 @contextmanager
 def as_rank(config: Config, pipeline_rank: int):
-    """Process groups as the first process of a pipeline stage sees them."""
+    """Process groups as seen by the first rank of a pipeline stage."""
     device.prepare(0, 1)
     p = config.parallel
     rank = pipeline_rank * p.tensor * p.context
@@ -66,7 +66,7 @@ def as_rank(config: Config, pipeline_rank: int):
 
 
 def frozen_parts(config: Config) -> list[VisionLanguageModel]:
-    """The parts of this rank, with what the stage freezes."""
+    """The parts of this rank, frozen as in the stage."""
     parts = build_parts(config)
     for part in parts:
         freeze(part, config)
@@ -79,7 +79,7 @@ def computed(part: VisionLanguageModel, batch: Batch) -> Batch:
 
 
 def kept_bytes(part: VisionLanguageModel, batch: Batch, config: Config) -> int:
-    """Bytes that a forward pass of `part` keeps for its backward pass, parameters and the batch itself left out."""
+    """Bytes that a forward pass of `part` keeps for its backward pass, without parameters and the batch itself."""
     if not part.pre_process:
         p, (rows, length) = config.parallel, computed(part, batch).tokens.shape
         columns = length // p.context // (p.tensor if p.sequence else 1)

@@ -31,10 +31,8 @@ _PORTS = 64  # process groups that one call of `run_distributed` may build one a
 
 
 def run_distributed(fn: Callable, world: int, *args, timeout: float = 300) -> list:
-    """`fn(*args)` in `world` processes with RANK and WORLD_SIZE set; what each returned, by rank.
-
-    Raises AssertionError with the traceback of the first rank that failed, or the ranks that did not end in time.
-    """
+    """Run `fn(*args)` in `world` processes with RANK and WORLD_SIZE set; returns their results by rank. Raises
+    AssertionError with the traceback of the first rank that failed, or with the ranks that did not end in time."""
     ports = _free_ports()
     pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world)]
     processes = [
@@ -105,7 +103,7 @@ _ports: Iterator[int] = iter(())
 
 @contextmanager
 def joined(config: Config):
-    """Process groups for `config`, inside a function that `run_distributed` runs; may be entered many times."""
+    """Process groups for `config`, inside a function that `run_distributed` runs; may be entered repeatedly."""
     # A port of its own each time: the store of the groups before may still be closing.
     os.environ["MASTER_PORT"] = str(next(_ports))
     with distributed(config.parallel, config.seed, threads=1) as device:

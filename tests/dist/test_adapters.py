@@ -63,7 +63,7 @@ ALL = [
 
 
 class Expected:
-    """The reference's gradients of adapters whose weights it has merged, and where ours lie."""
+    """The reference's gradients of adapters whose weights it has merged, and where ours are."""
 
     def __init__(self, folder: Path) -> None:
         config = small_config("arch=hybrid", *LORA, "llm.layers=4", "tiling.tag=1d")
@@ -85,7 +85,7 @@ def expected(tmp_path_factory) -> Iterator[Expected]:
 
 @pytest.fixture(scope="module")
 def outcomes(expected, tmp_path_factory):
-    """A function from (world, layout) to what each rank saw and where the gradients lie; one start a world."""
+    """A function from (world, layout) to each rank's outcome and the place of the gradients; starts each world once."""
     done: dict[int, dict] = {}
 
     def of(world: int, layout: str):
@@ -122,7 +122,7 @@ def dropping(case: Case) -> Case:
 
 @pytest.fixture(scope="module")
 def whole(expected, tmp_path_factory):
-    """One process's loss and gradients with dropout, each row a micro-batch of its own."""
+    """One process's loss and gradients with dropout, each row in its own micro-batch."""
     rows = tuple((row,) for rows in expected.case.micro_batches for row in rows)
     out = tmp_path_factory.mktemp("dropout") / "one"
     [outcome] = run_distributed(step_in_layout, 1, replace(dropping(expected.case), micro_batches=rows), out)
@@ -158,7 +158,7 @@ RUN = (*FP32, *LORA)
 
 
 def compare(runs: list[Path]) -> None:
-    """All of them hold the same; the base's weights lie in `frozen` alone."""
+    """All have the same contents; the base's weights are only in `frozen`."""
     with joined(small_config()):
         first = tensors_in(latest(runs[0]))
         for run in runs[1:]:
@@ -185,7 +185,7 @@ def test_a_checkpoint_of_one_layout_is_read_by_another(tmp_path):
 
 
 def step_from(overrides: tuple[str, ...], base: Path, run: Path) -> None:
-    """Begin with the weights of `base`, make two steps, save."""
+    """Start with the weights of `base`, make two steps, save."""
     with joined(compose_config(*overrides)) as device:
         trainer, step = built(overrides, device)
         assert restore.load_weights(trainer.pipeline.parts, latest(base)) == []
@@ -210,7 +210,7 @@ BESIDE = (*FP32, "arch=xattn", "peft=lora", "peft.rank=3", "optim.lr=0.01", "opt
 
 
 def with_more_adapters(base: Path) -> None:
-    """The next stage of a run with adapters on the language model alone gives cross-attention adapters, too."""
+    """After a run with adapters only on the language model, the next stage adds adapters to cross-attention."""
     with joined(compose_config(*BESIDE, "stage.new=[]")) as device:
         trainer, step = built((*BESIDE, "stage.new=[]"), device)
         assert restore.load_weights(trainer.pipeline.parts, latest(base)) == []
@@ -251,7 +251,7 @@ def train_and_save(overrides: tuple[str, ...], run: Path) -> None:
 
 
 def differ_from_exported(overrides: tuple[str, ...], run: Path, out: Path) -> float:
-    """Largest difference between the trainer's logits and those of the exported folder's own code."""
+    """Largest difference between the trainer's logits and those from the exported folder's own code."""
     config = compose_config(*overrides)
     with joined(config) as device:
         trainer, _ = built(overrides, device)
@@ -280,7 +280,7 @@ def test_an_exported_run_gives_the_trainers_logits(tmp_path, arch, peft):
 
 
 def assert_begins_full_fine_tuning(arch: str, run: Path, out: Path, refused: bool) -> None:
-    """A run's adapters do not get lost on the way to full fine-tuning: the message names a way, which leads there."""
+    """A run's adapters are not lost on the way to full fine-tuning: the message names a way, and it works."""
     if refused:
         way = r"export_hf.py checkpoint=\S+/run out=DIR\) and start with init.release=DIR init.vision=null"
         with pytest.raises(ConfigError, match=way):

@@ -47,7 +47,7 @@ LAYOUTS = (
 
 
 def compare(runs: list[Path]) -> None:
-    """All of them hold the same, in one process."""
+    """All have the same contents; runs in one process."""
     with joined(compose_config(*FP32)):
         first = tensors_in(latest(runs[0]))
         assert any(name.startswith("optimizer.state.exp_avg_sq.") and t.any() for name, t in first.items())
@@ -119,7 +119,7 @@ def no_room_for_metadata(storage, *_) -> None:
 
 
 def fail_and_try_again(overrides: tuple[str, ...], run: Path) -> list[str]:
-    """Reasons that this rank was told of: rank 1 cannot write, rank 1's writer dies, rank 0 cannot finish."""
+    """The reasons that this rank received: rank 1 cannot write, rank 1's writer dies, rank 0 cannot finish."""
     with joined(compose_config(*overrides)) as device:
         trainer, _ = built(overrides, device)
         write, finish = writer._write_files, writer.filesystem_async.FileSystemWriterAsync.finish
@@ -185,7 +185,7 @@ def test_the_newest_stay_and_latest_is_among_them(tmp_path):
 
 
 class Trap:
-    """A pickle that tells when it is opened."""
+    """A pickle that reports when it is opened."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -195,7 +195,7 @@ class Trap:
 
 
 def damaged(folder: Path, mark: Path) -> dict[str, Callable[[], object]]:
-    """Ways to spoil `folder`, by the file that should be named."""
+    """Ways to damage `folder`, by the file that should be named."""
     import pickle
 
     data = next(folder.glob("*.distcp"))
@@ -220,7 +220,7 @@ def damaged(folder: Path, mark: Path) -> dict[str, Callable[[], object]]:
 
 
 def swap(manifest: Path) -> None:
-    """The same digests in another order: a whole folder, but not the one that was there."""
+    """The same digests in another order: an intact folder, but not the original one."""
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({"files": content["files"], "frozen": None}))
 
@@ -308,7 +308,7 @@ def test_a_state_that_does_not_fit_is_refused_by_name(tmp_path, written, left_ou
 
 
 def next_stage(overrides: tuple[str, ...], run: Path, onward: Path, new: tuple[str, ...]) -> list[str]:
-    """Another stage's trainer from the weights of `run`, in its own layout; what it then writes goes to `onward`."""
+    """Another stage's trainer with the weights of `run`, in its own layout; its checkpoint goes to `onward`."""
     with joined(compose_config(*overrides)) as device:
         trainer, _ = built(overrides, device)
         absent = restore.load_weights(trainer.pipeline.parts, latest(run), new)
@@ -352,7 +352,7 @@ def test_a_module_group_may_be_new_only_where_it_is_said_to_be(tmp_path):
 
 
 class Scales(torch.nn.Module):
-    """Has a memory that is no tensor, as Transformer Engine's modules have of FP8 scales."""
+    """Has state that is not a tensor, like the FP8 scales of Transformer Engine's modules."""
 
     def __init__(self, memory: bytes) -> None:
         super().__init__()
@@ -366,7 +366,7 @@ class Scales(torch.nn.Module):
 
 
 def scaled(device, memory: bytes, delayed: bool = True) -> tuple[Trainer, Scales]:
-    """A trainer with FP8 scales in its first layer; `delayed`: that are to be remembered."""
+    """A trainer with FP8 scales in its first layer; `delayed`: with a scaling history to store."""
     trainer, _ = built(FP32, device)
     model, scales = trainer.chunks[0].module, Scales(memory)
     model.decoder.layers[0].mlp.linear_fc1.scales = scales
@@ -376,7 +376,7 @@ def scaled(device, memory: bytes, delayed: bool = True) -> tuple[Trainer, Scales
 
 
 def scales_come_back(run: Path) -> list[bytes]:
-    """What scales are behind a load: of a checkpoint that has them, of one that has none, by a run without any."""
+    """The scales after loading a checkpoint with scales, one without, and in a run without scales."""
     with joined(compose_config(*FP32)) as device:
         trainer, _ = scaled(device, b"learned")
         with_scales = saved(trainer, FP32, run / "with", 1)
@@ -391,7 +391,7 @@ def scales_come_back(run: Path) -> list[bytes]:
 
 
 def only_weights_come_back(run: Path) -> list[bool]:
-    """Whether a model with scales begins with the weights of a checkpoint that has scales, and of one that has none."""
+    """Whether a model with scales starts from the weights of checkpoints with and without scales."""
     with joined(compose_config(*FP32)) as device:
         found = []
         for name, delayed in (("with", True), ("without", False)):

@@ -56,7 +56,7 @@ def config_of(inner: int, outer: int, sizes: list[int] | None) -> TransformerCon
 
 
 def on_mesh(meshes: list[tuple[int, int]], perturb: bool) -> list:
-    """This process's columns, and its part of what `whole` returns, for each mesh."""
+    """This rank's columns, and its part of the result of `whole`, for each mesh."""
     found = []
     base = small_config()
     for inner, outer in meshes:
@@ -89,7 +89,7 @@ def test_forward_and_backward_equal_one_process(world):
 
 
 def test_the_first_token_reaches_the_columns_of_every_rank():
-    """What a forgotten setting would break in silence: attention to the own columns alone."""
+    """Guards against a missing setting, which would silently restrict attention to the rank's own columns."""
     before, after = (run_distributed(on_mesh, 2, MESHES[2], perturb) for perturb in (False, True))
     for rank in range(2):
         for (columns, old), (_, new) in zip(before[rank], after[rank]):

@@ -43,7 +43,7 @@ LAYOUTS = {
 
 
 def train_nothing(overrides: tuple[str, ...], run: Path) -> None:
-    """A run that begins with what `overrides` name and saves it before any step."""
+    """A run that starts from what `overrides` name and saves before its first step."""
     config = compose_config(*SMALL, *OPTIONS, *overrides)
     with joined(config) as device:
         trainer = build_trainer(config, device)
@@ -55,7 +55,7 @@ def train_nothing(overrides: tuple[str, ...], run: Path) -> None:
 
 
 def exported(run: Path, out: Path, *more: str) -> Path:
-    """What the command writes."""
+    """Run the export command."""
     return export(parse([f"checkpoint={run}", f"out={out}", "shard_gb=0.00003", *more]))
 
 
@@ -92,7 +92,7 @@ def test_load_then_export_is_bit_equal(tmp_path, arch, stage, world):
 
 
 def test_mixed_precisions_are_bit_equal_too(tmp_path):
-    """As NVLM-D-72B, whose size says that some of its tensors are fp32: what bf16 can hold, stored wider."""
+    """Like NVLM-D-72B, whose size shows that some of its tensors are fp32: bf16 values stored in a wider type."""
     shape = ("arch=decoder", "precision=bf16")
     held = write_release(tmp_path / "release", compose_config(*SMALL, *OPTIONS, *shape), 3, torch.bfloat16)
     wide = {name: t.float() if number % 3 == 0 else t for number, (name, t) in enumerate(held.items())}
@@ -102,7 +102,7 @@ def test_mixed_precisions_are_bit_equal_too(tmp_path):
 
 
 def test_an_encoder_keeps_its_precision_and_gets_dummy_heads(tmp_path):
-    """From apart: an fp32 encoder of five heads without dummy ones, in a bf16 run, gets three more."""
+    """An fp32 encoder of five heads without dummy ones, in a bf16 run, gets three dummy heads."""
     shape = ("arch=decoder", "precision=bf16")
     config = compose_config(*SMALL, *OPTIONS, *shape)
     held = write_release(tmp_path / "release", config, dummy_heads=0, dtype=torch.float32)
@@ -123,7 +123,7 @@ def test_an_encoder_keeps_its_precision_and_gets_dummy_heads(tmp_path):
 
 
 def test_config_json_is_in_the_form_of_the_release(tmp_path):
-    """Full-size NVLM-D-72B: the entries of the published file, as facts of it are known."""
+    """Full-size NVLM-D-72B: the entries of the published file, as known facts."""
     config = compose_config("arch=decoder", "llm=qwen2-72b", "dry_run=true")
     got = describe(config, internvit.exported(config.vision, 7))
     whole = dict(
@@ -176,7 +176,7 @@ def test_the_release_has_the_published_names_and_shapes():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run to be exported, and broken in copies."""
+    """A run to export, and to damage in copies."""
     folder = tmp_path_factory.mktemp("export")
     config = compose_config(*SMALL, *OPTIONS, "arch=hybrid", "precision=bf16")
     write_release(folder / "release", config, dummy_heads=3, dtype=torch.bfloat16)
@@ -256,7 +256,7 @@ def test_a_tokenizer_s_file_gets_the_name_that_readers_look_for(tmp_path, run):
 
 @pytest.mark.parametrize("fault", ["a width", "an epsilon", "the tokenizer"])
 def test_what_its_reader_refuses_gets_no_name(tmp_path, run, fault, monkeypatch):
-    """Whatever part of the export is wrong: its own code and init.release open it first."""
+    """Whichever part of the export is wrong: its own code and init.release open it before it gets its name."""
 
     def wrong(config, encoder, text=None):
         values = describe(config, encoder, text)
@@ -284,7 +284,7 @@ def test_the_command_says_what_cannot_load_the_folder(tmp_path, run, capsys):
 
 
 def killed_midway(run: Path, out: Path) -> None:
-    """An export that is killed behind its tenth tensor."""
+    """An export that is killed after its tenth tensor."""
     write, count = ShardWriter.write, itertools.count()
 
     def kill(writer, name, tensor):
@@ -309,7 +309,7 @@ def test_a_killed_export_leaves_nothing_that_looks_complete(tmp_path, run):
 
 
 def test_a_full_disk_leaves_nothing_and_is_said(tmp_path, run):
-    """A real limit on the size of files, in a process of its own."""
+    """A real limit on file sizes, in a separate process."""
 
     def limited(pipe) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

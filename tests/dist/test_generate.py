@@ -45,7 +45,7 @@ def batch_of(config):
 
 
 def generate_all(cases: list[Case]) -> list[list[list[list[int]]]]:
-    """The rows that follow, by case and sampling."""
+    """The generated rows, by case and sampling."""
     return [generate(case) for case in cases]
 
 
@@ -67,7 +67,7 @@ def case_stop(case: Case) -> int:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
-    """Each model's case, and what one process generates, where a row ends early."""
+    """Each model's case, and what one process generates, with a row that ends early."""
     found, threads = {}, torch.get_num_threads()
     with distributed(small_config().parallel, seed=0, threads=1):
         for arch, overrides in MODELS.items():

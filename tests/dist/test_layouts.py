@@ -62,7 +62,7 @@ pytestmark = pytest.mark.timeout(900)  # the first test of a number of processes
 
 
 class Expected:
-    """The reference's loss and gradients of each model, and where its weights lie."""
+    """The reference's loss and gradients for each model, and where its weights are."""
 
     def __init__(self, root: Path) -> None:
         self.cases: dict[str, Case] = {}
@@ -86,7 +86,8 @@ def expected(tmp_path_factory) -> Iterator[Expected]:
 
 @pytest.fixture(scope="module")
 def outcomes(expected, tmp_path_factory):
-    """A function from (world, layout, model) to what each rank saw and where the gradients lie; one start a world."""
+    """A function from (world, layout, model) to each rank's outcome and the place of the gradients; starts each world
+    once."""
     done: dict[int, dict] = {}
 
     def of(world: int, layout: str, model: str) -> tuple[list[Outcome], Path]:
@@ -122,7 +123,7 @@ def norm_of(gradients: dict[str, torch.Tensor]) -> float:
 @pytest.mark.parametrize("model", ["decoder", "xattn", "hybrid"])
 @pytest.mark.parametrize(("world", "layout"), ALL)
 def test_tiles_are_spread_evenly(world, layout, model, expected, outcomes):
-    """No rank of a replica, with global balance no rank at all, encodes more than one tile more than another."""
+    """Ranks of a replica (with global balance all ranks) differ by at most one encoded tile."""
     sizes = LAYOUTS[world][layout]
     encoded = [rank.encoded for rank in outcomes(world, layout, model)[0]]
     assert sum(encoded) == TILES

@@ -25,7 +25,7 @@ SMALL = (
 
 
 def logits(trainer: Trainer, batch: Batch, keep: set[int]) -> torch.Tensor:
-    """Behind the first columns of each row; the pixels of all tiles but those of `keep` are inverted."""
+    """At the first columns of each row; the pixels of all tiles except those in `keep` are inverted."""
     own = torch.tensor([tile in keep for tile in range(len(batch.pixels))])
     pixels = torch.where(own[:, None, None, None], batch.pixels, 255 - batch.pixels)
     (encoded,) = trainer.vision.encode([replace(batch, pixels=pixels)])
@@ -34,7 +34,8 @@ def logits(trainer: Trainer, batch: Batch, keep: set[int]) -> torch.Tensor:
 
 
 def after_thirty_steps(arch: str) -> tuple[float, float]:
-    """How much replacing tiles moves logits before and after training; in NVLM-H those behind cross-attention alone."""
+    """How much replacing tiles changes logits before and after training;
+    in NVLM-H, only tiles seen by cross-attention."""
     config = compose_config(f"arch={arch}", "peft=lora", *SMALL)
     with joined(config) as device:
         trainer = build_trainer(config, device)

@@ -14,7 +14,7 @@ from tests.ports import free_port
 
 
 def one_of(host: str, port: int, world: int, seconds: float) -> str:
-    """What a process hears that is one of `world`."""
+    """What one of `world` processes reports."""
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
     try:
         store = meet(int(os.environ["RANK"]), world, seconds)
@@ -37,7 +37,7 @@ def test_those_that_came_are_counted():
 
 
 def again(port: int) -> list[bool]:
-    """Two runs of a sweep one behind the other in the same processes: whether each finds what another run left."""
+    """Two runs of a sweep, one after the other, in the same processes: whether each finds the other's leftovers."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     stale, stores = [], []
     for _ in range(2):

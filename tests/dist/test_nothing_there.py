@@ -80,7 +80,7 @@ def test_gradients_are_exact(arch, world, models, tmp_path):
 
 
 def mask_of(twins, stage: StageConfig) -> dict[str, torch.Tensor]:
-    """1 where a parameter learns, under the reference's names."""
+    """1 for parameters that learn, under the reference's names."""
     named = parameters_of(twins.model).items()
     return to_reference(
         {name: torch.full_like(p, parameter_group(name) in stage.trainable) for name, p in named}, twins.config

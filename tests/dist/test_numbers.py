@@ -18,7 +18,7 @@ DATA = ("data.workers=0", "data.records=64", "train.global_batch=6", "train.micr
 
 
 def one_step(overrides):
-    """The step's result, this replica's own work, and the tiles that this process encoded."""
+    """The step's result, this replica's own work, and the tiles that this rank encoded."""
     config, encoded, features = compose_config(*DATA, *overrides), [], VisionPath.features
 
     def counted(path, pixels):

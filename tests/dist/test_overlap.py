@@ -29,7 +29,7 @@ STEPS = (
 
 
 def steps_in_layout(case, out) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step; the weights behind the last one go to `out`."""
+    """Loss and gradient norm of each step; the final weights go to `out`."""
     with joined(case.config) as device:
         trainer = build_trainer(case.config, device)
         results = []

@@ -54,8 +54,8 @@ def test_a_rank_holds_exactly_the_parameters_that_are_foretold(configured, name)
 
 
 def cpu_kernels(config, rows: int) -> Kernels:
-    """What the kernels that are chosen for a CPU keep, and what torch keeps there: norms and attention work in fp32,
-    norms keep what they made of their input, and gated units are computed step by step."""
+    """What CPU kernels and torch keep on CPU: norms and attention work in fp32, norms keep their intermediate results,
+    and gated units are computed step by step."""
     fp32, chosen = config.precision.dtype == "fp32", kernels_of(config, CPU)
     # Masks reach recomputed layers among Megatron's packed_seq_params: they keep them unseen by the hooks.
     seen = config.train.recompute != "full"
@@ -91,7 +91,7 @@ def test_a_forward_pass_keeps_what_is_foretold(arch, setting, monkeypatch):
 
 
 def sizes_of(config) -> dict[str, int]:
-    """Bytes of a built trainer behind its first step, by part."""
+    """Bytes of a built trainer after its first step, by part."""
     with joined(config) as device:
         trainer = build_trainer(config, device)
         rows = [[sample_of(story, config) for story in row] for row in ROWS]
@@ -110,7 +110,7 @@ def sizes_of(config) -> dict[str, int]:
 
 
 def optimizer_bytes(optimizer, parameters) -> int:
-    """Of Adam's states and of weights that the optimizer holds beside the model's."""
+    """Bytes of Adam's states and of the optimizer's own copies of weights."""
     own = {p.untyped_storage().data_ptr() for p in parameters}
     found: dict[int, int] = {}
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):

@@ -48,7 +48,7 @@ LAYOUTS = {
 
 
 def words(config: Config) -> Tensor:
-    """Random ids [B, S], the last of the vocabulary among them."""
+    """Random ids [B, S], including the last of the vocabulary."""
     ids = torch.randint(config.llm.vocab, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(0))
     ids[:, 0] = config.llm.vocab - 1
     return ids
@@ -74,7 +74,7 @@ def text_batch(config: Config) -> Batch:
 
 @torch.no_grad()
 def whole_logits(config: Config, parts: list) -> Tensor | None:
-    """Logits [B, S, V] of the batch through all stages; on the processes of the last one."""
+    """Logits [B, S, V] of the batch through all stages; on the ranks of the last one."""
     batch = text_batch(config)
     batch = batch.with_features(torch.zeros(0, 4 * config.vision.hidden))
     stages = build_pipeline(config, parts)
@@ -101,7 +101,7 @@ def whole_logits(config: Config, parts: list) -> Tensor | None:
 
 
 def logits_of(layouts: list[tuple[str, ...]], overrides: tuple[str, ...]) -> list[Tensor | None]:
-    """By layout, in this process; weights that are read nowhere would be found as not-a-number."""
+    """Logits by layout, on this rank; weights that were not read would show up as NaN."""
     results = []
     for layout in layouts:
         config = compose_config(*SMALL, *overrides, *layout)
@@ -164,7 +164,7 @@ def test_features_are_those_of_transformers(tmp_path, kind, world):
 
 
 def release_in_layout(overrides: tuple[str, ...], folder: Path) -> dict[str, Tensor]:
-    """Tensors of this process's pipeline stage, read from a release, under their published names."""
+    """Tensors of this rank's pipeline stage, read from a release, under their published names."""
     config = compose_config(*SMALL, *overrides, f"init.release={folder}", "init.vision=null")
     with joined(config) as device:
         parts = build_parts(config)

@@ -26,13 +26,13 @@ def losses(where: Path) -> list[float]:
 
 
 def latest(where: Path) -> int | None:
-    """Steps behind the last checkpoint."""
+    """The step of the last checkpoint."""
     mark = where / "runs" / "run" / "checkpoints" / "latest"
     return int(mark.read_text().removeprefix("step_")) if mark.is_file() else None
 
 
 def replace_steps(kind) -> None:
-    """Let the loop take its data from a `kind` of Steps."""
+    """Make the loop take its data from a `kind` of Steps."""
     build = loop.build_steps
     loop.build_steps = lambda config: kind(
         **{f.name: getattr(build(config), f.name) for f in dataclasses.fields(Steps)}

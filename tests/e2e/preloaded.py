@@ -26,7 +26,7 @@ from tests.server import CONTEXT
 
 @dataclass(frozen=True)
 class At:
-    """Where a rank is."""
+    """How far a rank is."""
 
     pid: int
     step: int
@@ -56,7 +56,7 @@ def run(
 
 
 def at(where: Path, rank: int) -> At | None:
-    """Where `rank` is, None before it has begun."""
+    """How far `rank` is; None before it has started."""
     try:
         pid, step, phase = (where / f"rank.{rank}").read_text().split()
     except FileNotFoundError:
@@ -77,7 +77,7 @@ def alive(where: Path) -> list[int]:
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 120):
-    """What `condition` returns, as soon as it is true."""
+    """The result of `condition` as soon as it is true."""
     deadline = time.monotonic() + seconds
     while not (got := condition()):
         assert time.monotonic() < deadline, "it did not happen"
@@ -86,7 +86,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 120):
 
 
 class _Forked:
-    """As much of subprocess.Popen as the launcher uses, with a fork of this very process as the worker."""
+    """The part of subprocess.Popen that the launcher uses, with a fork of this process as the worker."""
 
     def __init__(self, command, env, start_new_session, pass_fds, preexec_fn) -> None:
         self.returncode = None
@@ -149,7 +149,7 @@ def _tell(text: str) -> None:
 
 
 def _exit(main: Callable[[], int]) -> None:
-    """End this fork with the status of `main`, not with what the server would do behind it."""
+    """End this fork with the status of `main` instead of returning into the server."""
     try:
         status = main()
     except SystemExit as error:

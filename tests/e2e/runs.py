@@ -25,7 +25,7 @@ def command(*overrides):
 
 
 def train(where: Path, *overrides, check=True) -> subprocess.CompletedProcess:
-    """A whole run in `where`, forked with its imports done; what it printed stands in stdout and stderr alike."""
+    """A whole run in `where`, forked with its imports done; its output is in both stdout and stderr."""
     flags = [word for word in overrides if word.startswith("-")]
     words = [word for word in overrides if not word.startswith("-")]
     status, output = preloaded.run(where, *flags, *SMALL, *words, timeout=240)

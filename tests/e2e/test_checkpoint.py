@@ -16,7 +16,7 @@ PRETRAIN = ("stage=pretrain", "arch=xattn")
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A function that mounts an empty disk of so many bytes where the run `small` puts its checkpoints."""
+    """A function that mounts an empty disk of so many bytes at the checkpoints folder of the run `small`."""
     where = tmp_path / "runs" / "small" / "checkpoints"
     where.mkdir(parents=True)
 
@@ -32,7 +32,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("ways", ["parallel.data=2", "train.async_save=false"])
 def test_a_full_disk_costs_the_checkpoint_alone(tmp_path, small_disk, ways):
-    """Room for one and a half: the first is written, the last is not."""
+    """Space for one and a half checkpoints: the first is written, the last is not."""
     where = small_disk(21_000_000)
     done = train(tmp_path, "name=small", ways, check=False)
     assert done.returncode != 0
@@ -69,7 +69,7 @@ def whole(tmp_path_factory):
 
 
 def copy_of(whole: Path, where: Path) -> Path:
-    """A copy of the run, to be resumed from its step 3."""
+    """A copy of the run, to resume from its step 3."""
     shutil.copytree(whole, where / "runs" / "whole")
     return where / "runs" / "whole" / "checkpoints"
 

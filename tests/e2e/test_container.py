@@ -23,7 +23,7 @@ IMAGE = {"torch": "2.12.0a0+5aff3928d8.nv26.5", "torchvision": "0.27.0a0", "tran
 
 @pytest.fixture
 def image(tmp_path) -> Path:
-    """The interpreter of an image: metadata of its packages, and a copy of what the pins are made of."""
+    """The interpreter of a fake image: metadata of its packages, and a copy of the inputs for the pins."""
     venv.create(tmp_path / "image", symlinks=True)
     packages = next((tmp_path / "image" / "lib").glob("python*/site-packages"))
     for name, version in IMAGE.items():
@@ -32,7 +32,7 @@ def image(tmp_path) -> Path:
 
 
 def install(packages: Path, name: str, version: str) -> None:
-    """A package that is nothing but a name, in the place of another version."""
+    """A package that consists only of metadata, to replace another version."""
     for old in packages.glob(f"{name}-*.dist-info"):
         shutil.rmtree(old)
     info = packages / f"{name}-{version}.dist-info"

@@ -38,7 +38,7 @@ BAD = [
 
 @pytest.fixture
 def where(tmp_path):
-    """A folder with images of all kinds; no process stays behind, also behind a test that fails."""
+    """A folder with images of all kinds; ends leftover processes, even after a failed test."""
     Image.new("RGB", (200, 100), "red").save(tmp_path / "red.png")
     os.symlink("loop.png", tmp_path / "loop.png")
     os.mkfifo(tmp_path / "pipe.png")
@@ -78,7 +78,7 @@ def test_a_step_without_a_usable_record_ends_the_run_with_counts_and_reasons(whe
 
 
 def test_a_small_step_without_a_usable_record_moves_no_weights(where):
-    """One record a step: the bad ones leave weights and the run alone."""
+    """One record per step: bad ones change no weights, and the run continues."""
     write(where / "r.jsonl", GOOD, GOOD, TALK | {"images": ["gone.png"]})
     status, output = run(where, *SMALL, NO_QUESTIONS, "train.global_batch=1", "train.micro_batch=1", "train.steps=3")
     assert status == 0, output
@@ -125,7 +125,7 @@ def test_evaluation_reads_what_was_encoded_and_another_held_out_file_later(where
 
 @dataclasses.dataclass(frozen=True)
 class Stuck(Steps):
-    """The data of the second step never come: nobody writes into the pipe that they are read from."""
+    """The second step's data never arrive: nobody writes into the pipe that is read."""
 
     def __getitem__(self, step):
         if step == 1:

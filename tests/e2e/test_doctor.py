@@ -34,14 +34,14 @@ esac
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory) -> Path:
-    """An interpreter without any package."""
+    """An interpreter without packages."""
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder, symlinks=True)
     return folder / "bin" / "python"
 
 
 class Machine:
-    """Made-up packages and commands, and what the doctor says of them."""
+    """Fake packages and commands, and the doctor's report on them."""
 
     def __init__(self, python: Path, where: Path) -> None:
         self.python, self.packages, self.commands = python, where / "packages", where / "commands"
@@ -49,7 +49,7 @@ class Machine:
         self.commands.mkdir()
 
     def package(self, name: str, version: str, module: str, code: str = "") -> None:
-        """A module, dotted or not, of the distribution `name`."""
+        """A module, dotted or not, in the distribution `name`."""
         *parents, last = module.split(".")
         for depth in range(len(parents)):
             folder = self.packages.joinpath(*parents[: depth + 1])
@@ -63,7 +63,7 @@ class Machine:
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
     def everything(self, cuda: str | None = "13.0", usable: bool = True) -> None:
-        """All that setup.py requires, at the versions of constraints.txt."""
+        """All packages that setup.py requires, at constraints.txt's versions."""
         modules = {"hydra-core": "hydra", "pillow": "PIL", "megatron-core": "megatron.core"}
         for name in requirements():
             self.package(name, pinned()[name], modules.get(name, name))
@@ -152,7 +152,7 @@ def test_a_broken_engine_is_a_case_of_its_own(machine, code, reason):
 
 
 def test_an_engine_whose_libraries_torch_loads_is_whole(machine):
-    """libnccl.so.2 and others lie among torch's packages, where the linker finds them once torch is imported."""
+    """libnccl.so.2 and others are among torch's packages, where the linker finds them once torch is imported."""
     machine.everything()
     machine.gpu()
     code = "import sys\nif 'torch' not in sys.modules: raise OSError('libnccl.so.2: cannot open shared object file')"

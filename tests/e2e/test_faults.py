@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def nothing_stays(tmp_path):
-    """Also behind a test that fails."""
+    """Even after a failed test."""
     yield
     for pid in alive(tmp_path):
         os.kill(pid, signal.SIGKILL)
@@ -33,7 +33,7 @@ def nothing_stays(tmp_path):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """Losses by number of processes."""
+    """Losses of an undisturbed run, by number of processes."""
     found = {}
     for overrides in ((), TWO):
         where = tmp_path_factory.mktemp("unbroken")
@@ -48,7 +48,7 @@ def unbroken(tmp_path_factory):
 
 @dataclasses.dataclass(frozen=True)
 class Slow(Steps):
-    """A fifth of a second a step, so that a signal finds the run in the middle."""
+    """Takes a fifth of a second per step, so that a signal arrives in the middle of the run."""
 
     def __getitem__(self, step):
         time.sleep(0.2)
@@ -105,7 +105,7 @@ def test_a_signal_before_training_ends_the_run_at_once(tmp_path):
 
 
 class Sleepy(Steps):
-    """Rank 1 of 2 sleeps over its fifth step."""
+    """Rank 1 of 2 sleeps in its fifth step."""
 
     def __getitem__(self, step):
         if step == 4 and self.data_rank == 1:
@@ -141,7 +141,7 @@ def test_a_rank_that_hangs_in_its_data_is_named_with_its_place(tmp_path):
 
 
 class Crossed(Steps):
-    """At the fifth step each rank waits for a word of the other."""
+    """In the fifth step each rank waits for a message from the other."""
 
     def __getitem__(self, step):
         if step == 4:
@@ -182,7 +182,7 @@ def test_a_stopped_rank_is_named(tmp_path, rank):
 
 
 class Poisoned(Steps):
-    """One replica's pictures at two steps are not numbers, as behind a broken encoder."""
+    """One replica's pixels are NaN in two steps, as with a broken encoder."""
 
     def __getitem__(self, step):
         data = super().__getitem__(step)
@@ -217,7 +217,7 @@ def poisoned() -> None:
 
 
 class Hopeless(Poisoned):
-    """Bad from the fourth step on."""
+    """All steps are bad from the fourth on."""
 
     def __getitem__(self, step):
         data = Steps.__getitem__(self, step)
@@ -229,7 +229,7 @@ def hopeless() -> None:
 
 
 def report_state() -> None:
-    """Print a digest of weights and Adam's state behind each step."""
+    """Print a digest of weights and Adam's state after each step."""
     step = loop.train_step
 
     def told(trainer, *arguments):
@@ -281,7 +281,7 @@ def test_too_many_bad_steps_stop_the_run_with_the_samples_named(tmp_path):
 
 
 def test_a_leaping_loss_is_not_learned_from_and_a_resumed_run_judges_alike(tmp_path):
-    """A learning rate that explodes during warm-up."""
+    """Provoked by a learning rate that explodes during warm-up."""
     arguments = [*SMALL, "optim.lr=3", "optim.warmup=15", "train.steps=16", "train.max_bad_steps=100"]
     arguments += ["train.spike_factor=1.2", "train.save_every=5", "train.keep=9"]
     status, output = run(tmp_path, *arguments)

@@ -20,7 +20,7 @@ from tests.ports import free_port
 
 @pytest.fixture
 def places(tmp_path):
-    """Working directories of two starts; what is left over of either is ended."""
+    """Working directories of two starts; leftover processes of both are ended."""
     found = [tmp_path / "first", tmp_path / "second"]
     for where in found:
         where.mkdir()
@@ -31,7 +31,7 @@ def places(tmp_path):
 
 
 class Held(Steps):
-    """Its fourth step waits for a file."""
+    """Waits for a file in its fourth step."""
 
     def __getitem__(self, step):
         while step == 3 and not Path("go on").exists():
@@ -59,7 +59,7 @@ def test_a_second_start_is_refused_and_the_first_ends_as_it_began(places):
 
 
 def be_rank(rank: int, port: int) -> None:
-    """As torchrun would start it."""
+    """Run as a rank started by torchrun."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 

@@ -18,7 +18,7 @@ FILLER = Path("runs", "run", "filler")
 
 
 class Filling(Steps):
-    """The disk is full during steps 3 to 13: more rows than what is left of a file's last page takes."""
+    """The disk is full during steps 3 to 13: more rows than fit into the rest of a file's last page."""
 
     def __getitem__(self, step):
         if step == 2:
@@ -40,7 +40,7 @@ def fill() -> None:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """The run's folder on a disk of its own, its checkpoints elsewhere."""
+    """The run's folder on a separate disk, with its checkpoints elsewhere."""
     where = tmp_path / "runs" / "run"
     where.mkdir(parents=True)
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500000", "tmpfs", str(where)], capture_output=True)

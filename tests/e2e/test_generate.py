@@ -58,7 +58,7 @@ def generate(folder, *words, lines=None, check=True):
 
 @pytest.fixture(scope="module")
 def spoken(folder):
-    """What the Python call says: streamed pieces, a whole batch, and a second turn behind the first one."""
+    """The output of the Python call: streamed pieces, a whole batch, and a second turn after the first."""
     sampling = Sampling(max_new_tokens=24, temperature=1.0, top_p=0.9, seed=5)
     first = Conversation([{"role": "user", "content": QUESTION}], [str(folder / "a.png")])
     pieces: list[tuple[int, str]] = []
@@ -123,7 +123,7 @@ def test_a_turn_that_cannot_be_read_is_left_out(folder):
 
 
 def test_images_are_refused_where_nothing_has_learned_to_read_them(tmp_path, folder, monkeypatch, capfd):
-    """A language model alone answers words; its projector is random."""
+    """A language model alone answers text; its projector is random."""
     monkeypatch.chdir(folder)
     language_model(compose_config(*SMALL)).save_pretrained(tmp_path / "llm")
     small = [word for word in SMALL if not word.startswith("vision.")]
@@ -151,7 +151,7 @@ def test_a_run_with_adapters_beside_new_modules_answers(tmp_path, monkeypatch, c
 
 @pytest.mark.slow
 def test_two_processes_wait_for_a_person_longer_than_for_each_other(folder):
-    """Their groups give up behind 4 x 0.1 minutes."""
+    """Their groups time out after 4 x 0.1 minutes."""
     words = ("checkpoint=runs/run", "chat=true", "max_new_tokens=4")
     layout = ("parallel.tensor=2", "parallel.timeout_minutes=0.1")
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -30,7 +30,7 @@ def record(number: int) -> str:
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """A folder with a run of four steps, which stands behind its second one."""
+    """A folder with a run of four steps that stopped after its second."""
     where = tmp_path_factory.mktemp("begun")
     (where / "records.jsonl").write_text("".join(map(record, range(8))))
     (where / "encoder.safetensors").write_bytes(TINY.read_bytes())

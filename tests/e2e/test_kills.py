@@ -43,7 +43,7 @@ def tensors(where: Path) -> dict[str, torch.Tensor]:
 
 
 def wait_until(moment: str, where: Path, rank: int, chance: random.Random) -> None:
-    """Return at a random moment of that kind."""
+    """Return at a random moment of the given kind."""
     wait_for(lambda: at(where, rank))
     if moment == "start":
         time.sleep(chance.uniform(0, 1.5))
@@ -60,7 +60,7 @@ def wait_until(moment: str, where: Path, rank: int, chance: random.Random) -> No
 
 @pytest.fixture(autouse=True)
 def nothing_stays(tmp_path):
-    """Also behind a test that fails."""
+    """Even after a failed test."""
     yield
     for pid in alive(tmp_path / "broken"):
         os.kill(pid, signal.SIGKILL)
@@ -93,7 +93,7 @@ def test_twenty_kills_change_nothing(tmp_path):
 
 
 def kill_once(where: Path, moment: str, victim: str, chance: random.Random) -> tuple[int, str, bool]:
-    """Start, kill, and see that all is gone: (step, phase, whether a checkpoint was half written)."""
+    """Start, kill, and check that all processes are gone: (step, phase, whether a checkpoint was half written)."""
     process = start(where, *SMALL, "resume=auto")
     rank = chance.randrange(2)
     wait_until(moment, where, rank, chance)

@@ -13,7 +13,7 @@ WINDOW = ["data.window=4", "train.save_every=3", "train.keep=9"]
 
 
 def cosine(step: int, steps: int, lr: float = 3e-3, least: float = 0.0, warmup: int = 2) -> float:
-    """The rate of `step` (from 1) in a run of `steps`."""
+    """The learning rate of `step` (from 1) in a run of `steps`."""
     if step - 1 <= warmup:
         return lr * (step - 1) / warmup
     return least + (lr - least) * (1 + math.cos(math.pi * (step - 1 - warmup) / (steps - warmup))) / 2

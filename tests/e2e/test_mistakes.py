@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def shell(line: str, where: Path, **environment: str) -> subprocess.CompletedProcess:
-    """`line` by bash in `where`; `train`, `generate`, `export_hf` and `plan` are the commands."""
+    """Run `line` with bash in `where`; `train`, `generate`, `export_hf` and `plan` are the commands."""
     names = "\n".join(
         f'{name}() {{ {sys.executable} {ROOT}/launch/{name}.py "$@"; }}'
         for name in ("train", "generate", "export_hf", "plan")
@@ -65,7 +65,7 @@ def test_a_reader_that_has_read_enough_ends_it_in_silence(command, tmp_path):
 
 
 def test_what_is_printed_to_closed_streams_is_in_no_file(tmp_path):
-    """The next file that is opened has the number of a stream that is closed."""
+    """The next file to be opened gets the number of a closed stream."""
     code = (
         "import os, sys; from nvlm.commands.mistakes import answered\n"
         "def command():\n"

@@ -21,7 +21,7 @@ PROFILED = (4, 5, 6)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, str]:
-    """Eight steps of two replicas, with a save behind step 5; their folder and what they printed."""
+    """Eight steps of two replicas with a save after step 5; the run's folder and its output."""
     where = tmp_path_factory.mktemp("numbers")
     layout = ("parallel.data=2", "vision.balance=global", "train.global_batch=6")
     length = ("train.steps=8", "train.save_every=5", "train.log_every=1", "train.async_save=false")

@@ -81,7 +81,7 @@ TRAINER = """
 
 
 class Cluster:
-    """A folder that sbatch is called in, and the job that runs there."""
+    """The folder that sbatch is called in, and the job that runs there."""
 
     def __init__(self, where: Path, tasks: int) -> None:
         self.where, self.bin, self.tasks = where, where / "bin", tasks
@@ -97,7 +97,7 @@ class Cluster:
         return path
 
     def start(self, *overrides: str, restarts: int = 0, **environment: str) -> subprocess.Popen:
-        """What Slurm does with the script on the first node."""
+        """Does what Slurm does with the script on the first node."""
         told = {
             "SLURM_SUBMIT_DIR": str(self.where),
             "SLURM_JOB_ID": str(os.getpid()),
@@ -119,7 +119,7 @@ class Cluster:
 
     @property
     def requeues(self) -> int:
-        """How often the job asked to run again."""
+        """How often the job asked to be requeued."""
         path = self.where / "requeued"
         return len(path.read_text()) if path.exists() else 0
 
@@ -136,7 +136,7 @@ def end(job: subprocess.Popen) -> tuple[int, str]:
 
 
 def wait_for(path: Path, job: subprocess.Popen, seconds: float = 180) -> None:
-    """Return once `path` is there and not empty."""
+    """Return once `path` exists and is not empty."""
     deadline = time.monotonic() + seconds
     while not (path.exists() and path.read_text()):
         assert job.poll() is None, job.communicate()[0]
@@ -152,7 +152,7 @@ def cluster(tmp_path) -> Cluster:
 
 @pytest.fixture
 def toy(cluster) -> tuple[Cluster, dict[str, str]]:
-    """A cluster whose trainer is the toy one."""
+    """A cluster with the toy trainer."""
     return cluster, {"PYTHON": str(cluster.command("toy", TRAINER)), "EXPERIMENT": ""}
 
 
@@ -179,7 +179,7 @@ def test_the_experiment_and_the_container_are_passed_on(toy):
 
 @pytest.mark.parametrize("told", ["the script", "the tasks alone"])
 def test_a_signal_saves_and_requeues_and_the_next_job_finishes(toy, told):
-    """Before the time limit Slurm signals the script (--signal=B:), at pre-emption the tasks."""
+    """Slurm signals the script before the time limit (--signal=B:), and the tasks on preemption."""
     cluster, environment = toy
     job = cluster.start("steps=30", **environment)
     wait_for(cluster.where / "runs" / "job" / "seen", job)

@@ -38,7 +38,7 @@ def init(**settings):
 
 
 def with_package(folder: Path) -> None:
-    """Let the run find a wandb in `folder`."""
+    """Make the run find a wandb in `folder`."""
     sys.path.insert(0, str(folder))
 
 

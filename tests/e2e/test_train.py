@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def train_by_command(where: Path, *overrides) -> None:
-    """The same by the command that a user types."""
+    """The same with the command that a user types."""
     done = subprocess.run(command(*overrides), cwd=where, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -70,7 +70,7 @@ def test_killed_and_resumed_equals_unbroken_exactly(unbroken, tmp_path):
 
 
 def test_a_half_written_checkpoint_is_not_taken_for_one(unbroken, tmp_path):
-    """What a kill inside a save leaves: a folder with another name, and the older mark."""
+    """What a kill during a save leaves: a folder with another name, and the old `latest`."""
     import shutil
 
     run = tmp_path / "runs" / "whole"

@@ -24,7 +24,7 @@ FAST = "data.records=16 data.workers=0 train.global_batch=4 train.micro_batch=2 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
-    """A published language model and encoder beside each other."""
+    """A published language model and encoder, side by side."""
     root = tmp_path_factory.mktemp("published")
     model = language_model(compose_config())
     with torch.no_grad():  # so that it does not end at once: of random logits, zero is never the largest

@@ -23,7 +23,7 @@ WINDOW = (
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """A run of six steps, the last window cut by its end; two of thirty images are broken."""
+    """A run of six steps whose last window is cut short by its end; two of thirty images are broken."""
     where = tmp_path_factory.mktemp("window")
     rng = np.random.default_rng(0)
     lines = []

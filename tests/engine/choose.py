@@ -38,7 +38,7 @@ def prepare(fused_gradients: bool = True) -> None:
         build.base_config = lambda config, **shape: plain(config, **shape | {"gradient_accumulation_fusion": False})
 
     class Blocks(torch.autograd.Function):
-        """FlexAttention, which has no backward pass on CPU: what its blocks say in a dense mask, and it keeps what
+        """FlexAttention, which has no backward pass on CPU, replaced by a dense mask from its blocks; it keeps what
         FlexAttention keeps."""
 
         @staticmethod
@@ -69,7 +69,7 @@ def prepare(fused_gradients: bool = True) -> None:
 
 
 def _gather_one_by_one() -> None:
-    """Weights of two types, FP8 and bf16, are gathered in one call, which NCCL can do; gloo mixes their bytes up."""
+    """Weights of two types, FP8 and bf16, are gathered in one call, which NCCL supports; gloo mixes up their bytes."""
     from megatron.core.distributed import param_and_grad_buffer as buffers
 
     together, start = buffers._coalescing_manager, buffers._ParamAndGradBucketGroup.start_param_sync

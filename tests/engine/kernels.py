@@ -59,7 +59,7 @@ NVTE_Fused_Attn_Backend = enum.IntEnum(
 
 
 class _Missing:
-    """Stands for whatever of the extension is not here: may be named, not called."""
+    """Stands for parts of the extension that are missing here: may be named, but not called."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -139,7 +139,8 @@ def _on_cpu(function: Callable) -> Callable:
 
 
 def _asked_by_its_checks() -> bool:
-    """Whether the caller's caller is one of the few places where Transformer Engine refuses what is not on a GPU."""
+    """Whether the caller's caller is one of the few places where Transformer Engine refuses tensors that are not on a
+    GPU."""
     return sys._getframe(2).f_globals["__name__"] in _CHECKS
 
 
@@ -151,7 +152,7 @@ _CHECKS = {
 
 
 def _plain(x) -> Tensor:
-    """The numbers of a tensor, quantized or not, in fp32."""
+    """The values of a tensor, quantized or not, in fp32."""
     return x.dequantize(dtype=torch.float32) if hasattr(x, "_quantizer") else x.float()
 
 
@@ -164,7 +165,7 @@ def generic_gemm(
     accumulate, use_split_accumulator, comm_overlap=None, comm_type=None, extra_output=None, bulk_overlap=False,
     alpha=1.0, beta=0.0,
 ):  # fmt: skip
-    """op(B) op(A), of what cuBLAS would call columns: (product, gradient of the bias, input of GELU, extra output)."""
+    """op(B) op(A) in cuBLAS's column order: (product, gradient of the bias, input of GELU, extra output)."""
     assert not gelu and comm_overlap is None and quantizer is None
     a, b = _plain(A), _plain(B)
     for operand, transposed in ((A, not transa), (B, transb)):
@@ -186,8 +187,8 @@ def generic_gemm(
 
 
 def _check_fp8_operand(operand, columns: bool) -> None:
-    """Hopper multiplies rows of both operands in FP8: of columns a transposed copy must be there. Of what is summed it
-    wants a multiple of 16, across a multiple of 8."""
+    """Hopper multiplies rows of both operands in FP8, so columns need a transposed copy. The summed dimension must be a
+    multiple of 16, the other a multiple of 8."""
     if not hasattr(operand, "_quantizer"):
         return
     kept = operand._transpose if columns else operand._data
@@ -198,7 +199,7 @@ def _check_fp8_operand(operand, columns: bool) -> None:
 
 
 def quantize(tensor: Tensor, quantizer, output=None, noop=None):
-    """`tensor` in the quantizer's FP8; into `output` where one is given."""
+    """`tensor` in the quantizer's FP8; into `output` if given."""
     assert noop is None or not noop
     out = output if output is not None else create_empty_quantized_tensor(
         quantizer, list(tensor.shape), tensor.dtype, tensor.device, False
@@ -240,7 +241,7 @@ def _scale(amax: Tensor, dtype: torch.dtype, epsilon: float, power_of_two: bool)
 
 
 def create_empty_quantized_tensor(quantizer, shape: Sequence[int], dtype, device, pin_memory: bool):
-    """A tensor of one scale, its bytes not set."""
+    """A tensor with one scale and uninitialized bytes."""
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
     from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
@@ -264,7 +265,7 @@ def dequantize(tensor, dtype) -> Tensor:
 
 
 def bgrad_quantize(grad: Tensor, quantizer):
-    """Gradient of a bias and its quantized source."""
+    """Gradient of a bias, and its source in quantized form."""
     return _flat(grad).float().sum(0).to(grad.dtype), quantize(grad, quantizer)
 
 
@@ -280,7 +281,7 @@ def compute_amax(tensor: Tensor, amax: Tensor) -> None:
 def fused_amax_and_scale_update_after_reduction(
     amax_reduction_buffer: Tensor, amax_histories, scales, amax_compute_algo: str, fp8_dtype, margin: float
 ) -> None:
-    """Delayed scaling: each history takes the newest largest value in, and its scale is made of the history."""
+    """Delayed scaling: each history gets the newest maximum, and its scale is computed from the history."""
     limit = torch.finfo(_TORCH[DType(int(fp8_dtype))]).max
     newest = amax_reduction_buffer.split([history.shape[1] for history in amax_histories])
     for now, history, scale in zip(newest, amax_histories, scales, strict=True):
@@ -338,7 +339,7 @@ def get_cudnn_version() -> int:
 
 
 def get_fused_attn_backend(params):
-    """cuDNN's where `_attend` can do the same, else the reason."""
+    """cuDNN's if `_attend` can do the same, else the reason why not."""
     asked = (_member(params.qkv_layout), _member(params.attn_mask_type))
     if asked in _ATTENDED:
         return NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen, ""
@@ -380,7 +381,7 @@ def fused_attn_fwd(
     max_seqlen_q, max_seqlen_kv, is_training, attn_scale, dropout, zero_fill, layout, o_format, scale_format,
     bias_type, mask_type, softmax_type, window, bottom_right, cu_seqlens_q, cu_seqlens_kv, q, k, v, *rest,
 ):  # fmt: skip
-    """[output, softmax statistics, generator state]; the last two are there for their size alone."""
+    """[output, softmax statistics, generator state]; only the size of the last two matters."""
     assert dropout == 0 and torch.equal(cu_seqlens_q, cu_seqlens_kv) and cu_seqlens_q.dtype == torch.int32
     assert max_seqlen_q >= int(cu_seqlens_q.diff().max())
     out = _attend(q, k, v, cu_seqlens_q, attn_scale, layout, mask_type)
@@ -392,7 +393,7 @@ def fused_attn_bwd(
     scale_format, do_scale_format, bias_type, mask_type, softmax_type, window, bottom_right, deterministic,
     cu_seqlens_q, cu_seqlens_kv, q, k, v, o, d_o, *rest,
 ):  # fmt: skip
-    """[gradients of q, k, v, and none of a bias or an offset]."""
+    """[gradients of q, k, v; none of a bias or an offset]."""
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         out = _attend(*leaves, cu_seqlens_q, attn_scale, layout, mask_type)
@@ -414,7 +415,7 @@ def convert_bshd_to_thd(tensor: Tensor, cu_seqlens: Tensor, tokens: int) -> Tens
 
 
 def _turned(x: Tensor, freqs: Tensor, sign: int) -> Tensor:
-    """Rotary embedding of [S, B, N, D] by angles [S, 1, 1, D]."""
+    """Rotary embedding applied to [S, B, N, D] with angles [S, 1, 1, D]."""
     half = x.float().chunk(2, -1)
     turned = torch.cat((-half[1], half[0]), -1)
     return (x.float() * freqs.cos() + sign * turned * freqs.sin()).to(x.dtype)
@@ -452,7 +453,7 @@ def multi_tensor_compute_scale_and_scale_inv(
 def multi_tensor_adam(
     chunk_size, noop, tensor_lists, lr, beta1, beta2, epsilon, step, adamw, bias_correction, weight_decay
 ) -> None:
-    """AdamW on (gradient, parameter, first moment, second moment[, what is learned in fp32])."""
+    """AdamW on (gradient, parameter, first moment, second moment[, fp32 master weight])."""
     assert adamw
     one, two = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
     for gradient, parameter, first, second, *masters in zip(*tensor_lists, strict=True):

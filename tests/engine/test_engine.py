@@ -75,7 +75,7 @@ assert losses[-1] < losses[0], losses
 
 @pytest.mark.parametrize("sharded", ["false", "true"])
 def test_a_machine_without_a_gpu_trains_where_it_is_installed(sharded):
-    """Megatron takes its optimizer kernels wherever they are installed, and they run on GPUs alone."""
+    """Megatron uses the optimizer kernels of these packages whenever they are installed, but they run only on GPUs."""
     options = [
         "arch=decoder", "llm.layers=1", "data.records=8", "data.workers=0", "train.global_batch=4", "train.steps=3",
         "optim.warmup=1", f"parallel.distributed_optimizer={sharded}",

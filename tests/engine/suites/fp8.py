@@ -47,7 +47,7 @@ def curve(overrides: tuple[str, ...], steps: int) -> tuple[Curve, int]:
 
 
 def count_products() -> list[str]:
-    """A list that grows by a layout with each product of quantized tensors."""
+    """A list that gets a layout for each product of quantized tensors."""
     products, multiply = [], kernels.generic_gemm
 
     def counted(A, transa, B, transb, *args, **kwargs):
@@ -107,7 +107,7 @@ def test_weights_kept_in_fp8_give_the_same_steps(name, world):
 
 
 def held(trainer) -> dict[str, torch.Tensor]:
-    """What multiplies, bit by bit: bytes and scales of weights in FP8."""
+    """The exact operands: bytes and scales of weights in FP8."""
     found = {}
     for name, weight in trainer.pipeline.parts[0].named_parameters():
         if is_float8tensor(weight):
@@ -116,7 +116,7 @@ def held(trainer) -> dict[str, torch.Tensor]:
 
 
 def weights_in_bytes(trainer) -> int:
-    """Of the decoder and what is beside it, as they lie there."""
+    """Bytes of the weights of the decoder and of the rest, as stored."""
     tensors = []
     for weight in trainer.pipeline.parts[0].parameters():
         tensors += [weight._data, weight._transpose] if is_float8tensor(weight) else [weight]
@@ -149,7 +149,7 @@ def go_on(overrides: tuple[str, ...], run: Path) -> tuple[dict[str, torch.Tensor
 
 
 def read_otherwise(overrides: tuple[str, ...], run: Path) -> int:
-    """The next stage and an export find bf16 of what the optimizer kept; the number of such weights."""
+    """The next stage and an export find the optimizer's weights in bf16; returns the number of such weights."""
     with joined(compose_config(*overrides)):
         (part,) = build_parts(compose_config(*overrides))
         assert restore.load_weights([part], latest(run)) == []
@@ -181,7 +181,7 @@ def test_a_run_goes_on_with_the_same_bits(name, gather, tmp_path):
 
 
 def logits(overrides: tuple[str, ...]) -> torch.Tensor:
-    """Behind the prompts of a step's first rows, after two steps of training: as evaluation and generation ask."""
+    """After the prompts of a step's first rows, after two steps of training: as in evaluation and generation."""
     config = compose_config(*overrides)
     with joined(config) as device:
         trainer, step = built(overrides, device)
@@ -205,7 +205,7 @@ def test_what_is_kept_in_fp8_answers_in_bf16():
 
 
 def whole_run(overrides: tuple[str, ...], run: Path) -> list[dict]:
-    """Its metrics by step, from a process of its own, as launch/train.py starts it."""
+    """Its metrics by step, from a separate process like launch/train.py."""
     check = loop.check_precision
     loop.check_precision = lambda config: None  # which asks for a GPU
     os.environ["MASTER_PORT"] = str(next(run_module._ports))
