@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
-JOBS ?= 2
+# Three on two cores: some tests wait, for a timeout or for other processes.
+JOBS ?= 3
 TESTS := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --no-loadscope-reorder
 
 .PHONY: train test test-all install clean

@@ -34,6 +34,27 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+LONGEST = (
+    "tests/engine/test_engine.py", "tests/dist/test_checkpoint.py", "tests/e2e/test_kills.py",
+    "tests/dist/test_layouts.py", "tests/dist/test_adapters.py", "tests/e2e/test_faults.py",
+    "tests/e2e/test_train.py", "tests/e2e/test_generate.py", "tests/dist/test_nothing_there.py",
+    "tests/e2e/test_weights.py", "tests/dist/test_export.py", "tests/dist/test_published.py",
+    "tests/e2e/test_checkpoint.py", "tests/e2e/test_slurm.py", "tests/parity/test_models.py",
+    "tests/dist/test_learning.py", "tests/dist/test_overlap.py", "tests/e2e/test_data.py", "tests/e2e/test_doctor.py",
+    "tests/e2e/test_mistakes.py", "tests/dist/test_plan.py", "tests/dist/test_generate.py",
+    "tests/parity/test_single_file.py", "tests/parity/test_flops.py", "tests/unit/config/test_fields.py",
+    "tests/parity/test_adapters.py",
+)  # fmt: skip
+"""Files that take longest, with slow tests among them or without, longest first."""
+
+
+def pytest_collection_modifyitems(config, items):
+    """Side by side, what takes longest begins first, so that all workers end at about the same time."""
+    if hasattr(config, "workerinput"):
+        place = {file: number for number, file in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.nodeid.split("::")[0], len(LONGEST)))
+
+
 def pytest_xdist_make_scheduler(config, log):
     """A file's tests stay on one worker because they share fixtures;
     those of tests/engine are separate whole suites."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import command, losses, train
+from tests.e2e import preloaded
+from tests.e2e.preloaded import wait_for
+from tests.e2e.runs import SMALL, losses, train
 
 PRETRAIN = ("stage=pretrain", "arch=xattn")
 
@@ -48,16 +49,22 @@ def test_a_full_disk_costs_the_checkpoint_alone(tmp_path, small_disk, ways):
     assert (where / "latest").read_text() == "step_00000006\n"
 
 
+def failures(where: Path) -> list[str]:
+    """Lines that the run in `where` has printed about saves that failed."""
+    output = where / "output"
+    return [line for line in output.read_text().splitlines() if "was not saved" in line] if output.exists() else []
+
+
 def test_a_save_that_failed_is_tried_again(tmp_path, small_disk):
     where = small_disk(40_000_000)
     (where / "filler").write_bytes(bytes(32_000_000))
-    environment = os.environ | {"COLUMNS": "200"}
-    words = command("name=small", "train.steps=60", "train.save_every=20")
-    with subprocess.Popen(words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        said = [line for line in process.stderr if "was not saved" in line and not (where / "filler").unlink(True)]
-        assert process.wait(timeout=200) == 0
-    assert len(said) == 1
-    assert said[0].startswith("checkpoint step_00000020 was not saved: ")
+    process = preloaded.start(tmp_path, *SMALL, "name=small", "train.steps=60", "train.save_every=20")
+    wait_for(lambda: failures(tmp_path))
+    (where / "filler").unlink()
+    process.join(200)
+    assert process.exitcode == 0
+    [said] = failures(tmp_path)
+    assert said.startswith("checkpoint step_00000020 was not saved: ")
     assert (where / "latest").read_text() in ("step_00000040\n", "step_00000060\n")
 
 

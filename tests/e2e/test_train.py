@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,10 @@ import pytest
 
 from nvlm.commands.launch import check_devices
 from nvlm.config.values import ConfigError
-from tests.e2e.runs import command, losses, rows, train
+from nvlm.data.loader import Steps
+from tests.e2e import preloaded
+from tests.e2e.faults import replace_steps
+from tests.e2e.runs import SMALL, command, losses, rows, train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,24 +48,29 @@ def test_a_run_leaves_its_whole_story(unbroken):
     assert list((unbroken / "tensorboard").iterdir())
 
 
+class Stalled(Steps):
+    """Its fifth step never comes."""
+
+    def __getitem__(self, step):
+        if step == 4:
+            time.sleep(600)
+        return super().__getitem__(step)
+
+
+def stall() -> None:
+    replace_steps(Stalled)
+
+
 def test_killed_and_resumed_equals_unbroken_exactly(unbroken, tmp_path):
     run = tmp_path / "runs" / "killed"
-    process = subprocess.Popen(
-        command("name=killed", "train.async_save=false"),  # so that the kill falls between two checkpoints
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = preloaded.start(tmp_path, *SMALL, "name=killed", "train.async_save=false", change=stall)
     try:
-        deadline = time.monotonic() + 120
-        while not (run / "checkpoints" / "latest").is_file() or len(rows(run)) < 4:
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        preloaded.wait_for(lambda: (now := preloaded.at(tmp_path, 0)) and now.step == 5)
+        preloaded.wait_for(lambda: (run / "checkpoints" / "latest").is_file())
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        for pid in preloaded.alive(tmp_path):
+            os.kill(pid, signal.SIGKILL)
+        process.join(20)
     assert (run / "checkpoints" / "latest").read_text() == "step_00000003\n"
     done = train(tmp_path, "name=killed", check=False)
     assert done.returncode == 2
@@ -71,7 +81,6 @@ def test_killed_and_resumed_equals_unbroken_exactly(unbroken, tmp_path):
 
 def test_a_half_written_checkpoint_is_not_taken_for_one(unbroken, tmp_path):
     """What a kill during a save leaves: a folder with another name, and the old `latest`."""
-    import shutil
 
     run = tmp_path / "runs" / "whole"
     shutil.copytree(unbroken, run)
@@ -97,19 +106,31 @@ LAYOUTS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A function from a layout to the folder in which two processes trained the run `two`."""
+
+    @functools.cache
+    def of(layout: str) -> Path:
+        where = tmp_path_factory.mktemp("two")
+        train(where, "name=two", *layout.split())
+        return where
+
+    return of
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_processes_give_the_losses_of_one(unbroken, tmp_path, layout):
-    train(tmp_path, "name=two", *layout.split())
-    assert losses(tmp_path / "runs" / "two") == pytest.approx(losses(unbroken), rel=1e-4)
+def test_two_processes_give_the_losses_of_one(unbroken, two, layout):
+    assert losses(two(layout) / "runs" / "two") == pytest.approx(losses(unbroken), rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[3]])
-def test_two_processes_resume_exactly(tmp_path, layout):
-    train(tmp_path, "name=two", *layout.split())
-    run = tmp_path / "runs" / "two"
+def test_two_processes_resume_exactly(two, layout):
+    where = two(layout)
+    run = where / "runs" / "two"
     whole = losses(run)
     (run / "checkpoints" / "latest").write_text("step_00000003\n")
-    train(tmp_path, "name=two", "resume=auto", *layout.split())
+    train(where, "name=two", "resume=auto", *layout.split())
     assert losses(run) == whole
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -157,6 +159,10 @@ def test_an_architecture_is_known_without_its_code():
 def test_unit_tests_lie_in_rooms():
     tests = (ROOT / "tests" / "unit").glob("*/test_*.py")
     assert {path.parent.name for path in tests} <= set(ROOMS)
+
+
+def test_the_longest_files_are_there():
+    assert not [file for file in LONGEST if not (ROOT / file).is_file()]
 
 
 def test_no_test_module_is_a_library():
