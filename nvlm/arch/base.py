@@ -86,7 +86,7 @@ class Projector(MegatronModule):
             perform_initialization=True,  # it may be new where others are read
         )
         super().__init__(config=llm)
-        width = config.vision.hidden * config.vision.downsample**2
+        width = config.vision.feature_width
         self.norm = LayerNorm(llm, width, eps=1e-5)
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         self.layers = MultimodalProjector(llm, linears, kind, width)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nvlm.config.modules import Activation, Branch, Linear, Module, Norm
-from nvlm.config.values import Config, LLMConfig
+from nvlm.config.values import LLMConfig, VisionConfig
 
 KeyKind = Literal["tile", "tag"]
 
@@ -42,9 +42,9 @@ class Description:
         """Whether keys hold words, so that pipeline stages without the embedding borrow from it."""
         return "tag" in self.keys
 
-    def projector_modules(self, config: Config) -> tuple[Module, ...]:
+    def projector_modules(self, llm: LLMConfig, vision: VisionConfig) -> tuple[Module, ...]:
         """What a tile's token passes on its way to the language model's width (NVLM section 4.5)."""
-        llm, width = config.llm, config.vision.hidden * config.vision.downsample**2
+        width = vision.feature_width
         norm = Norm(name="projector.norm", group="projector", width=width, bias=True)
         place, own = "projector.layers.encoder", dict(group="projector")
         if self.projector == "affine":
@@ -56,6 +56,6 @@ class Description:
             Linear(name=f"{place}.linear_fc2", inputs=llm.ffn, outputs=llm.hidden, split="inputs", **own),
         )
 
-    def key_norms(self, llm: LLMConfig) -> dict[KeyKind, Norm]:
-        """The norm of each kind of keys."""
-        return {k: Norm(name=f"fusion.{k}_norm", group="xattn", width=llm.hidden) for k in self.keys}
+    def key_norms(self, llm: LLMConfig) -> tuple[Norm, ...]:
+        """The norm of each of `keys`."""
+        return tuple(Norm(name=f"fusion.{kind}_norm", group="xattn", width=llm.hidden) for kind in self.keys)

@@ -25,8 +25,8 @@ from nvlm.config.mapping import from_mapping, to_mapping
 from nvlm.config.rules import check_world, validate
 from nvlm.config.values import TE_INSTALL, Config, ConfigError, problem
 from nvlm.data.look import check_data
-from nvlm.estimate.counts import parameters
 from nvlm.estimate.memory import fewest_gpus, gpus_needed
+from nvlm.estimate.parameters import parameters
 from nvlm.estimate.refuse import check_memory
 from nvlm.inputs.check import check_weights
 from nvlm.processes.launchers import Task, check_allocation, find_task
@@ -186,7 +186,7 @@ def check_launcher(config: Config) -> None:
 def check_devices(config: Config) -> None:
     """Raise ConfigError for a full-size model on a CPU, with what it needs, and for too few GPUs."""
     gpus = len(gpus_here())
-    total = sum(parameters(config).values())
+    total = sum(count.all for count in parameters(config).values())
     if gpus == 0 and total > 2e9:
         needed, fewest = gpus_needed(config), fewest_gpus(config)
         wanted = f"{needed} GPUs" if needed else "a layout with more shards of the model, on GPUs"

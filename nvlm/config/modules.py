@@ -95,3 +95,4 @@ class EncoderModules:
     layers: int
     patches: int  # of a tile
     tokens: int  # of a tile within the layers: patches and class token
+    width: int  # of the residual stream

@@ -6,7 +6,7 @@ The dataclasses mirror conf/; nvlm.config.mapping builds them from Hydra's compo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from nvlm.config.compute import ParallelConfig, PrecisionConfig
@@ -53,7 +53,8 @@ class LLMConfig:
     vocab: Count
     vocab_multiple: Count  # embedding and output layer are padded to a multiple of it, so that ranks can share them
     rope_theta: Positive
-    rope_scaling: dict[str, Positive] | None  # Llama 3.1's, by the names of its config.json; None: none
+    # Llama 3.1's, by the names of its config.json; None: none:
+    rope_scaling: dict[str, Positive] | None = field(hash=False)
     norm_eps: Positive
     qkv_bias: bool
     tied: bool
@@ -98,6 +99,11 @@ class VisionConfig:
     def tile_tokens(self) -> int:
         """Tokens of one tile after pixel shuffle (256 at full size)."""
         return tokens_per_tile(self.tile_size, self.patch, self.downsample)
+
+    @property
+    def feature_width(self) -> int:
+        """Width of a tile's token: pixel shuffle joins downsample x downsample patches (12800 at full size)."""
+        return self.hidden * self.downsample**2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

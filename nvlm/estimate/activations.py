@@ -8,12 +8,16 @@ Shapes: T tokens of this rank's columns, P of them this rank's own under sequenc
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from nvlm.attention.choice import Kernels
+from nvlm.config.modules import Activation, Attention, Branch, Linear, Module, Norm, Parameter
 from nvlm.config.values import Config, pipeline_layers
 from nvlm.estimate.load import Load
-from nvlm.estimate.parameters import element_bytes, layer_kind, learning_groups, uses_tiles
+from nvlm.estimate.model import Model, computes_in_fp8, learns, linears, model_of
+from nvlm.estimate.parameters import element_bytes, uses_tiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,86 +39,82 @@ class Kept:
 
 
 def kept(config: Config, pipeline_stage: int, load: Load, kernels: Kernels) -> Kept:
-    """What stage `stage` (virtual ones counted) keeps of a micro-batch."""
-    sizes = _Sizes.of(config, load, kernels)
-    layers, whole = _layers(config, sizes, pipeline_stage)
-    last, learns = pipeline_stage == config.parallel.pipeline_stages - 1, "llm" in sizes.learns
-    outputs = load.work.outputs / config.parallel.context if last else 0.0
-    logits = 4 * outputs * config.llm.padded_vocab / config.parallel.tensor
-    head = sizes.norm(learns) + outputs * config.llm.hidden * sizes.element * learns if last else 0.0
+    """What pipeline stage `pipeline_stage` (virtual ones counted) keeps of a micro-batch."""
+    model, sizes = model_of(config), _Sizes.of(config, load, kernels)
+    layers, whole = _layers(config, model, sizes, pipeline_stage)
+    last = pipeline_stage == config.parallel.pipeline_stages - 1
+    head, logits = _head(config, model, sizes, load) if last else (0.0, 0.0)
     return Kept(
         layers=layers,
         whole=whole,
         shared=_shared(config, sizes, uses_tiles(config, pipeline_stage).keys),
-        fusion=_fusion(config, sizes, pipeline_stage, load),
+        fusion=_fusion(config, model, sizes, pipeline_stage, load),
         head=head + logits,
         logits=logits,
-        output=0.0 if last else sizes.hidden,
+        output=0.0 if last else sizes.own * config.llm.hidden * sizes.element,
     )
-
-
-def _layers(config: Config, s: _Sizes, pipeline_stage: int) -> tuple[tuple[float, ...], float]:
-    """What each layer keeps as train.recompute has it, and the most that one does with nothing recomputed."""
-    found, whole, flows = [], 0.0, _flows_in(config, s, pipeline_stage)
-    known: dict[tuple, tuple[float, float, bool]] = {}  # layers are of few kinds
-    for layer in pipeline_layers(config, pipeline_stage):
-        kind = (*layer_kind(config, layer), flows)
-        if kind not in known:
-            known[kind] = _layer(config, s, *kind)
-        none, selective, flows = known[kind]
-        found.append({"none": none, "selective": selective, "full": s.hidden}[config.train.recompute])
-        whole = max(whole, none)
-    if config.train.offload:  # the others wait in the host's memory, but for one on its way
-        found = found[-2:]
-    elif pipeline_stage == 0:
-        found[0] += s.unsplit
-    return tuple(found), whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sizes:
-    """Of this rank. Bytes, but for the tokens."""
+    """Of this rank."""
 
+    config: Config
     kernels: Kernels
-    element: int
+    tensor: int
+    element: int  # bytes
     tokens: float  # T
     own: float  # P
-    hidden: float  # [P, H]
-    unsplit: float  # what the first layer's input holds beyond [P, H], of whose whole it is a view
     keys: float  # X of all rows
     query_key_pairs: float  # of dense masks: self-attention's
     query_cross_pairs: float
-    learns: frozenset[str]  # module groups whose own weights do
-    adapts: frozenset[str]  # those whose adapters do
+
+    def queries(self, attention: Attention) -> float:
+        """Bytes of an attention's queries, or of its output."""
+        element = self.kernels.attention or self.element
+        return self.tokens * attention.heads * attention.head_dim / self.tensor * element
 
     @classmethod
     def of(cls, config: Config, load: Load, kernels: Kernels) -> _Sizes:
-        p, h, (learns, adapts) = config.parallel, config.llm.hidden, learning_groups(config)
-        element = element_bytes(config)
-        tokens = load.tokens / p.context
-        own = tokens / p.tensor if p.sequence else tokens
-        columns = load.length / p.context
+        p = config.parallel
+        tokens, columns = load.tokens / p.context, load.length / p.context
         return cls(
+            config=config,
             kernels=kernels,
-            element=element,
+            tensor=p.tensor,
+            element=element_bytes(config),
             tokens=tokens,
-            own=own,
-            hidden=own * h * element,
-            unsplit=(tokens - own) * h * element,
+            own=tokens / p.tensor if p.sequence else tokens,
             keys=load.rows * load.keys,
             query_key_pairs=load.rows * columns * p.context_heads * load.length,
             query_cross_pairs=load.rows * columns * load.keys,
-            learns=learns,
-            adapts=adapts,
         )
 
-    def norm(self, learns: bool) -> float:
-        """What a norm of [P, H] keeps; `learns`: its weight does."""
-        return self.hidden / self.element * self.normed(learns) + 4 * self.own
 
-    def normed(self, learns: bool) -> int:
-        """What a norm keeps, bytes an element."""
-        return (self.kernels.norm or self.element) + (self.kernels.normalized if learns else 0)
+def _layers(config: Config, model: Model, s: _Sizes, pipeline_stage: int) -> tuple[tuple[float, ...], float]:
+    """What each layer keeps as train.recompute has it, and the most that one does with nothing recomputed."""
+    found, whole, flows = [], 0.0, _flows_in(config, model, pipeline_stage)
+    known: dict[tuple, tuple[float, float, bool]] = {}  # layers are of few kinds
+    hidden = s.own * config.llm.hidden * s.element
+    for layer in pipeline_layers(config, pipeline_stage):
+        kind = (layer in model.carriers, computes_in_fp8(config, layer), flows)
+        if kind not in known:
+            known[kind] = _layer(model, s, *kind)
+        none, selective, flows = known[kind]
+        found.append({"none": none, "selective": selective, "full": hidden}[config.train.recompute])
+        whole = max(whole, none)
+    if config.train.offload:  # the others wait in the host's memory, but for one on its way
+        found = found[-2:]
+    elif pipeline_stage == 0:  # the first layer's input is a view of the whole sequence
+        found[0] += (s.tokens - s.own) * config.llm.hidden * s.element
+    return tuple(found), whole
+
+
+def _flows_in(config: Config, model: Model, pipeline_stage: int) -> bool:
+    """Whether a gradient passes through the input of the stage's first layer."""
+    # Received, recomputed and offloaded inputs ask for one.
+    asked = pipeline_stage > 0 or config.train.recompute != "none" or config.train.offload
+    return asked or model.stream_learns
 
 
 def _shared(config: Config, s: _Sizes, keys: bool) -> float:
@@ -125,105 +125,135 @@ def _shared(config: Config, s: _Sizes, keys: bool) -> float:
     return angles + masks * again
 
 
-def _flows_in(config: Config, s: _Sizes, pipeline_stage: int) -> bool:
-    """Whether a gradient passes through the input of the stage's first layer."""
-    # Received, recomputed and offloaded inputs ask for one.
-    if pipeline_stage > 0 or config.train.recompute != "none" or config.train.offload:
-        return True
-    return "llm" in s.learns or ("projector" in s.learns and uses_tiles(config, 0).stream)
-
-
-def _layer(config: Config, s: _Sizes, crosses: bool, fp8: bool, flows: bool) -> tuple[float, float, bool]:
+def _layer(model: Model, s: _Sizes, carries: bool, fp8: bool, flows: bool) -> tuple[float, float, bool]:
     """What a layer keeps, the same with its MLP recomputed, and whether a gradient passes its output."""
-    attention, flows = _attention(config, s, fp8, flows)
-    cross, flows = _cross_attention(config, s, fp8, flows) if crosses else (0.0, flows)
-    mlp, first, flows = _mlp(config, s, fp8, flows)
-    return attention + cross + mlp, attention + cross + first, flows
+    none = selective = 0.0
+    tokens = _Tokens(s.own, s.tokens)
+    for branch in model.layer(carries):
+        before = flows
+        kept, flows = _chain(branch.modules, s, tokens, flows, model.keys_learn, fp8)
+        none += kept
+        selective += _recomputed(branch, s, before, flows) if branch.part == "mlp" else kept
+    return none, selective, flows
 
 
-def _input(config: Config, s: _Sizes, group: str, fp8: bool, elements: float) -> float:
+def _recomputed(branch: Branch, s: _Sizes, flows: bool, behind: bool) -> float:
+    """What a branch keeps of which all behind the norm is computed again. `flows`, `behind`: a gradient passes its
+    input, its output."""
+    [norm, *_] = branch.modules
+    kept, _ = _chain([norm], s, _Tokens(s.own, s.tokens), flows)
+    return kept + (0 if s.kernels.fused_norm or not behind else s.own * norm.width * s.element)
+
+
+class _Tokens(NamedTuple):
+    """Of a chain of modules on this rank."""
+
+    own: float  # in norms, and in front of linears that are split along their outputs
+    whole: float  # behind these linears
+
+
+def _chain(
+    modules: Iterable[Module], s: _Sizes, tokens: _Tokens, flows: bool, keys_flow: bool = False, fp8: bool = False
+) -> tuple[float, bool]:
+    """What `modules` keep, one behind the other, and whether a gradient passes the output of the last.
+
+    `flows`, `keys_flow`: one passes the first one's input, and the keys. `fp8`: linears compute in it.
+    """
+    kept = attended = 0.0  # of the latter what a linear behind attention has as its input
+    for module in modules:
+        match module:
+            case Norm():
+                kept += tokens.own * _norm(module, s) if flows or module.learns else 0
+                flows |= module.learns
+            case Linear(reads_keys=True):
+                kept += s.keys * _beside_keys(module, s)
+                keys_flow |= module.learns or module.adapts
+            case Linear():
+                read = _input(module, s, tokens, fp8)
+                kept += read if module.adapts and s.config.peft.dropout else max(read - attended, 0)
+                attended, flows = 0.0, flows or module.learns or module.adapts
+            case Attention():
+                flows |= keys_flow and module.sees == "keys"
+                kept += _attention(module, s) if flows else 0
+                copied = s.kernels.apart_keys if module.sees == "keys" else s.kernels.apart
+                attended = 0.0 if fp8 or copied else s.queries(module)
+            case Activation():
+                widths = s.kernels.glu if module.gated else 1
+                kept += widths * tokens.whole * module.width / s.tensor * s.element if flows else 0
+            case Parameter():  # a factor wants what it is multiplied with
+                kept += tokens.own * s.config.llm.hidden * s.element if module.learns else 0
+                flows |= module.learns
+    return kept, flows
+
+
+def _norm(norm: Norm, s: _Sizes) -> float:
+    """What a norm keeps of a token: its input, and factors in fp32."""
+    if norm.bias:
+        return norm.width * s.element + 8
+    return norm.width * ((s.kernels.norm or s.element) + (s.kernels.normalized if norm.learns else 0)) + 4
+
+
+def _input(linear: Linear, s: _Sizes, tokens: _Tokens, fp8: bool) -> float:
     """What a linear keeps: its input, where a weight beside it learns, and of its adapter the dropout mask and the
     middle."""
-    if group in s.learns:
+    behind = linear.split == "inputs"
+    elements = (tokens.whole / s.tensor if behind else tokens.own) * linear.inputs
+    if linear.learns:
         return elements * (1 if fp8 else s.element)
-    if group in s.adapts:
-        return (elements + s.own * config.peft.rank) * s.element + elements * (config.peft.dropout > 0)
+    if linear.adapts:
+        dropped = elements * (s.config.peft.dropout > 0)
+        return (elements + tokens.own * linear.adapter) * s.element + dropped
     return 0.0
 
 
-def _attention(config: Config, s: _Sizes, fp8: bool, flows: bool) -> tuple[float, bool]:
-    llm, p, k = config.llm, config.parallel, s.kernels
-    learns, adapts = "llm" in s.learns, "llm" in s.adapts
-    if not (flows or learns or adapts):
-        return 0.0, False
-    q, kv = llm.heads * llm.head_dim / p.tensor, llm.kv_heads * llm.head_dim / p.tensor
-    element, outer = k.attention or s.element, p.context_mesh[1]  # keys of other ranks are gathered
-    queries, keys = s.tokens * q * element, s.tokens * outer * kv * element
-    values = s.tokens * (q + 2 * kv) * s.element if k.joint else keys
-    kept = queries + keys + values + queries + 4 * s.tokens * llm.heads / p.tensor
-    kept += 4 * s.tokens * llm.head_dim * s.element * k.rotary + 4 * k.dense * s.query_key_pairs
-    kept += s.norm(learns) if flows or learns else 0
-    kept += _input(config, s, "llm", fp8, s.own * llm.hidden)
-    behind = _input(config, s, "llm", fp8, s.tokens * q)
-    dropped = adapts and config.peft.dropout > 0
-    apart = k.apart or fp8 or dropped  # the linear behind attention keeps a tensor of its own
-    return kept + (behind if apart else max(behind - queries, 0)), True
+def _beside_keys(linear: Linear, s: _Sizes) -> float:
+    """What the adapter of a linear keeps of a key. The keys themselves are one tensor for all layers."""
+    dropped = s.config.peft.dropout > 0  # then each layer keeps its own
+    return (linear.adapter * s.element + dropped * linear.inputs * (s.element + 1)) if linear.adapts else 0.0
 
 
-def _cross_attention(config: Config, s: _Sizes, fp8: bool, flows: bool) -> tuple[float, bool]:
-    llm, tensor, k = config.llm, config.parallel.tensor, s.kernels
-    learns, adapts = "xattn" in s.learns, "xattn" in s.adapts
-    if not (flows or learns or adapts or "projector" in s.learns):
-        return 0.0, False
-    q, kv = llm.heads * llm.head_dim / tensor, llm.kv_heads * llm.head_dim / tensor
-    element = k.attention or s.element
-    queries = s.tokens * q * element
-    kept = 2 * queries + 2 * s.keys * kv * element + 4 * s.tokens * llm.heads / tensor
-    kept += 4 * k.dense_keys * s.query_cross_pairs
-    kept += s.norm(learns) if flows or learns else 0
-    kept += _input(config, s, "xattn", fp8, s.own * llm.hidden)
-    dropped = adapts and config.peft.dropout > 0
-    if adapts:
-        kept += s.keys * (config.peft.rank * s.element + dropped * llm.hidden * (s.element + 1))
-    behind = _input(config, s, "xattn", fp8, s.tokens * q)
-    kept += behind if k.apart_keys or fp8 or dropped else max(behind - queries, 0)
-    return kept + (s.hidden if learns else 0), True  # the gate wants what it is multiplied with
+def _attention(attention: Attention, s: _Sizes) -> float:
+    """Queries, keys, values, output and normalising sums; masks, and cosines and sines, where kernels keep them."""
+    k, p, width = s.kernels, s.config.parallel, attention.head_dim
+    kv = attention.kv_heads * width / s.tensor * (k.attention or s.element)
+    kept = 2 * s.queries(attention) + 4 * s.tokens * attention.heads / s.tensor
+    if attention.sees == "keys":
+        return kept + 2 * s.keys * kv + 4 * k.dense_keys * s.query_cross_pairs
+    keys = values = s.tokens * p.context_mesh[1] * kv  # those of other ranks are gathered
+    if k.joint:
+        values = s.tokens * (attention.heads + 2 * attention.kv_heads) * width / s.tensor * s.element
+    return kept + keys + values + 4 * s.tokens * width * s.element * k.rotary + 4 * k.dense * s.query_key_pairs
 
 
-def _mlp(config: Config, s: _Sizes, fp8: bool, flows: bool) -> tuple[float, float, bool]:
-    """What it keeps, what with its middle recomputed, and whether a gradient passes."""
-    learns, adapts = "llm" in s.learns, "llm" in s.adapts
-    if not (flows or learns or adapts):
-        return 0.0, 0.0, False
-    llm, inner = config.llm, s.tokens * config.llm.ffn / config.parallel.tensor
-    norm = s.norm(learns) if flows or learns else 0
-    kept = norm + _input(config, s, "llm", fp8, s.own * llm.hidden)
-    kept += s.kernels.glu * inner * s.element + _input(config, s, "llm", fp8, inner)
-    return kept, norm + (0 if s.kernels.fused_norm else s.hidden), True
-
-
-def _fusion(config: Config, s: _Sizes, pipeline_stage: int, load: Load) -> float:
+def _fusion(config: Config, model: Model, s: _Sizes, pipeline_stage: int, load: Load) -> float:
     """Projected tiles in the stream, and keys."""
-    use, learns = uses_tiles(config, pipeline_stage), "projector" in s.learns
-    h = config.llm.hidden
-    kept = 0.0
-    if use.stream and learns:
-        kept += load.stream_from_tiles / config.parallel.context * _projected(config, s)
+    use, kept = uses_tiles(config, pipeline_stage), 0.0
+    if use.stream:
+        kept += _project(model, s, load.stream_from_tiles / config.parallel.context)
     if use.keys and load.keys:
-        tokens = load.keys_from_tiles
-        kept += tokens * _projected(config, s) if learns else 0
-        normed = h * s.normed("xattn" in s.learns) + 4
-        words = config.arch.name == "hybrid" and ("xattn" in s.learns or "llm" in s.learns)
-        kept += tokens * normed if learns or "xattn" in s.learns else 0
-        kept += s.keys * normed if words else 0
-        # One tensor for all layers of the pipeline stage, whole on each rank; with dropout each layer keeps its own.
-        whole = "xattn" in s.learns or ("xattn" in s.adapts and not config.peft.dropout)
-        kept += s.keys * h * s.element if whole else 0
+        tiles = load.keys_from_tiles
+        kept += _project(model, s, tiles)
+        for kind, norm in model.key_norms.items():
+            tokens, front = (tiles, model.projector) if kind == "tile" else (s.keys, (model.embedding,))
+            kept += _chain([norm], s, _Tokens(tokens, tokens), flows=any(map(learns, front)))[0]
+        kept += s.keys * config.llm.hidden * s.element if _whole_keys(model, s) else 0
     return kept
 
 
-def _projected(config: Config, s: _Sizes) -> float:
-    """Bytes that the projector keeps of a tile's token: around its norm, and inside its MLP."""
-    width = config.vision.hidden * config.vision.downsample**2
-    inner = 0 if config.arch.name == "xattn" else 2 * config.llm.ffn / config.parallel.tensor
-    return (2 * width + inner) * s.element + 8
+def _project(model: Model, s: _Sizes, tokens: float) -> float:
+    return _chain(model.projector, s, _Tokens(tokens, tokens), flows=False)[0]
+
+
+def _whole_keys(model: Model, s: _Sizes) -> bool:
+    """Whether the layers of a stage keep their keys: one tensor, whole on each rank."""
+    reads = [linear for branch in model.carrier for linear in linears(branch.modules) if linear.reads_keys]
+    return any(linear.learns or (linear.adapts and not s.config.peft.dropout) for linear in reads)
+
+
+def _head(config: Config, model: Model, s: _Sizes, load: Load) -> tuple[float, float]:
+    """Final norm and output layer, and the logits in fp32."""
+    outputs = load.work.outputs / config.parallel.context
+    [norm, output] = model.head
+    logits = 4 * outputs * (output.outputs + output.padding) / s.tensor
+    kept = s.own * _norm(norm, s) + _input(output, s, _Tokens(outputs, outputs), fp8=False)
+    return kept, logits

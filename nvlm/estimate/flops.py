@@ -10,11 +10,14 @@ something learns. So a frozen language model costs its inputs' gradients where t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from nvlm.config.values import Config, VisionConfig, cross_layers
+from nvlm.config.modules import Attention, Branch, EncoderModules, Linear, Module, Norm, Parameter
+from nvlm.config.values import Config
 from nvlm.data.amounts import Addable, Work
+from nvlm.estimate.model import Model, model_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,144 +38,42 @@ class Flops(Addable):
         """Of all parts."""
         return sum(getattr(self, f.name) for f in fields(self))
 
-
-@dataclass(frozen=True, slots=True)
-class _Linear:
-    """A matrix product of each token: FLOPs a token."""
-
-    inputs: int
-    outputs: int
-    learns: bool
-    rank: int = 0  # of the adapter beside it; 0: none
-    adapts: bool = False  # the adapter learns
-
-    @property
-    def forward(self) -> int:
-        return 2 * (self.inputs * self.outputs + self.rank * (self.inputs + self.outputs))
-
-    def backward(self, flows: bool) -> int:
-        """`flows`: something learns behind its input."""
-        base = self.inputs * self.outputs * (flows + self.learns)
-        down = self.inputs * (flows + self.adapts)
-        up = self.outputs * ((flows or self.adapts) + self.adapts)
-        return 2 * (base + self.rank * (down + up))
-
-    def passes(self, flows: bool) -> bool:
-        """Whether a gradient comes to its output."""
-        return flows or self.learns or self.adapts
+    def times(self, count: int) -> Flops:
+        """Of `count` alike."""
+        return Flops(**{f.name: count * getattr(self, f.name) for f in fields(self)})
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """The linears of a run's model. `*_learns`: the group's own weights do, its norms with them."""
-
-    projector: tuple[_Linear, ...]
-    qkv: _Linear
-    proj: _Linear
-    mlp: tuple[_Linear, ...]
-    cross_q: _Linear
-    cross_kv: _Linear
-    cross_proj: _Linear
-    output: _Linear
-    llm_learns: bool
-    xattn_learns: bool
-
-
-def _model(config: Config) -> _Model:
-    llm, stage, peft = config.llm, config.stage, config.peft
-    q, kv, h = llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim, llm.hidden
-    width = config.vision.hidden * config.vision.downsample**2
-    learns = {group: group in stage.trainable and group not in config.adapted for group in ("llm", "xattn")}
-
-    def linear(inputs: int, outputs: int, group: str) -> _Linear:
-        if group not in config.adapted:
-            return _Linear(inputs, outputs, learns[group])
-        return _Linear(inputs, outputs, False, peft.rank, adapts=group in stage.trainable)
-
-    inner = (width, h) if config.arch.name == "xattn" else (width, llm.ffn, h)
-    return _Model(
-        projector=tuple(_Linear(a, b, stage.train_projector) for a, b in zip(inner, inner[1:])),
-        qkv=linear(h, q + 2 * kv, "llm"),
-        proj=linear(q, h, "llm"),
-        mlp=(linear(h, 2 * llm.ffn, "llm"), linear(llm.ffn, h, "llm")),
-        cross_q=linear(h, q, "xattn"),
-        cross_kv=linear(h, 2 * kv, "xattn"),
-        cross_proj=linear(q, h, "xattn"),
-        output=_Linear(h, llm.vocab, learns["llm"]),
-        llm_learns=learns["llm"],
-        xattn_learns=learns["xattn"],
-    )
-
-
-def _tile(vision: VisionConfig) -> int:
-    """FLOPs of one tile's encoding."""
-    d, patches = vision.hidden, (vision.tile_size // vision.patch) ** 2
-    tokens = patches + 1  # and the class token
-    layer = tokens * 2 * (4 * d * d + 2 * d * vision.ffn) + 4 * tokens**2 * d
-    return 2 * patches * 3 * vision.patch**2 * d + vision.layers * layer
-
-
-def _scores(config: Config, pairs: int) -> int:
-    """Both products of one layer's attention."""
-    return 4 * config.llm.heads * config.llm.head_dim * pairs
+# The fields of Flops that a layer's branch belongs to, by its part: of its linears, and of its attention products.
+_FIELDS = {"attention": ("linears", "scores"), "cross": ("cross_linears", "cross_scores"), "mlp": ("mlp", "scores")}
 
 
 def forward(config: Config, work: Work) -> Flops:
     """Of a forward pass."""
-    m, layers, carriers = _model(config), config.llm.layers, len(cross_layers(config))
-    return Flops(
-        vision=work.tiles * _tile(config.vision),
-        projector=work.projected * _forward(m.projector),
-        linears=work.tokens * layers * _forward((m.qkv, m.proj)),
-        scores=layers * _scores(config, work.pairs),
-        mlp=work.tokens * layers * _forward(m.mlp),
-        cross_linears=carriers * (work.tokens * _forward((m.cross_q, m.cross_proj)) + work.keys * m.cross_kv.forward),
-        cross_scores=carriers * _scores(config, work.cross_pairs),
-        output=work.outputs * m.output.forward,
-    )
-
-
-def _forward(linears: Sequence[_Linear]) -> int:
-    return sum(linear.forward for linear in linears)
+    model, carriers = model_of(config), len(model_of(config).carriers)
+    projector, _ = _forward(model.projector, Work(tokens=work.projected))
+    output, _ = _forward(model.head, Work(tokens=work.outputs))
+    found = Flops(vision=work.tiles * _tile(model.encoder), projector=projector, output=output)
+    for carries, count in ((False, config.llm.layers - carriers), (True, carriers)):
+        for branch in model.layer(carries):
+            found += _flops(branch, *_forward(branch.modules, work)).times(count)
+    return found
 
 
 def backward(config: Config, work: Work, whole: bool = False) -> Flops:
     """Of a backward pass. `whole`: gradients run down to the embedding whatever learns, as with recomputed layers."""
-    m, stage, arch = _model(config), config.stage, config.arch.name
-    # Features need no gradient, but the norm in front of the projector learns with it.
-    projector = sum(linear.backward(flows=True) for linear in m.projector) if stage.train_projector else 0
-    keys_flow = stage.train_projector or m.xattn_learns or (m.llm_learns and arch == "hybrid")  # tags are words
-    flows = whole or m.llm_learns or (stage.train_projector and arch != "xattn")
-    linears = scores = mlp = cross_linears = cross_scores = 0
-    carriers = cross_layers(config)
-    for number in range(1, config.llm.layers + 1):
-        into = flows or m.llm_learns  # the norm in front learns with its group
-        attended = m.qkv.passes(into)
-        linears += work.tokens * (m.qkv.backward(into) + m.proj.backward(attended))
-        scores += 2 * _scores(config, work.pairs) * attended
-        flows |= m.proj.passes(attended)
-        if number in carriers:
-            into = flows or m.xattn_learns
-            query, key = m.cross_q.passes(into), m.cross_kv.passes(keys_flow)
-            cross_linears += work.tokens * (m.cross_q.backward(into) + m.cross_proj.backward(query or key))
-            cross_linears += work.keys * m.cross_kv.backward(keys_flow)
-            # Four products: the probabilities' gradient, the values', the queries', the keys'.
-            cross_scores += ((query or key) + key + query + key) * _scores(config, work.cross_pairs) // 2
-            flows |= m.cross_proj.passes(query or key) or m.xattn_learns  # the gate
-        into = flows or m.llm_learns
-        for linear in m.mlp:
-            mlp += work.tokens * linear.backward(into)
-            into = linear.passes(into)
-        flows |= into
-    return Flops(
-        projector=work.projected * projector,
-        linears=linears,
-        scores=scores,
-        mlp=mlp,
-        cross_linears=cross_linears,
-        cross_scores=cross_scores,
-        output=work.outputs * m.output.backward(flows or m.llm_learns),
-    )
+    model, flows = model_of(config), whole or model_of(config).stream_learns
+    # Features need no gradient.
+    projector, _, _ = _backward(model.projector, Work(tokens=work.projected), flows=False)
+    kinds, found = Counter(), {}
+    for layer in range(config.llm.layers):
+        kind = (layer in model.carriers, flows)
+        if kind not in found:
+            found[kind] = _layer_backward(model, work, *kind)
+        kinds[kind] += 1
+        flows = found[kind][1]
+    layers = sum((found[kind][0].times(count) for kind, count in kinds.items()), Flops())
+    output, _, _ = _backward(model.head, Work(tokens=work.outputs), flows)
+    return layers + Flops(projector=projector, output=output)
 
 
 def model_flops(config: Config, work: Work) -> Flops:
@@ -189,3 +90,74 @@ def hardware_flops(config: Config, work: Work) -> Flops:
     first, how = forward(config, work), config.train.recompute
     again = Flops(**{part: getattr(first, part) for part in _AGAIN[how]})
     return first + backward(config, work, whole=how != "none") + again
+
+
+def _tile(encoder: EncoderModules) -> int:
+    """FLOPs of one tile's encoding."""
+    tokens = encoder.tokens
+    embedding = _forward(encoder.embedding, Work(tokens=encoder.patches))
+    layer = _forward(encoder.layer, Work(tokens=tokens, pairs=tokens**2))
+    return sum(embedding) + encoder.layers * sum(layer)
+
+
+def _flops(branch: Branch, linears: int, scores: int) -> Flops:
+    return Flops(**dict(zip(_FIELDS[branch.part], (linears, scores))))
+
+
+def _forward(modules: Iterable[Module], work: Work) -> tuple[int, int]:
+    """FLOPs of the linears among `modules`, and of the attention products."""
+    linears = scores = 0
+    for module in modules:
+        if isinstance(module, Linear):
+            size = module.inputs * module.outputs + module.adapter * (module.inputs + module.outputs)
+            linears += 2 * size * (work.keys if module.reads_keys else work.tokens)
+        elif isinstance(module, Attention):
+            scores += _product_pair(module, work)
+    return linears, scores
+
+
+def _product_pair(attention: Attention, work: Work) -> int:
+    """FLOPs of both products of an attention: queries with keys, probabilities with values."""
+    pairs = work.cross_pairs if attention.sees == "keys" else work.pairs
+    return 4 * attention.heads * attention.head_dim * pairs
+
+
+def _layer_backward(model: Model, work: Work, carries: bool, flows: bool) -> tuple[Flops, bool]:
+    """Of a decoder layer, and whether a gradient comes to its output. `flows`: something learns in front of it."""
+    found = Flops()
+    for branch in model.layer(carries):
+        linears, scores, flows = _backward(branch.modules, work, flows, model.keys_learn)
+        found += _flops(branch, linears, scores)
+    return found, flows
+
+
+def _backward(modules: Iterable[Module], work: Work, flows: bool, keys_flow: bool = False) -> tuple[int, int, bool]:
+    """FLOPs of linears and of attention products, and whether a gradient comes to the output of the last module.
+
+    `flows`, `keys_flow`: something learns in front of the first one, in front of the keys.
+    """
+    linears = scores = 0
+    for module in modules:
+        match module:
+            case Linear(reads_keys=True):
+                linears += work.keys * _linear_backward(module, keys_flow)
+                keys_flow = keys_flow or module.learns or module.adapts
+            case Linear():
+                linears += work.tokens * _linear_backward(module, flows)
+                flows = flows or module.learns or module.adapts
+            case Attention(sees=sees):
+                queries, keys = flows, keys_flow if sees == "keys" else flows
+                flows = queries or keys
+                # Gradients of the probabilities, the values, the queries and the keys, a product each.
+                scores += (flows + keys + queries + keys) * _product_pair(module, work) // 2
+            case Norm() | Parameter():
+                flows = flows or module.learns
+    return linears, scores, flows
+
+
+def _linear_backward(linear: Linear, flows: bool) -> int:
+    """FLOPs a token. `flows`: something learns in front of its input."""
+    base = linear.inputs * linear.outputs * (flows + linear.learns)
+    down = linear.inputs * (flows + linear.adapts)
+    up = linear.outputs * ((flows or linear.adapts) + linear.adapts)
+    return 2 * (base + linear.adapter * (down + up))

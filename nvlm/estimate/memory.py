@@ -10,11 +10,12 @@ from dataclasses import dataclass, fields, replace
 
 from nvlm.attention.choice import Kernels, kernels_of
 from nvlm.config.hardware import GPUS, GiB
+from nvlm.config.modules import Activation
 from nvlm.config.values import Config
 from nvlm.estimate.activations import Kept, kept
-from nvlm.estimate.counts import vision_parameters
 from nvlm.estimate.load import Load, step_load
-from nvlm.estimate.parameters import element_bytes, held, pipeline_stages_of, uses_tiles
+from nvlm.estimate.model import model_of
+from nvlm.estimate.parameters import element_bytes, encoder_parameters, held, pipeline_stages_of, uses_tiles
 
 OUTSIDE = 2.5 * GiB  # CUDA's context, NCCL's buffers, workspaces of cuBLAS and cuDNN
 FRAGMENTED = 0.05  # of what comes and goes within a step: lost between its blocks
@@ -104,7 +105,7 @@ def rank_memory(
     return Memory(
         # In FP8 rows and columns: copies, or all there is.
         weights=element * (parameters.all - parameters.kept_in_fp8) + 2 * parameters.quantized,
-        encoder=(1 if config.precision.encoder else element) * vision_parameters(config.vision),
+        encoder=(1 if config.precision.encoder else element) * encoder_parameters(config),
         gradients=4 * parameters.learning,
         optimizer=_optimizer(config, parameters.learning, replicas),
         activations=activations,
@@ -150,26 +151,29 @@ def _features(config: Config, load: Load, stages: list[int]) -> float:
 
 def token_bytes(config: Config) -> int:
     """Features of one token."""
-    return config.vision.hidden * config.vision.downsample**2 * element_bytes(config)
+    return config.vision.feature_width * element_bytes(config)
 
 
 def _encoder_workspace(config: Config, load: Load) -> float:
     """A call of the encoder, and its share's features three times: as the calls gave them, joined, and dealt."""
-    vision, element = config.vision, element_bytes(config)
-    share = -(-load.tiles // config.parallel.replica)
-    patches = (vision.tile_size // vision.patch) ** 2 + 1
+    encoder, share = model_of(config).encoder, -(-load.tiles // config.parallel.replica)
+    inner = max((module.width for module in encoder.layer if isinstance(module, Activation)), default=0)
     # In an MLP: the residual, the norm's output, and the inner width before and behind GELU.
-    call = min(share, vision.tiles_per_call) * patches * (2 * vision.hidden + 2 * vision.ffn) * element
-    return call + 3 * share * vision.tile_tokens * token_bytes(config)
+    tile = encoder.tokens * (2 * encoder.width + 2 * inner) * element_bytes(config)
+    call = min(share, config.vision.tiles_per_call) * tile
+    return call + 3 * share * config.vision.tile_tokens * token_bytes(config)
 
 
 def _backward_workspace(config: Config, load: Load, chunks: list[Kept]) -> float:
     """Beside what is kept: the logits' gradient, or a layer's gradients and what it computes again."""
-    p, llm, element = config.parallel, config.llm, element_bytes(config)
+    p, element, branches = config.parallel, element_bytes(config), model_of(config).carrier
+    inner = max(m.width for branch in branches for m in branch.modules if isinstance(m, Activation))
     tokens = load.tokens / p.context
-    gathered = 2 * tokens * llm.hidden * element  # under sequence parallelism: a linear's input, and its gradient
+    gathered = (
+        2 * tokens * config.llm.hidden * element
+    )  # under sequence parallelism: a linear's input, and its gradient
     logits = chunks[-1].logits
     head = logits * element / 4 + gathered if logits else 0
     again = {"none": 0, "selective": 0.7, "full": 1}[config.train.recompute]  # an MLP keeps two thirds of a layer
-    layer = max(chunk.whole for chunk in chunks) * again + 3 * tokens * llm.ffn / p.tensor * element + gathered
+    layer = max(chunk.whole for chunk in chunks) * again + 3 * tokens * inner / p.tensor * element + gathered
     return max(head, layer - logits)

@@ -1,16 +1,23 @@
-"""Parameters that one rank holds, exactly, by what they cost: those that learn, and those that compute in FP8."""
+"""Parameters, exactly: of the whole model by module group, and of one rank by what they cost."""
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from nvlm.arch.registry import placement_rule
-from nvlm.config.values import Config, pipeline_layers
-from nvlm.tiling.grid import TilePlan
+from nvlm.config.modules import Activation, Attention, Linear, Module, Norm, Parameter
+from nvlm.config.values import GROUPS, Config, pipeline_layers
+from nvlm.estimate.model import computes_in_fp8, model_of
 from nvlm.tiling.placement import TileUse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Count:
+    """Parameters of a module group, adapters included."""
+
+    all: int
+    learning: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,17 +27,20 @@ class Held:
     all: int
     learning: int
     quantized: int  # of linears that compute in FP8
-    kept_in_fp8: int  # of those: with precision.param_gather what learns, of which there is nothing but FP8
+    kept_in_fp8: int  # of those: with precision.param_gather what learns, which is kept in nothing but FP8
     largest: int  # of one weight that learns
 
 
-@dataclass(frozen=True, slots=True)
-class _Weight:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """One tensor of parameters, or `count` alike, as a rank holds it."""
+
+    name: str
     group: str  # module group
-    size: int  # on this rank
+    size: int
+    learns: bool
     quantized: bool = False
-    adapter: bool = False
-    count: int = 1  # of such weights
+    count: int = 1
 
 
 def element_bytes(config: Config) -> int:
@@ -45,106 +55,109 @@ def pipeline_stages_of(config: Config, rank: int) -> list[int]:
 
 
 def uses_tiles(config: Config, pipeline_stage: int) -> TileUse:
-    """What the stage does with tiles, as nvlm.arch.base.tile_use tells from the architecture's modules."""
-    in_stream, in_keys = _places(config.arch.name)
-    return TileUse(stream=pipeline_stage == 0 and in_stream, keys=in_keys and carriers_of(config, pipeline_stage) > 0)
-
-
-@functools.cache
-def _places(arch: str) -> tuple[bool, bool]:
-    """Whether an architecture puts tiles into the text stream, and among the keys."""
-    plan = TilePlan(2, 1, 1)
-    stream, keys = placement_rule(arch)(plan, [()] * plan.num_tiles, [1] * plan.num_tiles).from_tiles
-    return stream > 0, keys > 0
+    """What the stage does with tiles, as nvlm.arch.base.tile_use tells from the architecture's code."""
+    model, layers = model_of(config), pipeline_layers(config, pipeline_stage)
+    keys = model.description.tiles_in_keys and not model.carriers.isdisjoint(layers)
+    return TileUse(stream=pipeline_stage == 0 and model.description.tiles_in_stream, keys=keys)
 
 
 def carriers_of(config: Config, pipeline_stage: int) -> int:
     """Layers with gated cross-attention on a stage."""
-    layers, every = pipeline_layers(config, pipeline_stage), config.arch.cross_every
-    return layers.stop // every - layers.start // every if every else 0
+    return len(model_of(config).carriers.intersection(pipeline_layers(config, pipeline_stage)))
+
+
+def parameters(config: Config) -> dict[str, Count]:
+    """Of the whole model by module group."""
+    single = dict(tensor=1, pipeline=1, virtual=1, context=1, context_heads=1, sequence=False)
+    whole = replace(config, parallel=replace(config.parallel, **single))
+    found = [*encoder_weights(config), *weights(whole, 0)]
+    by_group = {group: [weight for weight in found if weight.group == group] for group in GROUPS}
+    return {
+        group: Count(all=_size(own), learning=_size(weight for weight in own if weight.learns))
+        for group, own in by_group.items()
+    }
+
+
+def encoder_parameters(config: Config) -> int:
+    """Of the vision encoder, which every rank holds whole."""
+    return _size(encoder_weights(config))
 
 
 def held(config: Config, rank: int) -> Held:
     """What a process on pipeline rank `rank` holds."""
-    weights = list(_weights(config, rank))
-    own, adapters = learning_groups(config)
-    learning = [weight for weight in weights if weight.group in (adapters if weight.adapter else own)]
+    found = list(weights(config, rank))
+    learning = [weight for weight in found if weight.learns]
     gathers = config.precision.param_gather
     return Held(
-        all=sum(weight.size * weight.count for weight in weights),
-        learning=sum(weight.size * weight.count for weight in learning),
-        quantized=sum(weight.size * weight.count for weight in weights if weight.quantized),
-        kept_in_fp8=sum(weight.size * weight.count for weight in learning if weight.quantized and gathers),
+        all=_size(found),
+        learning=_size(learning),
+        quantized=_size(weight for weight in found if weight.quantized),
+        kept_in_fp8=_size(weight for weight in learning if weight.quantized and gathers),
         largest=max((weight.size for weight in learning), default=0),
     )
 
 
-def learning_groups(config: Config) -> tuple[frozenset[str], frozenset[str]]:
-    """Module groups whose own weights learn, and those whose adapters do."""
-    learning, adapted = frozenset(config.stage.trainable), frozenset(config.adapted)
-    return learning - adapted, learning & adapted
+def _size(found: Iterable[Weight]) -> int:
+    return sum(weight.size * weight.count for weight in found)
 
 
-def _weights(config: Config, rank: int) -> Iterator[_Weight]:
-    llm, tensor, stages = config.llm, config.parallel.tensor, pipeline_stages_of(config, rank)
-    last = config.parallel.pipeline_stages - 1
-    words = llm.padded_vocab * llm.hidden // tensor
-    if 0 in stages or (last in stages and llm.tied):
-        yield _Weight("llm", words)
-    if last in stages:
-        yield _Weight("llm", llm.hidden)
-        if not llm.tied:
-            yield _Weight("llm", words)
+def encoder_weights(config: Config) -> Iterator[Weight]:
+    """Of the vision encoder."""
+    encoder = model_of(config).encoder
+    for modules, count in ((encoder.embedding, 1), (encoder.layer, encoder.layers)):
+        yield from weights_of(modules, count=count)
+
+
+def weights(config: Config, rank: int) -> Iterator[Weight]:
+    """Those that a process on pipeline rank `rank` holds, the encoder's left out."""
+    model, stages, tensor = model_of(config), pipeline_stages_of(config, rank), config.parallel.tensor
     layers = [layer for pipeline_stage in stages for layer in pipeline_layers(config, pipeline_stage)]
-    for (crosses, fp8), count in Counter(layer_kind(config, layer) for layer in layers).items():
-        for weight in _layer(config, crosses, fp8):
-            yield replace(weight, count=count)
-    uses = [uses_tiles(config, pipeline_stage) for pipeline_stage in stages]
-    if any(uses):  # virtual stages of a process share one projector, and norms of keys
-        yield from _projector(config)
-    if any(use.keys for use in uses):
-        yield _Weight("xattn", llm.hidden * {"xattn": 1, "hybrid": 2}[config.arch.name])
+    kinds = Counter((layer in model.carriers, computes_in_fp8(config, layer)) for layer in layers)
+    for (carries, fp8), count in kinds.items():
+        modules = [module for branch in model.layer(carries) for module in branch.modules]
+        yield from weights_of(modules, tensor, fp8, count)
+    # Stages of a process share the projector, the norms of keys and tied embeddings.
+    apart = (module for pipeline_stage in stages for module in _beside_layers(config, pipeline_stage))
+    yield from {weight.name: weight for weight in weights_of(apart, tensor)}.values()
 
 
-def layer_kind(config: Config, layer: int) -> tuple[bool, bool]:
-    """Whether decoder layer `layer` (from 0) carries cross-attention, and whether it computes in FP8."""
-    every, edges = config.arch.cross_every, config.precision.edges
-    fp8 = config.precision.recipe is not None and edges <= layer < config.llm.layers - edges
-    return every > 0 and (layer + 1) % every == 0, fp8
+def _beside_layers(config: Config, pipeline_stage: int) -> Iterator[Module]:
+    model, use = model_of(config), uses_tiles(config, pipeline_stage)
+    last = pipeline_stage == config.parallel.pipeline_stages - 1
+    if pipeline_stage == 0 or (last and config.llm.tied):
+        yield model.embedding
+    yield from model.head if last else ()
+    yield from model.projector if use else ()
+    yield from model.key_norms.values() if use.keys else ()
 
 
-def _layer(config: Config, crosses: bool, fp8: bool) -> Iterator[_Weight]:
-    llm, tensor = config.llm, config.parallel.tensor
-    h, q, kv = llm.hidden, llm.heads * llm.head_dim // tensor, llm.kv_heads * llm.head_dim // tensor
-    ffn = llm.ffn // tensor
-    yield _Weight("llm", 2 * h)
-    if llm.qkv_bias:
-        yield _Weight("llm", q + 2 * kv)
-    yield from _linear(config, "llm", h, q + 2 * kv, fp8)
-    yield from _linear(config, "llm", q, h, fp8)
-    yield from _linear(config, "llm", h, 2 * ffn, fp8)
-    yield from _linear(config, "llm", ffn, h, fp8)
-    if crosses:
-        yield _Weight("xattn", h + 1)  # norm and gate
-        yield from _linear(config, "xattn", h, q, fp8)
-        yield from _linear(config, "xattn", h, 2 * kv, fp8)
-        yield from _linear(config, "xattn", q, h, fp8)
+def weights_of(modules: Iterable[Module], tensor: int = 1, fp8: bool = False, count: int = 1) -> Iterator[Weight]:
+    """The weights of `count` times `modules` on each of `tensor` ranks. `fp8`: linears compute in it."""
+    for module in modules:
+        if isinstance(module, Activation | Attention):
+            continue
+        own = dict(group=module.group, learns=module.learns, count=count)
+        match module:
+            case Linear():
+                yield from _linear_weights(module, tensor, fp8, own)
+            case Norm(name=name, width=width):
+                yield Weight(name=f"{name}.weight", size=width, **own)
+                if module.bias:
+                    yield Weight(name=f"{name}.bias", size=width, **own)
+            case Parameter(name=name, size=size):
+                yield Weight(name=name, size=size // tensor if module.split else size, **own)
 
 
-def _linear(config: Config, group: str, inputs: int, outputs: int, fp8: bool) -> Iterator[_Weight]:
-    """A linear with what the rank has of its inputs and outputs, and the adapter beside it."""
-    yield _Weight(group, inputs * outputs, fp8)
-    if group in config.adapted:
-        yield _Weight(group, config.peft.rank * inputs, adapter=True)
-        yield _Weight(group, config.peft.rank * outputs, adapter=True)
-
-
-def _projector(config: Config) -> Iterator[_Weight]:
-    llm, tensor = config.llm, config.parallel.tensor
-    width = config.vision.hidden * config.vision.downsample**2
-    yield _Weight("projector", 2 * width)
-    if config.arch.name == "xattn":
-        yield _Weight("projector", width * llm.hidden // tensor)
-    else:
-        yield _Weight("projector", width * llm.ffn // tensor)
-        yield _Weight("projector", llm.ffn * llm.hidden // tensor)
+def _linear_weights(linear: Linear, tensor: int, fp8: bool, own: dict) -> Iterator[Weight]:
+    """A linear's weight, its bias, and the adapter beside it."""
+    in_parts, out_parts = tensor if linear.split == "inputs" else 1, tensor if linear.split == "outputs" else 1
+    inputs, outputs = linear.inputs // in_parts, linear.outputs // out_parts
+    if linear.shares is None:
+        rows = (linear.outputs + linear.padding) // out_parts
+        yield Weight(name=f"{linear.name}.weight", size=inputs * rows, quantized=fp8, **own)
+    if linear.bias:
+        yield Weight(name=f"{linear.name}.bias", size=outputs, **own)
+    if linear.adapter:
+        beside, own = f"{linear.name}.adapter", own | {"learns": linear.adapts}
+        yield Weight(name=f"{beside}.down.weight", size=linear.adapter * inputs, **own)
+        yield Weight(name=f"{beside}.up.weight", size=linear.adapter * outputs, **own)

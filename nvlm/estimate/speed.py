@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 from nvlm.attention.choice import kernels_of
 from nvlm.config.hardware import GPU
-from nvlm.config.values import Config, cross_layers, pipeline_layers
+from nvlm.config.modules import Attention, Module
+from nvlm.config.values import Config, pipeline_layers
 from nvlm.data.amounts import Work
 from nvlm.estimate.activations import kept
 from nvlm.estimate.flops import Flops, hardware_flops, model_flops
 from nvlm.estimate.load import Load
 from nvlm.estimate.memory import token_bytes
+from nvlm.estimate.model import linears, model_of
 from nvlm.estimate.parameters import Held, carriers_of, element_bytes, held, pipeline_stages_of, uses_tiles
 
 # Of the peak, while large products are computed.
@@ -123,12 +125,14 @@ def _busy(config: Config, gpu: GPU, load: Load, flops: Flops, keys: Flops, rank:
     """Seconds that a rank computes for one micro-batch, forward and backward."""
     p, stages = config.parallel, pipeline_stages_of(config, rank)
     layers = sum(len(pipeline_layers(config, pipeline_stage)) for pipeline_stage in stages) / config.llm.layers
-    carriers = sum(carriers_of(config, pipeline_stage) for pipeline_stage in stages) / max(len(cross_layers(config)), 1)
-    linears = layers * (flops.linears + flops.mlp) + carriers * (flops.cross_linears - keys.cross_linears)
+    carriers = sum(carriers_of(config, pipeline_stage) for pipeline_stage in stages) / max(
+        len(model_of(config).carriers), 1
+    )
+    products = layers * (flops.linears + flops.mlp) + carriers * (flops.cross_linears - keys.cross_linears)
     scores = layers * flops.scores + carriers * flops.cross_scores
     output = flops.output if p.pipeline_stages - 1 in stages else 0.0
     rate, plain = _products(config, gpu, fp8=True), _products(config, gpu, fp8=False)
-    seconds = linears / p.context / rate + output / p.context / plain + carriers * keys.cross_linears / rate
+    seconds = products / p.context / rate + output / p.context / plain + carriers * keys.cross_linears / rate
     seconds += scores / p.context / (SCORES * gpu.peak(config.precision.dtype))
     seconds += _projections(config, load, stages) * flops.projector / plain
     kept_bytes = sum(kept(_plain(config), pipeline_stage, load, kernels_of(config)).total for pipeline_stage in stages)
@@ -185,25 +189,34 @@ def _shown(config: Config) -> float:
 
 def _wires(config: Config, load: Load, rank: int) -> tuple[float, float, float]:
     """Bytes that a rank sends for one micro-batch: tensor, context, and hidden states to a neighbour."""
-    p, llm, stages = config.parallel, config.llm, pipeline_stages_of(config, rank)
-    element = element_bytes(config)
+    p, model, element = config.parallel, model_of(config), element_bytes(config)
     tokens = load.tokens / p.context
-    hidden = tokens * llm.hidden * element
-    layers = sum(len(pipeline_layers(config, pipeline_stage)) for pipeline_stage in stages)
+    hidden = tokens * config.llm.hidden * element
+    stages = pipeline_stages_of(config, rank)
     carriers = sum(carriers_of(config, pipeline_stage) for pipeline_stage in stages)
+    plain = sum(len(pipeline_layers(config, pipeline_stage)) for pipeline_stage in stages) - carriers
+    branches = [(branch, count) for kind, count in ((model.plain, plain), (model.carrier, carriers)) for branch in kind]
     again = config.train.recompute == "full"
-    # With sequence parallelism a block gathers and scatters, forward and backward, and gathers once more for its
-    # weights' gradients; without it sums forward and backward. A layer has two blocks, cross-attention is half of one.
+    # With sequence parallelism a branch gathers and scatters, forward and backward, and gathers once more for its
+    # weights' gradients; without it sums forward and backward. The keys' gradient is summed.
     each = (5 + 2 * again) if p.sequence else (4 + 2 * again)
-    blocks = 2 * layers + carriers
     over = (p.tensor - 1) / p.tensor
-    tensor = over * (blocks * each * hidden + 2 * carriers * load.rows * load.keys * llm.hidden * element)
-    kv = 2 * llm.kv_heads * llm.head_dim / p.tensor * element
+    widths = sum(n * one.inputs for branch, n in branches for one in linears(branch.modules) if one.reads_keys)
+    tensor = sum(n for _, n in branches) * each * hidden + 2 * load.rows * load.keys * widths * element
+    context = sum(n * _exchanged(config, module, tokens) for branch, n in branches for module in branch.modules)
+    return over * tensor, context, hidden / (p.tensor if p.sequence else 1)
+
+
+def _exchanged(config: Config, module: Module, tokens: float) -> float:
+    """Bytes that context-parallel ranks send of a module's columns: keys and values of self-attention gathered, and
+    columns traded for heads."""
+    if not isinstance(module, Attention) or module.sees == "keys":
+        return 0.0
+    element, p = element_bytes(config), config.parallel
+    q, kv = (2 * heads * module.head_dim / p.tensor * element for heads in (module.heads, module.kv_heads))
     heads, outer = p.context_mesh
-    passes = 2 + again
-    gathered = passes * (outer - 1) * tokens * kv
-    traded = passes * (heads - 1) / heads * tokens * (2 * llm.heads * llm.head_dim / p.tensor * element + kv)
-    return tensor, layers * (gathered + traded), hidden / (p.tensor if p.sequence else 1)
+    passes = 2 + (config.train.recompute == "full")
+    return passes * tokens * ((outer - 1) * kv + (heads - 1) / heads * (q + kv))
 
 
 def _shards(config: Config, replicas: int) -> int:

@@ -14,7 +14,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nvlm.commands.compose import compose_config
+from nvlm.config.modules import EncoderModules, Linear
 from nvlm.config.values import Config, ConfigError
+from nvlm.data.amounts import Work
+from nvlm.estimate.flops import model_flops
+from nvlm.estimate.memory import memory
+from nvlm.estimate.parameters import parameters
 from nvlm.export.describe import exported_encoder
 from nvlm.inputs.check import check_weights
 from nvlm.inputs.identity import of_encoder
@@ -50,10 +55,16 @@ def check_config(values, vision, key):
     check_values(values, {"width": ("vision.hidden", vision.hidden)}, key, values)
 
 
+def modules(vision):
+    linear = Linear(name="linear", group="vision", inputs=3 * PATCH**2, outputs=WIDTH, bias=True)
+    patches = (SIDE // PATCH) ** 2
+    return EncoderModules(embedding=(linear,), layer=(), layers=0, patches=patches, tokens=patches, width=WIDTH)
+
+
 DESCRIPTION = EncoderDescription(
-    name="patches", code=("patches.Patches",), mean=MEAN, std=STD, extra_tokens=0, unseen=(), fixed={"qk_norm": True},
-    shipped={}, unused=("pool.",), parts=parts, check_config=check_config, build=lambda config, groups: Patches(),
-    export=None,
+    name="patches", code=("patches.Patches",), mean=MEAN, std=STD, unseen=(), fixed={"qk_norm": True}, shipped={},
+    unused=("pool.",), modules=modules, parts=parts, check_config=check_config, export=None,
+    build=lambda config, groups: Patches(),
 )  # fmt: skip
 
 
@@ -102,6 +113,12 @@ def test_it_is_checked_and_identified_by_its_own_rules(config, folder):
         compose_config(*SIZES, "vision.qk_norm=false")
     with pytest.raises(ConfigError, match="vision.encoder: got 'patchez', expected one of internvit, patches. Fix: v"):
         compose_config(*SIZES, "vision.encoder=patchez")
+
+
+def test_it_is_counted_by_its_own_list(config):
+    assert parameters(config)["vision"].all == sum(p.numel() for p in Patches().parameters())
+    assert model_flops(config, Work(tiles=2)).vision == 2 * 16 * 2 * 3 * PATCH**2 * WIDTH
+    assert memory(config, replicas=1).encoder == 4 * parameters(config)["vision"].all
 
 
 def test_an_export_has_no_class_for_it(config):

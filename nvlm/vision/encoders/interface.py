@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvlm.config.modules import EncoderModules
 from nvlm.config.values import Config, VisionConfig
 from nvlm.weights.parts import Part
 from nvlm.weights.published import Stored
@@ -33,11 +34,11 @@ class EncoderDescription:
     code: Sequence[str]  # published classes that its config.json may name; they are never run
     mean: tuple[float, float, float]  # of the RGB pixels, which are 0 to 1
     std: tuple[float, float, float]
-    extra_tokens: int  # computed beside the patches and dropped at the end, as a class token
     unseen: Sequence[str]  # settings of VisionConfig that no tensor's name or shape shows
     fixed: Mapping[str, object]
     shipped: Mapping[str, Path]  # weights that come with the package, by their names for init.vision
     unused: Sequence[str]  # how names of published tensors begin that the features do not need, as of a pooling head
+    modules: Callable[[VisionConfig], EncoderModules]  # what `build` builds, for nvlm.estimate
     parts: Callable[[VisionConfig, Mapping[str, Stored]], list[Part]]  # the published tensors that `Stored` ones are of
     check_config: Callable[[Mapping, VisionConfig, str], None]  # (config.json, ours, setting that named the folder)
     build: Callable[[Config, Any], Any]

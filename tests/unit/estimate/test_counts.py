@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from nvlm.estimate.counts import llm_parameters, parameters
 from nvlm.estimate.memory import gpus_needed
+from nvlm.estimate.parameters import Count, parameters
 from nvlm.processes import groups
 
 PUBLISHED = {  # llm, projector of D and H, projector of X without its norm
@@ -39,7 +39,8 @@ def test_all_recipes_build_with_exact_counts(configured, joined, letter, size, s
         encoder = InternViT(whole, solo_groups()).requires_grad_(False)
     freeze(model, whole)
     counts = {count.name: count for count in count_groups([model], encoder)}
-    assert {name: count.parameters for name, count in counts.items()} == parameters(config)
+    built = {name: Count(all=count.parameters, learning=count.learning) for name, count in counts.items()}
+    assert built == parameters(config)
     llm, projector = PUBLISHED[size]
     assert counts["vision"].parameters == 5_536_496_000
     assert counts["llm"].parameters == llm
@@ -56,7 +57,6 @@ def test_all_recipes_build_with_exact_counts(configured, joined, letter, size, s
 @pytest.mark.parametrize("arch", ["decoder", "hybrid"])
 def test_adapters_are_counted_exactly(configured, joined, arch):
     from nvlm.arch.pipeline import build_parts
-    from nvlm.estimate.counts import adapter_parameters
     from nvlm.train.optim import freeze
 
     config = configured(f"arch={arch}", "llm=yi-34b", "dry_run=true", "peft=lora", "peft.rank=8", "stage.new=[]")
@@ -65,8 +65,9 @@ def test_adapters_are_counted_exactly(configured, joined, arch):
         (model,) = build_parts(whole)
     freeze(model, whole)
     learning = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "projector" not in name)
-    assert learning == sum(adapter_parameters(config).values()) > 0
-    assert sum(p.numel() for p in model.parameters()) == sum(parameters(config).values()) - parameters(config)["vision"]
+    counts = parameters(config)
+    assert learning == counts["llm"].learning + counts["xattn"].learning > 0
+    assert sum(p.numel() for p in model.parameters()) == sum(counts[g].all for g in ("projector", "xattn", "llm"))
     full = configured(f"arch={arch}", "llm=yi-34b", "dry_run=true")
     assert gpus_needed(config) < gpus_needed(full)
 
@@ -82,5 +83,5 @@ def test_gpus_needed_fall_with_more_shards(configured):
 
 
 def test_a_preset_has_its_published_number_of_parameters(configured):
-    assert llm_parameters(configured("llm=llama3.1-8b", "arch=decoder").llm) == 8_030_261_248
-    assert llm_parameters(configured("llm=qwen2-7b", "arch=decoder").llm) == 7_615_616_512
+    published = {"llama3.1-8b": 8_030_261_248, "qwen2-7b": 7_615_616_512}
+    assert {llm: parameters(configured(f"llm={llm}", "arch=decoder"))["llm"].all for llm in published} == published
