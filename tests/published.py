@@ -31,7 +31,7 @@ LANGUAGES = {
 
 
 def language_model(config: Config, seed: int = 3) -> transformers.PreTrainedModel:
-    """transformers' own class with random weights of a size that matters, biases and norms included."""
+    """transformers' own class with random weights large enough to matter, including biases and norms."""
     llm = config.llm
     common = dict(
         hidden_size=llm.hidden,
@@ -76,7 +76,7 @@ def encoder_model(config: Config, seed: int = 4) -> torch.nn.Module:
 
 
 def scatter(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Random weights everywhere, norms around one."""
+    """Random weights everywhere, with norms around one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -86,7 +86,7 @@ def scatter(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def internvit_names(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """transformers' tensors under the names, and in the form, of OpenGVLab's InternViT files."""
+    """transformers' tensors under the names and in the form of OpenGVLab's InternViT files."""
     renamed = {
         "embeddings.class_embedding": state["embeddings.cls_token"],
         "embeddings.position_embedding": state["embeddings.position_embeddings"],
@@ -118,7 +118,7 @@ def internvit_names(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
 def write_release(
     folder: Path, config: Config, dummy_heads: int, dtype: torch.dtype, seed: int = 5, files: int = 3
 ) -> dict[str, Tensor]:
-    """A folder laid out as NVLM-D-72B is, in `files` files behind an index; returns what it holds."""
+    """A folder in NVLM-D-72B's format, with `files` files and an index; returns its tensors."""
     generator = torch.Generator().manual_seed(seed)
     parts = whole_model(config, internvit.parts(config.vision, dummy_heads))
     tensors = {

@@ -13,7 +13,7 @@ from tests.models import small_config
 
 @pytest.fixture(scope="module")
 def megatron() -> Iterator[None]:
-    """Process groups of one and one thread, for a whole module."""
+    """Process groups of one rank and one thread, for a whole module."""
     threads = torch.get_num_threads()
     with distributed(small_config().parallel, seed=0, threads=1):
         yield

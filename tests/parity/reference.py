@@ -25,7 +25,7 @@ NO_LOSS = -100
 
 @dataclass(frozen=True)
 class RefDims:
-    """Every size of a model; patch and image in px. Cross-attention in 1-based layers every, 2*every, ..."""
+    """Every size of a model; patch and image in px. Cross-attention is in the 1-based layers every, 2*every, ..."""
 
     vit_hidden: int
     vit_layers: int
@@ -69,13 +69,13 @@ class RefDims:
         return (self.patches_per_side // 2) ** 2
 
     def has_cross(self, layer: int) -> bool:
-        """Whether layer (0-based) holds gated cross-attention."""
+        """Whether layer (0-based) has gated cross-attention."""
         return self.arch != "decoder" and (layer + 1) % self.every == 0
 
 
 @dataclass(frozen=True)
 class Segment:
-    """kind text, tag or tile; tile counts within the image. A tag without ids marks where an image begins."""
+    """kind: text, tag or tile; tiles are counted within the image. A tag without ids marks where an image starts."""
 
     kind: str
     ids: tuple[int, ...] = ()
@@ -94,7 +94,7 @@ class RefSample:
 
 
 def check(sample: RefSample, arch: str) -> None:
-    """Refuse a sample that has no meaning in this architecture."""
+    """Refuse a sample that makes no sense in this architecture."""
     segments = sample.stream + sample.cross
     if not {s.kind for s in segments} <= {"text", "tag", "tile"} or "text" in {s.kind for s in sample.cross}:
         raise ValueError("a segment is text, tag or tile, and cross holds no text")
@@ -111,7 +111,7 @@ def check(sample: RefSample, arch: str) -> None:
 
 
 def length(segment: Segment, tokens_per_tile: int) -> int:
-    """Positions that a segment takes."""
+    """Number of positions of a segment."""
     return tokens_per_tile if segment.kind == "tile" else len(segment.ids)
 
 
@@ -193,7 +193,7 @@ class RMSNorm(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches and a class token in front, plus learned positions."""
+    """Patches after a class token, plus learned positions."""
 
     def __init__(self, dims: RefDims) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(Attention):
-    """The gated branch: norm on the query side only, no positions, no bias."""
+    """The gated branch: a norm only on the query side, no positions, no bias."""
 
     def __init__(self, dims: RefDims) -> None:
         super().__init__(dims, bias=False)
@@ -286,7 +286,7 @@ class CrossAttention(Attention):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, then gated cross-attention where the layer has it, then the SwiGLU MLP."""
+    """Self-attention, then gated cross-attention if the layer has it, then the SwiGLU MLP."""
 
     def __init__(self, dims: RefDims, has_cross: bool) -> None:
         super().__init__()
@@ -333,10 +333,8 @@ class ReferenceNVLM(nn.Module):
 
     @torch.no_grad()
     def init(self, seed: int, std: float = 0.02, gates: float | None = 0.0) -> ReferenceNVLM:
-        """Random weights: norms and layer scales near 1; gates as given; None: random, beyond +-0.5.
-
-        Values depend on (seed, name, shape) alone: models of other architectures or dtypes get the same ones.
-        """
+        """Random weights: norms and layer scales near 1; gates as given; None: random, beyond +-0.5. Values depend only
+        on (seed, name, shape), so models of other architectures or dtypes get the same ones."""
         near_one = ("norm.weight", "norm1.weight", "norm2.weight", "mlp1.0.weight", ".ls1", ".ls2")
         for name, parameter in self.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("megatron")
 
 
 def merge_state(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """`state`, by name, with its adapters merged into the weights beside them."""
+    """`state`, by name, with adapters merged into their weights."""
     merged = {name: tensor for name, tensor in state.items() if not is_adapter(name)}
     for name, tensor in merged.items():
         down, up = adapter_names(name)

@@ -57,7 +57,7 @@ def batch_for(config, rows) -> Batch:
 
 
 def dense(batch: Batch, config) -> Work:
-    """The work with the padding that is computed and with what masks hide."""
+    """The work including computed padding and masked pairs."""
     (rows, length), keys = batch.tokens.shape, batch.cross_tokens.shape[1]
     samples = [torch.bincount(row[row != PAD]).tolist() for row in batch.sample]
     if config.arch.name == "decoder":  # in a line, with as much padding as makes its length even
@@ -110,7 +110,7 @@ def test_pairs_are_those_that_see_each_other(arch, name):
 
 
 def test_pairs_of_random_numbers():
-    """Images without keys, keys of images that no text has begun, tags of tiles that are not there, bare rows."""
+    """Images without keys, keys of images that no text has started, tags of missing tiles, empty rows."""
     generator = torch.Generator().manual_seed(3)
     batch = batch_for(small_config("arch=xattn"), [[ONE]])
     for _ in range(30):
@@ -136,7 +136,7 @@ def test_pairs_of_random_numbers():
 @pytest.mark.parametrize("tiles", GRIDS)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_sample_of_one_image_is_foretold(arch, tiles):
-    """What the planner assumes is what the pipeline makes: here the text in front of the image is known, too."""
+    """The planner's assumptions match the pipeline's samples; here the text before the image is known, too."""
     config = small_config(f"arch={arch}")
     story = Story("told", (("user", "<image>"), ("assistant", "seven of them")), (GRIDS[tiles],))
     got = count_work(batch_for(config, [[story]]))
@@ -175,10 +175,8 @@ def test_padding_costs_nothing_in_the_model_s_count():
 
 @pytest.mark.parametrize(("letter", "petaflops"), [("d", 0.68), ("x", 0.32), ("h", 0.37)])
 def test_the_paper_s_samples_cost_what_is_estimated_of_them(configured, letter, petaflops):
-    """Yi-34B, SFT, 1024 tokens of text and 6 + 1 tiles without tags (NVLM Table 3).
-
-    The estimates have ungrouped keys and values in cross-attention, which ours has grouped: 10 TF of X, 8 TF of H.
-    """
+    """Yi-34B, SFT, 1024 tokens of text and 6 + 1 tiles without tags (NVLM Table 3). The estimates assume ungrouped keys
+    and values in cross-attention, where ours are grouped: 10 TF of X, 8 TF of H."""
     config = configured(f"+experiment=nvlm_{letter}_34b_sft", "dry_run=true", "tiling.tag=none")
     grouped = model_flops(config, sample_work(config, text=1024, regular=6))
     llm = dataclasses.replace(config.llm, kv_heads=config.llm.heads)

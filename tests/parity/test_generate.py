@@ -38,7 +38,7 @@ def prompts(config) -> list[Sample]:
 
 
 def longer(sample: Sample, tokens: list[int]) -> Sample:
-    """The sample with text behind it."""
+    """The sample followed by text."""
     more = {
         name: torch.cat((getattr(sample, name), torch.tensor(values)))
         for name, values in {
@@ -62,7 +62,7 @@ def stages_of(twins: Twins) -> Pipeline:
 
 
 def watched(monkeypatch) -> list[tuple[int, Tensor]]:
-    """A list that gets (number of columns computed, logits [B, V]) of each step."""
+    """A list that gets (number of computed columns, logits [B, V]) for each step."""
     seen: list[tuple[int, Tensor]] = []
 
     def watching(stages, batch, last_B, past):
@@ -75,7 +75,7 @@ def watched(monkeypatch) -> list[tuple[int, Tensor]]:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_cached_logits_are_those_of_whole_conversations(arch, twins, monkeypatch):
-    """fp32, within 1e-5 of the largest logit; rows that end are left out, and the others go on undisturbed."""
+    """fp32, within 1e-5 of the largest logit; rows that end are dropped, and the others are not affected."""
     twin, samples = twins[arch], prompts(twins[arch].config)
     stop = run(twin, samples, Sampling(max_new_tokens=3))[2][-1]
     seen = watched(monkeypatch)
@@ -141,7 +141,7 @@ def test_the_model_is_as_before_also_where_generation_fails(twins):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_layers_compute_the_same_with_and_without_gradients(arch, twins, monkeypatch):
-    """The short way of a layer against Megatron's own, whose calls are counted so that each is known to be taken."""
+    """A layer's shortcut compared with Megatron's own code, whose calls are counted to know which one ran."""
     batch = twins[arch].vision.encode(collate([[s] for s in prompts(twins[arch].config)], TILE))
     model, calls = twins[arch].model, []
     whole = TransformerLayer.forward

@@ -30,8 +30,8 @@ class Asked(AssertionError):
 
 
 class NothingAsked(TorchDispatchMode):
-    """Raises Asked where the host would have to wait for the meta device, were it a GPU: where a number or a shape
-    depends on numbers there, and where something is copied in a way that waits."""
+    """Raises Asked where the host would have to wait for the meta device if it were a GPU: where a value or a shape
+    depends on its values, and in copies that wait."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

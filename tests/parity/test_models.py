@@ -78,7 +78,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def clean(megatron: None) -> Iterator[None]:
-    """What is built once for all tests here goes with their process groups."""
+    """Objects built once for all tests here end with their process groups."""
     yield
     for cached in (twins_of, reference_result):
         cached.cache_clear()
@@ -96,7 +96,7 @@ def twins_with(overrides: tuple[str, ...], tag: str = "1d") -> Twins:
 
 @cache
 def reference_result(overrides: tuple[str, ...], tag: str, story: Story) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss [S] of one story alone, and the gradients of its sum; zero where nothing was reached."""
+    """Loss [S] of one story alone and the gradients of its sum, zero where nothing was reached."""
     twins = twins_with(overrides, tag)
     twins.reference.zero_grad(set_to_none=True)
     loss_S = twins.reference(reference_sample(story, twins.config))
@@ -210,10 +210,8 @@ def text_stream(sample: Sample) -> Sample:
 @pytest.mark.parametrize("arch", ["xattn", "hybrid"])
 @pytest.mark.parametrize("gates", [0.0, None], ids=["closed", "open"])
 def test_with_closed_gates_it_is_the_text_model_on_the_same_stream(arch, gates):
-    """X: the bare language model on words and tags; H: NVLM-D given the thumbnails alone.
-
-    Bit-equal in evaluation; where they learn, D leaves padding out on CPU, and kernels round by the shape of rows.
-    """
+    """X: the bare language model on words and tags; H: NVLM-D with only the thumbnails. Bit-equal in evaluation; in
+    training, D omits padding on CPU, and kernels round depending on the shape of rows."""
     twins = build_twins(small_config(f"arch={arch}"), gates)
     plain = build_twins(small_config("arch=decoder"), gates)  # the reference's init gives it the same weights
     samples = [sample_of(story, twins.config) for story in (ONE, TWO, TEXT)]
@@ -247,7 +245,7 @@ def test_fresh_gates_are_closed_and_learn():
 
 
 def places(sample: RefSample) -> list[tuple[Segment, range]]:
-    """Each segment of the stream with its positions."""
+    """Each segment of the stream and its positions."""
     out, at = [], 0
     for segment in sample.stream:
         length = K if segment.kind == "tile" else len(segment.ids)
@@ -257,7 +255,7 @@ def places(sample: RefSample) -> list[tuple[Segment, range]]:
 
 
 def repaint(batch: Batch, sample: RefSample, keys: set[tuple[int, int]], twins: Twins) -> Batch:
-    """The batch with other pixels in the tiles `keys` (image, tile); tiles lie image by image."""
+    """The batch with other pixels in the tiles `keys` (image, tile); tiles are ordered by image."""
     pixels = batch.pixels.clone()
     for at, key in enumerate(sorted(sample.tiles)):
         if key in keys:
@@ -266,7 +264,7 @@ def repaint(batch: Batch, sample: RefSample, keys: set[tuple[int, int]], twins: 
 
 
 def first_cross_output(twins: Twins, batch: Batch) -> Tensor:
-    """[S, H] of row 0: what the first gated cross-attention adds. No query has looked at a picture before."""
+    """[S, H] of row 0: what the first gated cross-attention adds, before which no query has seen an image."""
     module = next(m for m in twins.model.modules() if isinstance(m, GatedCrossAttention))
     outputs = []
     hook = module.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
@@ -318,7 +316,7 @@ def test_queries_of_h_see_the_tiles_begun_before(tag):
 
 
 def decoder_inputs(twins: Twins, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Row 0 of what enters the decoder: the stream [S, H] and the keys [X, H]."""
+    """Row 0 of the decoder's inputs: the stream [S, H] and the keys [X, H]."""
     seen = []
 
     def keep(module, args, kwargs):
@@ -372,7 +370,7 @@ def test_counts_of_d_and_x(arch, stream_tiles, cross_tiles, tiles):
 @pytest.mark.parametrize("rows", [[[TEXT], [TEXT, TEXT]], []], ids=["text", "nothing"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_batch_without_pictures_trains_all_that_learns(arch, rows, stage):
-    """Data-parallel ranks wait for each other's gradients: each parameter must bring one, if only zero."""
+    """Data-parallel ranks wait for each other's gradients, so each parameter must have one, even if it is zero."""
     twins = build_twins(small_config(f"arch={arch}", f"stage={stage}"))
     freeze(twins.model, twins.config)
     loss = twins.model(batch_of(rows, twins)).sum()
@@ -394,7 +392,7 @@ WORDS = (
 
 
 def random_story(seed: int) -> Story:
-    """One to three exchanges, perhaps behind a system turn, with pictures anywhere, also in answers."""
+    """One to three exchanges, maybe after a system turn, with images anywhere, even in answers."""
     rng = random.Random(seed)
     turns = [("system", "".join(rng.choices(WORDS, k=2)))] if rng.random() < 0.3 else []
     grids = []
@@ -439,21 +437,21 @@ def test_labels_spell_what_the_assistant_says_and_nothing_else(arch, tag):
 
 
 def one_less(tokens: Tensor) -> Tensor:
-    """`tokens` with a word in the place of the last placeholder."""
+    """`tokens` with a word instead of the last placeholder."""
     tokens = tokens.clone()
     tokens[tuple((tokens == IMAGE).nonzero()[-1])] = 5
     return tokens
 
 
 def one_more(tokens: Tensor) -> Tensor:
-    """`tokens` with a placeholder in the place of the first word."""
+    """`tokens` with a placeholder instead of the first word."""
     tokens = tokens.clone()
     tokens[tuple((tokens != IMAGE).nonzero()[0])] = IMAGE
     return tokens
 
 
 def moved(tokens: Tensor) -> Tensor:
-    """As many placeholders as before, but one of the last sample's in the first."""
+    """The same number of placeholders, but one of the last sample's is in the first."""
     return one_more(one_less(tokens))
 
 
@@ -514,7 +512,7 @@ def test_lost_or_doubled_tiles_are_refused(arch, field, corrupt, says):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("tokens", [K - 1, K + 1])
 def test_features_of_another_size_are_refused(arch, tokens):
-    """Too many tokens a tile would otherwise fill the placeholders with the wrong ones without a word."""
+    """Otherwise too many tokens per tile would silently fill the placeholders with the wrong ones."""
     twins = twins_with((f"arch={arch}",))
     batch = batch_of([[ONE]], twins)
     count, channels = len(batch.pixels), batch.features.shape[1]
@@ -549,7 +547,8 @@ def test_a_packed_row_holds_the_losses_of_its_samples_alone(model):
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("model", MODELS)
 def test_what_learns_in_pretraining_gets_the_references_gradients(model, recompute):
-    """Language model frozen. The encoder never learns, and encoding keeps no graph to hold activations by."""
+    """The language model is frozen. The encoder never learns, and encoding keeps no graph that would hold
+    activations."""
     overrides, rows = MODELS[model], INPUTS["packed rows"]
     twins = build_twins(small_config(*overrides, "stage=pretrain", f"train.recompute={recompute}"))
     freeze(twins.model, twins.config)

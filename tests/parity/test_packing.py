@@ -36,7 +36,7 @@ def batch_for(twins: Twins) -> Batch:
 
 
 def views(batch: Batch, kind: str) -> list[View]:
-    """The dense and the block mask of one kind of attention."""
+    """The dense and the block mask for one kind of attention."""
     if kind == "self":
         return [kernel.columns(batch) for kernel in (DENSE, Flex())]
     columns = torch.arange(batch.tokens.shape[1])
@@ -88,7 +88,7 @@ def test_rows_in_a_line_lose_and_learn_the_same(arch, twins):
 @pytest.mark.parametrize("lined", [False, True], ids=["rows", "a line"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_whole_model_with_block_masks(arch, lined, twins, monkeypatch):
-    """Masks reach every layer beside the arguments that Megatron keeps for a recomputed one."""
+    """Masks reach every layer outside the arguments that Megatron keeps for recomputation."""
     model, batch = twins[arch].model, batch_for(twins[arch])
     if lined:
         batch = in_line(batch)

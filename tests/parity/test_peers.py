@@ -50,7 +50,7 @@ LOSS, GRADIENT = 2e-6, 4e-5  # of the loss, of a tensor's largest gradient; 1.6e
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """Our model and encoder, and their weights as they would be published."""
+    """Our model and encoder, and their weights in published form."""
 
     config: Config
     model: VisionLanguageModel
@@ -116,7 +116,7 @@ def test_in_bf16_a_peer_is_as_near_to_fp32_as_we_are(kind, gradients, megatron):
 
 @pytest.mark.parametrize("kind", PEERS)
 def test_a_peer_begins_with_random_weights_of_its_own(kind, megatron):
-    """Also where ours are read from files, and are left as they are until then."""
+    """Even if ours are read from files and left uninitialized until then."""
     config = small_config("arch=decoder", "tiling.tag=none", "init.vision=null", "init.release=anywhere")
     samples = [sample_of(story, config) for story in (TWO, ONE)]
     peer = PEERS[kind](config, CPU)
@@ -129,7 +129,7 @@ def test_a_peer_begins_with_random_weights_of_its_own(kind, megatron):
 @pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine")
 @pytest.mark.parametrize("precision", ["bf16", "fp8_delayed", "fp8_current"])
 def test_of_transformer_engines_layers_it_is_made_of_the_same_weights(precision, monkeypatch, megatron):
-    """They can be made without a GPU, but not called."""
+    """Transformer Engine's layers can be built without a GPU, but not called."""
     widths = ("llm.hidden=32", "llm.ffn=64", "llm.head_dim=8", "vision.hidden=32", "vision.heads=4", "vision.ffn=64")
     ours, made = ours_of(f"precision={precision}", *widths), []
     monkeypatch.setattr("benchmarks.peers.wrap", lambda model, config: made.append(model))

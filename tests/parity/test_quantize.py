@@ -16,7 +16,7 @@ FLOATS = {"e4m3": torch.float8_e4m3fn, "bf16": torch.bfloat16}
 
 
 class Rounded(nn.Module):
-    """A linear whose weights and inputs are rounded to a format, with one scale a tensor."""
+    """A linear whose weights and inputs are rounded to a format with one scale per tensor."""
 
     def __init__(self, linear: nn.Module, kind: str) -> None:
         super().__init__()

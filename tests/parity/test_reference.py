@@ -85,7 +85,7 @@ def tile(image: int, tile: int) -> Segment:
 
 
 def sample_of(stream: list[Segment], cross: list[Segment] = (), seed: int = 0) -> RefSample:
-    """Random pixels for each tile that is named, and a label at two positions of three."""
+    """Random pixels for each named tile, and a label at two of three positions."""
     generator = torch.Generator().manual_seed(seed)
     keys = sorted({(s.image, s.tile) for s in [*stream, *cross] if s.kind == "tile"})
     shape = (3, DIMS.image, DIMS.image)
@@ -115,7 +115,7 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, what: str = "") ->
 
 
 class Rotary64(nn.Module):
-    """Stands in for transformers' rotary tables, which are fp32."""
+    """Replaces transformers' rotary tables, which are fp32."""
 
     def __init__(self, theta: float, width: int) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Rotary64(nn.Module):
 
 
 def to_fp64(model: nn.Module) -> nn.Module:
-    """Transformers' model with its fp32 islands replaced by torch's own RMSNorm and fp64 rotary tables."""
+    """Transformers' model with its fp32 parts replaced by torch's RMSNorm and fp64 rotary tables."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__.endswith("RMSNorm"):
@@ -253,7 +253,7 @@ def test_pixel_shuffle_order():
 
 
 def test_pixel_shuffle_equals_released_v2():
-    """The view-and-transpose form that the released code is described by."""
+    """The view-and-transpose form of the released code."""
     side, width = 6, 5
     patches = torch.randn(side * side, width)
     x = patches.view(side, side // 2, 2 * width).transpose(0, 1).contiguous()
@@ -445,7 +445,7 @@ def test_bind_tags_needs_open_gates_and_a_tag():
 
 
 def test_stream_holds_words_and_bare_projected_tiles():
-    """By hand, and also where tags are bound: a tag in the stream adds nothing to the tile after it."""
+    """Computed by hand, also with bound tags: a tag in the stream adds nothing to the tile after it."""
     model = build(arch="hybrid", bind_tags=True)
     sample = sample_of([text(1), tag(0, 0, 6), tile(0, 0), text(2)])
     words = model.language_model.model.embed_tokens.weight
@@ -473,7 +473,7 @@ def test_bind_tags_adds_the_normed_mean_word_of_the_tag():
 
 @pytest.mark.parametrize("arch", ["xattn", "hybrid"])
 def test_a_tile_reaches_exactly_the_positions_that_see_it(arch):
-    """With cross-attention in the last layer alone, other pixels change other logits row by row."""
+    """With cross-attention only in the last layer, other pixels change other logits, row by row."""
     model = build(arch=arch, every=DIMS.layers)
     sample = xattn_sample() if arch == "xattn" else hybrid_sample()
     visible, logits = visibility(sample, arch, K), model.logits(sample)

@@ -81,7 +81,7 @@ STORIES = (ONE, ONE_TILE, TWO, SIDE_BY_SIDE, TEXT, SAYING)
 
 @pytest.fixture(scope="module", autouse=True)
 def clean(megatron: None) -> Iterator[None]:
-    """What is built once for all tests here goes with their process groups."""
+    """Objects built once for all tests here end with their process groups."""
     yield
     built_of.cache_clear()
 
@@ -108,7 +108,7 @@ def built_of(*overrides: str) -> Trained:
 
 
 def trainer_model(*overrides: str) -> Trained:
-    """The trainer's classes with random weights: gates open, no norm's weight and no bias at its start."""
+    """The trainer's classes with random weights: gates open, norm weights and biases not at their initial values."""
     config = small_config(*overrides)
     (model,), encoder = build_parts(config), InternViT(config, solo_groups())
     for seed, module in enumerate((model, encoder)):
@@ -120,7 +120,7 @@ def trainer_model(*overrides: str) -> Trained:
 
 
 def tensors_of(trained: Trained, dummy_heads: int = 0) -> dict[str, Tensor]:
-    """All tensors under their exported names, zeros in the dummy heads."""
+    """All tensors under their exported names, with zeros in the dummy heads."""
     parts = internvit.parts(trained.config.vision, dummy_heads)
     tower = published(parts, dict(trained.encoder.named_parameters()))
     others = [part for part in whole_model(trained.config, parts) if not part.name.startswith(VISION)]
@@ -129,7 +129,7 @@ def tensors_of(trained: Trained, dummy_heads: int = 0) -> dict[str, Tensor]:
 
 
 def write_folder(folder: Path, trained: Trained, dummy_heads: int = 0) -> Path:
-    """What an export leaves."""
+    """Write a folder like an export's."""
     shutil.copy(SOURCE, folder)
     shutil.copy(TINY, folder / "tokenizer.json")
     encoder = internvit.exported(trained.config.vision, dummy_heads)
@@ -139,7 +139,7 @@ def write_folder(folder: Path, trained: Trained, dummy_heads: int = 0) -> Path:
 
 
 def module_of(folder: Path) -> ModuleType:
-    """The copied file, imported by its path."""
+    """The copied file, imported from its path."""
     spec = importlib.util.spec_from_file_location("modeling_nvlm_copy", folder / "modeling_nvlm.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -166,7 +166,7 @@ def pair(request, tmp_path):
 
 @dataclass(frozen=True)
 class Expected:
-    """What the trainer makes of a record: ids of the stream and of the keys, tiles, logits [S, V]."""
+    """The trainer's results for a record: ids of the stream and of the keys, tiles, logits [S, V]."""
 
     stream: list[int]
     keys: list[int]
@@ -176,7 +176,7 @@ class Expected:
 
 @torch.no_grad()
 def expected_of(record: Record, trained: Trained) -> Expected:
-    """By the trainer's own preprocessing and classes."""
+    """Results from the trainer's own preprocessing and classes."""
     config, model = trained.config, trained.model
     sample = encode(record, build_processor(config, placement_rule(config.arch.name)))
     batch = trained.vision.encode(collate([[sample]], TILE))
@@ -185,7 +185,7 @@ def expected_of(record: Record, trained: Trained) -> Expected:
 
 
 def ids_of(pieces: Sequence, tile_tokens: int) -> list[int]:
-    """Flat ids, IMAGE in the place of tile tokens."""
+    """Flat ids, with IMAGE instead of tile tokens."""
     return [i for piece in pieces for i in (piece.ids if piece.ids is not None else [IMAGE] * tile_tokens)]
 
 
@@ -210,7 +210,7 @@ def test_it_lays_out_and_computes_as_the_trainer(pair):
 
 
 def pictures() -> dict[str, Image.Image]:
-    """Pictures that must be resized, of every grid and of odd modes."""
+    """Images of every grid and of unusual modes that must be resized."""
     generator = np.random.default_rng(7)
 
     def photo(width: int, height: int) -> Image.Image:
@@ -269,7 +269,7 @@ def test_fewer_tiles_as_in_a_sequence_without_room(tmp_path):
 
 
 def greedy(module: ModuleType, model, messages, images, tokens: int) -> list[int]:
-    """Token after token, each from the logits of all before it."""
+    """Tokens one by one, each from the logits of all tokens before it."""
     inputs, ids = model.inputs(messages, images, reply=True), []
     while len(ids) < tokens and ids[-1:] != [model.tokenizer.token_to_id("<|im_end|>")]:
         ids.append(int(model.logits(inputs)[-1].argmax()))
@@ -303,7 +303,7 @@ def test_answer_is_the_greedy_loop(arch, tmp_path):
 
 
 class Spy:
-    """A tokenizer whose `decode` is another."""
+    """A tokenizer with another `decode`."""
 
     def __init__(self, tokenizer, decode) -> None:
         self._tokenizer, self.decode = tokenizer, decode

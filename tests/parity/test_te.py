@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def built(config, monkeypatch):
-    """The model of `config` in Transformer Engine's modules, which insist on a GPU."""
+    """The model of `config` in Transformer Engine's modules, which require a GPU."""
     with monkeypatch.context() as patch:
         patch.setattr("nvlm.llm.backend.this_machine", lambda: GPU_WITH_TE)
         patch.setattr(torch.cuda, "is_available", lambda: True)

@@ -104,7 +104,8 @@ def test_what_a_room_does_without(where, never):
 
 
 def test_an_encoder_is_known_to_its_own_folder_alone():
-    """The exported single file has its own copy of the modules; a run folder that names no encoder means the first."""
+    """The exported single file has its own copy of the modules; a run folder that names no encoder means the first
+    one."""
     own, default = ROOT / "nvlm/vision/encoders", '"vision": {"encoder": "internvit"}'
     for path in (ROOT / "nvlm").rglob("*.py"):
         if own not in path.parents and path.name != "modeling_nvlm.py":
@@ -166,7 +167,7 @@ def test_the_longest_files_are_there():
 
 
 def test_no_test_module_is_a_library():
-    """What several of them need is in a module of its own, whose name says what it is."""
+    """What several test modules need is in a helper module with a descriptive name."""
     for path in (ROOT / "tests").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -176,7 +177,7 @@ def test_no_test_module_is_a_library():
 
 
 def test_pytest_looks_into_every_folder_of_tests():
-    """Left to itself it passes over any folder called dist, without a word."""
+    """By default pytest silently skips any folder called dist."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     folders = {part for path in (ROOT / "tests").rglob("test_*.py") for part in path.relative_to(ROOT).parts[:-1]}
     assert {"tests", "unit", "parity", "dist", "e2e"} <= folders

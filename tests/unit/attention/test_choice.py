@@ -78,7 +78,7 @@ def test_the_table_of_kernels(options, machine, mode, columns, keys, rows):
     ],
 )
 def test_a_model_is_built_of_the_kernels_that_are_chosen(options, machine, columns, keys, core, monkeypatch):
-    """`tests/engine` has those of Transformer Engine."""
+    """`tests/engine` tests those of Transformer Engine."""
     config = small_config(*options)
     monkeypatch.setattr("nvlm.llm.backend.this_machine", lambda: machine)
     with as_rank(config, 0), torch.device("meta"):

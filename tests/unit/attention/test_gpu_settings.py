@@ -17,13 +17,13 @@ from nvlm.processes import device
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine that says it has one, and layers that are said to be Transformer Engine's."""
+    """Pretends that the machine has a GPU and that layers are Transformer Engine's."""
     monkeypatch.setattr(device, "has_cuda", lambda: True)
     monkeypatch.setattr(backend, "this_machine", lambda: GPU_WITH_TE)
 
 
 def test_a_meta_model_is_not_allocated_on_the_gpu(configured, gpu):
-    """Megatron's initialization on a GPU names the device, which wins over the meta device's block."""
+    """On a GPU, Megatron's initialization names the device, which overrides the block with the meta device."""
     config = configured("arch=decoder", "parallel.context=2")
     assert not build.base_config(config, num_layers=1, hidden_size=8, num_attention_heads=1).use_cpu_initialization
     with torch.device("meta"):

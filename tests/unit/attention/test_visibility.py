@@ -57,7 +57,7 @@ def test_samples_of_a_row_do_not_see_each_others_tiles():
 
 
 def test_padding_sees_nothing_and_is_not_seen():
-    """Padding of the stream and of the keys carry the same numbers: they must not find each other."""
+    """Padding of the stream and of the keys has the same numbers, but they must not see each other."""
     stream = [(0, 0, ALL_TILES), (PAD, PAD, ALL_TILES)]
     keys = [(0, 0, 0), (PAD, PAD, PAD)]
     assert torch.equal(visible(*numbers(*stream), *numbers(*keys)), matrix("x.", ".."))
@@ -102,7 +102,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_finite_gradients():
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("hidden", [None, [[True, False, False, True, False], [True] * 5]], ids=["all seen", "masked"])
 def test_one_column_attends_as_the_last_of_many(groups, hidden):
-    """Group by group instead of head by head; the second row sees no key."""
+    """By group instead of by head; the second row sees no key."""
     query, key, value = (torch.randn(length, 2, heads, 6) for length, heads in ((3, 4), (5, groups), (5, groups)))
     unseen = None if hidden is None else torch.tensor(hidden)[:, None, None]
     many = DENSE.attend(query, key, value, None if unseen is None else unseen.expand(2, 1, 3, 5), scale=0.3)

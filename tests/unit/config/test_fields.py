@@ -69,7 +69,7 @@ def test_what_no_run_can_have_is_refused(word):
 
 
 def test_rows_may_be_longer_than_the_model_s_positions(configured):
-    """Positions begin at 0 in each sample."""
+    """Positions start at 0 in each sample."""
     assert configured("data.row_length=9000").data.row_length == 9000
 
 

@@ -30,7 +30,7 @@ def test_another_chip_or_a_slice_of_one_is_not_taken_for_it(name):
 
 
 def test_peaks_are_dense():
-    """A figure with sparsity would halve every MFU: fp8 doubles bf16, and bf16 does not reach 1 PF on Hopper."""
+    """Figures with sparsity would halve every MFU: fp8 is twice bf16, and bf16 stays below 1 PF on Hopper."""
     for name, gpu in GPUS.items():
         assert gpu.fp8 is None or gpu.fp8 == pytest.approx(2 * gpu.bf16, rel=0.01), name
     assert GPUS["h100"].peak("bf16") == GPUS["h200"].peak("bf16") < 1e15

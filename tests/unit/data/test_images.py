@@ -50,7 +50,7 @@ def test_headers_and_pixels_agree_in_lossy_formats(kind):
 
 
 class Lying(Image.Image):
-    """Turns out larger when it is loaded, as odd icons do."""
+    """Turns out larger when it is loaded, as some icons do."""
 
     def load(self):
         self._size = (48, 48)
@@ -65,7 +65,7 @@ def test_a_header_that_lies_about_its_pixels_is_refused():
 
 
 def broken_avif() -> bytes:
-    """The boxes of a picture without a picture."""
+    """The boxes of an image without the image."""
 
     def box(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", 8 + len(body)) + name + body

@@ -97,7 +97,7 @@ def test_a_message_that_is_not_understood_is_refused_by_name(message, reason):
 
 
 def test_columns_of_a_table_that_say_nothing_are_no_keys():
-    """As writers of Parquet and JSON leave them in rows that do not use them."""
+    """As Parquet and JSON writers leave them in rows that do not use them."""
     parts = [{"type": "image", "text": None}, {"type": "text", "text": "hi", "image_url": None}]
     (turn,) = read_turns([{"role": "user", "content": parts, "tool_calls": [], "name": None, "loss": None}])
     assert turn.text == "<image>hi" and not turn.learned

@@ -43,7 +43,7 @@ def talk(question, answer="Yes."):
 
 @dataclass(frozen=True)
 class Words:
-    """Conversations of every length; each `spoilt`-th cannot be read."""
+    """Conversations of every length; every `spoilt`-th cannot be read."""
 
     count: int
     spoilt: int = 5
@@ -62,7 +62,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Given:
-    """These records."""
+    """The given records."""
 
     records: tuple
 
@@ -90,7 +90,7 @@ def rows_of(data):
 
 
 def same(a, b):
-    """Whether two steps hold the same micro-batches, bit for bit."""
+    """Whether two steps have the same micro-batches, bit for bit."""
     assert len(a.micro_batches) == len(b.micro_batches)
     for one, other in zip(a.micro_batches, b.micro_batches):
         for field in fields(one):
@@ -133,7 +133,7 @@ def test_rows_are_hardly_more_than_first_fit_decreasing_needs(lengths, seq, cros
 
 
 def padded(lengths, rows, micro_batch, which):
-    """Share of real tokens where rows, longest first, are padded to the longest of their micro-batch."""
+    """Share of real tokens if rows, longest first, are padded to the longest of their micro-batch."""
     totals = [sum(lengths[i][which] for i in row) for row in rows]
     parts = [totals[i : i + micro_batch] for i in range(0, len(totals), micro_batch)]
     return sum(totals) / sum(len(part) * max(part) for part in parts)
@@ -141,7 +141,7 @@ def padded(lengths, rows, micro_batch, which):
 
 @pytest.mark.parametrize(("seq", "cross"), [(1200, 1200), (1200, 2400), (1200, 320), (2400, 640)])
 def test_rows_are_full_of_what_binds_and_even_in_the_other(seq, cross):
-    """First fit leaves ragged whatever does not bind, so that rows of a micro-batch pad each other."""
+    """First fit leaves the other budget uneven, so that rows of a micro-batch need padding."""
     rng = np.random.default_rng(0)
     texts, keys = np.minimum(rng.lognormal(4.5, 0.8, 1000), 600) + 1, rng.integers(0, 7, 1000) * 16
     lengths = [(int(a), int(b)) for a, b in zip(texts, keys)]
@@ -176,7 +176,7 @@ def test_steps_and_replicas_get_equal_work(totals, parts, seed):
     seed=st.integers(0, 9),
 )
 def test_windows_hold_each_drawn_record_once_and_alike_on_all_replicas(count, batch, window, steps, size, seed):
-    """Also over the boundary of an epoch, and where the run ends within a window."""
+    """Also across the boundary of an epoch, and if the run ends within a window."""
     words = Words(count)
     build = dict(seed=seed, steps=steps, global_batch=batch, window=window)
     whole = steps_of(words, **build)
@@ -199,7 +199,7 @@ def test_windows_hold_each_drawn_record_once_and_alike_on_all_replicas(count, ba
 @settings(max_examples=15, deadline=None)
 @given(first=st.integers(0, 6), rank=st.integers(0, 1), window=st.integers(1, 5))
 def test_any_step_comes_out_the_same_alone(first, rank, window):
-    """A run that was stopped within a window goes on exactly, with nothing saved."""
+    """A run stopped within a window resumes exactly, without saved loader state."""
     build = dict(size=2, window=window)
     unbroken = list(load_steps(steps_of(Words(20), rank, **build), 0, workers=0))[first:]
     plan_window.cache_clear()
@@ -211,7 +211,7 @@ def test_any_step_comes_out_the_same_alone(first, rank, window):
 @settings(max_examples=20, deadline=None)
 @given(window=st.integers(1, 5), ends=st.lists(st.integers(1, 11), max_size=2, unique=True).map(sorted))
 def test_a_run_that_is_made_longer_keeps_its_finished_steps_and_leaves_nothing_out(window, ends):
-    """Its last window was cut by the end that it had."""
+    """Its last window was cut short by its former end."""
     lengths = [*ends, 12]
     runs = [steps_of(Words(60, spoilt=61), steps=n, window=window) for n in lengths]
     runs = [replace(run, ends=tuple(ends[:number])) for number, run in enumerate(runs)]
@@ -300,7 +300,7 @@ def test_a_header_is_enough_for_a_size_and_is_checked_like_an_image(tmp_path):
 
 
 def illustrated(tmp_path):
-    """Nine records with a picture; number 2 has none on disk, the pixels of 4 are cut off."""
+    """Nine records with an image each; number 2's is missing, and number 4's pixels are cut off."""
     for i in range(9):
         picture(120 + i, 120).save(tmp_path / f"{i}.jpg")
     (tmp_path / "2.jpg").unlink()
@@ -342,7 +342,7 @@ def test_an_image_that_changed_since_it_was_planned_stops_the_run(tmp_path):
 
 @dataclass(eq=False)
 class Changing:
-    """A record that is another each time it is read: with more words, and with more of its images."""
+    """A record that changes with every read: it gets more text and more images."""
 
     images: tuple
     reads: int = 0
@@ -378,7 +378,7 @@ def test_headers_are_read_and_tiles_planned_once_a_record(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("arch", ["decoder", "xattn", "hybrid"])
 def test_micro_batches_of_rows_with_many_images_keep_tiles_and_placeholders_together(arch):
-    """Every placeholder run of a sample shows that sample's own picture, wherever the window packed it."""
+    """Every run of placeholders shows its own sample's image, wherever the window packed it."""
     shades = [Image.new("RGB", (120 * (1 + i % 3), 120), (i, i, i)) for i in range(40)]
     records = Given(
         tuple(Record(str(i), talk("<image> <image>?"), [shades[2 * i], shades[2 * i + 1]]) for i in range(20))

@@ -135,7 +135,7 @@ def test_bad_images_are_refused_by_name(tmp_path):
 
 
 def test_an_image_of_another_size_than_its_header_said_is_refused(processor, tmp_path):
-    """A tile plan is made once, from the header: pixels that came between must not be cut by it."""
+    """Tiles are planned once, from the header; pixels of another size must not be cut by that plan."""
     picture(300, 100).save(tmp_path / "a.png")
     record = Record("r", talk(("user", "What?"), ("assistant", "A.")), [tmp_path / "a.png"])
     sketch = outline(record, processor("decoder"))
@@ -182,7 +182,7 @@ def test_first_fit_keeps_both_budgets_and_every_sample():
 
 
 class _Some:
-    """Ten records, of which number 3 is bad."""
+    """Ten records; number 3 is bad."""
 
     def __len__(self):
         return 10
@@ -220,7 +220,7 @@ def test_steps_skip_and_name_bad_records_and_replicas_share_the_work(processor):
 
 
 class _Raises(_Some):
-    """Two more records go wrong in ways that no reader foresees, one of them only when its pixels are read."""
+    """Two more records fail in ways that no reader foresees, one of them only when its pixels are read."""
 
     def __getitem__(self, index):
         if index == 5:
@@ -230,7 +230,7 @@ class _Raises(_Some):
 
 
 class _Spoilt(Image.Image):
-    """Has a size, but no pixels."""
+    """Has a size but no pixels."""
 
     def __init__(self, image):
         super().__init__()

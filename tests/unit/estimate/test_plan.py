@@ -248,7 +248,7 @@ def test_a_mistake_is_answered_in_one_line(monkeypatch, capsys, arguments, said)
 
 
 def test_the_command_tells_all_parts_and_writes_them(tmp_path):
-    """In a process of its own, in which torch is nowhere."""
+    """In a separate process without torch."""
     out = tmp_path / "plan.json"
     code = (
         "import sys; from nvlm.commands.plan import main\n"
@@ -312,7 +312,7 @@ echo "GPU-bb22, NVIDIA H200, {memory}"
 
 
 def with_gpus(folder: Path, memory: str) -> dict[str, str]:
-    """An environment whose nvidia-smi tells of two GPUs."""
+    """An environment whose nvidia-smi reports two GPUs."""
     tool = folder / "nvidia-smi"
     tool.write_text(SMI.format(memory=memory))
     tool.chmod(0o755)

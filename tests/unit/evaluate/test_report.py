@@ -17,7 +17,7 @@ def picture(width, height):
 
 
 def test_pictures_are_made_of_the_tiles_that_the_encoder_got(configured):
-    """Also where an image lost tiles because they did not fit."""
+    """Even if an image got fewer tiles so that it fits."""
     messages = [{"role": "user", "content": "<image><image>?"}]
     record = Record("r", messages, [picture(600, 100), picture(90, 90)])
     config = configured("arch=decoder", "data.seq_length=140", "tiling.max_tiles=6", "tiling.tag=none")

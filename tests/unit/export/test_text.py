@@ -24,7 +24,7 @@ QWEN2 = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # 151643 to 151645
 
 
 def qwen2_like(folder: Path, words: int = 151643, marks: list[str] = QWEN2) -> Path:
-    """A tokenizer of Qwen2's size and added tokens; its words are bytes and fillers."""
+    """A tokenizer with Qwen2's size and added tokens; its words are bytes and fillers."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {word: number for number, word in enumerate([*alphabet, *(f"w{n}" for n in range(words - 256))])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -110,7 +110,7 @@ SYSTEM = 'Say "it",\n\\n 漢🙂 {{ x }} {% y %} \'.'
 @pytest.mark.parametrize("system", [None, SYSTEM, "You are brief."])
 @pytest.mark.parametrize("bos", [None, "<|endoftext|>"])
 def test_the_template_is_the_trainer_s(configured, tmp_path, system, bos):
-    """Also its default system message, which no copied template may replace."""
+    """Including its default system message, which a copied template must not replace."""
     config = configured("arch=decoder")
     config = replace(config, llm=replace(config.llm, bos=bos), data=replace(config.data, system=system))
     rendered = AutoTokenizer.from_pretrained(written(config, tmp_path / "out"))
@@ -126,7 +126,7 @@ def test_the_template_is_the_trainer_s(configured, tmp_path, system, bos):
 
 
 def test_a_copied_template_does_not_outlive_the_export(configured, qwen2, tmp_path):
-    """Qwen's own puts "You are" where no system message is sent."""
+    """Qwen's own template adds "You are" if no system message is sent."""
     config = configured("arch=decoder", *LARGE, f"llm.tokenizer={qwen2}", "data.system=Answer.")
     tokenizer = AutoTokenizer.from_pretrained(written(config, tmp_path / "out"))
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)

@@ -37,7 +37,7 @@ def test_of_equal_chances_no_more_are_kept_than_needed():
 
 
 def drawn(temperature: float, top_p: float, count: int = 20_000) -> torch.Tensor:
-    """Share of each token among `count` draws at even distances."""
+    """Share of each token among `count` evenly spaced draws."""
     uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     ids = draw(CHANCES.log().expand(count, -1), uniform, temperature, top_p)
     return torch.bincount(ids, minlength=4).double() / count
@@ -94,7 +94,7 @@ def test_settings_out_of_range_are_refused(wrong, message):
 
 
 def pieces_of(tokenizer: ChatTokenizer, ids) -> tuple[list[str], str]:
-    """What is told behind each id, and at the end."""
+    """The text returned after each id, and at the end."""
     stream = TextStream(tokenizer)
     return [stream.push(i) for i in ids], stream.flush()
 
@@ -122,7 +122,7 @@ def test_broken_bytes_are_told_at_the_end_or_with_what_follows():
 
 
 def test_a_decoder_that_strips_the_first_space_keeps_the_others():
-    """Llama's tokenizer, as Yi's: a space begins each word's token, and the text's first one is dropped."""
+    """Llama's tokenizer, like Yi's: each word's token starts with a space, and the text's first space is dropped."""
     vocabulary = {"▁one": 0, "▁two": 1, "▁three": 2, "<unk>": 3}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()

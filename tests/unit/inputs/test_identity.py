@@ -18,7 +18,7 @@ from nvlm.weights.published import read_headers
 
 
 def tensors(scale: float = 1.0) -> dict[str, np.ndarray]:
-    """Some larger than three samples of them."""
+    """Tensors of which some are larger than three samples."""
     return {f"layer.{n}.weight": scale * np.arange(n * 2000, dtype=np.float32).reshape(n, 2000) for n in (1, 2, 3)}
 
 
@@ -96,7 +96,7 @@ def test_several_files_are_the_same_in_another_folder_and_not_with_another_conte
 
 @pytest.fixture
 def begun(tmp_path, configured):
-    """A run folder that recorded its inputs, and a function to the configuration of a run with other files."""
+    """A run folder with recorded inputs, and a function that returns a run's configuration with other files."""
     files = {"records.jsonl": '{"messages": []}\n', "tokenizer.json": "{}"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)

@@ -12,7 +12,7 @@ from nvlm.processes.requeue import requeued
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The signals that submitit's handler got."""
+    """The signals received by submitit's handler."""
     monkeypatch.setenv("SUBMITIT_FOLDER", "jobs")
     got: list[int] = []
     before = [
@@ -43,7 +43,7 @@ def test_where_nothing_can_be_saved_the_job_is_requeued_at_once(calls):
 
 @pytest.mark.parametrize(("unfinished", "times"), [(True, 1), (False, 0)])
 def test_a_run_that_ended_early_is_requeued_by_itself(calls, unfinished, times):
-    """Pre-emption: Slurm sends SIGTERM, which submitit ignores."""
+    """Preemption: Slurm sends SIGTERM, which submitit ignores."""
     with requeued(lambda: unfinished):
         raise SystemExit(0)  # as behind workers that a signal has stopped
     assert len(calls) == times

@@ -27,7 +27,7 @@ def launcher(where: Path, worker: str, stop_seconds: float = 30) -> subprocess.P
 
 
 def alive(where: Path) -> list[str]:
-    """Processes that work in `where`: the launcher, its workers and theirs."""
+    """Processes that work in `where`: the launcher, its workers and their children."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -46,7 +46,7 @@ def wait_for(condition, seconds: float = 30) -> None:
 
 
 def ends(process: subprocess.Popen, where: Path) -> tuple[int, str]:
-    """Exit status and what was said on stderr; all processes are gone."""
+    """Exit status and output on stderr; all processes must be gone."""
     said = process.communicate(timeout=60)[1]
     wait_for(lambda: not alive(where), 5)
     return process.returncode, said

@@ -131,7 +131,7 @@ def test_a_resume_may_change_what_no_step_depends_on(tmp_path, config):
 
 
 def with_steps(config, steps: int):
-    """The same run, of another length, to be resumed."""
+    """The same run with another number of steps, to be resumed."""
     return dataclasses.replace(config, resume="auto", train=dataclasses.replace(config.train, steps=steps))
 
 

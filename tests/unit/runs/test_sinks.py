@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @contextmanager
 def room_for(size: int):
-    """No file of this process may grow over `size` bytes: a write goes as far as there is room, the next one fails."""
+    """Limit this process's files to `size` bytes: a write goes up to the limit, the next one fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -35,7 +35,8 @@ VECTORS = {
 
 
 def reference_grid(width, height, max_num, size=448):
-    """The published rule: a Python set of pairs, sorted by product; a later one wins a large image's tie."""
+    """The published rule: a Python set of pairs, sorted by product; for a large image the later of two tied pairs
+    wins."""
     pairs = set()
     for n in range(1, max_num + 1):
         for i in range(1, n + 1):

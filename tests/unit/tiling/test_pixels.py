@@ -20,7 +20,7 @@ WIDE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 def tiles_of(image, max_tiles=6, resize="exact", tile_size=448):
-    """The tiles of an image that is planned by its size, as everywhere."""
+    """The tiles of an image, planned by its size as everywhere."""
     return tile_image(image, plan_tiles(*image.size, max_tiles, tile_size), resize)
 
 
@@ -32,7 +32,7 @@ def normalize(pixels, *dtype):
 
 
 def reference_tiles(image, max_tiles, size):
-    """float32 [T, 3, size, size] the published way: convert, resize, crop, thumbnail, ToTensor, Normalize."""
+    """float32 [T, 3, size, size] as in the published code: convert, resize, crop, thumbnail, ToTensor, Normalize."""
     image = image.convert("RGB")
     cols, rows = choose_grid(*image.size, max_tiles, size)
     resized = image.resize((cols * size, rows * size))
@@ -69,7 +69,7 @@ def noise(width, height, seed=0):
 
 
 def in_mode(rgb, mode):
-    """An image of the mode with the content of rgb, transparency with content of its own."""
+    """An image in the given mode with the content of rgb and its own transparency."""
     if mode == "LAB":
         return Image.merge("LAB", rgb.split())
     alpha = rgb.getchannel(2)
@@ -85,7 +85,7 @@ def in_mode(rgb, mode):
 
 
 def readable(image):
-    """The image in a mode from which Pillow itself reaches RGB; it doesn't from premultiplied grey."""
+    """The image in a mode that Pillow can convert to RGB, which it cannot do for premultiplied grey."""
     return image.convert("LA") if image.mode == "La" else image
 
 
@@ -292,7 +292,7 @@ def test_an_unknown_resize_lists_the_known_ones():
 
 @pytest.mark.parametrize("resize", ["exact", "fast"])
 def test_the_plan_alone_says_into_what_an_image_is_cut(resize):
-    """Also a plan that no rule makes of this size: nothing is planned again."""
+    """Even a plan that no rule makes for this size: nothing is planned again."""
     image = photo(30, 90)
     tiled = tile_image(image, TilePlan(2, 1, 16), resize)
     whole = torch.from_numpy(np.array(image.resize((32, 16)))).permute(2, 0, 1).int()

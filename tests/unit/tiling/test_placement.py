@@ -13,7 +13,7 @@ TOKENS = [16, 9, 4]
 
 
 def told(pieces):
-    """Each piece as (tile, ids or number of tokens, own tile alone)."""
+    """Each piece as (tile, ids or number of tokens, own tile only)."""
     return [(p.tile, p.content.ids if isinstance(p.content, Words) else p.length, p.own_tile) for p in pieces]
 
 

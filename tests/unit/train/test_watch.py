@@ -14,7 +14,7 @@ HANGS = replace(WELL, idle=31.0, where="loader.py:53", stack="in read\n")
 
 
 def pipeline(*beats: Beat) -> list[Beat]:
-    """The beats, each with its place."""
+    """The beats with their places."""
     return [replace(beat, place=f"tensor 0, pipeline {n}, context 0, data 0") for n, beat in enumerate(beats)]
 
 
@@ -38,7 +38,7 @@ def test_it_is_found_while_only_those_that_wait_are_late():
 
 
 def test_whoever_is_further_on_is_not_blamed():
-    """On a GPU one waits for a collective in any call that needs its result: no frame tells."""
+    """On a GPU, a rank may wait for a collective in any call that needs its result, which no frame shows."""
     text = diagnose(pipeline(replace(HANGS, marks=8, phase="optimizer"), HANGS), [0, 0])
     assert "rank 1 of 2" in text
     assert "rank 0 of 2" not in text

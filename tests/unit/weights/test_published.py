@@ -52,7 +52,7 @@ def change(file: Path, how: Callable[[dict], None]) -> None:
 
 
 def edit(file: Path, **values) -> None:
-    """Set entries of a JSON file; None removes."""
+    """Set entries of a JSON file; None removes them."""
     content = json.loads(file.read_text())
     file.write_text(json.dumps({k: v for k, v in (content | values).items() if v is not None}))
 
@@ -78,7 +78,7 @@ def as_ints(tensors: dict) -> None:
 
 
 def with_up(folder: Path) -> Path:
-    """A file that holds an up projection."""
+    """A file that contains an up projection."""
     return next(file for file in files_of(folder) if any("up_proj" in name for name in load_file(file)))
 
 
@@ -218,7 +218,7 @@ LEFT_OUT = {
 
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_what_a_language_model_s_file_leaves_out_means_the_default(qwen, name):
-    """Never the run's own value: each of these would change numbers without a word."""
+    """Never the run's own value, which would silently change the results."""
     values = json.loads((qwen / "config.json").read_text())
     given = values.pop("rope_parameters")
     values["rope_theta"] = given["rope_theta"]
