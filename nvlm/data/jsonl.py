@@ -1,4 +1,4 @@
-"""Records from JSON lines on disk: one {"messages": [...], "images": [...]} a line. Imports no torch."""
+"""Records from a file of JSON lines: one {"messages": [...], "images": [...]} per line. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from nvlm.data.images import image_path, open_regular
 from nvlm.data.messages import check_row
 from nvlm.data.record import BadRecord, First, Record, printable
 
-_LONGEST = 1 << 26  # bytes of a line, where only the first lines are read
+_LONGEST = 1 << 26  # bytes; the longest line when only the first records are read
 
 
 def build(source: Jsonl, seed: int, heldout: bool) -> JsonlRecords | None:
-    """The records of one of the source's files; None where it has no held-out one. Raises ConfigError."""
+    """The records of the source's training or held-out file; None without a held-out file. Raises ConfigError."""
     key, path = _file(source, heldout)
     return JsonlRecords(path, f"data.{key}") if path else None
 
 
 def first(source: Jsonl, heldout: bool) -> First | None:
-    """The records of one of the source's files, without looking further into it than they are read."""
+    """The records of one of the source's files, of which no more is read than is used."""
     key, path = _file(source, heldout)
     if heldout and not path:
         return None
@@ -39,7 +39,7 @@ def _file(source: Jsonl, heldout: bool) -> tuple[str, str | None]:
 
 
 def _lines(path: Path, key: str) -> Iterator[tuple[str, Callable[[], Record]]]:
-    """Name of each record and how to read it; blank lines are none."""
+    """Name of each record, and a function that reads it. Blank lines are skipped."""
     root, count = path.resolve().parent, 0
     with open_regular(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):
@@ -52,13 +52,13 @@ def _lines(path: Path, key: str) -> Iterator[tuple[str, Callable[[], Record]]]:
 
 
 def _blank(key: str, path: str | Path) -> ConfigError:
-    return problem(key, f"{path}, which holds blank lines alone", "one JSON object a line", f"{key}=FILE")
+    return problem(key, f"{path}, which has only blank lines", "one JSON object per line", f"{key}=FILE")
 
 
 class JsonlRecords:
-    """One JSON object a line: `messages`, `images` (paths below the file's folder), optionally `id`.
+    """One JSON object per line: `messages`, `images` (paths inside the file's folder), optionally `id`.
 
-    Blank lines are no records. `key`: the setting that named the file. Raises ConfigError.
+    Blank lines are skipped. `key`: the setting that the path came from. Raises ConfigError.
     """
 
     def __init__(self, path: str, key: str = "data.path") -> None:
@@ -70,7 +70,7 @@ class JsonlRecords:
             raise _blank(key, path)
 
     def _scan(self) -> tuple[np.ndarray, Sequence[int]]:
-        """Where each line starts, and the numbers (from 0) of those that are not blank."""
+        """Offset of each line, and the numbers (from 0) of the lines that are not blank."""
         starts, blank = [0], []
         with open_regular(self.path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             while starts[-1] < len(data):
@@ -104,8 +104,8 @@ class JsonlRecords:
 
 
 def check_file(path: str, key: str) -> None:
-    """Raise ConfigError where `path`, which the setting `key` names, cannot be a file of JSON lines."""
-    lines, fix = "a text file of one JSON object a line", f"{key}=FILE"
+    """Raise ConfigError if `path`, which the setting `key` names, cannot be a file of JSON lines."""
+    lines, fix = "a text file of one JSON object per line", f"{key}=FILE"
     try:
         with open_regular(Path(path)) as file:
             first = file.read(64)
@@ -122,7 +122,7 @@ def check_file(path: str, key: str) -> None:
             raise problem(key, f"{path}, {kind}", lines, change.format(path=path))
 
 
-# What else is mistaken for JSON lines: first bytes, name, and what to do.
+# Files that may be mistaken for JSON lines: first bytes, name, and what to do.
 _OTHER_FILES = (
     (b"\x1f\x8b", "a gzip file", "unpack it: gunzip {path}"),
     (b"\x28\xb5\x2f\xfd", "a zstd file", "unpack it: unzstd {path}"),
@@ -134,7 +134,7 @@ _OTHER_FILES = (
 
 
 def read_line(text: bytes, name: str, root: Path) -> Record:
-    """The record on one line of a file in the folder `root` (resolved); `name` is its id unless it brings one.
+    """The record on one line of a file in the folder `root` (resolved); `name` is its id unless it has one.
 
     Raises BadRecord.
     """

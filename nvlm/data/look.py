@@ -1,4 +1,4 @@
-"""The first records of a run's files, looked at before anything is loaded or written. Imports no torch."""
+"""Checks the first records of a run's files before anything is loaded or written. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from nvlm.data.record import BadRecord, First, Record, one_record
 from nvlm.data.sources import first_records
 from nvlm.tiling.placement import PlacementRule
 
-_MOST = 20  # records of a source
-_SHOWN = 3  # reasons in a message
+_MOST = 20  # records checked per source
+_SHOWN = 3  # reasons in the message
 
 
 def check_data(config: Config, placement: PlacementRule) -> None:
-    """Raise ConfigError where a file of records is not there, or none of its first records can be used.
+    """Raise ConfigError if a file of records is missing or none of its first records can be used.
 
-    Held-out records must have an answer too. Reads image headers, but no pixels. A run that only wants to be counted
-    has no data.
+    Held-out records must also have an answer. Reads image headers, but no pixels. A dry run reads no data.
     """
     training = None if config.dry_run else first_records(config.data.source)
     if training is None:
@@ -39,7 +38,7 @@ def _question(record: Record, processor: Processor) -> None:
 
 
 def _check(first: First, most: int, use: Callable[[Record], object]) -> None:
-    """Raise ConfigError where `use` finds none of the first `most` records usable."""
+    """Raise ConfigError if `use` accepts none of the first `most` records."""
     reasons: dict[str, str] = {}  # to the first record that has it
     count = 0
     for name, read in islice(first.records, most):
@@ -53,4 +52,4 @@ def _check(first: First, most: int, use: Callable[[Record], object]) -> None:
     shown = "; ".join(f"{name}: {reason}" for reason, name in islice(reasons.items(), _SHOWN))
     which = f"its first {count} records are all" if count > 1 else "its first record is"
     got = f"{first.place}: {which} unusable ({shown})"
-    raise problem(first.key, got, "usable records", f"mend them, or {first.key}=FILE")
+    raise problem(first.key, got, "usable records", f"repair them, or {first.key}=FILE")

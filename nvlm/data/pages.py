@@ -182,13 +182,13 @@ def build(source: Pages, seed: int, heldout: bool) -> PageRecords:
 
 
 def first(source: Pages, heldout: bool) -> None:
-    """Pages that are made here need not be looked at."""
+    """The pages need no check, since they are generated."""
 
 
 class PageRecords:
-    """Pages of a Hugging Face dataset: columns id, messages, images (encoded until they are used) and kinds."""
+    """Pages in a Hugging Face dataset: columns id, messages, images (not decoded until used) and kinds."""
 
-    files = ()  # pages are drawn anew
+    files = ()  # pages are generated, not read
 
     def __init__(self, dataset) -> None:
         from datasets import Image as ImageFeature

@@ -31,8 +31,8 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class First:
-    """The first records of a source: name of each and how to read it, which may raise BadRecord. `key`: the setting
-    that leads to them; `place`: its value."""
+    """The first records of a source: the name of each and a function that reads it, which may raise BadRecord. `key`:
+    the setting that names the source; `place`: its value."""
 
     key: str
     place: str

@@ -1,7 +1,7 @@
-"""The names of a checkpoint's tensors, without torch.
+"""Reads the names of a checkpoint's tensors without torch.
 
-torch.distributed.checkpoint keeps them in a pickle. Here nothing that it names is imported or run: a stand-in takes the
-place of every class, and of all that was pickled only names are used.
+torch.distributed.checkpoint stores them in a pickle. Nothing in it is imported or run here: every class is replaced
+by a stand-in, and only names are used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def tensor_names(folder: Path) -> list[str]:
-    """Keys of the tensors in a step folder, or in the frozen weights beside it; empty where there is no checkpoint."""
+    """Keys of the tensors in a step folder or in a folder of frozen weights; empty without a checkpoint."""
     path = folder / ".metadata"
     if not path.is_file():
         return []
@@ -34,5 +34,5 @@ def tensor_names(folder: Path) -> list[str]:
         with open(path, "rb") as file:
             return list(_Unpickler(file).load().state["state_dict_metadata"])
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ValueError, IndexError):
-        fix = "take another one, or restore it from a copy"
+        fix = "use another one, or restore it from a copy"
         raise problem(f"checkpoint {folder}", "a damaged .metadata", "the file as it was written", fix) from None

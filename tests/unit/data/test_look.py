@@ -59,7 +59,7 @@ def test_good_files_and_runs_without_files_pass(look, configured):
             "its first 2 records are all unusable .h.jsonl:1: no assistant turn with an answer to compare",
         ),
         ((GOOD | {"images": ["gone.png"]},), "h.jsonl:1: gone.png: no such image"),
-        (("\n \n",), "blank lines alone"),
+        (("\n \n",), "only blank lines"),
         (("",), "which is empty"),
     ],
 )
