@@ -33,8 +33,8 @@ from nvlm.estimate.lengths import most_image_tokens
         (["data.window=0"], ("data.window", "0", "at least 1")),
         (["data=jsonl"], ("data.path", "nothing", "data.path=")),
         (["data=jsonl", "data.paht=r.jsonl"], ("data.paht", "expected one of data.path.", "data.path=")),
-        (["data.path=r.jsonl"], ("data.path", "a key of data=jsonl alone", "data.records", "Fix: data=jsonl")),
-        (["-m", "data=pages,jsonl", "data.path=r", "data.questions=1"], ("data.path", "a key of data=jsonl alone")),
+        (["data.path=r.jsonl"], ("data.path", "a key of data=", "data.records", "Fix: data=")),
+        (["-m", "data=pages,jsonl", "data.path=r", "data.questions=1"], ("data.path", "a key of data=")),
         (
             ["parallel.context=4", "parallel.context_heads=4"],
             ("parallel.context_heads", "4", "parallel.context_heads=2"),
