@@ -1,4 +1,4 @@
-"""The command: key=value options, one line where something is wrong. Imports no torch before they are checked."""
+"""The export command, with key=value options. Imports no torch before they are checked."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from nvlm.export.options import parse
 HELP = """python launch/export_hf.py checkpoint=RUN out=DIR [key=value ...]
 
 checkpoint=RUN   a run folder (its newest checkpoint), or one of its checkpoints/step_N
-out=DIR          the folder to be written: safetensors, config.json, tokenizer, modeling_nvlm.py, README.md
+out=DIR          the folder to write: safetensors, config.json, tokenizer, modeling_nvlm.py, README.md
 vision=DIR       where the encoder is, if no longer where the run read it; tokenizer=DIR likewise
-like=DIR         store each tensor as wide as this folder does (NVLM-D-72B holds some in fp32), not as the run held it
-shard_gb=5       the largest file, GB"""
+like=DIR         store each tensor in the precision that it has in this folder (NVLM-D-72B has some in fp32)
+shard_gb=5       maximum size of a file, GB"""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Answer the command line; returns the exit status."""
+    """Run the command; returns the exit status."""
     return answered_or_helped(arguments, HELP, _answer)
 
 

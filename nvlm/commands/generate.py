@@ -1,4 +1,4 @@
-"""The command: a conversation with a model, its words on standard output as they come."""
+"""The generate command: a conversation with a model, streamed to standard output."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from nvlm.commands.mistakes import answered_or_helped
 from nvlm.commands.request import HELP, Request, parse
 from nvlm.config.values import ConfigError
 
-_STOP_SECONDS = 5.0  # there is nothing to save
+_STOP_SECONDS = 5.0  # short, since there is nothing to save
 _ADD_IMAGE = "/image "
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Answer the command line; returns the exit status."""
+    """Run the command; returns the exit status."""
     return answered_or_helped(arguments, HELP, _answer)
 
 
 def _answer(arguments: Sequence[str]) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever interrupts wants no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback on Ctrl-C
     request = parse(arguments)
     task = launch.launched()
     launch.check_processes(request.config, len(launch.gpus_here()))
@@ -33,24 +33,24 @@ def _answer(arguments: Sequence[str]) -> int:
 
 
 def work(request: Request) -> int:
-    """Hold the conversation in this process, which is one of the layout's."""
+    """Hold the conversation, as one rank of the layout."""
     launch.quiet()
     from nvlm.data.record import BadRecord
     from nvlm.generate.generator import Conversation, check, opened
 
     config = request.config
     try:
-        if request.prompt:  # before the weights are read
+        if request.prompt:  # checked before the weights are read
             check(config, Conversation([user_turn(request.prompt, request.images)], request.images), request.sampling)
         with opened(config) as generator:
             converse(generator, request)
-    except BadRecord as error:  # raised by all processes alike
+    except BadRecord as error:  # all ranks raise it
         raise ConfigError(str(error)) from None
     return 0
 
 
 def user_turn(text: str, images: Sequence) -> dict[str, str]:
-    """A user's message with the places of its own `images` marked. Raises BadRecord."""
+    """A user's message with a mark for each of its `images`. Raises BadRecord."""
     from nvlm.data.messages import place_images, read_turns
 
     (turn,) = place_images(read_turns([{"role": "user", "content": text}]), len(images))
@@ -58,8 +58,8 @@ def user_turn(text: str, images: Sequence) -> dict[str, str]:
 
 
 def converse(generator, request: Request) -> None:
-    """The prompt's turn and, with chat=true, those of standard input. A turn that cannot be read is told and left out;
-    without chat=true it raises BadRecord."""
+    """The prompt's turn and, with chat=true, turns from standard input. A turn that cannot be used is reported and
+    skipped; without chat=true it raises BadRecord."""
     from nvlm.config.data import IMAGE_MARK
     from nvlm.data.record import BadRecord
     from nvlm.generate.generator import Conversation
@@ -82,17 +82,17 @@ def converse(generator, request: Request) -> None:
             if not request.chat:
                 raise
             if groups.is_first_rank():
-                print(f"error: {error}; this turn is left out", file=sys.stderr, flush=True)
+                print(f"error: {error}; this turn is skipped", file=sys.stderr, flush=True)
         else:
             show(0, "\n")
-            # What the model says is no image, whatever it says.
+            # A mark in the model's answer is not an image.
             reply = {"role": "assistant", "content": answer.replace(IMAGE_MARK, "")}
             said = Conversation([*asked.messages, reply], asked.images)
         added = []
 
 
 def _lines(request: Request) -> Iterator[str]:
-    """The prompt, then with chat=true the lines of standard input, which the first process reads for all."""
+    """The prompt, then with chat=true the lines of standard input, which the first rank reads for all."""
     from nvlm.processes import groups
 
     if request.prompt:

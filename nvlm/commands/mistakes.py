@@ -1,4 +1,4 @@
-"""What a user can cause, whichever command it is: one line that says what is wrong, an exit status, and no traceback.
+"""Turns users' mistakes in any command into one line and an exit status instead of a traceback.
 
 Imports no torch.
 """
@@ -16,15 +16,15 @@ from nvlm.processes.workers import report
 from nvlm.train.guard import BrokenRun
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130  # exit statuses
-# What the system says of its own state, naming no file: no room, a broken disk, too many open files.
+# Errors about the machine's state without a file name: full disk, broken disk, too many open files.
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
 
 
 def answered(command: Callable[[], int], failed: int = FAILED) -> int:
     """The exit status of `command`, whose standard streams may be closed or broken.
 
-    `failed`: the status of one that ends with a message although its configuration is right. Faults of the program
-    itself are raised as they are.
+    `failed`: the status of a command that ends with a message although its configuration is valid. Bugs of the program
+    itself keep their traceback.
     """
     _open_streams()
     try:
@@ -35,10 +35,10 @@ def answered(command: Callable[[], int], failed: int = FAILED) -> int:
     except ConfigError as error:
         report(f"error: {error}")
         return REFUSED
-    except BrokenRun as error:  # raised on all ranks alike, under torchrun or srun
+    except BrokenRun as error:  # all ranks raise it, under torchrun or srun
         report(f"error: {error}")
         return failed
-    except BrokenPipeError:  # whoever read the output, as in `| head`, has read enough
+    except BrokenPipeError:  # the reader of the output has ended, as in `| head`
         return failed
     except OSError as error:
         if error.filename is None and error.errno not in _OF_THE_MACHINE:
@@ -53,7 +53,7 @@ def answered(command: Callable[[], int], failed: int = FAILED) -> int:
 
 
 def answered_or_helped(arguments: Sequence[str], help_text: str, command: Callable[[Sequence[str]], int]) -> int:
-    """As `answered` of `command(arguments)`; prints `help_text` instead where -h or --help is among the arguments."""
+    """`answered` for `command(arguments)`; with -h or --help among the arguments, prints `help_text` instead."""
 
     def answer() -> int:
         if {"-h", "--help"}.isdisjoint(arguments):
@@ -67,15 +67,15 @@ def answered_or_helped(arguments: Sequence[str], help_text: str, command: Callab
 def _status(command: Callable[[], int]) -> int:
     try:
         return command()
-    except SystemExit as end:  # Hydra's, behind --help
+    except SystemExit as end:  # Hydra's, after --help
         if isinstance(end.code, str):
             raise
         return end.code or 0
 
 
 def _open_streams() -> None:
-    """Let /dev/null stand in for standard streams that are closed: the next file to be opened would take their place,
-    and what is printed would end up in it. What the terminal's encoding lacks is printed as an escape."""
+    """Replace closed standard streams by /dev/null: otherwise the next file to be opened would get their number and
+    whatever is printed. Characters that the terminal's encoding lacks are printed as escapes."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -97,7 +97,7 @@ def _check_working_folder() -> None:
 
 
 def _drop_what_cannot_be_written() -> None:
-    """What is left in a broken stdout would end the interpreter with a complaint."""
+    """Discard what is left in a broken stdout, about which the interpreter would complain at its end."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,6 +1,6 @@
-"""What a command asks for: its own keys, the configuration of the model, and where the weights are.
+"""Parses the generate command's arguments: its own keys, and the configuration of the model with its weights.
 
-Imports no torch, so that a mistake is answered at once.
+Imports no torch, so that mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from nvlm.generate.sampling import Sampling
 HELP = """python launch/generate.py checkpoint=DIR [image=PATH] prompt="..." [key=value ...]
 
 checkpoint=DIR      a run folder (its newest checkpoint), or one of its checkpoints/step_N
-image=PATH          an image, or several: image=[a.png,b.png]; <image> in the prompt marks their places, else in front
-prompt=TEXT         the user's first words; system=TEXT replaces the run's system message, system= leaves it out
+image=PATH          an image, or several: image=[a.png,b.png]; placed at <image> marks in the prompt, else before it
+prompt=TEXT         the user's first message; system=TEXT replaces the run's system message, system= removes it
 max_new_tokens=256  temperature=0  top_p=1  seed=0      temperature 0 takes the likeliest token
-chat=true           reads further turns from standard input, a line each; /image PATH adds an image to the next one
-parallel.tensor=2 and other keys of the run's configuration change it; without a checkpoint it is composed from conf/"""
+chat=true           reads further turns from standard input, one per line; /image PATH adds an image to the next turn
+parallel.tensor=2 and other keys change the run's configuration; without a checkpoint it is composed from conf/"""
 
 OPTIONS = ("checkpoint", "image", "prompt", "system", "max_new_tokens", "temperature", "top_p", "seed", "chat")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One conversation to hold, with the model of `config`, whose weights are what config.init names."""
+    """One conversation to hold, with the model of `config` and the weights that config.init names."""
 
     config: Config
     images: tuple[Path, ...]
@@ -42,7 +42,7 @@ class Request:
 
 
 def parse(arguments: Sequence[str]) -> Request:
-    """A command line as a request. Raises ConfigError."""
+    """The request of a command line. Raises ConfigError."""
     own, others = _split(arguments)
     chat = _number(own, "chat", {"true": True, "false": False}.__getitem__, False)
     sampling = Sampling(
@@ -56,14 +56,14 @@ def parse(arguments: Sequence[str]) -> Request:
         values = to_mapping(config.data) | {"system": own["system"] or None}
         config = dataclasses.replace(config, data=from_mapping(DataConfig, values, "data."))
     if not chat and not own.get("prompt"):
-        raise problem("prompt", "nothing", "the user's words, or chat=true to read them", 'prompt="What is this?"')
+        raise problem("prompt", "nothing", "a message, or chat=true to read messages", 'prompt="What is this?"')
     sampling.prompt_room(config.llm.max_positions)
     images = _images(own.get("image", ""))
     return Request(config=config, images=images, prompt=own.get("prompt"), sampling=sampling, chat=chat)
 
 
 def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The command's own keys, as they came, and the other words. Hydra would read a prompt's signs as grammar."""
+    """The command's own keys, verbatim, and the other words. Hydra would parse special characters in a prompt."""
     own, others = {}, []
     for word in arguments:
         key, equals, value = word.partition("=")

@@ -1,4 +1,4 @@
-"""The configuration of a trained run, changed so that its model answers. Imports no torch."""
+"""The configuration of a trained run, adapted for generation. Imports no torch."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ _ONE_PROCESS = {
 
 
 def read_config(checkpoint: str | Path, overrides: Sequence[str] = (), also: Sequence[str] = ()) -> Config:
-    """The configuration of a run's folder or of one of its step folders, whose weights a model is to begin with.
+    """The configuration for generating with the weights in a run folder or in one of its step folders.
 
-    Its layout is one process unless `overrides` ("key=value" of the configuration) say otherwise. `also`: keys that are
-    no part of it, which a mistyped one may have meant. Raises ConfigError.
+    The layout is one process unless `overrides` ("key=value" for the configuration) change it. `also`: other keys that
+    a mistyped one may have meant. Raises ConfigError.
     """
     folder = find_checkpoint(Path(checkpoint).resolve(), "checkpoint")
     before = read_run_config(folder)
     values = to_mapping(before)
     values["parallel"] |= _ONE_PROCESS
     values["init"] = {"llm": None, "release": None, "vision": None, "checkpoint": str(folder)}
-    values["peft"]["targets"] = before.adapted or before.peft.targets  # what was new had no adapters
+    values["peft"]["targets"] = before.adapted or before.peft.targets  # groups that were new had no adapters
     values["stage"]["new"] = []
     values["train"] |= {"offload": False, "recompute": "none"}  # nothing is kept for a backward pass
-    # FP8 products take tokens by the dozen, and weights are kept in bf16.
+    # FP8 kernels need certain multiples of tokens, so products and weights are in bf16.
     plain = {"edges": 0, "encoder": False, "param_gather": False}
     values["precision"] = plain | {"name": PrecisionConfig(**plain | values["precision"]).dtype}
     known = flat(values)
-    changes = [re.sub("^precision=", "precision.name=", word) for word in overrides]  # as for a run it names all of it
+    changes = [re.sub("^precision=", "precision.name=", word) for word in overrides]  # as in training
     for word in changes:
         key = word.partition("=")[0]
         if key not in known:
@@ -66,7 +66,7 @@ def read_config(checkpoint: str | Path, overrides: Sequence[str] = (), also: Seq
 
 
 def for_generation(config: Config) -> Config:
-    """Return `config`, or raise ConfigError where its layout cannot generate text or its weights are not there."""
+    """Return `config`, or raise ConfigError if its layout cannot generate text or its weights are missing."""
     for key in ("context", "data"):
         got = getattr(config.parallel, key)
         if got != 1:

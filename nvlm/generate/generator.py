@@ -1,4 +1,4 @@
-"""A model ready to answer: `with load("runs/NAME") as generator: generator.generate([conversation])`."""
+"""Text generation from Python: `with load("runs/NAME") as generator: generator.generate([conversation])`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from nvlm.vision.prepass import BalancedVision, build_team
 class Conversation:
     """Messages of {role, content} up to a user's turn, and its images: paths, encoded bytes or Pillow images.
 
-    `<image>` in the messages marks the images' places; without marks they stand in front of the first user's words.
+    `<image>` in the messages marks the images' places; without marks they go before the first user message's text.
     """
 
     messages: Sequence[dict[str, Any]]
@@ -44,18 +44,18 @@ class Conversation:
 
 
 Stream = Callable[[int, str], None]
-"""Hears of text as it comes: (number of the conversation, piece)."""
+"""Called with each new piece of text: (number of the conversation, piece)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generator:
-    """This process's part of a model. All processes call its methods together, with the same arguments."""
+    """This rank's part of a model. Its methods are collective calls, with the same arguments on all ranks."""
 
     config: Config
     pipeline: Pipeline
     vision: BalancedVision
     device: torch.device
-    untrained: tuple[str, ...] = ()  # module groups with random weights: an image means nothing to them
+    untrained: tuple[str, ...] = ()  # module groups with random weights, which cannot interpret images
 
     def generate(
         self,
@@ -63,13 +63,13 @@ class Generator:
         sampling: Sampling = GREEDY,
         stream: Stream = lambda number, piece: None,
     ) -> list[str]:
-        """The assistant's next words in each conversation.
+        """The assistant's next answer in each conversation.
 
-        Raises BadRecord for a conversation that cannot be read or encoded or is too long, and for any image where the
-        weights of what reads images are random; ConfigError for max_new_tokens.
+        Raises BadRecord for a conversation that cannot be read or tokenised or is too long, and for any image if the
+        modules that read images have random weights; ConfigError for max_new_tokens.
         """
         if self.untrained and any(one.images for one in conversations):
-            raise BadRecord(f"no image can be answered: the weights of {' and '.join(self.untrained)} are random")
+            raise BadRecord(f"images cannot be used: the weights of {' and '.join(self.untrained)} are random")
         processor, config = prompt_processor(self.config, sampling), self.config
         samples = [_encode(number, one, processor) for number, one in enumerate(conversations)]
         multiple = config.row_multiple
@@ -89,7 +89,7 @@ class Generator:
 
 
 def prompt_processor(config: Config, sampling: Sampling) -> Processor:
-    """Prompts as evaluation has them, with room for the new tokens, and for the keys of any number of images."""
+    """A processor of prompts, as in evaluation, with room for new tokens and for the keys of any number of images."""
     room = sampling.prompt_room(config.llm.max_positions)
     return replace(
         build_processor(config, registry.placement_rule(config.arch.name), resize="exact"),
@@ -100,7 +100,7 @@ def prompt_processor(config: Config, sampling: Sampling) -> Processor:
 
 
 def check(config: Config, conversation: Conversation, sampling: Sampling) -> None:
-    """Raise BadRecord or ConfigError for what `Generator.generate` could not answer; needs no model."""
+    """Raise BadRecord or ConfigError if `Generator.generate` could not answer the conversation. Needs no model."""
     with one_record():
         outline(_record(0, conversation), prompt_processor(config, sampling), generate=True)
 
@@ -116,7 +116,7 @@ def _record(number: int, conversation: Conversation) -> Record:
 
 
 def build_generator(config: Config, device: torch.device) -> Generator:
-    """This process's part of the model of `config` with the weights that config.init names. Raises ConfigError."""
+    """This rank's part of the model of `config` with the weights that config.init names. Raises ConfigError."""
     check_vocabulary(config)
     vision = build_vision(config, device)
     parts = [part.to(device) for part in build_parts(config)]
@@ -129,9 +129,9 @@ def build_generator(config: Config, device: torch.device) -> Generator:
 
 @contextmanager
 def opened(config: Config) -> Iterator[Generator]:
-    """The model of `config` in process groups that end with the block. Raises ConfigError.
+    """The model of `config`, in process groups that end with the block. Raises ConfigError.
 
-    What is told while weights are read goes to standard error.
+    Messages during loading go to standard error.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes != config.parallel.replica:
@@ -144,9 +144,9 @@ def opened(config: Config) -> Iterator[Generator]:
 
 
 def load(checkpoint: str | Path, *overrides: str) -> AbstractContextManager[Generator]:
-    """The model of a run's folder or of one of its step folders: `with load("runs/NAME") as generator`.
+    """The model in a run folder or in one of its step folders: `with load("runs/NAME") as generator`.
 
-    `overrides`: "key=value" of the run's configuration; its layout is one process unless they say otherwise, and
-    with several each calls `load` under torchrun. Raises ConfigError.
+    `overrides`: "key=value" for the run's configuration. The layout is one process unless they change it; with several
+    processes, each calls `load` under torchrun. Raises ConfigError.
     """
     return opened(read_config(checkpoint, overrides))

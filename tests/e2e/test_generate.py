@@ -116,7 +116,7 @@ def test_words_come_while_others_are_still_to_be_computed(folder):
 def test_a_turn_that_cannot_be_read_is_left_out(folder):
     lines = "/image gone.png\nWhat?\n<image>\nHi\n"
     done = generate(folder, "checkpoint=runs/run", "chat=true", "max_new_tokens=4", lines=lines)
-    assert done.stderr.count("this turn is left out") == 2
+    assert done.stderr.count("this turn is skipped") == 2
     assert "gone.png: no such image" in done.stderr
     assert "1 <image> marks, but 0 images" in done.stderr
     assert done.stdout == generate(folder, "checkpoint=runs/run", "prompt=Hi", "max_new_tokens=4").stdout
@@ -130,7 +130,7 @@ def test_images_are_refused_where_nothing_has_learned_to_read_them(tmp_path, fol
     words = [*small, f"init.llm={tmp_path / 'llm'}", "prompt=Hi", "max_new_tokens=2"]
     assert main(words) == 0
     assert main([*words, "image=a.png"]) == 2
-    assert "error: no image can be answered: the weights of projector are random" in capfd.readouterr().err
+    assert "error: images cannot be used: the weights of projector are random" in capfd.readouterr().err
 
 
 def test_what_training_kept_or_moved_is_nothing_to_generation(tmp_path, folder):
