@@ -14,9 +14,10 @@ from nvlm.processes import device
 from tests.engine.choose import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
+MODELS = ("tests/parity/test_models.py", "tests/parity/test_te.py")
 SUITES = {
-    "hybrid": (["tests/parity/test_models.py", "-k", "hybrid"], 50),
-    "models": (["tests/parity/test_models.py", "tests/parity/test_te.py"], 200),
+    "hybrid": ([*MODELS, "-k", "hybrid"], 80),
+    "other models": ([*MODELS, "-k", "not hybrid"], 140),
     "fp8": (["tests/engine/suites/fp8.py"], 18),
     "plan": (["tests/engine/suites/plan.py"], 54),
     "gpu": (["tests/engine/suites/gpu.py"], 1),
