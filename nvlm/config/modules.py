@@ -88,7 +88,10 @@ class Branch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderModules:
-    """A vision encoder: `embedding` of each tile's patches, then `layers` times `layer` on its tokens."""
+    """A vision encoder: `embedding` of each tile's patches, then `layers` times `layer` on its tokens.
+
+    `embedding` also lists what is computed once behind the layers, such as a final norm.
+    """
 
     embedding: tuple[Module, ...]
     layer: tuple[Module, ...]
