@@ -95,56 +95,64 @@ def collate(
     give one row of padding, so that a rank without data still takes part in the step.
     """
     rows, numbers = rows or [[]], numbers or range(max(1, len(rows)))
-
-    def joined(parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts) if parts else torch.zeros(0).long()
-
-    def along(name: str) -> list[Tensor]:
-        return [joined([getattr(s, name) for s in row]) for row in rows]
-
-    def numbered(name: str) -> list[Tensor]:
-        lengths = [[getattr(s, name).numel() for s in row] for row in rows]
-        return [torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n, dtype=torch.long)) for n in lengths]
-
-    def padded(parts: list[Tensor], value: int) -> Tensor:
-        stacked = pad_sequence(parts, batch_first=True, padding_value=value)
-        short = max(-stacked.shape[1] % multiple, multiple if stacked.shape[1] == 0 else 0)
-        return torch.nn.functional.pad(stacked, (0, short), value=value)
-
     samples = [sample for row in rows for sample in row]
-    first_row = torch.tensor([0, *(int(s.tile_tokens.sum()) for s in samples)]).cumsum(0)
-    tags = [torch.tensor(tag, dtype=torch.long) for s in samples for tag in s.cross_tags]
-    empty = torch.zeros(0, 3, tile_size, tile_size, dtype=torch.uint8)
 
-    def tile_rows(name: str) -> Tensor:
-        own = [getattr(sample, name) for sample in samples]
-        return joined([torch.where(r == ROW_END, r, r + start) for r, start in zip(own, first_row)])
+    def padded(name: str, value: int) -> Tensor:
+        return _padded([_joined([getattr(s, name) for s in row]) for row in rows], value, multiple)
+
+    def numbered(name: str) -> Tensor:
+        return _padded([_numbered([getattr(s, name).numel() for s in row]) for row in rows], PAD, multiple)
 
     def counts(name: str) -> Tensor:
         return torch.tensor([getattr(s, name).numel() for s in samples], dtype=torch.long)
 
-    positions = [joined([torch.arange(s.tokens.numel()) for s in row]) for row in rows]
-    tokens, cross_tokens = padded(along("tokens"), 0), padded(along("cross_tokens"), 0)
+    positions = [_joined([torch.arange(s.tokens.numel()) for s in row]) for row in rows]
+    tags = [torch.tensor(tag, dtype=torch.long) for s in samples for tag in s.cross_tags]
+    tokens, cross_tokens = padded("tokens", 0), padded("cross_tokens", 0)
+    empty = torch.zeros(0, 3, tile_size, tile_size, dtype=torch.uint8)
     return Batch(
         ids=tuple(tuple(s.id for s in row) for row in rows),
         tokens=tokens,
-        labels=padded(along("labels"), IGNORE),
-        positions=padded(positions, 0),
-        sample=padded(numbered("tokens"), PAD),
-        image=padded(along("image"), PAD),
-        tile=padded(along("tile"), ALL_TILES),
-        stream_rows=tile_rows("stream_rows"),
+        labels=padded("labels", IGNORE),
+        positions=_padded(positions, 0, multiple),
+        sample=numbered("tokens"),
+        image=padded("image", PAD),
+        tile=padded("tile", ALL_TILES),
+        stream_rows=_tile_rows(samples, "stream_rows"),
         stream_counts=counts("stream_rows"),
         place=places_of(step, numbers, tokens.shape[1]),
         cross_tokens=cross_tokens,
         cross_place=places_of(step, numbers, cross_tokens.shape[1]),
-        cross_sample=padded(numbered("cross_tokens"), PAD),
-        cross_image=padded(along("cross_image"), PAD),
-        cross_tile=padded(along("cross_tile"), PAD),
-        cross_rows=tile_rows("cross_rows"),
+        cross_sample=numbered("cross_tokens"),
+        cross_image=padded("cross_image", PAD),
+        cross_tile=padded("cross_tile", PAD),
+        cross_rows=_tile_rows(samples, "cross_rows"),
         cross_counts=counts("cross_rows"),
         cross_lengths=torch.tensor([n for s in samples for n in s.cross_lengths], dtype=torch.long),
         cross_tags=pad_sequence(tags, batch_first=True, padding_value=PAD) if tags else torch.zeros(0, 0).long(),
-        tile_tokens=joined([s.tile_tokens for s in samples]),
+        tile_tokens=_joined([s.tile_tokens for s in samples]),
         pixels=torch.cat([s.pixels for s in samples]) if samples else empty,
     )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0).long()
+
+
+def _numbered(lengths: list[int]) -> Tensor:
+    """Each sample's number within its row, as often as it has tokens."""
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
+
+
+def _padded(rows: list[Tensor], value: int, multiple: int) -> Tensor:
+    """[B, longest row, rounded up to `multiple`], at least one multiple."""
+    stacked = pad_sequence(rows, batch_first=True, padding_value=value)
+    short = max(-stacked.shape[1] % multiple, multiple if stacked.shape[1] == 0 else 0)
+    return torch.nn.functional.pad(stacked, (0, short), value=value)
+
+
+def _tile_rows(samples: list[Sample], name: str) -> Tensor:
+    """Row numbers of tile tokens, counted in each sample, counted over all samples."""
+    first_rows = torch.tensor([0, *(int(s.tile_tokens.sum()) for s in samples)]).cumsum(0)
+    own = [getattr(sample, name) for sample in samples]
+    return _joined([torch.where(rows == ROW_END, rows, rows + first) for rows, first in zip(own, first_rows)])
