@@ -22,7 +22,7 @@ def check_weights(config: Config, run_dir: Path | None = None) -> None:
     if not config.dry_run or config.init.vision or config.init.release:
         vision_source(config)
     if config.resume == "auto" and run_dir is not None and (newest := latest(run_dir)) is not None:
-        identity.check_model(config, newest)
+        identity.check_model(config, newest, resumed=True)
         return
     model_source(config)
     if config.init.checkpoint:

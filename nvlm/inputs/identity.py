@@ -94,24 +94,26 @@ def of_first_weights(config: Config) -> Identity | None:
     return None if source is None else _of_source(source, [group for group in source.parts if group != "vision"])
 
 
-def check_model(config: Config, step: Path, key: str = "init.vision") -> None:
-    """Raise ConfigError where `config` reads another encoder or tokenizer than the run of the step folder `step`, whose
-    weights it takes, was trained with. `key`: the setting that would name another place of the encoder."""
+def check_model(config: Config, step: Path, key: str = "init.vision", resumed: bool = False) -> None:
+    """Raise ConfigError if `config` reads another encoder or tokenizer than the run of the step folder `step`.
+
+    `key`: the setting that names the encoder's folder. `resumed`: that run continues, so another name would start anew.
+    """
     check_frozen(step)
     run_dir = step.parent.parent
     before = read(run_dir)
     if "encoder" in before:
         now = _of_source(vision_source(config, key), ["vision"])
-        _compare("encoder", before, now, run_dir, "init.release" if config.init.release else key)
+        _compare("encoder", before, now, run_dir, "init.release" if config.init.release else key, resumed)
     if "tokenizer" in before and config.llm.tokenizer:
-        _compare("tokenizer", before, of_tokenizer(config), run_dir, "llm.tokenizer")
+        _compare("tokenizer", before, of_tokenizer(config), run_dir, "llm.tokenizer", resumed)
 
 
 def check_records(config: Config, run_dir: Path, records: Records) -> None:
     """Raise ConfigError where the run in `run_dir` was trained with other records than these."""
     before = read(run_dir)
     if "records" in before:
-        _compare("records", before, of_records(config, records), run_dir, "data.path")
+        _compare("records", before, of_records(config, records), run_dir, "data.path", resumed=True)
 
 
 def record(config: Config, run_dir: Path, records: Records) -> None:
@@ -125,14 +127,14 @@ def record(config: Config, run_dir: Path, records: Records) -> None:
     write(run_dir, inputs)
 
 
-def _compare(name: str, before: Mapping[str, Identity], now: Identity, run_dir: Path, key: str) -> None:
+def _compare(name: str, before: Mapping[str, Identity], now: Identity, run_dir: Path, key: str, resumed: bool) -> None:
     old = before[name]
     if not old.same(now):
         raise problem(
             key,
             f"{now.path} ({_told(now)})",
             f"the {name} that {run_dir} was trained with: {old.path} as it was then ({_told(old)})",
-            f"{key}=PATH of that one, or name=OTHER for a run that begins anew",
+            f"{key}=PATH of that one" + (", or name=OTHER for a new run" if resumed else ""),
         )
 
 

@@ -138,8 +138,10 @@ def test_files_that_were_replaced_are_refused_by_name(begun, tmp_path):
         identity.check_records(config(), run, records(config()))
     identity.check_model(config(), run / "checkpoints/step_00000002")
     (tmp_path / "tokenizer.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"llm.tokenizer: got .*tokenizer.json"):
-        identity.check_model(config(), run / "checkpoints/step_00000002")
+    for resumed in (True, False):
+        with pytest.raises(ConfigError, match=r"llm.tokenizer: got .*tokenizer.json") as refused:
+            identity.check_model(config(), run / "checkpoints/step_00000002", resumed=resumed)
+        assert ("name=OTHER" in str(refused.value)) == resumed  # an export has no run to name
     weights = load_file(TINY)
     name = max(weights, key=lambda name: weights[name].size)
     weights[name].flat[-1] += 1
