@@ -15,7 +15,9 @@ import pytest
 from nvlm.commands.compose import compose_config
 
 # Their asserts show values too, as those of test modules do.
-pytest.register_assert_rewrite("tests.near", "tests.dist.checkpoints", "tests.e2e.preloaded", "tests.e2e.runs")
+pytest.register_assert_rewrite(
+    "tests.near", "tests.parity.twins", "tests.dist.checkpoints", "tests.e2e.preloaded", "tests.e2e.runs"
+)
 
 # How long an example takes says more of the machine than of the code.
 hypothesis.settings.register_profile("untimed", deadline=None)

@@ -21,6 +21,7 @@ SMALL = (
     "optim.warmup=2", "train.steps=6",
 )  # fmt: skip
 FP32 = (*SMALL, "precision=fp32")
+FROZEN = (*SMALL, "precision=bf16", "stage=pretrain", "arch=xattn")
 
 
 def built(overrides: tuple[str, ...], device, first: int = 0) -> tuple[Trainer, Callable[[], tuple[float, float]]]:

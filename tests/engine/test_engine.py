@@ -14,7 +14,7 @@ from nvlm.processes import device
 from tests.engine.choose import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = ("tests/parity/test_models.py", "tests/parity/test_te.py")
+MODELS = [f"tests/parity/test_{part}.py" for part in ("models", "sight", "placeholders", "labels", "te")]
 SUITES = {
     "hybrid": ([*MODELS, "-k", "hybrid"], 80),
     "other models": ([*MODELS, "-k", "not hybrid"], 140),
