@@ -41,6 +41,7 @@ from transformers.utils import is_flash_attn_2_available
 from nvlm.config.values import Config
 from nvlm.data.batch import IGNORE, IMAGE, Sample
 from nvlm.data.pack import collate
+from nvlm.inputs.sources import projector_parts
 from nvlm.llm.backend import engine, uses_te
 from nvlm.llm.build import DTYPES, FUSED_NORMS, llm_config, of_megatron
 from nvlm.llm.norm import FullWidthRMSNorm, LayerNorm
@@ -50,7 +51,7 @@ from nvlm.vision.encoders.internvit import description as internvit
 from nvlm.vision.encoders.internvit.description import INTERNVIT
 from nvlm.vision.encoders.internvit.model import encoder_config
 from nvlm.vision.pooling import pixel_shuffle
-from nvlm.weights import llm, projector
+from nvlm.weights import llm
 from nvlm.weights.parts import Part, below, joined, published
 from nvlm.weights.published import LANGUAGE, VISION
 
@@ -206,7 +207,7 @@ def _pixels(samples: Sequence[Sample]) -> Tensor:
 
 
 def _learning_parts(config: Config) -> list[Part]:
-    return [*below(LANGUAGE, llm.parts(config.llm)), *projector.parts(config)]
+    return [*below(LANGUAGE, llm.parts(config.llm)), *projector_parts(config)]
 
 
 def _ours(prefix: str, module: nn.Module) -> dict[str, nn.Parameter]:

@@ -38,10 +38,11 @@ from nvlm.commands.compose import compose_config
 from nvlm.config.values import Config
 from nvlm.data.batch import IGNORE, IMAGE, PAD, Batch, without_padding
 from nvlm.data.loader import StepData
+from nvlm.inputs.sources import projector_parts
 from nvlm.processes import groups
 from nvlm.train.loop import build_steps, build_trainer
 from nvlm.train.step import Trainer, train_step
-from nvlm.weights import llm, projector
+from nvlm.weights import llm
 from nvlm.weights.parts import published
 
 COMMON = """arch=decoder precision=fp32 data.records=200 data.questions=2 data.workers=0 optim.warmup=0
@@ -199,7 +200,7 @@ def encoded_steps(config: Config, trainer: Trainer, count: int) -> list[StepData
 def weights_of(trainer: Trainer, config: Config) -> dict[str, Tensor]:
     """A copy of the model's weights under their published names."""
     (part,) = trainer.pipeline.parts
-    return copy.deepcopy(published([*llm.parts(config.llm), *projector.parts(config)], part.weights()))
+    return copy.deepcopy(published([*llm.parts(config.llm), *projector_parts(config)], part.weights()))
 
 
 def measure(shape: str, threads: int, pairs: int) -> tuple[list[str], bool]:

@@ -30,6 +30,20 @@ def description(name: str) -> Description:
     return import_module(f"{_package(name)}.description").DESCRIPTION
 
 
+def check_architecture(config: Config) -> Config:
+    """Return `config`, or raise ConfigError where its architecture is unknown or cannot be as it is set."""
+    name, every = config.arch.name, config.arch.cross_every
+    kind = description(name)
+    if config.data.tokenize != "apart" and not kind.joins_text:
+        raise problem("data.tokenize", config.data.tokenize, f"apart for arch={name}", "data.tokenize=apart")
+    if every and not kind.keys:
+        raise problem("arch.cross_every", every, f"0 for arch={name}", "arch.cross_every=0")
+    if kind.keys and not 1 <= every <= config.llm.layers:
+        fix = f"arch.cross_every={config.llm.cross_every}"
+        raise problem("arch.cross_every", every, f"1 to llm.layers={config.llm.layers}", fix)
+    return config
+
+
 def placement_rule(name: str):
     """The architecture's rule for placing an image's tiles and tags, without importing any model code."""
     return import_module(f"{_package(name)}.placement").placement

@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nvlm.arch.registry import check_architecture, description
 from nvlm.commands import launch
 from nvlm.commands.mistakes import answered
 from nvlm.commands.words import SWEEP_FLAGS, parse, plain_words
@@ -44,6 +45,7 @@ LISTING = "launch/train.py --cfg job lists all keys and their values"
 def _by_arch(values: dict, *, _root_: DictConfig) -> object:
     """Of `values` by architecture, the one of the architecture that was chosen."""
     name = _root_.arch.name
+    description(name)  # raises where there is no such architecture
     if name not in values:
         raise problem("lengths", f"none for arch={name}", f"a value for it in {CONF / 'lengths'}", "add it there")
     return values[name]
@@ -136,7 +138,7 @@ def _start(composed: DictConfig, run_dir: Path, started: float) -> int:
 def to_config(composed: DictConfig) -> Config:
     """Hydra's composed configuration as a validated value."""
     values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    return check_lengths(check_encoder(validate(from_mapping(Config, values))))
+    return check_lengths(check_encoder(check_architecture(validate(from_mapping(Config, values)))))
 
 
 def compose_config(*overrides: str) -> Config:
@@ -216,6 +218,8 @@ def _first_line(error: Exception) -> str:
 def _explain(error: Exception, also: Sequence[str] = (), words: Sequence[str] = ()) -> ConfigError:
     """Hydra's and OmegaConf's complaints about `words` in this project's form."""
     text = str(error)
+    if match := re.search(r"ConfigError raised while resolving interpolation: (.+)", text):
+        return ConfigError(match[1])
     if match := re.search(r"Could not override '([^']+)'", text):
         chosen = (word.partition("=")[0] for word in words)
         groups = [word for word, key in zip(words, chosen, strict=True) if (CONF / key).is_dir() and key != match[1]]

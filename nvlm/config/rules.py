@@ -15,9 +15,6 @@ PROFILED = 6  # steps until a trace is whole
 
 def _data(config: Config) -> None:
     data = config.data
-    if data.tokenize != "apart" and config.arch.name != "decoder":
-        # Tags of the others are bound to their tiles one by one.
-        raise problem("data.tokenize", data.tokenize, f"apart for arch={config.arch.name}", "data.tokenize=apart")
     if data.tokenize == "vllm" and (config.tiling.tag != "1d" or config.tiling.max_tiles > 9):
         got = f"vllm with tiling.tag={config.tiling.tag} tiling.max_tiles={config.tiling.max_tiles}"
         raise problem("data.tokenize", got, "tiling.tag=1d and at most 9 tiles, as vLLM has", "data.tokenize=apart")
@@ -64,12 +61,6 @@ def _shapes(config: Config) -> None:
             f"a multiple of parallel.tensor={tensor}",
             f"llm.vocab_multiple={128 if 128 % tensor == 0 else tensor}",
         )
-    if config.arch.name == "decoder":
-        if config.arch.cross_every:
-            raise problem("arch.cross_every", config.arch.cross_every, "0 for arch=decoder", "arch.cross_every=0")
-    elif not 1 <= config.arch.cross_every <= llm.layers:
-        fix = f"arch.cross_every={llm.cross_every}"
-        raise problem("arch.cross_every", config.arch.cross_every, f"1 to llm.layers={llm.layers}", fix)
 
 
 def _layout(config: Config) -> None:
@@ -111,11 +102,13 @@ def _schedule(config: Config) -> None:
         raise problem("profile", True, f"train.steps of at least {PROFILED}, its last ones are traced", "profile=false")
 
 
+def _groups_that_learn(config: Config) -> set[str]:
+    """Module groups that the stage trains, of those that the model has."""
+    return set(config.stage.trainable) - (set() if config.arch.cross_every else {"xattn"})
+
+
 def _stage(config: Config) -> None:
-    groups = set(config.stage.trainable)
-    if config.arch.name == "decoder":
-        groups -= {"xattn"}
-    if not groups:
+    if not _groups_that_learn(config):
         raise problem(
             "stage", "nothing to train", "at least one module group that learns", "stage.train_projector=true"
         )
@@ -125,8 +118,7 @@ def _peft(config: Config) -> None:
     peft = config.peft
     if peft.name == "none":
         return
-    known = {"llm"} if config.arch.name == "decoder" else {"llm", "xattn"}
-    learns = known.intersection(config.stage.trainable).difference(config.stage.new)
+    learns = _groups_that_learn(config).intersection(("llm", "xattn")).difference(config.stage.new)
     if learns.isdisjoint(peft.targets):
         expected = f"a group that stage={config.stage.name} trains and does not declare new ({', '.join(learns)})"
         none = f"a stage with adapters: stage={config.stage.name} trains new groups alone, and those learn in full"

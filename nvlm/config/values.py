@@ -33,7 +33,7 @@ def problem(what: str, got: object, expected: str, fix: str) -> ConfigError:
 class ArchConfig:
     """Where projected tiles go. `cross_every`: gated cross-attention in layers k, 2k, ... (0: none)."""
 
-    name: Annotated[str, Choice("decoder", "xattn", "hybrid")]
+    name: str  # one that nvlm.arch.registry knows
     cross_every: Natural
     cross_std: NotNegative  # of the new layers' weights at the start
     bind_tags: bool  # hybrid: add each tile's tag embedding to its keys and values

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from nvlm.arch.registry import description
 from nvlm.config.values import Config, problem
 from nvlm.export.text import Text
 from nvlm.vision.encoders.interface import ExportedEncoder
 from nvlm.vision.encoders.registry import ENCODERS, description_of
 from nvlm.weights.published import Source
-
-_NAMES = {"decoder": "NVLM_D", "xattn": "NVLM_X", "hybrid": "NVLM_H"}
 
 
 def exported_encoder(config: Config, source: Source) -> ExportedEncoder:
@@ -29,16 +28,12 @@ def describe(config: Config, encoder: ExportedEncoder, text: Text | None = None)
     tokens the release's `chat()` asks for. No rotary scaling is written where the run had none: the release's
     `dynamic` one changes no logits, but has vLLM offer three times the positions that the model was trained on.
     """
-    name = _NAMES[config.arch.name]
-    code = {
-        "AutoConfig": "configuration_nvlm_d.NVLM_D_Config",
-        "AutoModel": "modeling_nvlm_d.NVLM_D_Model",
-        "AutoModelForCausalLM": "modeling_nvlm_d.NVLM_D_Model",
-    }
+    kind = description(config.arch.name)
+    name = kind.title.replace("-", "_")
     return {
         "architectures": [name],
         "model_type": name,
-        **({"auto_map": code} if name == "NVLM_D" else {}),
+        **({"auto_map": dict(kind.release_code)} if kind.release_code else {}),
         "downsample_ratio": 1 / config.vision.downsample,
         "dynamic_image_size": config.tiling.max_tiles > 1,
         "force_image_size": config.vision.tile_size,

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors import safe_open
 from torch import Tensor
 
+from nvlm.arch.registry import description
 from nvlm.config.rules import validate
 from nvlm.config.values import Config, ConfigError, InitConfig, problem
 from nvlm.export.describe import describe, exported_encoder, preprocessor
@@ -197,6 +198,6 @@ def _dump(values: Mapping) -> str:
 
 def _release_code(config: Config) -> dict[str, Path]:
     """The release's own modelling code where the run began with a release: files by their names."""
-    if not config.init.release or config.arch.name != "decoder":
+    if not config.init.release or not description(config.arch.name).release_code:
         return {}
     return {file.name: file for file in sorted(Path(config.init.release).glob("*.py")) if file.name != CODE.name}

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nvlm.arch.registry import description
 from nvlm.config.values import Config
 from nvlm.export.text import VISION_PAD, places_images
 from nvlm.vision.encoders.interface import ExportedEncoder
 
 RELEASE_FILES = ("configuration_nvlm_d.py", "modeling_nvlm_d.py", "modeling_intern_vit.py", "conversation.py")
 _TAGS = "they write <tile_1> to <tile_9> and <tile_global_thumbnail>, whatever the model has learned"
-_NAMES = {"decoder": "NVLM-D", "xattn": "NVLM-X", "hybrid": "NVLM-H"}
 
 
 def other_limits(config: Config, encoder: ExportedEncoder) -> list[str]:
     """Why neither vLLM nor NVLM-D-72B's own class can serve an export of this run; empty: nothing is known of."""
-    if config.arch.name != "decoder":
-        return [f"{_NAMES[config.arch.name]} is known to no other library: no published model has it"]
+    kind = description(config.arch.name)
+    if not kind.release_code:
+        return [f"{kind.title} is known to no other library: no published model has it"]
     limits = []
     if config.tiling.tag != "1d":
         limits.append(f"tiling.tag={config.tiling.tag}: {_TAGS}")
@@ -56,7 +57,7 @@ def readme(config: Config, encoder: ExportedEncoder, files: Sequence[str] = ()) 
     text = [
         f"# {config.name}",
         "",
-        f"{_NAMES[config.arch.name]}: {config.llm.name}, {config.vision.name}. "
+        f"{description(config.arch.name).title}: {config.llm.name}, {config.vision.name}. "
         "Its own code needs torch, safetensors, tokenizers, pillow:",
         "",
         "```python",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvlm.arch.registry import description
 from nvlm.config.values import Config
 from nvlm.data.ends import read_json, token_texts
 from nvlm.data.tokenizer import ChatTokenizer, load_tokenizer, tokenizer_file
@@ -63,7 +64,7 @@ def missing_tokens(config: Config, tokenizer: ChatTokenizer) -> dict[str, int]:
     Empty where it has `<|vision_pad|>`, and where the vocabulary has no rows left for it. Their rows are never
     looked at. Behind Qwen2's tokens they get the ids that they have in NVLM-D-72B.
     """
-    if config.arch.name != "decoder" or tokenizer.tokenizer.token_to_id(VISION_PAD) is not None:
+    if not description(config.arch.name).release_code or tokenizer.tokenizer.token_to_id(VISION_PAD) is not None:
         return {}
     first = max(tokenizer.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     names = _QWEN25 if first == _QWEN2_SIZE else [VISION_PAD]
@@ -82,7 +83,7 @@ def places_images(config: Config) -> bool:
 def training_note(config: Config) -> str | None:
     """One line where a run of NVLM-D has a tokenizer that lacks what other libraries ask of its export."""
     tokenizer = load_tokenizer(config.llm.tokenizer or "", config.llm.bos)
-    if config.arch.name != "decoder" or tokenizer.tokenizer.token_to_id(VISION_PAD) is not None:
+    if not description(config.arch.name).release_code or tokenizer.tokenizer.token_to_id(VISION_PAD) is not None:
         return None
     lacks = f"llm.tokenizer={config.llm.tokenizer} has no {VISION_PAD}, which vLLM needs to place images"
     if added := missing_tokens(config, tokenizer):

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from nvlm.arch.registry import check_architecture
 from nvlm.config.compute import PrecisionConfig
 from nvlm.config.keys import near_keys
 from nvlm.config.mapping import from_mapping, to_mapping
@@ -62,7 +63,7 @@ def read_config(checkpoint: str | Path, overrides: Sequence[str] = (), also: Seq
         changed = OmegaConf.to_container(OmegaConf.merge(values, OmegaConf.from_dotlist(changes)))
     except (OmegaConfBaseException, ValueError, YAMLError) as error:
         raise ConfigError(f"command line: {str(error).splitlines()[0]}. Fix: write key=value") from None
-    return for_generation(check_lengths(check_encoder(validate(from_mapping(Config, changed)))))
+    return for_generation(check_lengths(check_encoder(check_architecture(validate(from_mapping(Config, changed))))))
 
 
 def for_generation(config: Config) -> Config:

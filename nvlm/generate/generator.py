@@ -121,7 +121,7 @@ def build_generator(config: Config, device: torch.device) -> Generator:
     vision = build_vision(config, device)
     parts = [part.to(device) for part in build_parts(config)]
     origins = begin(parts, config)
-    needed = ("projector",) if config.arch.name == "decoder" else ("projector", "xattn")
+    needed = [group for group in registry.description(config.arch.name).groups if group != "llm"]
     team = build_team(tile_use_of_rank(config, groups.pipeline_rank()), "replica")
     untrained = tuple(group for group in needed if origins[group] == "random")
     return Generator(config, build_pipeline(config, parts), BalancedVision(vision, team), device, untrained)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from nvlm.arch.registry import description
 from nvlm.config.values import Config, LLMConfig, cross_layers, problem
 from nvlm.vision.encoders.registry import description_of
 from nvlm.weights import defaults, llm, projector
@@ -36,7 +37,7 @@ def model_source(config: Config) -> Source | None:
 
 def check_new(config: Config, given: Iterable[str], where: str) -> None:
     """Raise ConfigError where a module group is neither `given` nor one that the stage declares new."""
-    needed = {"decoder": ("llm", "projector")}.get(config.arch.name, ("llm", "projector", "xattn"))
+    needed = description(config.arch.name).groups
     if lost := [group for group in needed if group not in {*given, *config.stage.new}]:
         fix = f"init.checkpoint=RUN of the stage before, or stage.new=[{','.join([*config.stage.new, lost[0]])}]"
         raise problem(f"weights of {', '.join(lost)}", f"none in {where}", "weights of all that is not new", fix)
@@ -57,14 +58,14 @@ def _release(config: Config, folder: str) -> Source:
     values = read_config(folder, "init.release", RELEASE_CODE) or {}
     if values:
         check_whole(values, config, "init.release")
-    own = values.get("nvlm") or {}
-    if own.get("arch") == config.arch.name == "hybrid":  # what no tensor's name or shape shows
+    own, kind = values.get("nvlm") or {}, description(config.arch.name)
+    if own.get("arch") == config.arch.name and kind.tags_in_keys:  # what no tensor's name or shape shows
         check_values(own, {"bind_tags": ("arch.bind_tags", config.arch.bind_tags)}, "init.release", own)
     encoder = {name.removeprefix(VISION): one for name, one in stored.items() if name.startswith(VISION)}
     groups = {
         "vision": below(VISION, description_of(config.vision).parts(config.vision, encoder)),
-        "projector": projector.parts(config),
-        "xattn": [*projector.key_norms(config), *below(LANGUAGE, _only_cross(config))],
+        "projector": projector_parts(config),
+        "xattn": [*_key_norms(config), *below(LANGUAGE, _only_cross(config))],
         "llm": below(LANGUAGE, llm.parts(config.llm)),
     }
     given = {name: parts for name, parts in groups.items() if any(part.name in stored for part in parts)}
@@ -96,10 +97,19 @@ def whole_model(config: Config, encoder: Iterable[Part]) -> list[Part]:
     """
     return [
         *below(VISION, encoder),
-        *projector.parts(config),
-        *projector.key_norms(config),
+        *projector_parts(config),
+        *_key_norms(config),
         *below(LANGUAGE, llm.parts(config.llm, cross_layers(config))),
     ]
+
+
+def projector_parts(config: Config) -> list[Part]:
+    """The projector's tensors as they are published."""
+    return projector.parts(description(config.arch.name).projector_modules(config.llm, config.vision))
+
+
+def _key_norms(config: Config) -> list[Part]:
+    return projector.key_norms(description(config.arch.name).key_norms(config.llm))
 
 
 def _only_cross(config: Config) -> list[Part]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from nvlm.arch import registry
 from nvlm.arch.base import VisionLanguageModel
 from nvlm.arch.groups import parameter_group
 from nvlm.config.values import GROUPS, Config, problem
@@ -26,8 +27,7 @@ class Idle:
 
 def expected(config: Config) -> Idle:
     """The state at the start of a run: all groups that learn."""
-    absent = {"xattn"} if config.arch.name == "decoder" else set()
-    return Idle(frozenset(config.stage.trainable) - absent)
+    return Idle(frozenset(config.stage.trainable).intersection(registry.description(config.arch.name).groups))
 
 
 def after_step(idle: Idle, chunks: Sequence[DistributedDataParallel], tiles: int) -> tuple[Idle, str | None]:

@@ -18,11 +18,11 @@ from nvlm.attention.choice import GPU_WITH_TE
 from nvlm.config.values import Config
 from nvlm.data.batch import Sample
 from nvlm.data.pack import collate
-from nvlm.inputs.sources import whole_model
+from nvlm.inputs.sources import projector_parts, whole_model
 from nvlm.vision.encoders.internvit import description as internvit
 from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
-from nvlm.weights import llm, projector
+from nvlm.weights import llm
 from nvlm.weights.parts import below, joined, published, shapes
 from nvlm.weights.published import LANGUAGE, VISION
 from tests.models import STD, TILE, load, parameters_of, sample_of, small_config
@@ -68,7 +68,7 @@ class Ours:
 
 
 def learning(config: Config) -> list:
-    return [*below(LANGUAGE, llm.parts(config.llm)), *projector.parts(config)]
+    return [*below(LANGUAGE, llm.parts(config.llm)), *projector_parts(config)]
 
 
 def ours_of(*overrides: str) -> Ours:

@@ -123,6 +123,64 @@ def test_what_is_known_of_an_encoder_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+KNOWS_ARCHITECTURES = ("description", "placement_rule")  # nvlm.arch.registry's, which take a name
+NO_NAMES = ("decoder", "hybrid")  # "xattn" is a module group, too
+
+
+def dispatches(code: str) -> list[str]:
+    """Where `code` chooses by an architecture's name: it compares one, looks something up by it, or writes it down."""
+    tree = ast.parse(code)
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value in NO_NAMES]
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_name(node)]
+    return [ast.unparse(parents[node]) for node in [*found, *(n for n in names if not is_told(n, parents[n]))]]
+
+
+def is_name(node: ast.AST) -> bool:
+    """Whether it is `arch.name`, of whatever configuration."""
+    if not isinstance(node, ast.Attribute) or node.attr != "name":
+        return False
+    return getattr(node.value, "attr", getattr(node.value, "id", "")) == "arch"
+
+
+def is_told(node: ast.AST, parent: ast.AST) -> bool:
+    """Whether the name is only handed to the registry, put into a text or a file, or compared with another run's."""
+    if isinstance(parent, ast.Call):
+        return getattr(parent.func, "attr", getattr(parent.func, "id", "")) in KNOWS_ARCHITECTURES
+    if isinstance(parent, ast.Compare):
+        others = [one for one in (parent.left, *parent.comparators) if one is not node]
+        return not any(
+            isinstance(part, ast.Constant) and part.value in NAMES for one in others for part in ast.walk(one)
+        )
+    return isinstance(parent, ast.FormattedValue) or (isinstance(parent, ast.Dict) and node in parent.values)
+
+
+def test_nothing_outside_its_room_chooses_by_an_architecture_s_name():
+    """What depends on the architecture is a field of nvlm.arch.description.Description."""
+    elsewhere = {"llm/backend.py": ["hybrid"], "commands/compose.py": ["_root_"], "evaluate/report.py": ["arch="]}
+    for path in (ROOT / "nvlm").rglob("*.py"):
+        place = str(path.relative_to(ROOT / "nvlm"))
+        if place.startswith("arch/") or place == "export/modeling_nvlm.py":  # which stands alone in an export
+            continue
+        wrong = [text for text in dispatches(path.read_text()) if not any(w in text for w in elsewhere.get(place, ()))]
+        assert not wrong, f"{place}: {wrong}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "keys = 0 if config.arch.name == 'xattn' else 2",
+        "keys = {'xattn': 1}[config.arch.name]",
+        "keys = table.get(arch.name)",
+        "name = config.arch.name",
+        "match config.arch.name:\n    case 'xattn': pass",
+        "cross = arch in ('xattn', 'hybrid')",
+    ],
+)
+def test_a_choice_by_name_is_seen(code):
+    assert dispatches(code)
+
+
 def test_only_device_speaks_of_cuda():
     for path in (ROOT / "nvlm").rglob("*.py"):
         code = [line.split("#")[0] for line in path.read_text().splitlines()]
