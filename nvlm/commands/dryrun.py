@@ -1,10 +1,7 @@
-"""Builds a configuration on the meta device and prints what it consists of, without memory, data or weights."""
+"""Prints what a configuration consists of, without memory, data or weights: nothing is built."""
 
 from __future__ import annotations
 
-import dataclasses
-
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -12,8 +9,8 @@ from nvlm.config.hardware import GPUS
 from nvlm.config.values import Config, cross_layers
 from nvlm.estimate.lengths import image_tokens
 from nvlm.estimate.memory import gib, memory
+from nvlm.estimate.parameters import parameters
 from nvlm.inputs.sources import model_source
-from nvlm.processes import groups
 from nvlm.tiling.grid import TilePlan
 from nvlm.vision.encoders.registry import description_of
 from nvlm.vision.source import vision_source
@@ -64,39 +61,18 @@ def _sources(config: Config) -> list[Source]:
 
 
 def _parameters(config: Config) -> Table:
-    from nvlm.arch.pipeline import build_parts
-    from nvlm.train.optim import count_groups, freeze
-    from nvlm.vision.path import solo_groups
-
-    one = dataclasses.replace(
-        config.parallel,
-        tensor=1,
-        pipeline=1,
-        virtual=1,
-        context=1,
-        context_heads=1,
-        sequence=False,
-        distributed_optimizer=False,
-    )
-    # Megatron's own modules, which work on the meta device; their parameters are the same in any precision.
-    plain = dataclasses.replace(config.precision, name="fp32", edges=0, encoder=False, param_gather=False)
-    whole = dataclasses.replace(config, parallel=one, precision=plain)
-    with groups.distributed(one, config.seed), torch.device("meta"):
-        (model,) = build_parts(whole)
-        encoder = description_of(config.vision).build(whole, solo_groups()).requires_grad_(False)
-        freeze(model, config)
-        counts = count_groups([model], encoder)
     table = Table(title=f"parameters, stage {config.stage.name}", title_justify="left")
     table.add_column("module group")
     table.add_column("parameters", justify="right")
     table.add_column("in training")
-    for count in counts:
-        known = {0: "frozen", count.parameters: "trainable"}
-        learns = known.get(count.learning, f"{count.learning:,} in adapters") if count.parameters else "-"
-        table.add_row(count.name, f"{count.parameters:,}", learns)
+    counts = parameters(config)
+    for name, count in counts.items():
+        known = {0: "frozen", count.all: "trainable"}
+        learns = known.get(count.learning, f"{count.learning:,} in adapters") if count.all else "-"
+        table.add_row(name, f"{count.all:,}", learns)
     table.add_section()
-    learning = sum(count.learning for count in counts)
-    table.add_row("total", f"{sum(count.parameters for count in counts):,}", f"{learning:,} trainable")
+    learning = sum(count.learning for count in counts.values())
+    table.add_row("total", f"{sum(count.all for count in counts.values()):,}", f"{learning:,} trainable")
     return table
 
 
