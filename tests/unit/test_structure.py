@@ -44,6 +44,12 @@ def imports(where: str) -> dict[str, set[str]]:
     return found
 
 
+def test_every_folder_is_a_package():
+    """setuptools leaves out folders without an __init__.py, so that only an editable install would have them."""
+    folders = {path.parent for path in (ROOT / "nvlm").rglob("*.py")}
+    assert not [str(folder) for folder in folders if not (folder / "__init__.py").is_file()]
+
+
 def test_every_module_is_in_a_room():
     folders = {path.name for path in (ROOT / "nvlm").iterdir() if path.is_dir() and path.name != "__pycache__"}
     # The doctor is what a user runs where nothing else can be imported: python -m nvlm.doctor.

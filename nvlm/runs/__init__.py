@@ -1,0 +1,1 @@
+"""A run's folder on disk: where it is, who owns it, what it holds."""
