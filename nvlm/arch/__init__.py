@@ -1,1 +1,1 @@
-"""The three fusion architectures; base.py holds what they share."""
+"""The three fusion architectures; base.py holds the model that they share."""

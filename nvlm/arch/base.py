@@ -1,10 +1,10 @@
-"""What the three architectures share: one forward, batch -> per-token loss. They differ in where tiles go.
+"""The model that the three architectures share: one forward pass, batch -> per-token loss.
 
-The language model is Megatron-Core's embedding, TransformerBlock and output layer. An architecture brings a
-`Projector`, and how projected tiles get into the text stream, into the cross-attended keys, or both.
+The language model is Megatron-Core's embedding, TransformerBlock and output layer, with a `Projector` for tiles. An
+architecture decides whether projected tiles go into the text stream, into the cross-attended keys, or both.
 
-Shapes: B rows, L tokens of a row, S columns of it that this context-parallel rank computes (all L without), X keys,
-N tokens of tiles, C feature width, H model width.
+Shapes: B rows, L tokens of a row, S columns computed on this context-parallel rank (L without context parallelism),
+X keys, N tile tokens, C feature width, H model width.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from nvlm.processes.groups import seeded
 from nvlm.tiling.placement import TileUse
 
 Project = Callable[[Tensor], Tensor]
-"""Features [..., C] to the language model's width [..., H]."""
+"""Projects features [..., C] to the language model's width [..., H]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One of the three: its description, and the code that it brings.
+    """One architecture: its description and its code.
 
-    `stream`: (words [B, S, H], batch, columns [S], project) -> the text stream's input [B, S, H]; None: words alone.
+    `stream`: (words [B, S, H], batch, columns [S], project) -> the text stream's input [B, S, H]; None: words only.
     `keys`: builds the module (batch, project, embed) -> cross-attended keys [X, B, H]; None: no keys.
     """
 
@@ -61,7 +61,7 @@ class Architecture:
 
 
 def tile_use(config: Config, architecture: Architecture, pipeline_stage: int) -> TileUse:
-    """What pipeline stage `stage` (virtual ones counted) does with tiles."""
+    """How `pipeline_stage` uses tiles. Stages are counted over all virtual stages."""
     carriers = {number - 1 for number in cross_layers(config)}
     return TileUse(
         stream=pipeline_stage == 0 and architecture.stream is not None,
@@ -72,7 +72,7 @@ def tile_use(config: Config, architecture: Architecture, pipeline_stage: int) ->
 class Projector(MegatronModule):
     """LayerNorm, then a two-layer MLP (D, H) or one linear layer (X), no bias: [..., C] to [..., H].
 
-    NVLM section 4.5; the norm as in its public code. The MLP's inner width is the language model's.
+    NVLM section 4.5; the norm follows its public code. The MLP's inner width is the language model's.
     """
 
     def __init__(self, config: Config, kind: str) -> None:
@@ -83,7 +83,7 @@ class Projector(MegatronModule):
             activation_func=nn.functional.gelu,
             bias_activation_fusion=False,  # Megatron's fused GELU is an approximation
             add_qkv_bias=False,
-            perform_initialization=True,  # it may be new where others are read
+            perform_initialization=True,  # it may be new while other weights are loaded
         )
         super().__init__(config=llm)
         width = config.vision.feature_width
@@ -96,9 +96,10 @@ class Projector(MegatronModule):
 
 
 class VisionLanguageModel(MegatronModule):
-    """Pipeline stage `stage` (virtual ones counted) of one architecture; the whole of it where there is one stage.
+    """One pipeline stage of the model; the whole model if there is one stage.
 
-    `others`: this process's other stages, whose projector and norms of keys serve this one too.
+    `pipeline_stage` counts over all virtual stages. `others`: this process's other virtual stages; the projector and
+    the norms of keys are shared with them.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class VisionLanguageModel(MegatronModule):
         others: Sequence[VisionLanguageModel] = (),
     ) -> None:
         super().__init__(config=megatron)
-        self.model_type = ModelType.encoder_or_decoder  # the pipeline schedules ask for it
+        self.model_type = ModelType.encoder_or_decoder  # needed by the pipeline schedules
         self.share_embeddings_and_output_weights = False  # nvlm.arch.pipeline sums tied gradients
         self.llm = config.llm
         self.pre_process, self.post_process = pipeline_stage == 0, pipeline_stage == config.parallel.pipeline_stages - 1
@@ -118,10 +119,10 @@ class VisionLanguageModel(MegatronModule):
         self.first_layer = pipeline_layers(config, pipeline_stage).start
         self.attention = {mode: build_attention(config, backend.this_machine(), mode) for mode in Mode}
         self.drops_inputs = bool(config.adapted) and config.peft.dropout > 0
-        self.borrowed: Callable[[Tensor], Tensor] | None = None  # embeds tags on a stage without the embedding
+        self.borrowed: Callable[[Tensor], Tensor] | None = None  # embeds tags on stages without the embedding
         virtual = pipeline_stage // config.parallel.pipeline if config.parallel.virtual > 1 else None
         self.register_buffer("frequencies", rotary_frequencies(config.llm), persistent=False)
-        self.shared: dict[str, nn.Module] = {}  # a plain dictionary: what others own is not registered here
+        self.shared: dict[str, nn.Module] = {}  # a plain dict, so that modules owned by others are not registered here
         if self.use:
             with seeded(config.seed, "projector"):
                 self._share("projector", others, lambda: Projector(config, architecture.description.projector))
@@ -149,7 +150,7 @@ class VisionLanguageModel(MegatronModule):
                 self.output_layer = ColumnParallelLinear(
                     config.llm.hidden,
                     config.llm.padded_vocab,
-                    config=of_megatron(megatron, sequence_parallel=False),  # it gets positions picked out
+                    config=of_megatron(megatron, sequence_parallel=False),  # its input is gathered, selected positions
                     init_method=megatron.embedding_init_method if config.llm.tied else megatron.init_method,
                     bias=False,
                     gather_output=False,
@@ -163,7 +164,7 @@ class VisionLanguageModel(MegatronModule):
             self.add_module(name, self.shared[name])
 
     def set_input_tensor(self, tensors) -> None:
-        """Hidden states of the stage before (Megatron's pipeline schedules call this)."""
+        """Set the hidden states from the previous stage. Called by Megatron's pipeline schedules."""
         self.decoder.set_input_tensor(tensors[0] if isinstance(tensors, list) else tensors)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -175,8 +176,8 @@ class VisionLanguageModel(MegatronModule):
     def hidden(self, batch: Batch, past: Past | None = None) -> Tensor:
         """Last hidden states [S, B, H] (split along S under sequence parallelism).
 
-        `past`: the batch holds the newest column alone, with no tile token in it; caches hold what stands before it.
-        Not under context parallelism.
+        `past`: the batch holds only the newest column, without tile tokens; caches hold the columns before it. Not
+        supported under context parallelism.
         """
         own_S = columns_S = slice(None)
         if past is not None:
@@ -204,13 +205,13 @@ class VisionLanguageModel(MegatronModule):
         return self.shared["fusion"](batch, self.shared["projector"], self.embed)
 
     def _stream(self, batch: Batch, own_S: Tensor | slice, columns_S: Tensor | slice, tiles: bool) -> Tensor:
-        # The same columns twice: for the batch on the host, and for this one.
+        # The same columns twice: `own_S` for the batch on the host, `columns_S` for this one.
         stream_BSH = self.embed(batch.tokens[:, columns_S])
         if tiles:
             stream_BSH = self.architecture.stream(stream_BSH, batch, own_S, self.shared["projector"])
         stream_SBH = stream_BSH.transpose(0, 1).contiguous()
         if self.training and (self.config.recompute_granularity or self.config.cpu_offloading):
-            # A recomputed layer passes gradients on only where its input asks for one; offload refuses another.
+            # Recomputed layers pass gradients on only if their input requires one; offloading fails without.
             stream_SBH.requires_grad_()
         if self.config.sequence_parallel:
             stream_SBH = tensor_parallel.scatter_to_sequence_parallel_region(stream_SBH)
@@ -224,34 +225,36 @@ class VisionLanguageModel(MegatronModule):
         real = self.llm.vocab - columns * parallel_state.get_tensor_model_parallel_rank()
         if real >= columns:
             return logits
-        # Rows that pad the vocabulary are no words.
+        # Padding rows of the vocabulary are not tokens.
         return nn.functional.pad(logits[..., : max(real, 0)], (0, columns - max(real, 0)), value=-torch.inf)
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters by their names in the whole model."""
+        """Parameters by their names in the unsplit model."""
         return {self.whole_name(name): parameter.data for name, parameter in self.named_parameters()}
 
     def whole_name(self, name: str) -> str:
-        """The whole model's name for the parameter `name`: there layers are counted from the first stage's, and a norm
-        has its own name, also where it is one with the linear behind it."""
+        """The name of the parameter `name` in the unsplit model.
+
+        Layers are numbered over all stages, and a norm fused into a linear gets the name of a separate norm.
+        """
         for fused, norm in FUSED_NORMS.items():
             name = name.replace(fused, norm)
         return re.sub(r"(?<=^decoder\.layers\.)\d+", lambda m: str(int(m[0]) + self.first_layer), name)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Per-token loss [B, S], zero where there is no label; hidden states on stages before the last."""
+        """Per-token loss [B, S], zero where there is no label; hidden states on all stages but the last."""
         arranged = self.attends().arranged(batch)
         losses = self._losses(arranged.batch)
         return arranged.restored(losses) if self.post_process else losses
 
     def _losses(self, batch: Batch) -> Tensor:
-        """As `forward`, of rows as they are."""
+        """As `forward`, for rows that are already arranged."""
         hidden_SBH = self.hidden(batch)
         if not self.post_process:
             return hidden_SBH
         labels = batch.on_host.labels
         labels_SB = labels[:, own_columns(labels.shape[1]).to(labels.device)].t()
-        # An answer is a small part of its row: logits of the rest would cost as much, and most of the memory.
+        # Answers are a small part of a row. Logits elsewhere would cost as much per token and take most of the memory.
         learned_N = (labels_SB != IGNORE).flatten().nonzero()[:, 0]
         labels_N = labels_SB.flatten()[learned_N].to(hidden_SBH.device, non_blocking=True)
         learned_N = learned_N.to(hidden_SBH.device, non_blocking=True)
@@ -262,11 +265,11 @@ class VisionLanguageModel(MegatronModule):
     def _whole(self, hidden_SBH: Tensor) -> Tensor:
         if not self.config.sequence_parallel:
             return hidden_SBH
-        # The output layer sums gradients over tensor-parallel ranks by itself.
+        # The output layer already sums gradients over tensor-parallel ranks.
         return tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
 
     def last_logits(self, hidden_SBH: Tensor, last_B: Tensor) -> Tensor:
-        """Logits [B, vocabulary] behind column `last_B[b]` of each row's computed ones. Last stage only."""
+        """Logits [B, vocabulary] at the computed column `last_B[b]` of each row. Last stage only."""
         hidden_LBH = gather_columns(self._whole(hidden_SBH))
         if len(hidden_LBH) > 1:
             hidden_LBH = hidden_LBH[last_B, torch.arange(len(last_B), device=last_B.device)][None]
@@ -276,7 +279,7 @@ class VisionLanguageModel(MegatronModule):
         return logits[0]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Megatron's sharded state; of a parameter that stands on several stages the first copy is the one written."""
+        """Megatron's sharded state; for a parameter held by several stages, the first copy is written."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         copies = {name.split(".")[0]: getattr(p, "copy_number", 0) for name, p in self.named_parameters()}
         for name, entry in state.items():

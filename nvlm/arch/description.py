@@ -1,4 +1,4 @@
-"""What the rest of the package needs to know of an architecture, as a value. Imports no torch.
+"""What the rest of the package needs to know about an architecture, as a value. Imports no torch.
 
 arch/NAME/description.py describes one; nvlm.arch.registry.description finds it by name.
 """
@@ -19,17 +19,17 @@ KeyKind = Literal["tile", "tag"]
 class Description:
     """One architecture, without its code."""
 
-    title: str  # as the paper names it
-    tiles_in_stream: bool  # projected tiles take places of the text stream
-    keys: tuple[KeyKind, ...]  # what is cross-attended, each kind behind a norm of its own; (): nothing
-    projector: Literal["mlp", "affine"]  # Megatron's name of its kind: two linears, or one
-    carried: Callable[[LLMConfig], tuple[Branch, ...]]  # between self-attention and MLP of layers k, 2k, ...
-    joins_text: bool  # tags may be tokenised together with the text around them; else each tag is bound to its tile
-    release_code: Mapping[str, str] | None  # auto_map of the published model's code; None: no published model has it
+    title: str  # its name in the paper
+    tiles_in_stream: bool  # projected tiles occupy positions of the text stream
+    keys: tuple[KeyKind, ...]  # what is cross-attended, each kind with its own norm; (): nothing
+    projector: Literal["mlp", "affine"]  # in Megatron's terms: two linears, or one
+    carried: Callable[[LLMConfig], tuple[Branch, ...]]  # between self-attention and MLP in layers k, 2k, ...
+    joins_text: bool  # tags may be tokenised with the surrounding text; else each tag is bound to its tile
+    release_code: Mapping[str, str] | None  # auto_map of the published model's code; None: not published
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Its module groups, the encoder left out."""
+        """Its module groups, without the encoder."""
         return ("llm", "projector", "xattn") if self.keys else ("llm", "projector")
 
     @property
@@ -39,11 +39,11 @@ class Description:
 
     @property
     def tags_in_keys(self) -> bool:
-        """Whether keys hold words, so that pipeline stages without the embedding borrow from it."""
+        """Whether keys contain words, so that pipeline stages without the embedding need embedded tags."""
         return "tag" in self.keys
 
     def projector_modules(self, llm: LLMConfig, vision: VisionConfig) -> tuple[Module, ...]:
-        """What a tile's token passes on its way to the language model's width (NVLM section 4.5)."""
+        """The modules that project tile tokens to the language model's width (NVLM section 4.5)."""
         width = vision.feature_width
         norm = Norm(name="projector.norm", group="projector", width=width, bias=True)
         place, own = "projector.layers.encoder", dict(group="projector")

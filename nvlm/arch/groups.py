@@ -1,4 +1,4 @@
-"""Which module group a parameter belongs to, by its name in the whole model. Imports no torch."""
+"""The module group of a parameter, by its name in the unsplit model. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ _OF_MODULES = {
 
 
 def parameter_group(name: str) -> str:
-    """The module group of the parameter `name` of a VisionLanguageModel. Raises ValueError where no group has it: it
-    would be frozen, counted and loaded as a part of some other."""
+    """The module group of the parameter `name` of a VisionLanguageModel.
+
+    Raises ValueError if it is in none: it would otherwise be frozen, counted and loaded with the wrong group.
+    """
     whole = re.sub(r"^(decoder\.layers)\.\d+", r"\1", name)
     for module, group in _OF_MODULES.items():
         if whole.startswith(f"{module}."):

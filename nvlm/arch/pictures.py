@@ -1,4 +1,4 @@
-"""Projected tokens of pictures, one for each placeholder.
+"""Projected image tokens, one for each placeholder.
 
 Shapes: n placeholders, H model width.
 """
@@ -15,9 +15,9 @@ from nvlm.data.batch import ROW_END, Batch
 def picture_tokens(
     batch: Batch, rows_n: Tensor, project: Callable[[Tensor], Tensor], row_end_H: Tensor | None = None
 ) -> Tensor:
-    """What fills the placeholders that `rows_n`, row numbers on the CPU, name: [n, H].
+    """The tokens [n, H] for the placeholders with row numbers `rows_n`, on the CPU.
 
-    `row_end_H`: the learned vector at the end of each row of a map. An architecture without one has no such rows.
+    `row_end_H`: the learned vector at the end of each row of a map. None if the architecture has no such rows.
     """
     if row_end_H is None:
         return project(batch.features_of(rows_n))

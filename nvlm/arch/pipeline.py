@@ -1,10 +1,10 @@
-"""One model over pipeline stages: its parts, the parameters that stand on several of them, and tags that travel.
+"""Pipeline parallelism: the parts of the model, parameters replicated on several stages, and embedded tags.
 
-The projector and the norms of keys stand on every stage that uses tiles, a tied embedding on the first and the last.
-Their gradients are summed over the copies, so that all stay one. Tags of NVLM-H's keys are words, whose embedding is
-on the first stage alone: the few rows that a step needs are sent to the other stages, and their gradients come back.
+The projector and the norms of keys are replicated on every stage that uses tiles, a tied embedding on the first and the
+last stage. Gradients are summed over the copies, so that they stay equal. Tags in NVLM-H's keys are words, but only the
+first stage has the embedding: it sends the few rows that a step needs to the other stages, which return the gradients.
 
-Shapes: N different tag tokens of a step, H model width.
+Shapes: N distinct tag tokens of a step, H model width.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _COPIED = ("projector.", "fusion.", "embedding.")
 
 
 def build_parts(config: Config) -> list[VisionLanguageModel]:
-    """The parts of the model that this process holds, one for each virtual stage."""
+    """The parts of the model on this process, one per virtual stage."""
     architecture, megatron = registry.build_architecture(config), llm_config(config)
     rank, p = parallel_state.get_pipeline_model_parallel_rank(), config.parallel
     parts: list[VisionLanguageModel] = []
@@ -41,7 +41,7 @@ def build_parts(config: Config) -> list[VisionLanguageModel]:
 
 
 def tile_use_of_rank(config: Config, pipeline_rank: int) -> TileUse:
-    """What the process at `pipeline_rank` does with tiles, over all its parts."""
+    """How the process at `pipeline_rank` uses tiles, over all its parts."""
     architecture, p = registry.build_architecture(config), config.parallel
     use = TileUse(False, False)
     for virtual in range(p.virtual):
@@ -51,25 +51,25 @@ def tile_use_of_rank(config: Config, pipeline_rank: int) -> TileUse:
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """A parameter that other stages hold too, and the group of the processes that do."""
+    """A parameter replicated on several stages, and the process group that holds it."""
 
     parameter: nn.Parameter
     group: dist.ProcessGroup
 
     @torch.no_grad()
     def equalize(self) -> None:
-        """Give all copies the first one's values."""
+        """Broadcast the values of the first copy."""
         dist.broadcast(self.parameter.data, dist.get_process_group_ranks(self.group)[0], group=self.group)
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
-        """Give all copies the sum of their gradients."""
+        """All-reduce the gradients of the copies."""
         if self.parameter.requires_grad:
             dist.all_reduce(self.parameter.main_grad, group=self.group)
 
 
 def find_copied(parts: Sequence[nn.Module]) -> list[Copied]:
-    """Parameters that stand on several stages, all but one of each marked as copies. All processes call it together."""
+    """The parameters replicated on several stages; all but the first copy are marked as copies. A collective call."""
     held = {name: p for part in parts for name, p in part.named_parameters() if name.startswith(_COPIED)}
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     names: list[set[str]] = [set() for _ in range(pipeline.size())]
@@ -80,27 +80,27 @@ def find_copied(parts: Sequence[nn.Module]) -> list[Copied]:
         group = groups.subgroups(holders if len(holders) > 1 and dist.get_rank() in holders else [])
         for name in sorted(name for name in held if name.startswith(kind)):
             held[name].copy_number = holders.index(dist.get_rank())
-            held[name].shared = held[name].copy_number > 0  # Megatron counts it once in the gradient's norm
+            held[name].shared = held[name].copy_number > 0  # Megatron counts it once in the gradient norm
             found += [Copied(held[name], group)] if group is not None else []
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class BorrowedWords:
-    """Embedding rows `rows` [N, H], a leaf in fp32, of the sorted ids `ids` [N], sent from the first stage."""
+    """Embedding rows [N, H], an fp32 leaf, for the sorted token ids [N], sent by the first stage."""
 
     ids: Tensor
     rows: Tensor
     dtype: torch.dtype
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """[..., H] of ids [...]; an id that was not sent reads some row (padding, placeholders)."""
+        """[..., H] of ids [...]; ids that were not sent (padding, placeholders) read an arbitrary row."""
         return self.rows[torch.searchsorted(self.ids, tokens).clamp(max=len(self.ids) - 1)].to(self.dtype)
 
 
 @dataclass(slots=True)
 class Pipeline:
-    """What the pipeline stages of one model share. `begin` before a step's forward, `finalize` behind its backward."""
+    """What the pipeline stages share. Call `begin` before a step's forward pass, `finalize` after its backward pass."""
 
     parts: list[VisionLanguageModel]
     copied: list[Copied]
@@ -109,7 +109,7 @@ class Pipeline:
 
     @torch.no_grad()
     def begin(self, batches: Sequence[Batch]) -> None:
-        """Send the embeddings of the batches' tags to the stages that lack them."""
+        """Send the embeddings of the batches' tags to the stages without the embedding."""
         if not self.lend:
             return
         group, ids = parallel_state.get_pipeline_model_parallel_group(), _tag_ids(batches)
@@ -125,7 +125,7 @@ class Pipeline:
 
     @torch.no_grad()
     def finalize(self, chunks: list, *args, **kwargs) -> None:
-        """Sum what several stages added to, then reduce over replicas as Megatron does."""
+        """Sum gradients over the copies on several stages, then reduce over replicas as Megatron does."""
         if self.borrowed is not None:
             self._return_words()
         for copied in self.copied:
@@ -146,7 +146,7 @@ class Pipeline:
 
 
 def _tag_ids(batches: Sequence[Batch]) -> Tensor:
-    """Sorted ids [N] of all tag tokens in the keys, and 0 for padding and placeholders."""
+    """Sorted ids [N] of all tag tokens in the keys, plus 0 for padding and placeholders."""
     hosts = [batch.on_host for batch in batches]
     found = [host.cross_tokens[host.cross_tokens != IMAGE] for host in hosts]
     found += [host.cross_tags[host.cross_tags != PAD] for host in hosts]
@@ -154,7 +154,7 @@ def _tag_ids(batches: Sequence[Batch]) -> Tensor:
 
 
 def build_pipeline(config: Config, parts: list[VisionLanguageModel]) -> Pipeline:
-    """Find what the stages share, and make all copies equal. Call it before the optimizer is built."""
+    """Find replicated parameters and make the copies equal. Call it before building the optimizer."""
     copied = find_copied(parts)
     for one in copied:
         one.equalize()
@@ -169,9 +169,9 @@ def build_pipeline(config: Config, parts: list[VisionLanguageModel]) -> Pipeline
 
 @torch.no_grad()
 def next_logits(pipeline: Pipeline, batch: Batch, last_B: Tensor, past: Past | None = None) -> Tensor | None:
-    """Logits [B, vocabulary] behind column `last_B[b]` of each row on the last pipeline stage, None on the others.
+    """Logits [B, vocabulary] at column `last_B[b]` of each row on the last pipeline stage, None on the others.
 
-    All stages call it together. `past`: as in `VisionLanguageModel.hidden`.
+    A collective call of all stages. `past`: as in `VisionLanguageModel.hidden`.
     """
     if past is None:
         pipeline.begin([batch])
@@ -191,7 +191,7 @@ def next_logits(pipeline: Pipeline, batch: Batch, last_B: Tensor, past: Past | N
 
 
 def share_from_last(values: Tensor) -> Tensor:
-    """`values` of the last pipeline stage, on all of them."""
+    """Broadcast `values` from the last pipeline stage to all stages."""
     group = parallel_state.get_pipeline_model_parallel_group()
     if group.size() > 1:
         dist.broadcast(values, dist.get_process_group_ranks(group)[-1], group=group)

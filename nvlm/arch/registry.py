@@ -1,4 +1,4 @@
-"""Architectures by name. An unknown name lists the known ones. Imports no model code before it is asked for."""
+"""Architectures by name; model code is imported on demand. An error for an unknown name lists the known ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build_architecture(config: Config):
 
 
 def description(name: str) -> Description:
-    """What the rest of the package needs to know of the architecture."""
+    """The description of the architecture `name`."""
     return import_module(f"{_package(name)}.description").DESCRIPTION
 
 

@@ -1,1 +1,1 @@
-"""Who sees whom, and the kernels that compute it."""
+"""Attention masks, and the kernels that apply them."""

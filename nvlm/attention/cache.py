@@ -1,6 +1,6 @@
-"""Keys and values that attention keeps from one call to the next while text is generated.
+"""The key-value cache of attention, for generating text.
 
-Shapes: S new columns, X columns kept, B rows, G key-value heads, D head width.
+Shapes: S new columns, X cached columns, B rows, G key-value heads, D head width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nvlm.attention.precision import for_kernel
 
 
 class KeyValues:
-    """The keys and values [X, B, G, D] of one attention module, in the precision that kernels work in."""
+    """The keys and values [X, B, G, D] of one attention module, in the precision of the kernels."""
 
     def __init__(self) -> None:
         self.buffers: tuple[Tensor, Tensor] | None = None
@@ -28,17 +28,17 @@ class KeyValues:
     @property
     def pair(self) -> tuple[Tensor, Tensor]:
         """All keys and all values so far, as views."""
-        assert self.buffers is not None, "nothing is kept yet"
+        assert self.buffers is not None, "the cache is empty"
         keys, values = self.buffers
         return keys.narrow(0, 0, self.length), values.narrow(0, 0, self.length)
 
     def keep(self, key_XBGD: Tensor, value_XBGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep these alone: keys that never grow."""
+        """Replace what is cached: for keys that never grow."""
         self.buffers, self.length = (for_kernel(key_XBGD), for_kernel(value_XBGD)), len(key_XBGD)
         return self.buffers
 
     def append(self, key_SBGD: Tensor, value_SBGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Put these behind the others; returns all."""
+        """Append to what is cached; returns all of it."""
         new, columns, before = (for_kernel(key_SBGD), for_kernel(value_SBGD)), key_SBGD.shape[0], self.length
         self.length += columns
         if self.buffers is None or self.buffers[0].shape[0] < self.length:
@@ -48,7 +48,7 @@ class KeyValues:
         return self.pair
 
     def _larger(self, number: int, like_SBGD: Tensor) -> Tensor:
-        """A buffer for half as many columns again as are needed, so that growing costs little on average."""
+        """A buffer with 50% spare room, so that appending is cheap on average."""
         buffer = like_SBGD.new_empty(self.length + self.length // 2 + 64, *like_SBGD.shape[1:])
         if self.buffers is not None:
             old = self.buffers[number]
@@ -56,40 +56,40 @@ class KeyValues:
         return buffer
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows alone."""
+        """Keep only these rows."""
         if self.buffers is not None:
             self.buffers = tuple(buffer.index_select(1, rows) for buffer in self.buffers)
 
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """What the newest column of rows must not see of what caches keep: masks of `Dense`, None for nothing."""
+    """The masks of the newest column over the caches, in the form of `Dense`; None if nothing is hidden."""
 
-    columns: Tensor | None  # [B, 1, 1, X], the newest counted
+    columns: Tensor | None  # [B, 1, 1, X], including the newest
     keys: Tensor | None  # [B, 1, 1, X]
 
     def grown(self) -> Past:
-        """With one more column, which is seen."""
+        """With one more column, which is visible."""
         return self if self.columns is None else Past(nn.functional.pad(self.columns, (0, 1)), self.keys)
 
     def selected(self, rows: Tensor) -> Past:
-        """Of these rows alone."""
+        """Only these rows."""
         return Past(*(None if mask is None else mask[rows] for mask in (self.columns, self.keys)))
 
     def shortened(self) -> Past:
-        """Without the masks that hide nothing: kernels are quicker without."""
+        """Without masks that hide nothing: kernels are faster without a mask."""
         return Past(*(mask if mask is not None and mask.any() else None for mask in (self.columns, self.keys)))
 
 
 class KeepsKeys:
-    """An attention module that uses `cache` where one is attached."""
+    """An attention module that uses `cache` if one is attached."""
 
     cache: KeyValues | None = None
 
 
 @contextmanager
 def cached(parts: Sequence[nn.Module]) -> Iterator[list[KeyValues]]:
-    """Attach an empty cache to every module of `parts` that keeps keys; yields them all."""
+    """Attach an empty cache to every module of `parts` that keeps keys; yields the caches."""
     modules = [m for part in parts for m in part.modules() if isinstance(m, KeepsKeys)]
     for module in modules:
         module.cache = KeyValues()
@@ -102,7 +102,7 @@ def cached(parts: Sequence[nn.Module]) -> Iterator[list[KeyValues]]:
 
 @contextmanager
 def generating(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """`parts` in evaluation mode, without gradients, and so that they take one column of any number of rows."""
+    """`parts` in evaluation mode, without gradients, and able to process one column of any number of rows."""
     modules = [m for part in parts for m in part.modules()]
     holders = {id(x): x for m in modules for x in (m, getattr(m, "config", None)) if x is not None}.values()
     changed = [(x, name, getattr(x, name)) for x in holders for name in _ONE_COLUMN if getattr(x, name, None)]
@@ -121,6 +121,6 @@ def generating(parts: Sequence[nn.Module]) -> Iterator[None]:
             part.train(mode)
 
 
-# Settings of modules and their configurations that one column does not allow: it cannot be split, FP8 products take
-# tokens by the dozen, and the fused rotary embedding gives all rows one position.
+# Settings that do not work with one column: it cannot be split, FP8 products need the number of tokens to be a multiple
+# of at least 8, and the fused rotary embedding gives all rows the same position.
 _ONE_COLUMN = {"sequence_parallel": False, "fp8": None, "apply_rope_fusion": False}

@@ -1,5 +1,6 @@
-"""The one choice of attention kernels, by configuration, machine and mode, and what each of them keeps for the backward
-pass. No torch: the model asks `choose`, and so does the estimate.
+"""Chooses the attention kernels by configuration, machine and mode, and says what each saves for the backward pass.
+
+Imports no torch. Both the model and the estimate call `choose`.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ from nvlm.config.values import Config, cross_layers
 
 
 class Mode(Enum):
-    """What a forward pass is for."""
+    """The purpose of a forward pass."""
 
-    TRAINING = "training"  # gradients may be asked for
+    TRAINING = "training"  # with gradients
     EVALUATION = "evaluation"  # whole rows, no gradients
-    CACHED = "cached"  # the newest column of rows; caches hold the others
+    CACHED = "cached"  # the newest column; caches hold the columns before it
 
 
 class Rows(Enum):
     """How the rows of a micro-batch are arranged."""
 
-    KEPT = "rows"  # as they are
-    LINE = "line"  # one behind the other, padding included
-    TOKENS = "tokens"  # one behind the other, without padding
+    KEPT = "rows"  # unchanged
+    LINE = "line"  # concatenated, including padding
+    TOKENS = "tokens"  # concatenated, without padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +42,16 @@ CPU, GPU, GPU_WITH_TE = Machine(False, False), Machine(True, False), Machine(Tru
 class Kernel:
     """An attention kernel, by the name of its module in nvlm.attention.kernels.
 
-    `joint`, `apart` and `mask` say what it keeps for the backward pass beside queries, keys, values, output and each
-    query's logsumexp.
+    `joint`, `apart` and `mask` say what it saves for the backward pass, in addition to queries, keys, values, output
+    and each query's logsumexp.
     """
 
     name: str
-    inner: Kernel | None = None  # the kernel that computes on each rank, where this one moves data between ranks
-    rows: Rows = Rows.KEPT  # how it wants a micro-batch
-    joint: bool = True  # values stay a view of queries, keys and values in one
-    apart: bool = False  # its output is copied for the linear behind it
-    mask: bool = False  # the mask of all pairs, as numbers
+    inner: Kernel | None = None  # computes on each rank, if this kernel moves data between ranks
+    rows: Rows = Rows.KEPT  # the arrangement it needs
+    joint: bool = True  # values are a view of the fused QKV tensor
+    apart: bool = False  # its output is copied for the next linear
+    mask: bool = False  # a dense mask of all pairs, as numbers
 
 
 DENSE = Kernel("dense", mask=True)
@@ -60,22 +61,24 @@ TE = Kernel("te", rows=Rows.LINE, joint=False)
 
 
 def across(kernel: Kernel) -> Kernel:
-    """`kernel` under context parallelism."""
+    """`kernel`, wrapped for context parallelism."""
     return Kernel("context", inner=kernel, joint=False, apart=True, mask=kernel.mask)
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The kernels of a model in one mode, and how they get the rows of a micro-batch."""
+    """The kernels of a model in one mode, and the arrangement of rows that they need."""
 
-    columns: Kernel  # self-attention's
-    keys: Kernel | None  # cross-attention's; None where no layer has any
+    columns: Kernel  # for self-attention
+    keys: Kernel | None  # for cross-attention; None if no layer has it
     rows: Rows
 
 
 def choose(config: Config, machine: Machine, mode: Mode) -> Chosen:
-    """The kernels of `config` on `machine` in `mode`. Outside training masks of all pairs are quick enough: rows are
-    short, and caches hold their keys."""
+    """The kernels of `config` on `machine` in `mode`.
+
+    Outside training, dense masks are fast enough: rows are short, and caches hold their keys.
+    """
     trains = mode is Mode.TRAINING
     pairs = FLEX if trains and machine.cuda else DENSE
     keys = pairs if cross_layers(config) else None
@@ -88,37 +91,37 @@ def choose(config: Config, machine: Machine, mode: Mode) -> Chosen:
 def _rows(whole: Kernel, keys: Kernel | None, trains: bool) -> Rows:
     if whole.rows is Rows.LINE:
         return Rows.LINE  # in all modes: Transformer Engine's fused rotary embedding takes one row
-    # In one line, a mask of all pairs of tokens and keys would be larger by the number of rows.
+    # After concatenation, a dense mask of tokens x keys would be B times as large.
     return whole.rows if trains and keys is None else Rows.KEPT
 
 
 def uses_engine(config: Config, machine: Machine) -> bool:
-    """Whether the decoder layers are Transformer Engine's.
+    """Whether the decoder layers use Transformer Engine.
 
-    Adapted linears are Megatron's own; fp32 is for comparisons, which are to be made with torch's arithmetic.
+    Linears with adapters use Megatron's own layers; fp32 is for comparisons, which need torch's arithmetic.
     """
     return machine.cuda and machine.te and config.precision.dtype == "bf16" and config.peft.name == "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """What kernels keep beside the inputs of linears. Zeros: nothing of it."""
+    """What kernels save for the backward pass, besides the inputs of linears. Zero: nothing."""
 
-    norm: int = 0  # bytes an element of a norm's input; 0: as it is
-    normalized: int = 0  # bytes an element, beside a norm's input where the norm learns
-    attention: int = 0  # bytes an element; 0: as it is
-    apart: bool = False  # self-attention's output is copied for the linear behind it
-    apart_keys: bool = False  # cross-attention's
-    joint: bool  # values are a view of queries, keys and values in one
-    rotary: bool  # cosines and sines, of queries and keys each; else their angles, once for all layers
-    glu: int = 2  # widths that the gated unit keeps between its linears
-    dense: bool = False  # self-attention's mask of all pairs
-    dense_keys: bool = False  # cross-attention's
-    fused_norm: bool  # a norm is one with its linear: what is recomputed begins in front of it
+    norm: int = 0  # bytes per element of a norm's input; 0: the dtype of the input
+    normalized: int = 0  # bytes per element, besides the norm's input, if the norm is trained
+    attention: int = 0  # bytes per element; 0: the dtype of the input
+    apart: bool = False  # self-attention's output is copied for the next linear
+    apart_keys: bool = False  # the same for cross-attention
+    joint: bool  # values are a view of the fused QKV tensor
+    rotary: bool  # cosines and sines, for queries and for keys; else the angles, once for all layers
+    glu: int = 2  # widths that the gated unit saves between its linears
+    dense: bool = False  # self-attention has a dense mask
+    dense_keys: bool = False  # cross-attention has a dense mask
+    fused_norm: bool  # norms are fused with the next linear: recomputation starts before the norm
 
 
 def kernels_of(config: Config, machine: Machine = GPU_WITH_TE) -> Kernels:
-    """What the kernels that train `config` on `machine` keep."""
+    """What the kernels save when `config` is trained on `machine`."""
     chosen, te = choose(config, machine, Mode.TRAINING), uses_engine(config, machine)
     columns, keys = chosen.columns, chosen.keys
     return Kernels(

@@ -1,7 +1,7 @@
-"""Context parallelism: which rank has which of a row's columns.
+"""Context parallelism: which rank holds which columns of a row.
 
-Columns lie in zigzag: of 2 P equal chunks of a row, rank p of P has chunks p and 2 P - 1 - p, so that under a causal
-mask all ranks have the same work.
+The order is zigzag: a row is cut into 2 P equal chunks, and rank p of P holds chunks p and 2 P - 1 - p, so that all
+ranks have the same work under a causal mask.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def zigzag(length: int, rank: int, size: int) -> Tensor:
-    """Columns [length / size] of `rank`; raises ValueError where 2 x size does not divide `length`."""
+    """Columns [length / size] of `rank`; raises ValueError if `length` is not a multiple of 2 x size."""
     if size == 1:
         return torch.arange(length)
     chunk, rest = divmod(length, 2 * size)
@@ -23,18 +23,18 @@ def zigzag(length: int, rank: int, size: int) -> Tensor:
 
 
 def own_columns(length: int) -> Tensor:
-    """The columns of a row that this process computes."""
+    """The columns of a row that this rank computes."""
     return zigzag(length, parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
 
 
 def all_columns(length: int) -> Tensor:
-    """All columns of a row in the order in which the ranks hold them."""
+    """All columns of a row, in the order in which the ranks hold them."""
     size = parallel_state.get_context_parallel_world_size()
     return torch.cat([zigzag(length, rank, size) for rank in range(size)])
 
 
 def attended_columns(length: int, inner: int) -> tuple[Tensor, Tensor]:
-    """Columns of the queries and of the keys that self-attention works on, with `inner` ranks in the all-to-all."""
+    """The columns of queries and of keys in self-attention on this rank, with `inner` ranks in the all-to-all."""
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     first = rank // inner * inner
     queries = [zigzag(length, member, size) for member in range(first, first + inner)]
@@ -42,7 +42,7 @@ def attended_columns(length: int, inner: int) -> tuple[Tensor, Tensor]:
 
 
 def gather_columns(hidden_SBH: Tensor) -> Tensor:
-    """Hidden states of all columns, in their order in the row. Gradients do not flow back."""
+    """Hidden states of all columns, in row order. No gradient flows back."""
     group = parallel_state.get_context_parallel_group()
     if group.size() == 1:
         return hidden_SBH.detach()

@@ -1,4 +1,4 @@
-"""What an attention kernel is. Each has a file in nvlm.attention.kernels; nvlm.attention.choice says which is used.
+"""The interface of an attention kernel. Each has a file in nvlm.attention.kernels; nvlm.attention.choice picks one.
 
 Shapes: S queries, X keys, B rows, N query heads, G key-value heads, D head width.
 """
@@ -21,7 +21,7 @@ from nvlm.data.batch import Batch
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What queries may look at: a mask in the form that `kernel` makes and reads."""
+    """What queries may attend to: a mask in the form of `kernel`."""
 
     kernel: Kernel
     mask: Any
@@ -34,15 +34,15 @@ class View:
         scale: float | None = None,
         core: nn.Module | None = None,
     ) -> Tensor:
-        """softmax(scale q k^T) v over the keys in view, [S, B, N * D]; a query that sees no key gets exactly zero.
+        """softmax(scale q k^T) v over the visible keys, [S, B, N * D]; exactly zero for a query that sees no key.
 
-        `scale`: None for 1 / sqrt(D). `core`: the layer's core attention, where a kernel needs what it holds.
+        `scale`: None for 1 / sqrt(D). `core`: the layer's core attention, if the kernel needs it.
         """
         return self.kernel.attend(query_SBND, key_XBGD, value_XBGD, self.mask, scale, core)
 
 
 class CoreAttention(nn.Module, KeepsKeys):
-    """The core attention of Megatron's layers: whatever kernel made the view attends, also to what a cache keeps."""
+    """The core attention of Megatron's layers: applies the view's kernel, and a cache if one is attached."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_) -> None:
         super().__init__()
@@ -51,25 +51,25 @@ class CoreAttention(nn.Module, KeepsKeys):
         self.softmax_scale = softmax_scale
 
     def forward(self, query_SBND: Tensor, key_XBGD: Tensor, value_XBGD: Tensor, view: View, **_) -> Tensor:
-        """[S, B, N * D]; `view` (where Megatron passes its attention mask) is of the keys of all columns."""
+        """[S, B, N * D]; `view`, passed in place of Megatron's attention mask, covers the keys of all columns."""
         if self.cache is not None:
             key_XBGD, value_XBGD = self.cache.append(key_XBGD, value_XBGD)
         return view.attend(query_SBND, key_XBGD, value_XBGD, self.softmax_scale)
 
 
 class Kernel(ABC):
-    """Makes its own form of mask, and attends through it."""
+    """Makes a mask in its own form, and attends under it."""
 
     core: type[nn.Module] = CoreAttention
-    """The core attention that Megatron's layer specs name where this kernel trains."""
+    """The core attention in Megatron's layer specs when this kernel is used for training."""
 
     @abstractmethod
     def columns(self, batch: Batch) -> View:
-        """What the tokens of a micro-batch see of each other, in self-attention."""
+        """The self-attention view of a micro-batch."""
 
     def keys(self, batch: Batch, columns_S: Tensor) -> View:
-        """What the tokens in the columns `columns_S` see of the cross-attended keys."""
-        raise NotImplementedError(f"{type(self).__name__}: it is for self-attention alone")
+        """The cross-attention view of the tokens in `columns_S`."""
+        raise NotImplementedError(f"{type(self).__name__}: supports self-attention only")
 
     @abstractmethod
     def attend(
@@ -81,11 +81,11 @@ class Kernel(ABC):
         scale: float | None = None,
         core: nn.Module | None = None,
     ) -> Tensor:
-        """As `View.attend`, with a mask of this kernel's own form."""
+        """As `View.attend`, with a mask in this kernel's form."""
 
 
 class TorchKernel(Kernel):
-    """A kernel that takes torch's order of dimensions."""
+    """A kernel with torch's order of dimensions."""
 
     def attend(
         self,
@@ -108,25 +108,26 @@ class TorchKernel(Kernel):
 
 
 class PairKernel(TorchKernel):
-    """A kernel whose mask is made pair by pair, so also of some columns alone."""
+    """A kernel whose mask is defined pair by pair, so it can also be made for a subset of the columns."""
 
     def columns(self, batch: Batch) -> View:
-        """Of whole rows."""
+        """For whole rows."""
         every = torch.arange(batch.sample.shape[1], device=batch.sample.device)
         return self.among(batch, every, every)
 
     @abstractmethod
     def among(self, batch: Batch, queries_S: Tensor, keys_X: Tensor) -> View:
-        """What tokens in the columns `queries_S` see of those in the columns `keys_X`."""
+        """The view of the tokens in columns `queries_S` onto those in columns `keys_X`."""
 
 
 @dataclass
 class Masks(PackedSeqParams):
-    """What Megatron hands through to every layer of a micro-batch, also to recomputed ones, for which it keeps only
-    tensors among the arguments.
+    """Carries the views through Megatron to every layer of a micro-batch.
 
-    Its own fields are left empty, so that Megatron lays nothing out anew: rotary angles come token by token.
+    A subclass of PackedSeqParams, because Megatron passes those on to recomputed layers too; of other arguments only
+    tensors survive. The inherited fields stay empty, so that Megatron does not treat rows as packed: rotary angles are
+    computed per token.
     """
 
-    columns: View | None = None  # what self-attention sees
-    keys: View | None = None  # what cross-attention sees; None where there is none
+    columns: View | None = None  # of self-attention
+    keys: View | None = None  # of cross-attention; None without it

@@ -1,4 +1,4 @@
-"""The kernels that a model uses in one mode, as its forward pass and its layer specs ask for them.
+"""The kernels that a model uses in one mode, for its forward pass and its layer specs.
 
 Shapes: S columns that this context-parallel rank computes.
 """
@@ -20,35 +20,35 @@ from nvlm.data.batch import Batch
 
 @dataclass(frozen=True, slots=True)
 class ModelAttention:
-    """What `choice.choose` chose, built."""
+    """The kernels that `choice.choose` picked."""
 
     columns: Kernel
     keys: Kernel | None
     rows: Rows
-    multiple: int  # what the length of a row must be a multiple of, tokens
+    multiple: int  # tokens; row lengths must be a multiple of this
 
     @property
     def core(self) -> type[nn.Module]:
-        """The core attention that layer specs name."""
+        """The core attention in layer specs."""
         return self.columns.core
 
     def arranged(self, batch: Batch) -> Arranged:
-        """`batch` with its rows as the kernels want them."""
+        """`batch` with its rows arranged for the kernels."""
         return arranged(batch, self.rows, self.multiple)
 
     def masks(self, batch: Batch, columns_S: Tensor, keys: bool) -> Masks:
-        """What the tokens of an arranged batch see. `keys`: whether there are layers with cross-attention."""
+        """The views of an arranged batch. `keys`: whether there are cross-attention layers."""
         return Masks(columns=self.columns.columns(batch), keys=self.keys.keys(batch, columns_S) if keys else None)
 
     def cached(self, past: Past) -> Masks:
-        """What the newest column sees of what caches keep."""
+        """The views of the newest column over the caches."""
         return Masks(
             columns=View(self.columns, past.columns), keys=None if self.keys is None else View(self.keys, past.keys)
         )
 
 
 def build_attention(config: Config, machine: Machine, mode: Mode) -> ModelAttention:
-    """The kernels of a model of `config` in `mode`. Imports those that are chosen, and no others."""
+    """The kernels of a model of `config` in `mode`. Imports only the chosen kernels."""
     chosen = choice.choose(config, machine, mode)
     keys = None if chosen.keys is None else kernels.build(chosen.keys, config)
     return ModelAttention(kernels.build(chosen.columns, config), keys, chosen.rows, config.row_multiple)

@@ -1,4 +1,4 @@
-"""The precision that attention kernels of torch work in."""
+"""The precision in which torch's attention kernels compute."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def for_kernel(x: Tensor) -> Tensor:
-    """`x` in the precision that attention works in: torch's bf16 attention is several times slower on CPU."""
+    """`x` in the precision for attention: on CPU, torch's bf16 attention is several times slower than fp32."""
     return x.float() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x

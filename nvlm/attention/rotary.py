@@ -1,4 +1,4 @@
-"""Rotary positions, token by token: each sample of a packed row begins at 0.
+"""Rotary positions per token: each sample of a packed row starts at 0.
 
 Shapes: S columns, B rows, D head width.
 """
@@ -12,14 +12,14 @@ from nvlm.config.values import LLMConfig
 
 
 def rotary_frequencies(llm: LLMConfig) -> Tensor:
-    """[D / 2] rotary frequencies in radians a position."""
+    """[D / 2] rotary frequencies, radians per position."""
     steps = torch.arange(0, llm.head_dim, 2, dtype=torch.float32, device="cpu") / llm.head_dim
     frequencies = llm.rope_theta**-steps
     return frequencies if llm.rope_scaling is None else scaled(frequencies, **llm.rope_scaling)
 
 
 def rotary_angles(positions_BS: Tensor, frequencies: Tensor) -> Tensor:
-    """[S, B, 1, D] rotary angles in radians, from each token's position within its own sample."""
+    """[S, B, 1, D] rotary angles in radians, from each token's position within its sample."""
     angles = positions_BS.t()[..., None] * frequencies
     return torch.cat((angles, angles), dim=-1)[:, :, None, :]
 
@@ -31,7 +31,7 @@ def scaled(
     high_freq_factor: float,
     original_max_position_embeddings: float,
 ) -> Tensor:
-    """Llama 3.1's longer context: slow rotations slowed by `factor`, fast ones kept, a ramp between."""
+    """Llama 3.1's context extension: low frequencies are divided by `factor`, high ones kept, with a ramp between."""
     turns = original_max_position_embeddings * frequencies / (2 * torch.pi)
     keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
     return frequencies * (keep + (1 - keep) / factor)

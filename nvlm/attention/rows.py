@@ -1,6 +1,6 @@
-"""The rows of a micro-batch, arranged as kernels want them.
+"""The rows of a micro-batch, arranged as kernels need them.
 
-Shapes: B rows, S columns of a row, T tokens of a line.
+Shapes: B rows, S columns of a row, T tokens of the concatenated rows.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from nvlm.data.batch import PAD, Batch, in_line, without_padding
 
 @dataclass(frozen=True, slots=True)
 class Arranged:
-    """A batch as it is computed, and the way back."""
+    """A batch as it is computed, and how to restore the original rows."""
 
     batch: Batch
-    shape: tuple[int, int] | None = None  # (B, S) of rows that were put in line; None: rows are as they came
-    columns_T: Tensor | None = None  # where each token of the line stood, counted row behind row; None: none left out
+    shape: tuple[int, int] | None = None  # (B, S) before concatenation; None: rows are unchanged
+    columns_T: Tensor | None = None  # original flat index of each token; None: none was dropped
 
     def restored(self, numbers: Tensor) -> Tensor:
-        """[B, S] from one number for each token of the computed batch; zero where no token was computed."""
+        """[B, S] from one number per token of the computed batch; zero for tokens that were dropped."""
         if self.shape is None:
             return numbers
         if self.columns_T is None:
@@ -34,7 +34,7 @@ class Arranged:
 
 
 def arranged(batch: Batch, rows: Rows, multiple: int) -> Arranged:
-    """`batch` with its rows as `rows` says; without padding, `multiple` divides the tokens of the line."""
+    """`batch` with its rows arranged as `rows` says; without padding, the length is a multiple of `multiple`."""
     if rows is Rows.KEPT:
         return Arranged(batch)
     if rows is Rows.LINE:
@@ -44,9 +44,9 @@ def arranged(batch: Batch, rows: Rows, multiple: int) -> Arranged:
 
 
 def samples_in_line(sample_T: Tensor, longest: int, device: torch.device) -> PackedSeqParams:
-    """Where the samples of a line begin and end, of at most `longest` tokens each, for kernels on `device`.
+    """The boundaries of the samples in a line, of at most `longest` tokens each, for kernels on `device`.
 
-    Padding counts as samples too: nothing looks at it, and that costs less than to take it out.
+    Padding is treated as samples of its own: nothing attends to it, and removing it would cost more.
     """
     numbers_T = torch.arange(len(sample_T), device=sample_T.device)
     begins_T = (sample_T == PAD) & (numbers_T % longest == 0)

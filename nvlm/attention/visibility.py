@@ -1,4 +1,4 @@
-"""Who sees what: the rules, and the dense masks that follow from them.
+"""The visibility rules, and dense masks made from them.
 
 Shapes: S queries, X keys, B rows, L columns of a row.
 """
@@ -11,17 +11,17 @@ from nvlm.data.batch import ALL_TILES, PAD, Batch
 
 
 def follows(sample_q: Tensor, column_q: Tensor, sample_k: Tensor, column_k: Tensor) -> Tensor:
-    """Whether a token may look at another: not ahead, not into another sample, not at padding. Elementwise."""
+    """Whether a query token may attend to a key token: same sample, not later, not padding. Elementwise."""
     return (sample_q == sample_k) & (sample_k != PAD) & (column_k <= column_q)
 
 
 def sees(
     sample_q: Tensor, image_q: Tensor, tile_q: Tensor, sample_k: Tensor, image_k: Tensor, tile_k: Tensor
 ) -> Tensor:
-    """Whether a token may look at a key. Elementwise.
+    """Whether a token may attend to a cross-attention key. Elementwise.
 
-    A query sees the keys of its own sample's images up to the last one begun; a query bound to a tile (a tile tag
-    of NVLM-X, section 4.3) sees that tile of that image alone.
+    A query sees the keys of its sample's images up to and including the latest one started; a query bound to a tile (a
+    tile tag of NVLM-X, section 4.3) sees only that tile of that image.
     """
     before = (sample_q == sample_k) & (sample_k != PAD) & (image_k <= image_q)
     own = (image_k == image_q) & (tile_k == tile_q)
@@ -29,9 +29,9 @@ def sees(
 
 
 def causal_mask(sample_BL: Tensor, queries_S: Tensor, keys_X: Tensor) -> Tensor:
-    """[B, 1, S, X], True where a token must not look (`follows`).
+    """[B, 1, S, X], True where attention is forbidden (see `follows`).
 
-    `sample_BL` are whole rows; `queries_S` and `keys_X` the columns of them that look and are looked at.
+    `sample_BL` covers whole rows; `queries_S` and `keys_X` are the columns of the queries and keys.
     """
     sample_q, sample_k = sample_BL[:, queries_S, None], sample_BL[:, None, keys_X]
     return ~follows(sample_q, queries_S[:, None], sample_k, keys_X)[:, None]
@@ -40,13 +40,13 @@ def causal_mask(sample_BL: Tensor, queries_S: Tensor, keys_X: Tensor) -> Tensor:
 def visible(
     sample_q: Tensor, image_q: Tensor, tile_q: Tensor, sample_k: Tensor, image_k: Tensor, tile_k: Tensor
 ) -> Tensor:
-    """Who sees what (`sees`): [..., S, X], from the numbers [..., S] of queries and [..., X] of keys."""
+    """`sees` for all pairs: [..., S, X], from the numbers [..., S] of queries and [..., X] of keys."""
     queries = (numbers[..., :, None] for numbers in (sample_q, image_q, tile_q))
     keys = (numbers[..., None, :] for numbers in (sample_k, image_k, tile_k))
     return sees(*queries, *keys)
 
 
 def unseen_keys(batch: Batch, columns_S: Tensor) -> Tensor:
-    """[B, 1, S, X], True where a token in one of the columns `columns_S` must not look at a key."""
+    """[B, 1, S, X], True where a token in `columns_S` must not attend to a key."""
     queries = (numbers[:, columns_S] for numbers in (batch.sample, batch.image, batch.tile))
     return ~visible(*queries, batch.cross_sample, batch.cross_image, batch.cross_tile)[:, None]

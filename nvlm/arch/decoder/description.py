@@ -1,4 +1,4 @@
-"""NVLM-D described, without its code."""
+"""The description of NVLM-D."""
 
 from __future__ import annotations
 

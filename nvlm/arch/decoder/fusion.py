@@ -1,4 +1,4 @@
-"""Projected tiles take the place of the text stream's placeholders."""
+"""Replaces placeholders in the text stream by projected tiles."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from nvlm.data.batch import IMAGE, Batch
 
 
 def fill(words_BSH: Tensor, batch: Batch, columns_S: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
-    """`words_BSH`, the columns `columns_S` of the stream, with tile tokens in the place of their placeholders.
+    """`words_BSH`, the embeddings of the columns `columns_S`, with placeholders replaced by tile tokens.
 
-    Only the tile tokens that stand in these columns are projected. `columns_S` is where `batch.on_host` is.
+    Only tile tokens in these columns are projected. `columns_S` is on the device of `batch.on_host`.
     """
     host, device = batch.on_host, words_BSH.device
     places_BL = host.tokens == IMAGE
-    numbers_BL = places_BL.flatten().cumsum(0).view_as(places_BL) - 1  # which tile token stands here
+    numbers_BL = places_BL.flatten().cumsum(0).view_as(places_BL) - 1  # number of the tile token at each placeholder
     places_N = places_BL[:, columns_S].flatten().nonzero()[:, 0]
     numbers_N = numbers_BL[:, columns_S].flatten()[places_N].cpu()
     tiles_NH = picture_tokens(batch, batch.stream_rows[numbers_N], project).to(words_BSH.dtype)

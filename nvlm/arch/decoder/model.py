@@ -9,5 +9,5 @@ from nvlm.config.values import ArchConfig
 
 
 def architecture(arch: ArchConfig) -> Architecture:
-    """NVLM-D as values."""
+    """The NVLM-D architecture."""
     return Architecture(DESCRIPTION, stream=fill, keys=None, cross_attention=None)

@@ -1,4 +1,4 @@
-"""NVLM-D's placement rule: each tile behind its tag in the text stream, thumbnail last (NVLM section 4.2)."""
+"""NVLM-D's placement rule: each tile after its tag in the text stream, thumbnail last (NVLM section 4.2)."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def placement(plan: TilePlan, tags: Sequence[tuple[int, ...]], tokens: Sequence[
 
 
 def with_tags(tiles: Sequence[int], tags: Sequence[tuple[int, ...]], tokens: Sequence[int]) -> tuple[Piece, ...]:
-    """Each of `tiles` behind its tag."""
+    """Each of `tiles`, after its tag."""
     return tuple(piece for t in tiles for piece in (Piece(t, Words(tags[t])), Piece(t, TileTokens(tokens[t]))))

@@ -1,4 +1,4 @@
-"""NVLM-H described, without its code."""
+"""The description of NVLM-H."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Regular tiles become keys beside their tags."""
+"""Turns regular tiles and their tags into keys."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from nvlm.data.batch import PAD, Batch
 
 
 class TaggedTileKeys(TileKeys):
-    """NVLM-H: keys are tags and tiles, each behind a norm of its own.
+    """NVLM-H: keys are tags and tiles, each kind with its own norm.
 
-    `bind_tags`: each tile's tokens also get the mean embedding of their tag. Cross-attention has no order of its own,
-    so a tag that merely stands beside a tile does not tell which tile it names. The norms bring word embeddings and
-    projected tiles, which differ in scale by orders of magnitude in a real model, to one.
+    `bind_tags`: the mean embedding of a tile's tag is added to each of the tile's tokens. Cross-attention is
+    order-invariant, so a tag next to a tile does not show which tile it names. The norms bring word embeddings and
+    projected tiles, which differ by orders of magnitude in a real model, to the same scale.
     """
 
     def __init__(self, config: TransformerConfig, bind_tags: bool) -> None:
@@ -39,10 +39,10 @@ class TaggedTileKeys(TileKeys):
 
 
 def _repeated(x_PH: Tensor, times_P: Tensor) -> Tensor:
-    """Row p of `x_PH` as often as `times_P` says, on the CPU: [N, H].
+    """Row p of `x_PH` repeated `times_P[p]` times: [N, H]. `times_P` is on the CPU.
 
-    Rows that are repeated equally often go together: their gradients are summed by one reduction, which in bf16 rounds
-    once, where those of an index would be added up one by one.
+    Rows with equal counts are expanded together, so that their gradients are summed in one reduction, which rounds once
+    in bf16; the gradients of indexing would be added one by one.
     """
     parts, start = [], 0
     for times, run in groupby(times_P.tolist()):

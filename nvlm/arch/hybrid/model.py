@@ -15,7 +15,7 @@ from nvlm.config.values import ArchConfig
 
 
 def architecture(arch: ArchConfig) -> Architecture:
-    """NVLM-H as values."""
+    """The NVLM-H architecture."""
     cross = ModuleSpec(module=GatedCrossAttention, params={"init_std": arch.cross_std})
     keys = partial(TaggedTileKeys, bind_tags=arch.bind_tags)
     return Architecture(DESCRIPTION, stream=fill, keys=keys, cross_attention=cross)

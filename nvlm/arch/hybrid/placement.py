@@ -12,7 +12,7 @@ from nvlm.tiling.placement import Placement
 def placement(plan: TilePlan, tags: Sequence[tuple[int, ...]], tokens: Sequence[int]) -> Placement:
     """[thumbnail tag, thumbnail] in the stream; [tag 1, tile 1, ..., tag n, tile n] as keys.
 
-    A one-tile image has no regular tile: it is its own thumbnail and adds no key.
+    An image of one tile has no regular tiles: the tile is the thumbnail, and adds no keys.
     """
     return Placement(
         tuple(tokens),

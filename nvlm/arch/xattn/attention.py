@@ -1,7 +1,7 @@
 """Gated cross-attention with grouped queries, tensor parallel (NVLM section 4.3; gate after Flamingo).
 
 Megatron's CrossAttention refuses grouped queries and has no gate. The layer adds tanh(gate) * attention to its
-residual; the gate begins at zero, so a fresh model computes exactly what its text model computes.
+residual; the gate starts at zero, so a new model computes exactly what its text model computes.
 
 Shapes: S text tokens, X keys, B rows, H model width, N query heads, G key-value heads, D head width.
 """
@@ -23,7 +23,7 @@ from nvlm.llm.layer import project
 
 
 class GatedCrossAttention(MegatronModule, KeepsKeys):
-    """tanh(gate) * Wo attention(Wq x, Wk keys, Wv keys): no bias, no rotary, heads as the language model's."""
+    """tanh(gate) * Wo attention(Wq x, Wk keys, Wv keys): no bias, no rotary embedding, the language model's heads."""
 
     def __init__(
         self, config: TransformerConfig, layer_number: int, pg_collection, init_std: float, linears: Linears, **_
@@ -34,13 +34,13 @@ class GatedCrossAttention(MegatronModule, KeepsKeys):
         self.head_dim = config.kv_channels
         width = config.num_attention_heads * config.kv_channels
         init = init_method_normal(init_std)
-        config = dataclasses.replace(config, perform_initialization=True)  # it may be new where others are read
+        config = dataclasses.replace(config, perform_initialization=True)  # may be new while others are loaded
         shared = dict(init_method=init, bias=False, is_expert=False, tp_group=pg_collection.tp)
         column = dict(gather_output=False, skip_bias_add=False, **shared)
         build_q = linears.normed("cross_attention.linear_q")
         self.linear_q = build_q(config.hidden_size, width, config=config, **column)
-        # Keys are whole on every rank, never split along the sequence nor over context-parallel ranks: the attention
-        # of this rank's queries to them is complete, and the sum over ranks completes the keys' gradient.
+        # Every rank holds all keys; they are never split by sequence or context parallelism. So this rank's queries see
+        # all of them, and the sum over ranks completes the gradient of the keys.
         whole = dataclasses.replace(
             config,
             sequence_parallel=False,
@@ -58,7 +58,7 @@ class GatedCrossAttention(MegatronModule, KeepsKeys):
             config=config,
             input_is_parallel=True,
             skip_bias_add=True,
-            **shared,  # the gate, not a smaller start, keeps a fresh layer silent
+            **shared,  # the gate, not a smaller initialisation, makes a new layer a no-op
         )
         self.gate = nn.Parameter(torch.zeros(1, dtype=config.params_dtype))
         self.gate.sequence_parallel = config.sequence_parallel
@@ -66,8 +66,11 @@ class GatedCrossAttention(MegatronModule, KeepsKeys):
     def forward(
         self, hidden_SBH: Tensor, attention_mask: View, key_value_states: Tensor | None, **_
     ) -> tuple[Tensor, None]:
-        """[S, B, H] to be added to the residual. `attention_mask` says which keys are seen; `key_value_states` is
-        [X, B, H], None where a cache holds what was made of it."""
+        """[S, B, H] to add to the residual.
+
+        `attention_mask` says which keys are visible; `key_value_states` is [X, B, H], or None if a cache holds the keys
+        and values.
+        """
         query = project(self.linear_q, hidden_SBH)
         query_SBND = query.view(*query.shape[:2], self.heads, self.head_dim)
         attended = attention_mask.attend(query_SBND, *self._key_values(key_value_states))

@@ -1,4 +1,4 @@
-"""NVLM-X described, without its code."""
+"""The description of NVLM-X."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nvlm.config.values import LLMConfig
 
 
 def gated_cross_attention(llm: LLMConfig) -> tuple[Branch, ...]:
-    """The modules of nvlm.arch.xattn.attention.GatedCrossAttention, behind the norm of its queries."""
+    """The norm of the queries, then the modules of nvlm.arch.xattn.attention.GatedCrossAttention."""
     h, q, kv = llm.hidden, llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim
     place, own = "cross_attention", dict(group="xattn")
     modules = (

@@ -1,4 +1,4 @@
-"""Projected tiles become the keys of gated cross-attention."""
+"""Turns projected tiles into the keys of gated cross-attention."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from nvlm.llm.norm import RMSNorm
 
 def key_norm(config: TransformerConfig) -> RMSNorm:
     """The norm of one kind of keys."""
-    # Keys are whole on every rank, so their norms' gradients are too: nothing to sum under sequence parallelism.
+    # Every rank holds all keys, so the norms' gradients are complete: nothing to sum under sequence parallelism.
     whole = dataclasses.replace(config, sequence_parallel=False) if config.sequence_parallel else config
     return RMSNorm(whole, config.hidden_size, config.layernorm_epsilon)
 
 
 class TileKeys(nn.Module):
-    """NVLM-X: all tiles are keys, behind an RMSNorm of their own."""
+    """NVLM-X: all tiles are keys, after an RMSNorm."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class TileKeys(nn.Module):
 
 
 def place(words_BXH: Tensor, tiles_NH: Tensor, batch: Batch) -> Tensor:
-    """Keys [X, B, H]: `tiles_NH` in the IMAGE places of `batch.cross_tokens`, words elsewhere."""
+    """Keys [X, B, H]: `tiles_NH` at the IMAGE positions of `batch.cross_tokens`, words elsewhere."""
     places_N = (batch.on_host.cross_tokens == IMAGE).flatten().nonzero()[:, 0]
     places_N = places_N.to(words_BXH.device, non_blocking=True)
     tiles_NH = tiles_NH.to(words_BXH.dtype)

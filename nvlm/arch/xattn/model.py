@@ -12,6 +12,6 @@ from nvlm.config.values import ArchConfig
 
 
 def architecture(arch: ArchConfig) -> Architecture:
-    """NVLM-X as values."""
+    """The NVLM-X architecture."""
     cross = ModuleSpec(module=GatedCrossAttention, params={"init_std": arch.cross_std})
     return Architecture(DESCRIPTION, stream=None, keys=TileKeys, cross_attention=cross)

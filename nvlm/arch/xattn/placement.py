@@ -1,4 +1,4 @@
-"""NVLM-X's placement rule: tags alone in the text stream, all tiles cross-attended (NVLM section 4.3)."""
+"""NVLM-X's placement rule: only tags in the text stream, all tiles cross-attended (NVLM section 4.3)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nvlm.tiling.placement import Piece, Placement, TileTokens, Words
 
 
 def placement(plan: TilePlan, tags: Sequence[tuple[int, ...]], tokens: Sequence[int]) -> Placement:
-    """Tags 1..n and the thumbnail's in the stream, each seeing its own tile; tiles and thumbnail as keys."""
+    """Tags 1..n and the thumbnail's in the stream, each seeing only its tile; tiles and thumbnail as keys."""
     tiles = range(plan.num_tiles)
     return Placement(
         tuple(tokens),

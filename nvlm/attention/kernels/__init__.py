@@ -1,4 +1,4 @@
-"""The attention kernels, a file each, imported only where they are chosen."""
+"""The attention kernels, one file each, imported only when chosen."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from nvlm.config.values import Config
 
 
 def build(chosen: choice.Kernel, config: Config) -> Kernel:
-    """The kernel that `chosen` names, for a model of `config`."""
+    """The kernel `chosen` for a model of `config`."""
     inner = () if chosen.inner is None else (build(chosen.inner, config),)
     return import_module(f"{__name__}.{chosen.name}").build(config, *inner)

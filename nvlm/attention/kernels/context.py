@@ -1,8 +1,8 @@
-"""Self-attention over columns that are spread over the context-parallel ranks.
+"""Self-attention over columns that are sharded over the context-parallel ranks.
 
-It is two-dimensional (LongVILA, section 3.3): inside, all-to-all trades columns for heads; outside, keys and values are
-gathered from the other ranks, which is what a ring of transfers computes. Which rank has which columns is in
-nvlm.attention.context.
+Sharding is two-dimensional (LongVILA, section 3.3): within the inner group an all-to-all trades columns for heads; over
+the outer group keys and values are gathered, with the same result as ring attention. nvlm.attention.context says which
+rank holds which columns.
 
 Shapes: S columns of this rank, B rows, N query heads, G key-value heads, D head width, A ranks of the all-to-all.
 """
@@ -21,13 +21,13 @@ from nvlm.data.batch import Batch
 
 
 class ContextAttention(nn.Module):
-    """Core attention that knows the process groups; the view's kernel uses them."""
+    """Core attention that holds the process groups for the view's kernel."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_) -> None:
         super().__init__()
         sizes = config.hierarchical_context_parallel_sizes
         if not sizes or sizes[0] * sizes[1] != config.context_parallel_size:
-            # Megatron-Core itself accepts this, and every rank would attend to its own columns alone.
+            # Megatron-Core accepts this, and every rank would attend only to its own columns.
             raise ValueError(
                 f"context parallelism: got hierarchical_context_parallel_sizes={sizes} for context_parallel_size="
                 f"{config.context_parallel_size}, expected [a, b] with a x b = {config.context_parallel_size}. "
@@ -42,8 +42,10 @@ class ContextAttention(nn.Module):
 
 
 class Context(Kernel):
-    """Moves heads, keys and values between ranks; `kernel` attends. Its mask is the view of `kernel`: of the queries
-    and keys in `attended_columns`, with `ranks` in the all-to-all."""
+    """Moves heads, keys and values between ranks; `kernel` attends.
+
+    Its mask is a view of `kernel` on the queries and keys in `attended_columns`, with `ranks` in the all-to-all.
+    """
 
     core = ContextAttention
 
@@ -51,7 +53,7 @@ class Context(Kernel):
         self.kernel, self.ranks = kernel, ranks
 
     def columns(self, batch: Batch) -> View:
-        """Of whole rows, which every rank has: without communication."""
+        """For whole rows. Every rank holds all sample numbers, so no communication is needed."""
         columns = attended_columns(batch.tokens.shape[1], self.ranks)
         queries_S, keys_X = (x.to(batch.tokens.device, non_blocking=True) for x in columns)
         return View(self, self.kernel.among(batch, queries_S, keys_X))
@@ -65,19 +67,19 @@ class Context(Kernel):
         scale: float | None = None,
         core: nn.Module | None = None,
     ) -> Tensor:
-        """[S, B, N * D] of this rank's columns."""
+        """[S, B, N * D] for this rank's columns."""
         inputs = [heads_to_columns(x, core.inner) for x in (query_SBND, key_SBGD, value_SBGD)]
         query, key, value = inputs[0], *(gather(x, core.outer) for x in inputs[1:])
         return columns_to_heads(mask.attend(query, key, value, scale), core.inner)
 
 
 def gather(x_SBND: Tensor, group) -> Tensor:
-    """Columns of all ranks of `group`, one behind the other; the gradient is summed back to its owner."""
+    """Concatenate the columns of all ranks of `group`; gradients are reduce-scattered back."""
     return tensor_parallel.gather_from_sequence_parallel_region(x_SBND.contiguous(), group=group)
 
 
 def heads_to_columns(x_SBND: Tensor, group) -> Tensor:
-    """[S, B, N, D] of all heads to [A x S, B, N / A, D] of this rank's share of the heads."""
+    """[S, B, N, D] with all heads to [A x S, B, N / A, D] with this rank's heads."""
     columns, ranks = len(x_SBND), group.size()
     parts_ASBND = torch.stack(x_SBND.chunk(ranks, dim=2))
     return tensor_parallel.all_to_all(group, parts_ASBND).reshape(ranks * columns, *parts_ASBND.shape[2:])
@@ -90,5 +92,5 @@ def columns_to_heads(x_SBH: Tensor, group) -> Tensor:
 
 
 def build(config: Config, kernel: PairKernel) -> Context:
-    """Around `kernel`, for the ranks of `config`."""
+    """`kernel`, wrapped for the ranks of `config`."""
     return Context(kernel, config.parallel.context_heads)

@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention under a mask of all pairs: any shape, on any device, with or without a cache.
+"""torch's scaled_dot_product_attention under a dense mask: any shape, on any device, with or without a cache.
 
 Shapes: S queries, X keys, B rows, N query heads, G key-value heads, n query heads of a group, D head width.
 """
@@ -16,14 +16,14 @@ from nvlm.data.batch import Batch
 
 
 class Dense(PairKernel):
-    """Its mask is [B, 1, S, X], True where a query must not look; None: every query sees every key."""
+    """Its mask is [B, 1, S, X], True where attention is forbidden; None: every query sees every key."""
 
     def among(self, batch: Batch, queries_S: Tensor, keys_X: Tensor) -> View:
-        """A mask of pairs of columns."""
+        """A dense mask of columns x columns."""
         return View(self, causal_mask(batch.sample, queries_S, keys_X))
 
     def keys(self, batch: Batch, columns_S: Tensor) -> View:
-        """A mask of pairs of columns and keys."""
+        """A dense mask of columns x keys."""
         return View(self, unseen_keys(batch, columns_S))
 
     def attend(
@@ -39,7 +39,7 @@ class Dense(PairKernel):
         columns, rows, heads, width = query_SBND.shape
         if columns != 1:
             return super().attend(query_SBND, key_XBGD, value_XBGD, mask, scale)
-        # Of one column a group's heads stand as columns do: keys are read once a group, and a call costs half.
+        # With one column, a group's heads take the place of columns: keys are read once per group, at half the cost.
         groups = key_XBGD.shape[2]
         query_BGnD = for_kernel(query_SBND).reshape(rows, groups, heads // groups, width)
         key_BGXD, value_BGXD = for_kernel(key_XBGD).permute(1, 2, 0, 3), for_kernel(value_XBGD).permute(1, 2, 0, 3)
@@ -59,7 +59,7 @@ class Dense(PairKernel):
 
 
 def _blind(out_BNSD: Tensor, mask: Tensor | None) -> Tensor:
-    """`out_BNSD`, with zeros where a query sees no key: torch's kernels give those on CPU, on a GPU not all of them."""
+    """`out_BNSD`, with zeros for queries that see no key: on a GPU, some of torch's kernels return something else."""
     if mask is None or out_BNSD.device.type == "cpu":
         return out_BNSD
     return out_BNSD.masked_fill(mask.all(-1, keepdim=True), 0.0)
@@ -70,7 +70,7 @@ ALL = View(DENSE, None)
 
 
 class WholeAttention(CoreAttention):
-    """Core attention in which every column sees every other one."""
+    """Core attention in which every column sees every other."""
 
     def forward(
         self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, attention_mask: None = None, **_
@@ -80,5 +80,5 @@ class WholeAttention(CoreAttention):
 
 
 def build(config: Config) -> Dense:
-    """The same for every model."""
+    """The same kernel for every model."""
     return DENSE

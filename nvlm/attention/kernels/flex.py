@@ -1,4 +1,4 @@
-"""FlexAttention, for training on a GPU: blocks of 128 x 128 pairs through which nobody looks cost nothing.
+"""FlexAttention, for training on a GPU: blocks of 128 x 128 pairs that are masked entirely cost nothing.
 
 Shapes: S queries, X keys, B rows, N query heads, G key-value heads, D head width.
 """
@@ -19,10 +19,10 @@ from nvlm.data.batch import Batch
 
 
 class Flex(PairKernel):
-    """Its mask is a BlockMask of what is seen."""
+    """Its mask is a BlockMask of the visible pairs."""
 
     def among(self, batch: Batch, queries_S: Tensor, keys_X: Tensor) -> View:
-        """Blocks of columns."""
+        """A block mask of columns x columns."""
         sample_q, sample_k = batch.sample[:, queries_S], batch.sample[:, keys_X]
 
         def rule(row, head, query, key):
@@ -31,7 +31,7 @@ class Flex(PairKernel):
         return View(self, _blocks(rule, sample_q, len(keys_X)))
 
     def keys(self, batch: Batch, columns_S: Tensor) -> View:
-        """Blocks of columns and keys."""
+        """A block mask of columns x keys."""
         sample_q, image_q, tile_q = (numbers[:, columns_S] for numbers in (batch.sample, batch.image, batch.tile))
         sample_k, image_k, tile_k = batch.cross_sample, batch.cross_image, batch.cross_tile
 
@@ -49,7 +49,7 @@ class Flex(PairKernel):
 
 
 def attend_blocks(query_BNSD: Tensor, key_BGXD: Tensor, value_BGXD: Tensor, seen: BlockMask, scale: float | None):
-    """softmax(scale q k^T) v over what `seen` lets through, [B, N, S, D]; a query that sees no key gets zero."""
+    """softmax(scale q k^T) v under the block mask `seen`, [B, N, S, D]; zero for a query that sees no key."""
     grouped = query_BNSD.shape[1] != key_BGXD.shape[1]
     attend = _compiled(flex_attention) if query_BNSD.is_cuda else flex_attention
     return attend(query_BNSD, key_BGXD, value_BGXD, block_mask=seen, scale=scale, enable_gqa=grouped)
@@ -63,13 +63,13 @@ def _blocks(rule: Callable, like_BS: Tensor, keys: int) -> BlockMask:
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    # Uncompiled both write the whole mask out. Rows have any length, which must not mean a kernel each. But self- and
-    # cross-attention, with and without gradients, one row and many are kernels of their own, and behind the limit
-    # (8 by default) torch goes on uncompiled.
+    # Uncompiled, both functions materialise the whole mask. Row lengths vary, so shapes are dynamic: one kernel serves
+    # all lengths. Self- and cross-attention, with and without gradients, one row and several still compile separately,
+    # and beyond the limit (8 by default) torch silently runs uncompiled.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(function, dynamic=True)
 
 
 def build(config: Config) -> Flex:
-    """The same for every model."""
+    """The same kernel for every model."""
     return Flex()

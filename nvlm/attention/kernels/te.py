@@ -1,4 +1,4 @@
-"""Transformer Engine's attention (cuDNN's or flash attention) among the samples of one line, for training on a GPU.
+"""Transformer Engine's attention (cuDNN's or flash attention) within the samples of one line, for training on a GPU.
 
 Importing this module imports Transformer Engine.
 
@@ -20,7 +20,7 @@ from nvlm.data.batch import Batch
 
 
 class PackedAttention(TEDotProductAttention, KeepsKeys):
-    """As `CoreAttention`, in a module of Transformer Engine's, whose own computation is `packed`."""
+    """As `CoreAttention`, but a Transformer Engine module; `packed` is Transformer Engine's own forward."""
 
     def forward(self, query_SBND: Tensor, key_XBGD: Tensor, value_XBGD: Tensor, view: View, **_) -> Tensor:
         """[S, B, N * D]."""
@@ -29,13 +29,13 @@ class PackedAttention(TEDotProductAttention, KeepsKeys):
         return view.attend(query_SBND, key_XBGD, value_XBGD, core=self)
 
     def packed(self, query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, samples: PackedSeqParams) -> Tensor:
-        """[T, N * D]: each token over itself and those before it in its own sample."""
+        """[T, N * D]: causal within each sample."""
         causal = AttnMaskType.padding_causal
         return super().forward(query_TND, key_TGD, value_TGD, None, causal, packed_seq_params=samples).flatten(1)
 
 
 class Packed(Kernel):
-    """Its mask says where the samples of a line begin and end; none has more than `longest` tokens."""
+    """Its mask holds the boundaries of the samples in a line, each of at most `longest` tokens."""
 
     core = PackedAttention
 
@@ -43,7 +43,7 @@ class Packed(Kernel):
         self.longest = longest
 
     def columns(self, batch: Batch) -> View:
-        """Of a batch whose rows are one line."""
+        """For a batch of one concatenated row."""
         return View(self, samples_in_line(batch.on_host.sample[0], self.longest, batch.tokens.device))
 
     def attend(
@@ -60,5 +60,5 @@ class Packed(Kernel):
 
 
 def build(config: Config) -> Packed:
-    """For rows of `config`."""
+    """For the row length of `config`."""
     return Packed(max(config.data.seq_length, config.data.row_length))
