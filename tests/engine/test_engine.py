@@ -66,20 +66,20 @@ from nvlm.processes.groups import distributed
 from nvlm.train.loop import build_steps, build_trainer
 from nvlm.train.step import train_step
 
-config = compose_config(*sys.argv[2:])
-with distributed(config.parallel, config.seed, threads=1) as device:
-    trainer = build_trainer(config, device)
-    losses = [train_step(trainer, data).loss for data in load_steps(build_steps(config), 0, 0)]
-assert losses[-1] < losses[0], losses
+for sharded in ("false", "true"):
+    config = compose_config(*sys.argv[2:], f"parallel.distributed_optimizer={sharded}")
+    with distributed(config.parallel, config.seed, threads=1) as device:
+        trainer = build_trainer(config, device)
+        losses = [train_step(trainer, data).loss for data in load_steps(build_steps(config), 0, 0)]
+    assert losses[-1] < losses[0], (sharded, losses)
 """
 
 
-@pytest.mark.parametrize("sharded", ["false", "true"])
-def test_a_machine_without_a_gpu_trains_where_it_is_installed(sharded):
+def test_a_machine_without_a_gpu_trains_where_it_is_installed():
     """Megatron uses the optimizer kernels of these packages whenever they are installed, but they run only on GPUs."""
     options = [
         "arch=decoder", "llm.layers=1", "data.records=8", "data.workers=0", "train.global_batch=4", "train.steps=3",
-        "optim.warmup=1", f"parallel.distributed_optimizer={sharded}",
+        "optim.warmup=1",
     ]  # fmt: skip
     command = [sys.executable, "-c", INSTALLED, str(PACKAGES), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
