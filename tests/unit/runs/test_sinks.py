@@ -131,7 +131,7 @@ from nvlm.runs.sinks import steady_streams
 from rich.console import Console
 from rich.progress import Progress
 steady_streams()
-for number in range(3000):
+for number in range(30000):  # more than a pipe holds, so that some come after its reader has gone
     print("line", number)
 Console().print("a table")
 with Progress() as bar:
