@@ -22,8 +22,6 @@ from nvlm.estimate.memory import memory
 from nvlm.estimate.parameters import held, pipeline_stages_of
 from nvlm.train.loop import build_trainer
 from nvlm.train.step import train_step
-from nvlm.vision.encoders.internvit.model import InternViT
-from nvlm.vision.path import solo_groups
 from tests.dist.ranks import ROWS, SETTINGS, WIDE, as_rank, computed, frozen_parts, kept_bytes
 from tests.dist.run import joined, run_distributed
 from tests.models import TILE, sample_of, small_config
@@ -100,12 +98,11 @@ def sizes_of(config) -> dict[str, int]:
         buffers = [buffer for chunk in trainer.chunks for buffer in chunk.buffers]
         gradients = {b.grad_data.untyped_storage().data_ptr(): b.grad_data.untyped_storage().nbytes() for b in buffers}
         parameters = [p for part in trainer.pipeline.parts for p in part.parameters()]
-        encoder = InternViT(config, solo_groups())
         return {
             "weights": sum(p.numel() * p.element_size() for p in parameters),
             "gradients": sum(gradients.values()),
             "optimizer": optimizer_bytes(trainer.optimizer, parameters),
-            "encoder": sum(p.numel() * p.element_size() for p in encoder.parameters()),
+            "encoder": sum(p.numel() * p.element_size() for p in trainer.vision.path.encoder.parameters()),
         }
 
 
