@@ -1,12 +1,12 @@
-"""The contracts between data and model: Sample, Batch. A record before it is encoded is in nvlm.data.record.
+"""The contracts between data and model: Sample, Batch. For records before encoding, see nvlm.data.record.
 
-Tiles may have any number of tokens. All that is made of tiles is flat: the tokens of a sample's tiles, or of a batch's,
-lie one behind the other, tile t's in the rows offsets[t] to offsets[t + 1], where offsets are the running sums of
-`tile_tokens`. Placeholders are filled by row number: `stream_rows` names the row for each placeholder of the text
-stream, `cross_rows` for each among the keys; ROW_END stands for a learned vector at the end of a map's row.
+Tiles may have any number of tokens. Everything computed from tiles is flat: the tokens of all tiles of a sample or
+batch are concatenated, and tile t has the rows offsets[t] to offsets[t + 1], where offsets are the cumulative sums of
+`tile_tokens`. Placeholders are filled by row number: `stream_rows` gives the row for each placeholder in the text
+stream, `cross_rows` for each one among the keys; ROW_END means the learned vector at the end of a row of a feature map.
 
-Shapes: B packed rows, S text-stream length, X keys per row in cross-attention, T tiles, N tokens of all T tiles, C
-feature width, P pieces among the keys that show tiles, n a number of its own in each place.
+Shapes: B packed rows, S text-stream length, X cross-attended keys per row, T tiles, N tokens of all T tiles, C feature
+width, P pieces of the keys that show tiles, n any number (different in each field).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-IGNORE = -100  # label: no loss here
-IMAGE = -1  # token id: one tile token stands here
+IGNORE = -100  # label: no loss at this position
+IMAGE = -1  # token id: placeholder of one tile token
 PAD = -1  # sample, image and tile numbers of padding; image number of text before any image
-ROW_END = -2  # row number of the place at the end of a map's row, which no token of a tile fills
+ROW_END = -2  # row number of the end of a map's row, which is filled by no tile token
 ALL_TILES = -1  # tile number of a query that sees every tile of the images before it
 
 
@@ -31,20 +31,20 @@ class Sample:
     id: str
     tokens: Tensor  # [S], IMAGE at placeholders
     labels: Tensor  # [S], the target of the logits at each position, IGNORE without loss
-    image: Tensor  # [S], number of the last image begun, PAD before the first
-    tile: Tensor  # [S], the one tile that the token sees, or ALL_TILES
-    stream_rows: Tensor  # [n], the row among the sample's N that fills each placeholder, in order
-    cross_tokens: Tensor  # [X], tag ids, IMAGE where a tile token stands
+    image: Tensor  # [S], number of the latest image so far, PAD before the first
+    tile: Tensor  # [S], the only tile that the token sees, or ALL_TILES
+    stream_rows: Tensor  # [n], the row (of the sample's N) that fills each placeholder, in order
+    cross_tokens: Tensor  # [X], tag ids, IMAGE at tile tokens
     cross_image: Tensor  # [X]
     cross_tile: Tensor  # [X]
-    cross_rows: Tensor  # [n], the row among the sample's N that fills each IMAGE key, in order
-    cross_lengths: tuple[int, ...]  # [P], IMAGE keys of each piece
+    cross_rows: Tensor  # [n], the row (of the sample's N) that fills each IMAGE key, in order
+    cross_lengths: tuple[int, ...]  # [P], number of IMAGE keys of each piece
     cross_tags: tuple[tuple[int, ...], ...]  # [P], tag ids of each piece
     tile_tokens: Tensor  # [T], tokens of each tile; their sum is N
     pixels: Tensor  # uint8 [T, 3, px, px]
 
 
-# What says where something goes. It is asked on the CPU alone, so that it never waits for a GPU.
+# Index tensors stay on the CPU, so that reading them never synchronises with the GPU.
 _ON_CPU = (
     *("stream_rows", "stream_counts", "cross_rows", "cross_counts", "cross_lengths", "tile_tokens"),
     "feature_rows",
@@ -58,34 +58,34 @@ class Batch:
     ids: tuple[tuple[str, ...], ...]  # sample ids by row
     tokens: Tensor  # [B, S]
     labels: Tensor  # [B, S]
-    positions: Tensor  # [B, S], from 0 in each sample
+    positions: Tensor  # [B, S], starting at 0 in each sample
     sample: Tensor  # [B, S], number of the sample within its row, PAD at padding
-    image: Tensor  # [B, S], number of the last image begun within the sample
+    image: Tensor  # [B, S], number of the latest image so far in the sample
     tile: Tensor  # [B, S]
-    stream_rows: Tensor  # [n], the row among N that fills each placeholder, row by row; on the CPU
-    stream_counts: Tensor  # placeholders of each sample, in the order of `ids`; on the CPU
-    place: Tensor  # [B, S], where in the run the token stands (see `places_of`), the same in every layout
+    stream_rows: Tensor  # [n], the row (of N) that fills each placeholder, row by row; on the CPU
+    stream_counts: Tensor  # number of placeholders of each sample, in the order of `ids`; on the CPU
+    place: Tensor  # [B, S], unique place of the token in the run (see `places_of`), the same in every layout
     cross_tokens: Tensor  # [B, X]
     cross_place: Tensor  # [B, X], the same for keys
     cross_sample: Tensor  # [B, X]
     cross_image: Tensor  # [B, X]
     cross_tile: Tensor  # [B, X]
-    cross_rows: Tensor  # [n], the row among N that fills each IMAGE key, row by row; on the CPU
-    cross_counts: Tensor  # IMAGE keys of each sample, in the order of `ids`; on the CPU
-    cross_lengths: Tensor  # [P], IMAGE keys of each piece; on the CPU
-    cross_tags: Tensor  # [P, longest tag], tag ids, PAD behind
+    cross_rows: Tensor  # [n], the row (of N) that fills each IMAGE key, row by row; on the CPU
+    cross_counts: Tensor  # number of IMAGE keys of each sample, in the order of `ids`; on the CPU
+    cross_lengths: Tensor  # [P], number of IMAGE keys of each piece; on the CPU
+    cross_tags: Tensor  # [P, longest tag], tag ids, padded with PAD
     tile_tokens: Tensor  # [T], tokens of each tile; their sum is N; on the CPU
     pixels: Tensor  # uint8 [T, 3, px, px]
     features: Tensor | None = None  # [n, C], from the frozen encoder: the tokens of the tiles that this process uses
-    feature_rows: Tensor | None = None  # [N], each one's row in `features`, PAD where it is not used here; on the CPU
-    host: Batch | None = None  # where this one is on another device: the same in the CPU's memory
+    feature_rows: Tensor | None = None  # [N], row of each token in `features`, PAD if not used here; on the CPU
+    host: Batch | None = None  # the same batch on the CPU, if this one is on another device
 
     @property
     def on_host(self) -> Batch:
-        """The same batch on the CPU: what is asked of its numbers there does not wait for a GPU's queue."""
+        """The same batch on the CPU: reading its values does not synchronise with the GPU."""
         if self.host is None:
             return self
-        assert self.host.tokens.shape == self.tokens.shape, "a batch was changed, but not its counterpart on the host"
+        assert self.host.tokens.shape == self.tokens.shape, "a batch was changed, but not its copy on the host"
         return self.host
 
     def to(self, device: torch.device) -> Batch:
@@ -101,42 +101,44 @@ class Batch:
         return replace(self, features=features_NC, feature_rows=torch.arange(len(features_NC), device="cpu"))
 
     def with_some_features(self, features_nC: Tensor, rows_N: Tensor) -> Batch:
-        """The same batch with some tiles encoded: `rows_N`, on the CPU, gives each token's row, PAD for none."""
+        """The same batch with some tiles encoded: `rows_N`, on the CPU, is each token's row, or PAD if it has none."""
         return replace(self, features=features_nC, feature_rows=rows_N)
 
     def features_of(self, rows_n: Tensor) -> Tensor:
-        """Features [n, C] of the tile tokens `rows_n`, numbers among N on the CPU."""
+        """Features [n, C] of the tile tokens `rows_n` (numbers below N, on the CPU)."""
         assert self.features is not None and self.feature_rows is not None, "the tiles are not encoded yet"
         assert not bool((rows_n == ROW_END).any()), "the end of a map's row has no feature"
         here_n = self.feature_rows[rows_n]
-        assert bool((here_n != PAD).all()), "features of a tile that this process was not to receive"
+        assert bool((here_n != PAD).all()), "features of a tile that was not sent to this process"
         return self.features.index_select(0, here_n.to(self.features.device, non_blocking=True))
 
     def tiles_of(self, rows_n: Tensor) -> Tensor:
-        """The tile to which each of the tile tokens `rows_n` belongs, ends of rows left out; on the CPU."""
+        """The tile of each of the tile tokens `rows_n`, without row ends; on the CPU."""
         return torch.repeat_interleave(self.tile_tokens)[rows_n[rows_n != ROW_END]]
 
     @property
     def num_tokens(self) -> int:
-        """Real (not padding) positions of the text stream."""
+        """Number of positions in the text stream, without padding."""
         return int((self.sample != PAD).sum())
 
     @property
     def num_trained(self) -> int:
-        """Positions that carry loss."""
+        """Number of positions with loss."""
         return int((self.labels != IGNORE).sum())
 
 
 def places_of(step: int, rows_B: Sequence[int], length: int) -> Tensor:
-    """Places [B, `length`] of the columns of the rows `rows_B`, counted over all replicas, of step `step`: room for
-    2^23 steps, 2^16 rows and 2^24 columns in 63 bits."""
+    """Places [B, `length`]: one unique number for each step, row (counted over all replicas) and column.
+
+    63 bits hold 2^23 steps, 2^16 rows and 2^24 columns.
+    """
     rows = torch.tensor(rows_B)
     assert step < 1 << 23 and int(rows.max()) < 1 << 16 and length <= 1 << 24
     return ((step << 16) + rows[:, None] << 24) + torch.arange(length)
 
 
 def in_line(batch: Batch) -> Batch:
-    """`batch` as one row, its rows one behind the other with their padding: no token sees more or less."""
+    """`batch` with its rows, including padding, concatenated into one; visibility does not change."""
     counts = torch.tensor([0, *(len(row) for row in batch.ids)], device="cpu")
     first_B = counts.cumsum(0)[:-1].to(batch.tokens.device, non_blocking=True)  # the number of each row's first sample
 
@@ -158,8 +160,8 @@ def in_line(batch: Batch) -> Batch:
 
 
 def without_padding(batch: Batch, multiple: int) -> tuple[Batch, Tensor]:
-    """`batch` as one row of its T real tokens and of so much padding that `multiple` divides T; and where each stood,
-    [T], counted row behind row."""
+    """`batch` as one row without padding, but for what makes T a multiple of `multiple`; and each token's original flat
+    index [T]."""
     line = in_line(batch)
     padding = line.on_host.sample[0] == PAD
     real = (~padding).nonzero()[:, 0]
@@ -176,11 +178,11 @@ def _columns_of(line: Batch, columns_T: Tensor) -> Batch:
 
 
 def check_placeholders(batch: Batch) -> None:
-    """Raise ValueError with the sample's id and both counts where placeholders and tile tokens do not match."""
+    """Raise ValueError, with the sample's id and both counts, if placeholders and tile tokens do not match."""
     names = [name for row in batch.ids for name in row]
     tokens = int(batch.tile_tokens.sum())
     if batch.feature_rows is not None and len(batch.feature_rows) != tokens:
-        # Filling would take the surplus for the next tile's tokens without a word.
+        # Filling would silently take the surplus for tokens of the next tile.
         raise ValueError(
             f"features of samples [{', '.join(names)}]: got {len(batch.feature_rows)} tokens, expected {tokens} for "
             f"{len(batch.tile_tokens)} tiles. Fix: the encoder and vision.tile_size, patch and downsample disagree"
@@ -202,7 +204,7 @@ def check_placeholders(batch: Batch) -> None:
 
 
 def _placeholders(ids: Sequence[Sequence[str]], tokens_BL: Tensor, sample_BL: Tensor) -> Tensor:
-    """Placeholders of each sample, in the order of `ids`, and behind them those in padding; on the CPU."""
+    """Number of placeholders of each sample, in the order of `ids`, then of those in padding; on the CPU."""
     counts = torch.tensor([0, *(len(row) for row in ids)], device="cpu").cumsum(0)
     places = (tokens_BL == IMAGE).nonzero()
     numbers = sample_BL[places[:, 0], places[:, 1]].cpu()

@@ -20,12 +20,12 @@ from nvlm.tiling.tags import tile_tags
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """Everything that turns a record into a sample. A value: loader workers receive a copy."""
+    """Everything that turns a record into a sample. A plain value, copied to loader workers."""
 
     placement: PlacementRule
     tokenizer_path: str
     tile_size: int  # px
-    tile_tokens: int  # of each tile
+    tile_tokens: int  # per tile
     max_tiles: int
     tag: str
     thumbnail_tag: str
@@ -36,11 +36,11 @@ class Processor:
     max_pixels: int
     bos: str | None
     tokenize: str  # apart, joined or vllm: nvlm.data.chat
-    limit: str = "data.seq_length"  # what sets seq_length, for messages
+    limit: str = "data.seq_length"  # the setting behind seq_length, for messages
 
     @property
     def tokenizer(self) -> ChatTokenizer:
-        """Loaded once a process."""
+        """Loaded once per process."""
         return load_tokenizer(self.tokenizer_path, self.bos)
 
     @property
@@ -55,16 +55,16 @@ class Processor:
 
 @lru_cache(maxsize=256)
 def place(processor: Processor, plan: TilePlan, first_tag: bool = True) -> Placement:
-    """The architecture's placement of one image, its tags tokenised apart from all other text.
+    """The architecture's placement of one image, with tags tokenised separately from other text.
 
-    Without `first_tag` the first tag is left out: it is part of the text before the image.
+    With `first_tag` false, the first tag is left out: it is part of the text before the image.
     """
     tags = [processor.tokenizer.encode(name) for name in processor.tags(plan)]
     return processor.placement(plan, tags if first_tag else [(), *tags[1:]], [processor.tile_tokens] * plan.num_tiles)
 
 
 def build_processor(config: Config, placement: PlacementRule, resize: str | None = None) -> Processor:
-    """The processor that `config` asks for, with `resize` in place of the configured one if given."""
+    """The processor for `config`. `resize`, if given, overrides the configured method."""
     return Processor(
         placement=placement,
         tokenizer_path=config.llm.tokenizer or "",
@@ -85,19 +85,19 @@ def build_processor(config: Config, placement: PlacementRule, resize: str | None
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """How a record's images are cut into tiles. Planned once, from their headers; all that comes later goes by it.
+    """How a record's images are cut into tiles. Planned once, from the image headers; later steps follow the plan.
 
     `fewer_tiles`: some image has fewer tiles than `max_tiles` would give it, because they did not fit.
     """
 
-    sizes: tuple[tuple[int, int], ...]  # width and height, px, by the header
+    sizes: tuple[tuple[int, int], ...]  # width and height, px, from the header
     plans: tuple[TilePlan, ...]
     fewer_tiles: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """All of a sample but its pixels: text runs with image slots, and each image's tiles and placement."""
+    """A sample without its pixels: text runs with image slots, and each image's tiles and placement."""
 
     runs: tuple[Run, ...]
     pictures: Pictures
@@ -105,16 +105,16 @@ class Outline:
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Tokens of the text stream, and cross-attended ones."""
+        """Number of tokens in the text stream, and of cross-attended tokens."""
         images = [placement.lengths for placement in self.placements]
         text = sum(len(run.ids) for run in self.runs)
         return text + sum(stream for stream, _ in images), sum(cross for _, cross in images)
 
 
 def outline(record: Record, processor: Processor, generate: bool = False, pictures: Pictures | None = None) -> Outline:
-    """Lay a conversation out, with `generate` as a prompt; reads image headers alone. Raises BadRecord.
+    """Outline a conversation, with `generate` as a prompt. Reads only image headers. Raises BadRecord.
 
-    `pictures`: of an earlier outline of the same record. No header is read then, and nothing is planned.
+    `pictures`: from an earlier outline of the same record; if given, no header is read and nothing is planned.
     """
     turns = place_images(read_turns(record.messages), len(record.images))
     if not generate:
@@ -133,7 +133,7 @@ def outline(record: Record, processor: Processor, generate: bool = False, pictur
         over = sketch.lengths[0] - processor.seq_length
         if over <= 0:
             return sketch
-        room -= over  # joined, the first tags are in the text, which is known only with the plans
+        room -= over  # if joined, the text contains the first tags, which are known only after planning
 
 
 def _outline(
@@ -143,7 +143,7 @@ def _outline(
     generate: bool,
     text: Sequence[Run] | None = None,
 ) -> Outline:
-    """`text`: the runs without tags, if there are any yet; they are the outline's where tags are not part of them."""
+    """`text`: the runs without tags, if already known; used unless the first tags are joined with the text."""
     placements = tuple(place(processor, plan, first_tag=not processor.joined) for plan in pictures.plans)
     if processor.joined or text is None:
         text = _runs(turns, processor, generate, [processor.tags(plan)[0] for plan in pictures.plans])
@@ -156,7 +156,7 @@ def _runs(turns: Sequence[Turn], processor: Processor, generate: bool, first_tag
 
 
 def _plan(sizes: Sequence[tuple[int, int]], room: int, processor: Processor) -> tuple[TilePlan, ...]:
-    """Tile plans that fit the text stream, and then the cross-attended budget."""
+    """Tile plans that fit the text stream and the cross-attention budget."""
     if room < 0:
         raise BadRecord(
             f"the text takes {processor.seq_length - room} tokens, {processor.limit} is {processor.seq_length}"

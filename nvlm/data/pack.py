@@ -1,4 +1,4 @@
-"""Packing: whole samples into rows under two budgets, rows to steps, rows into one Batch."""
+"""Packing: samples into rows under two budgets, rows into steps, and the rows of a micro-batch into a Batch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nvlm.data.batch import ALL_TILES, IGNORE, PAD, ROW_END, Batch, Sample, places_of
 
-_SPARE = 1.01  # rows to begin with, by the fuller budget: a little room lets them come out even
-_MOST = 1.05  # even rows may be this many times as many as first-fit decreasing needs
+_SPARE = 1.01  # first number of rows, over the minimum for the tighter budget: a little slack lets rows come out even
+_MOST = 1.05  # limit on the number of even rows, relative to first-fit decreasing
 
 
 def pack(lengths: Sequence[tuple[int, int]], seq_budget: int, cross_budget: int, at_least: int = 1) -> list[list[int]]:
-    """Indices of `lengths` (text tokens, cross-attended tokens) by row, longest row first: few rows, and even ones.
+    """Indices of `lengths` (text tokens, cross-attended tokens) by row, longest row first: few rows of even length.
 
-    Even rows waste no padding beside each other, whichever budget fills up first, and are equal work. A sample over
-    a budget gets a row of its own. `at_least` as many rows as that, where there are so many samples.
+    Even rows need little padding when batched, whichever budget fills up first, and take equal work. A sample over a
+    budget gets a row of its own. Returns at least `at_least` rows if there are that many samples.
     """
     sizes = np.array(lengths, dtype=np.int64).reshape(-1, 2)
     budgets = np.array([seq_budget, cross_budget])
@@ -33,11 +33,11 @@ def pack(lengths: Sequence[tuple[int, int]], seq_budget: int, cross_budget: int,
 
 
 def _share(sizes: np.ndarray, budgets: np.ndarray, at_least: int) -> list[list[int]]:
-    """About the fewest even rows there are, or those of first-fit decreasing where these are clearly fewer."""
+    """About the fewest possible even rows, or the rows of first-fit decreasing if those are clearly fewer."""
     total = sizes.sum(axis=0)
     order = np.argsort(-(sizes / np.maximum(budgets, 1)).max(axis=1), kind="stable")
     tight = _place(sizes, budgets, order, 1, np.zeros(2))
-    weights = 1 / np.maximum(total, 1) ** 2.0  # both budgets count alike
+    weights = 1 / np.maximum(total, 1) ** 2.0  # both budgets count equally
     needed = float((total / np.maximum(budgets, 1)).max())
     count = max(min(math.ceil(_SPARE * needed), len(tight)), min(at_least, len(sizes)))
     most = _MOST * len(tight) if len(tight) >= at_least else len(sizes)
@@ -50,9 +50,9 @@ def _share(sizes: np.ndarray, budgets: np.ndarray, at_least: int) -> list[list[i
 
 
 def _place(sizes: np.ndarray, budgets: np.ndarray, order: np.ndarray, count: int, weights: np.ndarray):
-    """Each of `order` into one of `count` rows, or into a new one where none has room.
+    """Put each sample of `order` into one of `count` rows, or into a new row if none has room.
 
-    Of the rows with room it takes the one in which `weights` x used x size is least, and of equals the first.
+    Picks the row with room in which `weights` x used x size is smallest, the first one on a tie.
     """
     rows: list[list[int]] = [[] for _ in range(count)]
     used = np.zeros((count + len(order), 2), dtype=np.int64)
@@ -60,7 +60,7 @@ def _place(sizes: np.ndarray, budgets: np.ndarray, order: np.ndarray, count: int
         size = sizes[index]
         filled = used[: len(rows)]
         room = (filled + size <= budgets).all(axis=1)
-        # No matrix product: its rounding is the machine's own, and all machines must come to the same rows.
+        # Not a matrix product: its rounding depends on the machine, and all machines must get the same rows.
         crowding = (filled * (weights * size)).sum(axis=1)
         row = int(np.where(room, crowding, np.inf).argmin())
         if not room[row]:
@@ -72,7 +72,7 @@ def _place(sizes: np.ndarray, budgets: np.ndarray, order: np.ndarray, count: int
 
 
 def deal[Row](rows: Sequence[Row], steps: int, seed: Sequence[int]) -> list[list[Row]]:
-    """Rows, longest first, to `steps` steps: of every `steps` like rows each step gets one, by chance of `seed`."""
+    """Distribute rows, longest first, over steps: of every `steps` similar rows, each step gets one at random."""
     generator = np.random.Generator(np.random.PCG64(list(seed)))
     hands: list[list[Row]] = [[] for _ in range(steps)]
     for start in range(0, len(rows), steps):
@@ -89,10 +89,10 @@ def collate(
     step: int = 0,
     numbers: Sequence[int] | None = None,
 ) -> Batch:
-    """Lay each row's samples one behind the other; pad rows to the longest, rounded up to `multiple` tokens.
+    """Concatenate each row's samples; pad all rows to the longest, rounded up to a multiple of `multiple` tokens.
 
-    `numbers`: each row's number among those of all replicas in `step`; by default they count from 0. No rows at all
-    give one row of padding, so that a rank without data still takes part in the step.
+    `numbers`: each row's number among the rows of all replicas in `step`; by default, 0, 1, ... If there are no rows,
+    the batch is one row of padding, so that a rank without data still takes part in the step.
     """
     rows, numbers = rows or [[]], numbers or range(max(1, len(rows)))
     samples = [sample for row in rows for sample in row]
@@ -140,19 +140,19 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _numbered(lengths: list[int]) -> Tensor:
-    """Each sample's number within its row, as often as it has tokens."""
+    """Each sample's number within its row, repeated for each of its tokens."""
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
 
 
 def _padded(rows: list[Tensor], value: int, multiple: int) -> Tensor:
-    """[B, longest row, rounded up to `multiple`], at least one multiple."""
+    """[B, longest row rounded up to a multiple of `multiple`], never empty."""
     stacked = pad_sequence(rows, batch_first=True, padding_value=value)
     short = max(-stacked.shape[1] % multiple, multiple if stacked.shape[1] == 0 else 0)
     return torch.nn.functional.pad(stacked, (0, short), value=value)
 
 
 def _tile_rows(samples: list[Sample], name: str) -> Tensor:
-    """Row numbers of tile tokens, counted in each sample, counted over all samples."""
+    """Row numbers of tile tokens, converted from numbers within a sample to numbers within the batch."""
     first_rows = torch.tensor([0, *(int(s.tile_tokens.sum()) for s in samples)]).cumsum(0)
     own = [getattr(sample, name) for sample in samples]
     return _joined([torch.where(rows == ROW_END, rows, rows + first) for rows, first in zip(own, first_rows)])

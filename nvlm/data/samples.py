@@ -1,4 +1,4 @@
-"""Record -> Sample: an outline with its pixels, a placeholder for each tile token, labels, visibility numbers."""
+"""Record -> Sample: the outline with pixels, a placeholder for each tile token, labels and visibility numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def fill(record: Record, sketch: Outline, processor: Processor) -> Sample:
 
 
 def _tiles(record: Record, sketch: Outline, processor: Processor) -> torch.Tensor:
-    """uint8 [T, 3, px, px] of all images, cut as planned from their headers."""
+    """uint8 [T, 3, px, px] for all images, tiled as planned from their headers."""
     parts = [torch.zeros(0, 3, processor.tile_size, processor.tile_size, dtype=torch.uint8)]
     pictures = sketch.pictures
     for source, size, plan in zip(record.images, pictures.sizes, pictures.plans, strict=True):
@@ -42,7 +42,7 @@ def _tiles(record: Record, sketch: Outline, processor: Processor) -> torch.Tenso
 def _assemble(name: str, sketch: Outline, pixels: torch.Tensor) -> Sample:
     placements = sketch.placements
     tile_tokens = [count for placement in placements for count in placement.tile_tokens]
-    rows = [0, *accumulate(tile_tokens)]  # where each tile's tokens begin, and the end of all
+    rows = [0, *accumulate(tile_tokens)]  # start of each tile's tokens, and the end of the last
     first_tile = [0, *accumulate(len(placement.tile_tokens) for placement in placements)]
     tokens: list[int] = []
     trained: list[bool] = []
@@ -73,7 +73,7 @@ def _assemble(name: str, sketch: Outline, pixels: torch.Tensor) -> Sample:
     cross = [(image, piece) for image, placement in enumerate(placements) for piece in placement.cross]
     tags = {(image, piece.tile): piece.content.ids for image, piece in cross if isinstance(piece.content, Words)}
     shown = [(image, piece) for image, piece in cross if piece.tiles]
-    # The logits at t predict the token at t + 1, so a label stands one place before its token.
+    # The logits at t predict the token at t + 1, so labels are shifted left by one.
     labels = [tokens[t] if trained[t] else IGNORE for t in range(1, len(tokens))] + [IGNORE]
 
     def long(values) -> torch.Tensor:

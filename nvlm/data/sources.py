@@ -1,8 +1,8 @@
-"""The sources of records by their schemas. Imports no torch.
+"""The sources of records, by schema. Imports no torch.
 
-A source's module offers `build(schema, seed, heldout)`: all of its records, and `first(schema, heldout)`: the first of
-them, to be looked at before a run begins. Both return None where the source has no held-out part, and `first` where
-there is nothing that a user could have got wrong.
+A source's module provides `build(schema, seed, heldout)`, all of its records, and `first(schema, heldout)`, its first
+records, which are checked before a run starts. Both return None if the source has no held-out part; `first` also if
+users cannot supply wrong records.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ class Records(Protocol):
 
     @property
     def files(self) -> Sequence[Path]:
-        """The files that they are read from, whose content identifies them; empty where records are made."""
+        """The files they are read from, whose content identifies them; empty if records are generated."""
         ...
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Record: ...
     def name(self, index: int) -> str:
-        """How skipped.jsonl calls the record."""
+        """The name of the record in skipped.jsonl."""
         ...
 
     def kind(self, index: int) -> str:
-        """The kind of its first question, for scores by kind."""
+        """The kind of its first question, for scores per kind."""
         ...
 
 
 def build_records(data: DataConfig, seed: int, heldout: bool = False) -> Records | None:
-    """The training or held-out records of `data`; None where a source has no held-out part."""
+    """The training or held-out records of `data`; None if the source has no held-out part."""
     return _MODULES[type(data.source)].build(data.source, seed, heldout)
 
 
 def first_records(source: Source, heldout: bool = False) -> First | None:
-    """The first records of `source`, read one by one; None where there is nothing to be looked at."""
+    """The first records of `source`, read one by one; None if there is nothing to check."""
     return _MODULES[type(source)].first(source, heldout)

@@ -1,4 +1,4 @@
-"""What a batch is made of, counted: real tokens, tiles, keys, and the pairs of them that see each other."""
+"""Counts the work in a batch: tokens without padding, tiles, keys, and visible pairs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from nvlm.data.batch import ALL_TILES, PAD, ROW_END, Batch
 
 
 def count_work(batch: Batch) -> Work:
-    """Of all rows, padding left out."""
+    """The work of all rows, without padding."""
     real = batch.sample != PAD
     tokens = int(real.sum())
     return Work(
         tokens=tokens,
-        pairs=int((batch.positions[real] + 1).sum()),  # a token sees itself and those before it in its sample
+        pairs=int((batch.positions[real] + 1).sum()),  # causal within each sample
         outputs=batch.num_trained,
         tiles=len(batch.pixels),
         projected=sum(int((rows != ROW_END).sum()) for rows in (batch.stream_rows, batch.cross_rows)),
@@ -24,7 +24,7 @@ def count_work(batch: Batch) -> Work:
 
 
 def _cross_pairs(batch: Batch) -> int:
-    """Pairs that nvlm.attention.visibility.visible allows, counted without looking at each pair."""
+    """The number of pairs that nvlm.attention.visibility.visible allows, without enumerating them."""
     keys = (batch.cross_sample != PAD).nonzero(as_tuple=True)
     queries = ((batch.sample != PAD) & (batch.image != PAD)).nonzero(as_tuple=True)
     if not len(keys[0]) or not len(queries[0]):
@@ -34,7 +34,7 @@ def _cross_pairs(batch: Batch) -> int:
     of_tile = batch.sample.new_zeros(len(batch.sample), *sizes)  # keys by row, sample, image, tile
     places = (keys[0], *(numbers[keys] for numbers in cross))
     of_tile.index_put_(places, torch.ones_like(keys[0]), accumulate=True)
-    begun = of_tile.sum(-1).cumsum(-1)  # keys of the sample's images up to each
+    begun = of_tile.sum(-1).cumsum(-1)  # keys of the sample's images, cumulative
     row, (sample, image, tile) = queries[0], (numbers[queries] for numbers in stream)
     seen = torch.where(tile == ALL_TILES, begun[row, sample, image], of_tile[row, sample, image, tile])
     return int(seen.sum())

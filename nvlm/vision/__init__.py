@@ -1,1 +1,1 @@
-"""The frozen vision path: the encoders, pixel shuffle, which rank encodes which tile."""
+"""The frozen vision path: encoders, pixel shuffle, and the distribution of tiles over ranks."""

@@ -24,7 +24,7 @@ from nvlm.weights.load import read
 
 
 def solo_groups() -> ProcessGroupCollection:
-    """Process groups of one: a module built with them is whole on every rank."""
+    """Single-rank process groups: a module built with them is not sharded."""
     alone, _ = dist.new_subgroups(group_size=1)
     return ProcessGroupCollection(tp=alone, pp=alone, cp=alone, embd=alone, pos_embd=alone)
 
@@ -42,9 +42,9 @@ class VisionPath:
 
     @torch.no_grad()
     def features(self, pixels_T3: Tensor) -> Tensor:
-        """uint8 [T, 3, px, px] to [N, C], one tile's tokens behind another's; no tile gives [0, C]."""
+        """uint8 [T, 3, px, px] to [N, C], the tokens of all tiles concatenated; no tiles give [0, C]."""
         vision = self.vision
-        if len(pixels_T3) == 0:  # attention kernels do not take an empty batch
+        if len(pixels_T3) == 0:  # attention kernels reject an empty batch
             width = vision.hidden * vision.downsample**2
             return next(self.encoder.parameters()).new_zeros(0, width)
         known = description_of(vision)
@@ -56,7 +56,7 @@ class VisionPath:
 
 
 def build_vision(config: Config, place: torch.device) -> VisionPath:
-    """The encoder of `config` with its weights, on `place`. All processes call it together."""
+    """The encoder of `config` with its weights, on device `place`. A collective call."""
     source, vision = vision_source(config), config.vision
     encoder = description_of(vision).build(config, solo_groups()).to(place)
     read(source, ["vision"], {name: parameter.data for name, parameter in encoder.named_parameters()})

@@ -1,16 +1,16 @@
-"""The vision pre-pass: before the pipeline runs, all ranks encode an even share of a step's tiles.
+"""The vision pre-pass: before the pipeline runs, every rank encodes an even share of a step's tiles.
 
-The encoder is frozen, so it need not live in the first pipeline stage: there it would hold up all others. Tiles of a
-step's micro-batches are dealt to the ranks of the replica (with vision.balance=global to those of all replicas), and
+The encoder is frozen, so it need not be part of the first pipeline stage, where it would stall the others. The tiles of
+a step's micro-batches are distributed over the ranks of the replica (with vision.balance=global, of all replicas), and
 each rank then receives the features of the tiles that its stage uses.
 
-Ranks are named by their replica and their seat in it. Tile i of all replicas' tiles, one behind the other, goes to
-seat i mod (ranks of a replica); among the ranks of that seat, one in each replica, tiles stay at home as far as an
-even share allows. So pixels move between replicas only where they must, and no rank has more than one tile more than
-another.
+A rank is identified by its replica and its seat (its rank within the replica). With the tiles of all replicas
+concatenated, tile i goes to seat i mod (ranks per replica). Among the ranks with that seat, one in each replica, tiles
+stay in their replica as far as an even share allows. So pixels move between replicas only if they must, and the numbers
+of tiles on any two ranks differ by at most one.
 
-Tiles may have different numbers of tokens; which, is known from the data. Pixels are exchanged by tiles, features by
-tokens, and numbers of tokens go with the pixels.
+Tiles may have different numbers of tokens, which are known from the data. Pixels are exchanged by tile, features by
+token, and the numbers of tokens are sent with the pixels.
 
 Shapes: T tiles, N tokens of all T tiles, n of some, C feature width.
 """
@@ -32,15 +32,15 @@ from nvlm.vision.path import VisionPath
 
 
 def seat_tiles(counts: Sequence[int], seats: int, seat: int) -> list[list[int]]:
-    """Tiles of each replica that fall to `seat`, numbered within the replica; `counts` are tiles by replica."""
+    """The tiles of each replica assigned to `seat`, numbered within the replica; `counts` are tiles per replica."""
     starts = [sum(counts[:r]) for r in range(len(counts))]
     return [list(range((seat - start) % seats, count, seats)) for start, count in zip(starts, counts)]
 
 
 def spread(own: Sequence[int]) -> list[list[int]]:
-    """How many tiles each replica sends to each, [from][to], so that none has more than one more than another.
+    """How many tiles each replica sends to each, [from][to], so that their counts differ by at most one afterwards.
 
-    `own`: tiles by replica before. Tiles that need not move stay.
+    `own`: tiles per replica before. Tiles that need not move stay.
     """
     share, rest = divmod(sum(own), len(own))
     largest_first = sorted(range(len(own)), key=lambda r: (-own[r], r))
@@ -60,7 +60,7 @@ def spread(own: Sequence[int]) -> list[list[int]]:
 
 
 def shares(counts: Sequence[int], seats: int, balance: str) -> list[int]:
-    """Tiles that each rank encodes, all ranks of all replicas; `counts` are tiles by replica, before."""
+    """The number of tiles that each rank of all replicas encodes; `counts` are tiles per replica before balancing."""
     if balance != "global":
         return [len(tiles) for count in counts for s in range(seats) for tiles in seat_tiles([count], seats, s)]
     columns = (spread([len(tiles) for tiles in seat_tiles(counts, seats, seat)]) for seat in range(seats))
@@ -69,11 +69,11 @@ def shares(counts: Sequence[int], seats: int, balance: str) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """Who encodes with whom, seen from one rank."""
+    """The ranks that encode together, from the point of view of one rank."""
 
     replica: dist.ProcessGroup
-    uses: tuple[TileUse, ...]  # by seat
-    across: dist.ProcessGroup | None  # the same seat in all replicas; None: each replica encodes its own tiles
+    uses: tuple[TileUse, ...]  # of each seat
+    across: dist.ProcessGroup | None  # ranks with this seat in all replicas; None: each replica encodes its own tiles
 
     @property
     def seat(self) -> int:
@@ -82,7 +82,7 @@ class Team:
 
 
 def build_team(use: TileUse, balance: str) -> Team:
-    """The team of this process, which puts tiles to `use`. All processes call it together."""
+    """The team of this process, which needs tiles for `use`. A collective call."""
     own: list = [None] * dist.get_world_size()
     here = parallel_state.get_data_parallel_rank()
     dist.all_gather_object(own, (here, use))
@@ -95,18 +95,18 @@ def build_team(use: TileUse, balance: str) -> Team:
 
 @dataclass(frozen=True, slots=True)
 class BalancedVision:
-    """The frozen path, shared by a team."""
+    """The frozen vision path, with the work shared by a team."""
 
     path: VisionPath
     team: Team
 
     def within_replica(self) -> BalancedVision:
-        """The same without other replicas."""
+        """The same, without exchange between replicas."""
         return replace(self, team=replace(self.team, across=None))
 
     @torch.no_grad()
     def encode(self, batches: Sequence[Batch]) -> list[Batch]:
-        """`batches` with the features that this process uses. All processes of the team call it together."""
+        """`batches` with the features that this process uses. A collective call of the team."""
         team, pixels_T3 = self.team, torch.cat([batch.pixels for batch in batches])
         tokens_T = torch.cat([batch.tile_tokens for batch in batches])
         everyone, here = _counts_of_replicas(len(pixels_T3), team, pixels_T3.device)
@@ -122,7 +122,7 @@ class BalancedVision:
         return [batch.with_some_features(received, rows) for batch, rows in zip(batches, parts, strict=True)]
 
     def _encode_share(self, own_T3: Tensor, tokens_T: Tensor, everyone: Sequence[int]) -> Tensor:
-        """Features [n, C] of the tiles that fell to this seat, whoever encodes them."""
+        """Features [n, C] of the tiles assigned to this seat, whichever replica encodes them."""
         group = self.team.across
         if group is None:
             return self._encode(own_T3, tokens_T)
@@ -157,7 +157,7 @@ def _counts_of_replicas(count: int, team: Team, device: torch.device) -> tuple[l
 
 
 def _wanted(batches: Sequence[Batch], uses: Sequence[TileUse]) -> list[Tensor]:
-    """Which of the tiles [T] of all `batches` a stage needs, for each of `uses`."""
+    """For each of `uses`, which tiles [T] of all `batches` it needs."""
 
     def used(rows_of: Callable[[Batch], Tensor]) -> Tensor:
         parts = []
@@ -174,7 +174,7 @@ def _wanted(batches: Sequence[Batch], uses: Sequence[TileUse]) -> list[Tensor]:
 def _deal(
     features_nC: Tensor, tokens_T: Tensor, seats: Sequence[Tensor], wanted: Sequence[Tensor], team: Team
 ) -> tuple[Tensor, Tensor]:
-    """The tiles `seats` of each seat to the seats that want them; returns features and the numbers of their tiles."""
+    """Send features of each seat's tiles to the seats that need them; returns received features and tile numbers."""
     mine = seats[team.seat]
     picked = [wanted_T[mine].nonzero()[:, 0] for wanted_T in wanted]
     arriving = [tiles[wanted[team.seat][tiles]] for tiles in seats]
@@ -186,14 +186,14 @@ def _deal(
 
 
 def token_rows(tiles: Tensor, tokens_T: Tensor) -> Tensor:
-    """The rows of the tokens of `tiles`, one tile behind the other, where those of all T tiles lie in order."""
+    """The rows of the tokens of `tiles`, tile by tile, in a tensor that holds the tokens of all T tiles in order."""
     first_T, counts = tokens_T.cumsum(0) - tokens_T, tokens_T[tiles]
     shifts = first_T[tiles] - (counts.cumsum(0) - counts)
     return torch.repeat_interleave(shifts, counts) + torch.arange(int(counts.sum()), device="cpu")
 
 
 def exchange(x: Tensor, out: Sequence[int], back: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Rows of `x`, `out[r]` of them to rank r, one run behind the other; `back[r]` rows come from rank r."""
+    """All-to-all of the rows of `x`: consecutive runs of `out[r]` rows go to rank r, `back[r]` rows come from it."""
     received = x.new_empty(sum(back), *x.shape[1:])
     dist.all_to_all_single(received, x.contiguous(), list(back), list(out), group=group)
     return received

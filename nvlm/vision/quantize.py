@@ -1,7 +1,7 @@
-"""The frozen encoder's linears in FP8, by Transformer Engine: half the memory and, on Hopper, twice the products.
+"""The frozen encoder's linears in FP8, by Transformer Engine: half the memory and, on Hopper, twice the FLOP/s.
 
-Nothing is learned from here on, so the weights are kept in FP8 alone. What that costs is measured at once, on noise:
-an encoder that changes too much is refused.
+The encoder is never trained, so only FP8 weights are kept. The error is measured at once, on noise, and an encoder
+whose features change too much is refused.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from nvlm.llm.backend import frozen_recipe
 if TYPE_CHECKING:
     from nvlm.vision.path import VisionPath
 
-MOST = 0.1  # error of the features, as a share of their size: FP8 with three bits of mantissa rounds by up to 1 / 16
+MOST = 0.1  # relative error of the features: FP8 with three mantissa bits rounds by up to 1 / 16
 
 
 class FP8Linear(nn.Module):
-    """What a Megatron linear of one tensor-parallel rank computes, with weights in FP8."""
+    """A Megatron linear of one tensor-parallel rank, with FP8 weights."""
 
     def __init__(self, linear: nn.Module, precision: PrecisionConfig) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class FP8Linear(nn.Module):
             self.linear.weight.copy_(linear.weight)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(output, None), or (output, bias) where the linear left its bias to its caller."""
+        """(output, None), or (output, bias) if the linear leaves the bias to its caller."""
         import transformer_engine.pytorch as te
 
         rows = x.flatten(0, -2)
@@ -52,10 +52,10 @@ class FP8Linear(nn.Module):
 
 
 def quantize(path: VisionPath, make: Callable[[nn.Module], nn.Module], tile_size: int, tiles: int = 4) -> float:
-    """Put what `make` makes of each linear of the encoder in its place.
+    """Replace each linear of the encoder by `make(linear)`.
 
-    Returns the error of the features of `tiles` noisy tiles, as a share of their size (root mean squares); raises
-    ConfigError above `MOST`.
+    Returns the relative error (root mean square) of the features of `tiles` tiles of noise. Raises ConfigError if it
+    exceeds `MOST`.
     """
     noise = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (tiles, 3, tile_size, tile_size), generator=noise, dtype=torch.uint8)

@@ -12,14 +12,14 @@ from nvlm.vision.encoders.registry import description_of
 from nvlm.weights.parts import below
 from nvlm.weights.published import RELEASE_CODE, VISION, Source, check_tensors, read_config, read_headers
 
-ENCODER_WEIGHTS = "vision."  # what the names of its parameters would begin with in a checkpoint
+ENCODER_WEIGHTS = "vision."  # prefix of its parameters' names in a checkpoint
 
 
 def vision_source(config: Config, key: str = "init.vision") -> Source:
-    """The published folder that holds the frozen encoder, checked; ConfigError where it is not what it should be.
+    """The published folder of the frozen encoder, checked. Raises ConfigError if it does not match `config`.
 
-    init.vision or init.release names it, else the run of init.checkpoint knows where it is. `key`: what init.vision is
-    called on this command line.
+    init.vision or init.release names it, else the record of init.checkpoint's run. `key`: the name of init.vision on
+    this command line.
     """
     init = config.init
     if init.vision:
@@ -33,17 +33,16 @@ def vision_source(config: Config, key: str = "init.vision") -> Source:
 
 
 def encoder_of_run(step: Path, key: str = "init.vision") -> str:
-    """Where the encoder is that the model in the step folder `step` was trained with, by its run's own record.
+    """The path of the encoder with which the model in the step folder `step` was trained, from the record of its run.
 
-    Export, generation, evaluation and the next stage all find it here. A trained encoder would be in the checkpoint
-    itself; until that can be read, ConfigError. So it is where nothing is left at the recorded place; `key`: the
-    setting that would name another.
+    Used by export, generation, evaluation and the next stage. Raises ConfigError if nothing is left at that path, or if
+    the checkpoint holds a trained encoder, which cannot be read yet. `key`: the setting that names another path.
     """
     check_frozen(step)
     run_dir, before = step.parent.parent, read_run_config(step)
     named = before.init.vision or before.init.release
     if (shipped := description_of(before.vision).shipped.get(named or "")) is not None:
-        return str(shipped)  # the package may have moved since
+        return str(shipped)  # the package may have moved since then
     recorded = read(run_dir).get("encoder")
     places = [place for place in (recorded and recorded.path, named) if place]
     for place in places:
@@ -54,8 +53,8 @@ def encoder_of_run(step: Path, key: str = "init.vision") -> str:
 
 
 def check_frozen(step: Path) -> None:
-    """Raise ConfigError where the checkpoint holds weights of the encoder: it was trained, and its original files are
-    not what the model sees with."""
+    """Raise ConfigError if the checkpoint holds encoder weights: the encoder was trained, so its original files do not
+    belong to the model."""
     keys = [*tensor_names(step), *tensor_names(step.parent / FROZEN)]
     if learned := [name for name in weight_keys(keys) if name.startswith(ENCODER_WEIGHTS)]:
         got = f"a trained encoder ({len(learned)} tensors, {learned[0]} the first)"
@@ -67,7 +66,7 @@ def _read(vision: VisionConfig, folder: str, key: str) -> Source:
     encoder = description_of(vision)
     stored = read_headers(folder, key)
     values = read_config(folder, key, (*encoder.code, *RELEASE_CODE)) or {}
-    inside = any(name.startswith(VISION) for name in stored)  # a whole model's folder
+    inside = any(name.startswith(VISION) for name in stored)  # a folder of the whole model
     if inside:
         stored = {name: one for name, one in stored.items() if name.startswith(VISION)}
     prefix = VISION if inside else ""

@@ -91,5 +91,5 @@ def test_a_batch_that_was_changed_alone_is_not_asked(megatron):
     batch = batch_on_meta(small_config("arch=decoder"))
     assert batch.on_host.tokens.device.type == "cpu" and batch.on_host.on_host is batch.on_host
     shorter = replace(batch, tokens=batch.tokens[:, :8])
-    with pytest.raises(AssertionError, match="its counterpart on the host"):
+    with pytest.raises(AssertionError, match="its copy on the host"):
         _ = shorter.on_host

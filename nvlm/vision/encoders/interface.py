@@ -1,4 +1,4 @@
-"""What the package asks of a vision encoder. Imports no torch."""
+"""The interface of a vision encoder. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from nvlm.weights.published import Stored
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportedEncoder:
-    """An encoder as a folder in NVLM-D-72B's layout holds it."""
+    """An encoder in the layout of NVLM-D-72B."""
 
-    parts: Sequence[Part]  # its tensors, named as below the folder's "vision_model."
+    parts: Sequence[Part]  # its tensors, named without the prefix "vision_model."
     config: Mapping[str, object]  # `vision_config` in config.json
-    limits: Sequence[str]  # why vLLM and NVLM-D-72B's own class cannot serve such a folder
+    limits: Sequence[str]  # why vLLM and NVLM-D-72B's own class cannot load such a folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderDescription:
-    """One family of encoders. `fixed`: settings of VisionConfig that have one value in this family.
+    """One family of encoders. `fixed`: VisionConfig settings that have only one value in this family.
 
-    `build`: (config, a Megatron ProcessGroupCollection of groups of one) to the Megatron module that maps normalised
-    pixels [T, 3, px, px] to the features [T, P, D] of the P patches of each tile. It imports model.py, and so torch.
+    `build`: (config, a Megatron ProcessGroupCollection of single-rank groups) -> the Megatron module that maps
+    normalised pixels [T, 3, px, px] to features [T, P, D] of the P patches of each tile. It imports model.py, and thus
+    torch.
     """
 
     name: str  # vision.encoder
-    code: Sequence[str]  # published classes that its config.json may name; they are never run
+    code: Sequence[str]  # published classes that its config.json may name; they are never executed
     mean: tuple[float, float, float]  # of the RGB pixels, which are 0 to 1
     std: tuple[float, float, float]
-    unseen: Sequence[str]  # settings of VisionConfig that no tensor's name or shape shows
+    unseen: Sequence[str]  # VisionConfig settings that do not show in tensor names or shapes
     fixed: Mapping[str, object]
-    shipped: Mapping[str, Path]  # weights that come with the package, by their names for init.vision
-    unused: Sequence[str]  # how names of published tensors begin that the features do not need, as of a pooling head
+    shipped: Mapping[str, Path]  # weights that ship with the package, by their names in init.vision
+    unused: Sequence[str]  # prefixes of published tensors that are not needed (a pooling head)
     modules: Callable[[VisionConfig], EncoderModules]  # what `build` builds, for nvlm.estimate
-    parts: Callable[[VisionConfig, Mapping[str, Stored]], list[Part]]  # the published tensors that `Stored` ones are of
-    check_config: Callable[[Mapping, VisionConfig, str], None]  # (config.json, ours, setting that named the folder)
+    parts: Callable[[VisionConfig, Mapping[str, Stored]], list[Part]]  # (config, stored tensors) -> published
+    check_config: Callable[[Mapping, VisionConfig, str], None]  # (config.json, ours, the setting naming the folder)
     build: Callable[[Config, Any], Any]
-    export: Callable[[VisionConfig, Sequence[Part]], ExportedEncoder] | None  # of the parts as read; None: no class yet
+    export: Callable[[VisionConfig, Sequence[Part]], ExportedEncoder] | None  # None: no export

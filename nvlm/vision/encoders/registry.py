@@ -10,7 +10,7 @@ ENCODERS: dict[str, EncoderDescription] = {INTERNVIT.name: INTERNVIT}
 
 
 def description_of(vision: VisionConfig) -> EncoderDescription:
-    """The description that `vision.encoder` names. Raises ConfigError where there is none."""
+    """The description that `vision.encoder` names. Raises ConfigError if there is none."""
     if vision.encoder not in ENCODERS:
         known = f"one of {', '.join(ENCODERS)}"
         raise problem("vision.encoder", repr(vision.encoder), known, f"vision.encoder={next(iter(ENCODERS))}")
@@ -18,7 +18,7 @@ def description_of(vision: VisionConfig) -> EncoderDescription:
 
 
 def check_encoder(config: Config) -> Config:
-    """Return `config`, or raise ConfigError where its encoder is unknown or has no such settings."""
+    """Return `config`, or raise ConfigError if its encoder is unknown or does not allow its settings."""
     encoder = description_of(config.vision)
     for name, value in encoder.fixed.items():
         got = getattr(config.vision, name)

@@ -149,7 +149,7 @@ def test_a_rank_that_has_some_tiles_finds_them_in_any_order(samples):
     rows[held] = torch.arange(len(held))
     some = batch.with_some_features(features[held], rows)
     assert torch.equal(some.features_of(batch.cross_rows), features[batch.cross_rows])
-    with pytest.raises(AssertionError, match="was not to receive"):
+    with pytest.raises(AssertionError, match="was not sent to this process"):
         some.features_of(batch.stream_rows)
 
 

@@ -1,8 +1,8 @@
-"""What is known of InternViT without its modules: published tensors, config.json, normalisation, its export.
+"""Describes InternViT: published tensors, config.json, normalisation, export, modules.
 
 The tensors are `embeddings.*` and `encoder.layers.*`. qkv is published as [all queries | all keys | all values];
-Megatron wants [q, k, v] head by head. NVLM-D-72B holds the encoder with `dummy_heads` heads of zeros behind the real
-ones, so that their number divides by 8: ours has none.
+Megatron expects [q, k, v] head by head. In NVLM-D-72B the encoder has `dummy_heads` zero heads after the real ones, so
+that the number of heads is divisible by 8; ours has none.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from nvlm.weights.published import Stored, check_fixed, check_values
 
 TINY = Path(__file__).parents[2] / "tiny_encoder.safetensors"  # launch/pretrain_tiny_encoder.py wrote it
 _CODE = ("configuration_intern_vit.InternVisionConfig", "modeling_intern_vit.InternVisionModel")
-# What InternVisionConfig, the class that reads a published config.json, takes for what is left out.
+# The defaults of InternVisionConfig, the class that reads a published config.json.
 _DEFAULTS = dict(
     num_channels=3, patch_size=14, image_size=224, qkv_bias=False, hidden_size=3200, num_attention_heads=25,
     intermediate_size=12800, qk_normalization=True, num_hidden_layers=48, hidden_act="gelu", norm_type="rms_norm",
     layer_norm_eps=1e-6,
 )  # fmt: skip
-_RELEASED_DUMMIES = 7  # behind InternViT-6B's 25 heads in NVLM-D-72B, for 8 tensor-parallel ranks
+_RELEASED_DUMMIES = 7  # after InternViT-6B's 25 heads in NVLM-D-72B, for 8 tensor-parallel ranks
 _FIXED = dict(hidden_act="gelu", num_channels=3, quantization_config=None)
 _NORMS = {"rms_norm": "rms", "layer_norm": "layer"}
 
 
 def parts(vision: VisionConfig, dummy_heads: int = 0) -> list[Part]:
-    """All tensors, in the order of the model."""
+    """All tensors, in model order."""
     d, patches = vision.hidden, (vision.tile_size // vision.patch) ** 2
     embeddings = {
         "class_embedding": (1, 1, d),
@@ -84,7 +84,7 @@ def _layer(vision: VisionConfig, layer: int, dummy_heads: int) -> Iterator[Part]
 
 
 def check_config(values: Mapping, vision: VisionConfig, key: str) -> None:
-    """Compare an encoder's config.json."""
+    """Compare an encoder's config.json with `vision`. Raises ConfigError if they differ."""
     check_fixed(values, _FIXED, key)
     whole = completed(values, _DEFAULTS)
     if whole["norm_type"] not in _NORMS:
@@ -106,7 +106,7 @@ def check_config(values: Mapping, vision: VisionConfig, key: str) -> None:
 
 
 def _dummy_heads(vision: VisionConfig, rows: int) -> int:
-    """Heads of zeros behind the real ones where a layer's qkv has so many rows."""
+    """The number of zero heads in a layer whose qkv has `rows` rows."""
     extra, rest = divmod(rows - 3 * vision.hidden, 3 * vision.hidden // vision.heads)
     return extra if extra > 0 and not rest else 0
 
@@ -117,7 +117,7 @@ def _parts_of(vision: VisionConfig, stored: Mapping[str, Stored]) -> list[Part]:
 
 
 def exported(vision: VisionConfig, dummy_heads: int) -> ExportedEncoder:
-    """The encoder in a folder in NVLM-D-72B's layout, whose modelling class and vLLM expect seven dummy heads."""
+    """The encoder in NVLM-D-72B's layout; its modelling class and vLLM expect seven dummy heads."""
     limits = []
     if dummy_heads != _RELEASED_DUMMIES:
         heads = f"{vision.heads} heads and {dummy_heads} dummy ones"
@@ -148,7 +148,7 @@ def exported(vision: VisionConfig, dummy_heads: int) -> ExportedEncoder:
 
 
 def _export(vision: VisionConfig, read: Sequence[Part]) -> ExportedEncoder:
-    """With as many dummy heads as `read` has, else up to a multiple of 8, which tensor parallelism divides."""
+    """With as many dummy heads as `read` has, else padded to a multiple of 8 heads for tensor parallelism."""
     rows = next(part.shape[0] for part in read if part.name.endswith(".attn.qkv.weight"))
     return exported(vision, _dummy_heads(vision, rows) or -vision.heads % 8)
 

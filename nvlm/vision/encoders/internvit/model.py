@@ -1,7 +1,7 @@
 """InternViT in Megatron-Core modules (InternViT-6B-448px-V1-5: NVLM section 4.1; tiny: the same at toy size).
 
-Pre-norm blocks with layer scale, a class token that is dropped at the end, no final norm. The 6B has RMSNorms, also
-of queries and keys over the full width, and no qkv bias; the 300M LayerNorms, none of queries and keys, and a bias.
+Pre-norm blocks with layer scale, a class token that is dropped at the end, no final norm. The 6B model uses RMSNorm,
+also for queries and keys over the full width, and no qkv bias; the 300M model uses LayerNorm, no QK norm, and a bias.
 
 Shapes: T tiles, P patches (1024 at full size), D encoder width, px tile side in pixels.
 """
@@ -30,7 +30,7 @@ from nvlm.llm.norm import FullWidthRMSNorm, LayerNorm, RMSNorm
 
 
 class _LayerScale(nn.Module):
-    """Per-channel factors of a branch, multiplied in before the residual (HF: ls1, ls2)."""
+    """Per-channel factors of a branch, applied before the residual addition (HF: ls1, ls2)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class ScaledSelfAttention(SelfAttention):
 
     def __init__(self, config: TransformerConfig, *args, **kwargs) -> None:
         super().__init__(config, *args, **kwargs)
-        if not config.add_qkv_bias:  # Megatron builds the qkv linear with one wherever other linears have one
+        if not config.add_qkv_bias:  # Megatron gives the qkv linear a bias whenever other linears have one
             self.linear_qkv.bias = None
         self.layer_scale = _LayerScale(config)
 
@@ -66,7 +66,7 @@ class ScaledMLP(MLP):
 
 
 def encoder_config(config: Config) -> TransformerConfig:
-    """The TransformerConfig of the encoder, whole on its rank."""
+    """The TransformerConfig of the encoder, which is not sharded."""
     vision, init = config.vision, config.init
     return base_config(
         config,
@@ -83,7 +83,7 @@ def encoder_config(config: Config) -> TransformerConfig:
         qk_layernorm=vision.qk_norm,
         add_bias_linear=True,
         add_qkv_bias=vision.qkv_bias,
-        perform_initialization=not (init.vision or init.release or init.checkpoint),  # read instead
+        perform_initialization=not (init.vision or init.release or init.checkpoint),  # loaded instead
     )
 
 
@@ -131,7 +131,7 @@ class InternViT(MegatronModule):
         )
 
     def forward(self, pixels_T3: Tensor) -> Tensor:
-        """[T, P, D]; class token dropped."""
+        """[T, P, D], without the class token."""
         patches_TPD = self.patch_embedding(pixels_T3.to(self.config.params_dtype)).flatten(2).transpose(1, 2)
         tokens = torch.cat((self.class_embedding.expand(len(patches_TPD), -1, -1), patches_TPD), dim=1)
         hidden_STD = (tokens + self.position_embedding).transpose(0, 1).contiguous()
