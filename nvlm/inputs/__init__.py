@@ -1,1 +1,1 @@
-"""What a run reads: where its weights come from, whether they fit, and its inputs identified by content."""
+"""The inputs of a run: the sources of its weights, whether they fit, and identities of inputs by content."""

@@ -1,4 +1,4 @@
-"""Whether the weights that a configuration names are there, and are what they should be. Imports no torch."""
+"""Checks that the weights named by a configuration exist and fit. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from nvlm.vision.source import vision_source
 
 
 def check_weights(config: Config, run_dir: Path | None = None) -> None:
-    """Raise ConfigError where config.init names something that is not what it should be, or where encoder and tokenizer
-    are not those that a checkpoint's run was trained with. Reads headers and samples.
+    """Raise ConfigError if the sources in config.init do not fit, or if the encoder or tokenizer is not the one that a
+    checkpoint's run was trained with. Reads only headers and samples.
 
-    A run that goes on from a checkpoint in `run_dir` needs the encoder alone.
+    A run that resumes from a checkpoint in `run_dir` needs only the encoder.
     """
     if not config.dry_run or config.init.vision or config.init.release:
         vision_source(config)
@@ -31,7 +31,7 @@ def check_weights(config: Config, run_dir: Path | None = None) -> None:
         identity.check_model(config, folder)
 
 
-# Fields that change the computation but no tensor's name or shape; the encoder's description adds its own.
+# Fields that change the computation but no tensor name or shape; the encoder's description adds more.
 _UNSEEN = (
     "llm.heads llm.kv_heads llm.head_dim llm.vocab llm.rope_theta llm.rope_scaling llm.norm_eps "
     "vision.name vision.encoder vision.downsample"
@@ -39,7 +39,7 @@ _UNSEEN = (
 
 
 def check_same_model(config: Config, folder: Path) -> None:
-    """Raise ConfigError if the model of the checkpoint `folder` computes something else than `config`'s."""
+    """Raise ConfigError if the model of the checkpoint `folder` computes something different from `config`'s."""
     before = read_run_config(folder)
     if lost := [group for group in before.adapted if group not in config.adapted]:
         raise _adapters_lost(folder, lost, before.adapted)

@@ -1,9 +1,8 @@
-"""What a run reads, identified by content: its data, encoder, tokenizer and first weights. Imports no torch.
+"""Identities, by content, of what a run reads: data, encoder, tokenizer and initial weights. Imports no torch.
 
-`inputs.json` in the run folder has the identities. A resume, the next stage, export and generation compare theirs with
-it, so that a file that was replaced under the same name is noticed, and one that was only moved is not. Large files are
-sampled, which takes seconds at 100 GB: a change that keeps a large file's size may escape where it is smaller than the
-distance of two samples.
+They are saved in `inputs.json` in the run folder. A resumed run, the next stage, export and generation compare theirs
+with it, so that a file replaced under the same name is detected, and a moved file is accepted. Large files are sampled,
+which takes seconds at 100 GB: a change that keeps the size and lies between two samples goes undetected.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from nvlm.runs.record import Identity, read, write
 from nvlm.vision.source import check_frozen, vision_source
 from nvlm.weights.published import VISION, Source, Stored
 
-_WHOLE = 1 << 26  # bytes: smaller files are read whole
+_WHOLE = 1 << 26  # bytes: files up to this size are read completely
 _BLOCK = 1 << 16  # bytes
-_BLOCKS = 64  # of a larger file, evenly spaced, first and last included
+_BLOCKS = 64  # in a larger file, evenly spaced, including the first and the last
 _PIECE = 1 << 12  # bytes of a tensor, at its start, middle and end
 
 
 def of_file(path: Path, records: int | None = None) -> Identity:
-    """A file by its size and its bytes, sampled where it is larger than 64 MiB; `records`: how many it holds."""
+    """A file by its size and bytes, sampled if larger than 64 MiB; `records`: how many it holds."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256") if size <= _WHOLE else _sampled(file, size)
@@ -39,7 +38,7 @@ def of_file(path: Path, records: int | None = None) -> Identity:
 
 
 def of_tensors(folder: str, stored: Mapping[str, Stored], prefix: str = "") -> Identity:
-    """Tensors by name (without `prefix`), type, shape and a sample of their bytes, however they are cut into files."""
+    """Tensors by name (without `prefix`), dtype, shape and a sample of bytes, however they are split into files."""
     found, total = hashlib.sha256(), 0
     places = {file: _places(file) for file in {one.file for one in stored.values()}}
     for name, one in sorted(stored.items()):
@@ -54,7 +53,7 @@ def of_tensors(folder: str, stored: Mapping[str, Stored], prefix: str = "") -> I
 
 
 def of_files(files: Sequence[Path], records: int) -> Identity:
-    """Several files by their names and contents, wherever their folder lies."""
+    """Several files by names and contents, independent of their folder's path."""
     found = [of_file(path) for path in files]
     names = "".join(f"{path.name} {one.bytes} {one.digest}\n" for path, one in zip(files, found, strict=True))
     folder = str(files[0].resolve().parent)
@@ -62,7 +61,7 @@ def of_files(files: Sequence[Path], records: int) -> Identity:
 
 
 def of_records(config: Config, records: Records) -> Identity:
-    """The training records: their files, or where they are made the first and the last one."""
+    """The training records: by their files, or by the first and the last record if they are generated."""
     if len(records.files) == 1:
         return of_file(records.files[0], len(records))
     if records.files:
@@ -86,7 +85,7 @@ def of_tokenizer(config: Config) -> Identity:
 
 
 def of_first_weights(config: Config) -> Identity | None:
-    """What the language model and the new modules begin with; None for random numbers."""
+    """The initial weights of the language model and the new modules; None if they are random."""
     if config.init.checkpoint:
         folder = find_checkpoint(Path(config.init.checkpoint), "init.checkpoint")
         return replace(of_file(folder / "digests.json"), path=str(folder.resolve()))
@@ -97,7 +96,8 @@ def of_first_weights(config: Config) -> Identity | None:
 def check_model(config: Config, step: Path, key: str = "init.vision", resumed: bool = False) -> None:
     """Raise ConfigError if `config` reads another encoder or tokenizer than the run of the step folder `step`.
 
-    `key`: the setting that names the encoder's folder. `resumed`: that run continues, so another name would start anew.
+    `key`: the setting that names the encoder's folder. `resumed`: this run continues that one, so the message also
+    suggests another name for a new run.
     """
     check_frozen(step)
     run_dir = step.parent.parent
@@ -110,14 +110,14 @@ def check_model(config: Config, step: Path, key: str = "init.vision", resumed: b
 
 
 def check_records(config: Config, run_dir: Path, records: Records) -> None:
-    """Raise ConfigError where the run in `run_dir` was trained with other records than these."""
+    """Raise ConfigError if the run in `run_dir` was trained with other records."""
     before = read(run_dir)
     if "records" in before:
         _compare("records", before, of_records(config, records), run_dir, "data.path", resumed=True)
 
 
 def record(config: Config, run_dir: Path, records: Records) -> None:
-    """Write down what a run begins with."""
+    """Save the identities of a new run's inputs."""
     inputs = {
         "records": of_records(config, records),
         "encoder": of_encoder(config),
@@ -158,7 +158,7 @@ def _sampled(file, size: int):
 
 
 def _places(file: Path) -> dict[str, tuple[int, int]]:
-    """Where each tensor of a safetensors file begins and ends, bytes from the file's start."""
+    """Start and end of each tensor of a safetensors file, in bytes from the start of the file."""
     with open(file, "rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
         header = json.loads(opened.read(length))

@@ -1,6 +1,6 @@
-"""Where a configuration's weights come from, checked against its shapes and values before anything is read.
+"""The sources of a configuration's weights, checked against its shapes and values before any weights are read.
 
-Imports no torch: the launcher refuses a wrong folder before it starts a worker or writes a file.
+Imports no torch: the launcher refuses a wrong folder before it starts workers or writes files.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from nvlm.weights.published import (
 
 
 def model_source(config: Config) -> Source | None:
-    """The published folder that holds the language model, checked; ConfigError where it is not what it should be."""
+    """The published folder of the language model, checked. Raises ConfigError if it does not fit `config`."""
     if config.init.llm:
         return _llm(config, config.init.llm)
     return _release(config, config.init.release) if config.init.release else None
 
 
 def check_new(config: Config, given: Iterable[str], where: str) -> None:
-    """Raise ConfigError where a module group is neither `given` nor one that the stage declares new."""
+    """Raise ConfigError if a module group is neither `given` nor declared new by the stage."""
     needed = description(config.arch.name).groups
     if lost := [group for group in needed if group not in {*given, *config.stage.new}]:
         fix = f"init.checkpoint=RUN of the stage before, or stage.new=[{','.join([*config.stage.new, lost[0]])}]"
@@ -59,7 +59,7 @@ def _release(config: Config, folder: str) -> Source:
     if values:
         check_whole(values, config, "init.release")
     own, kind = values.get("nvlm") or {}, description(config.arch.name)
-    if own.get("arch") == config.arch.name and kind.tags_in_keys:  # what no tensor's name or shape shows
+    if own.get("arch") == config.arch.name and kind.tags_in_keys:  # not visible in tensor names or shapes
         check_values(own, {"bind_tags": ("arch.bind_tags", config.arch.bind_tags)}, "init.release", own)
     encoder = {name.removeprefix(VISION): one for name, one in stored.items() if name.startswith(VISION)}
     groups = {
@@ -76,13 +76,13 @@ def _release(config: Config, folder: str) -> Source:
 
 
 def check_whole(values: Mapping, config: Config, key: str) -> None:
-    """Compare the config.json of a whole model in the release's layout, its three parts."""
+    """Compare all three parts of a model's config.json, in the release's layout, with `config`."""
     check_language(values.get("llm_config") or {}, config.llm, key)
     description_of(config.vision).check_config(values.get("vision_config") or {}, config.vision, key)
     whole = completed(values, defaults.INTERNVL)
     check_fixed(whole, defaults.FIXED_WHOLE, key)
     whole["downsample_ratio"] = round(1 / whole["downsample_ratio"])
-    whole.setdefault("force_image_size", config.vision.tile_size)  # the encoder's, which was compared
+    whole.setdefault("force_image_size", config.vision.tile_size)  # already compared with the encoder's
     expected = {
         "downsample_ratio": ("vision.downsample", config.vision.downsample),
         "force_image_size": ("vision.tile_size", config.vision.tile_size),
@@ -91,9 +91,9 @@ def check_whole(values: Mapping, config: Config, key: str) -> None:
 
 
 def whole_model(config: Config, encoder: Iterable[Part]) -> list[Part]:
-    """Every tensor of a model in NVLM-D-72B's layout, and for NVLM-X and -H in ours behind it.
+    """Every tensor of a model in NVLM-D-72B's layout, extended for NVLM-X and -H.
 
-    `encoder`: its parts, as `ExportedEncoder` has them.
+    `encoder`: its parts, as in `ExportedEncoder`.
     """
     return [
         *below(VISION, encoder),
@@ -118,7 +118,7 @@ def _only_cross(config: Config) -> list[Part]:
 
 
 def _spare(language: LLMConfig, stored: Mapping[str, Stored]) -> list[str]:
-    """Names that may be there for nothing: a tied output layer, and buffers that older files hold."""
+    """Names of tensors that are allowed but not used: a tied output layer, and buffers in older files."""
     names = [name.removeprefix(LANGUAGE) for name in stored]
     tied = [llm.HEAD] if language.tied else []
     return tied + [name for name in names if name.endswith(".rotary_emb.inv_freq")]

@@ -1,6 +1,6 @@
-"""Whose modules the layers are made of: Transformer Engine's on a GPU where it loads, else Megatron's and torch's.
+"""Chooses the modules of the layers: Transformer Engine's on a GPU if it loads, else Megatron's and torch's.
 
-Imports Transformer Engine only where it is asked for: that takes seconds, and a broken one can fail in many ways.
+Imports Transformer Engine only when needed: the import takes seconds, and a broken install can fail in many ways.
 """
 
 from __future__ import annotations
@@ -11,33 +11,35 @@ from nvlm.attention import choice
 from nvlm.config.values import TE_INSTALL, Config, problem
 from nvlm.processes import device
 
-_AMAX_HISTORY = 1024  # steps whose largest values decide a delayed scale
+_AMAX_HISTORY = 1024  # steps of maximum values for delayed scaling
 
 
 def uses_te(config: Config) -> bool:
-    """Whether the decoder layers are Transformer Engine's on this machine."""
+    """Whether the decoder layers use Transformer Engine on this machine."""
     return choice.uses_engine(config, this_machine())
 
 
 def this_machine() -> choice.Machine:
-    """What attention kernels are chosen by."""
+    """This machine, as the choice of attention kernels sees it."""
     cuda = device.has_cuda()
     return choice.Machine(cuda=cuda, te=cuda and why_not_te() is None)
 
 
 @functools.cache
 def why_not_te() -> str | None:
-    """None where Transformer Engine loads, else the reason in one line."""
+    """None if Transformer Engine loads, else the reason in one line."""
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except Exception as error:  # an ImportError, an OSError of a library, a RuntimeError of its own checks
+    except Exception as error:  # ImportError, OSError from a library, RuntimeError from its own checks
         return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no reason'}"
     return None
 
 
 def check_precision(config: Config) -> None:
-    """Raise ConfigError where this machine cannot compute in config.precision: no GPU, no Transformer Engine, or a
-    recipe that one of them does not have. Offload needs both, too."""
+    """Raise ConfigError if this machine cannot run config.precision or train.offload.
+
+    FP8 needs a GPU and a Transformer Engine that support the recipe; offload needs both as well.
+    """
     precision = config.precision
     if config.train.offload and (why_not_te() or not device.has_cuda()):
         got = f"no Transformer Engine ({why_not_te()})" if why_not_te() else "a machine without a usable GPU"
@@ -56,7 +58,7 @@ def check_precision(config: Config) -> None:
 
 
 def _refusal(name: str) -> str | None:
-    """Transformer Engine's own words on why it does not have a recipe here; None where it does."""
+    """Transformer Engine's reason for not supporting a recipe here; None if it does."""
     from transformer_engine import __version__, pytorch
 
     asks = {"fp8_blockwise": "is_fp8_block_scaling_available", "mxfp8": "is_mxfp8_available"}
@@ -68,7 +70,7 @@ def _refusal(name: str) -> str | None:
 
 
 def describe(config: Config) -> str:
-    """One line about what the layers are made of, and why not of Transformer Engine."""
+    """One line that says which modules the layers use, and why not Transformer Engine."""
     precision = config.precision.name
     if uses_te(config):
         from transformer_engine import __version__
@@ -82,8 +84,10 @@ def describe(config: Config) -> str:
 
 
 def frozen_recipe(name: str) -> object:
-    """Transformer Engine's recipe for a module that never learns, under the precision `name`. A history of scales is
-    kept by backward passes: without any, each tensor gets a scale of its own."""
+    """Transformer Engine's recipe for a frozen module under the precision `name`.
+
+    Delayed scaling is replaced by current scaling, because backward passes maintain the history of maximum values.
+    """
     from transformer_engine.common import recipe
 
     kinds = {"fp8_blockwise": "Float8BlockScaling", "mxfp8": "MXFP8BlockScaling"}
@@ -91,12 +95,12 @@ def frozen_recipe(name: str) -> object:
 
 
 def fp8_settings(config: Config) -> dict:
-    """The fields of Megatron's TransformerConfig that say which FP8 the decoder's layers compute in."""
+    """The FP8 fields of Megatron's TransformerConfig for the decoder layers."""
     precision = config.precision
     if precision.recipe is None or not uses_te(config):
         return {}
     return dict(
-        # Gradients need a wider range than four bits of exponent where a whole tensor shares one scale.
+        # With one scale per tensor, gradients need a wider range than four exponent bits.
         fp8="e4m3" if precision.name in ("fp8_blockwise", "mxfp8") else "hybrid",
         fp8_recipe=precision.recipe,
         fp8_amax_history_len=_AMAX_HISTORY,
@@ -108,7 +112,7 @@ def fp8_settings(config: Config) -> dict:
 
 
 def engine():
-    """Megatron's wrappers of Transformer Engine's modules."""
+    """Megatron's wrappers of Transformer Engine modules."""
     from megatron.core.extensions import transformer_engine
 
     return transformer_engine

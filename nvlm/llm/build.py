@@ -25,7 +25,7 @@ from nvlm.llm.norm import RMSNorm
 from nvlm.llm.swiglu import SwiGLU
 from nvlm.processes import device
 
-# What the weight of a norm is called within the linear that it is one with, and what it is called everywhere else.
+# Name of a norm's weight when fused into a linear, and its name as a separate norm.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "cross_attention.linear_q.layer_norm_": "pre_cross_attn_layernorm.",
@@ -34,7 +34,7 @@ FUSED_NORMS = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-# Megatron's settings by train.recompute. An MLP keeps two thirds of what a layer does.
+# Megatron's settings by train.recompute. The MLP holds two thirds of a layer's activations.
 _RECOMPUTE = {
     "none": {},
     "selective": dict(recompute_granularity="selective", recompute_modules=["mlp"]),
@@ -43,9 +43,9 @@ _RECOMPUTE = {
 
 
 def base_config(config: Config, **shape) -> TransformerConfig:
-    """What every Megatron module of the project shares; `shape` says the rest."""
+    """Settings shared by all Megatron modules; `shape` gives the rest."""
     dtype, cuda = DTYPES[config.precision.dtype], device.has_cuda()
-    meta = torch.empty(0).is_meta  # in a meta device's block, which Megatron's initialization on a GPU passes over
+    meta = torch.empty(0).is_meta  # under a meta device, which Megatron's GPU initialization ignores
     return TransformerConfig(
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -54,7 +54,7 @@ def base_config(config: Config, **shape) -> TransformerConfig:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         masked_softmax_fusion=False,
-        # Fusions are compiled, for minutes on CPU; of Megatron's own linears they need Apex.
+        # Fusions take minutes to compile on CPU; gradient fusion in Megatron's own linears needs Apex.
         **(dict(bias_activation_fusion=cuda, bias_dropout_fusion=cuda, gradient_accumulation_fusion=False) | shape),
     )
 
@@ -72,7 +72,7 @@ def llm_config(config: Config) -> TransformerConfig:
         ffn_hidden_size=llm.ffn,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
-        use_te_activation_func=not device.has_cuda(),  # Megatron's name for: the spec brings one, here SwiGLU
+        use_te_activation_func=not device.has_cuda(),  # in Megatron: use the activation module of the spec, here SwiGLU
         normalization="RMSNorm",
         layernorm_epsilon=llm.norm_eps,
         add_bias_linear=False,
@@ -82,39 +82,39 @@ def llm_config(config: Config) -> TransformerConfig:
         tensor_model_parallel_size=p.tensor,
         pipeline_model_parallel_size=p.pipeline,
         virtual_pipeline_model_parallel_size=p.virtual if p.virtual > 1 else None,
-        # Megatron does not check these two: without them each rank would attend to its own columns alone.
+        # Megatron does not require the last two, but without them each rank would attend only to its own columns.
         context_parallel_size=p.context,
         hierarchical_context_parallel_sizes=list(p.context_mesh) if p.context > 1 else None,
         cp_comm_type="a2a+p2p" if p.context > 1 else None,
         sequence_parallel=p.sequence,
-        # Between two ranks messages pair by the order in which they are posted, so a batch of sends and receives in
-        # both directions gives wrong numbers without a word where the stage before is also the stage behind.
+        # Messages between two ranks are matched in the order of posting. If the previous stage is also the next one,
+        # batched sends and receives in both directions would be mismatched, silently.
         overlap_p2p_comm=p.virtual > 1,
         batch_p2p_comm=p.virtual == 1,
-        # Rows have any length; Megatron ties that switch to a dispatcher name although there are no experts here.
+        # Row lengths vary. Megatron requires this dispatcher for variable lengths, even without experts.
         variable_seq_lengths=p.pipeline > 1,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
         **_RECOMPUTE[config.train.recompute],
         **fp8_settings(config),
-        # The fused kernel takes one row.
+        # The fused kernel supports only one row.
         apply_rope_fusion=choose(config, backend.this_machine(), Mode.TRAINING).rows is Rows.LINE,
         gradient_accumulation_fusion=uses_te(config),
-        # Moved layer by layer; the last one is needed again at once.
+        # Offloaded layer by layer; the last layer is needed again immediately.
         cpu_offloading=config.train.offload,
         cpu_offloading_num_layers=llm.layers - 1 if config.train.offload else 0,
-        hetereogenous_dist_checkpoint=True,  # layers with and without cross-attention
-        perform_initialization=not (config.init.llm or config.init.release or config.init.checkpoint),  # read instead
+        hetereogenous_dist_checkpoint=True,  # some layers have cross-attention, others not
+        perform_initialization=not (config.init.llm or config.init.release or config.init.checkpoint),  # loaded instead
     )
 
 
 def of_megatron(te: TransformerConfig, **changes) -> TransformerConfig:
-    """The configuration of a part that is never made of Transformer Engine's modules, beside layers that may be."""
+    """The configuration for modules that never use Transformer Engine, derived from that of layers that may."""
     return dataclasses.replace(te, gradient_accumulation_fusion=False, **changes)
 
 
 def layer_spec(config: Config, number: int, cross_attention: ModuleSpec | None = None) -> ModuleSpec:
-    """Decoder layer `number`; `cross_attention` stands between self-attention and the MLP, behind its own norm."""
+    """Decoder layer `number`; `cross_attention`, with its own norm, goes between self-attention and the MLP."""
     cross, linears = {}, linears_of(config, "llm", number)
     if cross_attention is not None:
         params = cross_attention.params | {"linears": linears_of(config, "xattn", number)}
@@ -155,7 +155,7 @@ def layer_spec(config: Config, number: int, cross_attention: ModuleSpec | None =
 
 
 def block_submodules(config: Config, layers: range, cross_attention: ModuleSpec | None) -> TransformerBlockSubmodules:
-    """Specs of the layers `layers` (0-based) that this pipeline stage holds, and the final norm."""
+    """Specs of the layers (0-based) on this pipeline stage, and of the final norm."""
     carriers = cross_layers(config)
     return TransformerBlockSubmodules(
         layer_specs=[layer_spec(config, n, cross_attention if n + 1 in carriers else None) for n in layers],

@@ -1,4 +1,4 @@
-"""The decoder layers of the language model, and their short way where nothing is learned.
+"""The decoder layers of the language model, and their fast path for inference.
 
 Shapes: S columns, B rows, H model width, N query heads, G key-value heads, D head width.
 """
@@ -21,7 +21,7 @@ from nvlm.processes.groups import seeded
 
 
 class SeededLayer(TransformerLayer):
-    """A decoder layer whose first weights depend on the seed and its `number` alone, not on the layout."""
+    """A decoder layer whose initial weights depend only on the seed and its `number`, not on the layout."""
 
     def __init__(self, config: TransformerConfig, submodules, seed: int, number: int, **kwargs) -> None:
         with seeded(seed, f"layer {number}"):
@@ -36,16 +36,15 @@ class SeededLayer(TransformerLayer):
         packed_seq_params: Masks | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """(hidden states, context). What attention sees comes in `packed_seq_params`, so that it reaches recomputed
-        layers, too."""
+        """(hidden states, context). Views come in `packed_seq_params`, so that they also reach recomputed layers."""
         columns, keys = packed_seq_params.columns, packed_seq_params.keys
         return super().forward(hidden_states, columns, context, keys, packed_seq_params=packed_seq_params, **kwargs)
 
 
 class DecoderLayer(SeededLayer):
-    """Megatron's layer, and the same by a fifth of the calls for evaluation without gradients.
+    """Megatron's layer, plus `evaluated`: the same computation without gradients, with a fifth of the Python calls.
 
-    A token of a small model costs what Python costs: there the short way takes less than half the time.
+    Small models are bound by Python overhead: for them the fast path takes less than half the time.
     """
 
     def evaluated(
@@ -68,7 +67,7 @@ class DecoderLayer(SeededLayer):
         groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
         heads = project(attention.linear_qkv, x_SBH)
         heads_SBGHD = heads.view(*heads.shape[:2], groups, -1, width)
-        queries = heads_SBGHD.shape[3] - 2  # of a group, before its key and its value
+        queries = heads_SBGHD.shape[3] - 2  # per group, followed by one key and one value
         query_key = rotated(heads_SBGHD.narrow(3, 0, queries + 1), *rotation)
         query_SBND = query_key.narrow(3, 0, queries).flatten(2, 3)
         key_SBGD, value_SBGD = query_key.select(3, queries), heads_SBGHD.select(3, queries + 1)
@@ -77,7 +76,7 @@ class DecoderLayer(SeededLayer):
 
 
 class DecoderBlock(TransformerBlock):
-    """A stage's layers, which go their short way where nothing is learned."""
+    """The layers of a pipeline stage; they use the fast path for inference."""
 
     def forward(
         self,
@@ -88,7 +87,7 @@ class DecoderBlock(TransformerBlock):
         rotary_pos_emb: Tensor | None = None,
         packed_seq_params: Masks | None = None,
     ) -> Tensor:
-        """Hidden states [S, B, H] behind the last layer, and the norm where there is one."""
+        """Hidden states [S, B, H] after the last layer and, if this stage has it, the final norm."""
         if learns(self) or not all(isinstance(layer, DecoderLayer) for layer in self.layers):
             return super().forward(
                 hidden_states,
@@ -106,14 +105,14 @@ class DecoderBlock(TransformerBlock):
 
 
 def learns(module: nn.Module) -> bool:
-    """Whether gradients may be asked of `module`; also in a recomputed layer's first pass, which has none."""
+    """Whether `module` may need gradients; also true in a recomputed layer's first pass, which runs without them."""
     return module.training or torch.is_grad_enabled()
 
 
 def project(linear: nn.Module, x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """What `linear` computes, with `weight` in place of its own; without Megatron's autograd functions where nothing
-    is learned."""
-    column, row = type(linear) is ColumnParallelLinear, type(linear) is RowParallelLinear  # adapted ones have more
+    """The output of `linear`, with `weight` instead of its own if given; skips Megatron's autograd functions for
+    inference."""
+    column, row = type(linear) is ColumnParallelLinear, type(linear) is RowParallelLinear  # not linears with adapters
     if learns(linear) or linear.sequence_parallel or not (column or row):
         return linear(x)[0] if weight is None else linear(x, weight)[0]
     out = nn.functional.linear(x, linear.weight if weight is None else weight, linear.bias)
@@ -121,12 +120,12 @@ def project(linear: nn.Module, x: Tensor, weight: Tensor | None = None) -> Tenso
 
 
 def rotation_of(angles_SB1D: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [S, B, 1, 1, D] for `rotated`: the first half's sines are negative."""
+    """Cosines and sines [S, B, 1, 1, D] for `rotated`; the sines of the first half are negated."""
     angles = angles_SB1D.unsqueeze(3)
     first, second = angles.sin().to(dtype).chunk(2, dim=-1)
     return angles.cos().to(dtype), torch.cat((-first, second), dim=-1)
 
 
 def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """`x` [..., D] turned (rotary position embedding, halves not interleaved)."""
+    """`x` [..., D] with the rotary position embedding applied (halves, not interleaved)."""
     return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, -1), sines)
