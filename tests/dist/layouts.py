@@ -22,7 +22,7 @@ from nvlm.data.pack import collate
 from nvlm.processes import groups
 from nvlm.train.loop import build_trainer
 from nvlm.train.step import Trainer, forward_backward
-from tests.dist.run import joined
+from tests.dist.run import joined, save_without_a_server
 from tests.models import TILE, Story, Twins, below, build_twins, reference_sample, sample_of, to_reference
 from tests.stories import ONE, ONE_TILE, SIDE_BY_SIDE, SIX, TEXT, TWO
 
@@ -64,6 +64,7 @@ def prepare(config: Config, folder: Path, micro_batches) -> tuple[Case, Twins]:
     tower = {name: t.float().contiguous() for name, t in below("vision_model.", state).items()}
     save_file(tower, folder / "tower.safetensors")
     (folder / "weights").mkdir()
+    save_without_a_server()
     dist_checkpointing.save(twins.model.sharded_state_dict(metadata=metadata()), str(folder / "weights"))
     init = replace(config.init, vision=str(folder / "tower.safetensors"))
     return Case(replace(config, init=init), folder, micro_batches), twins

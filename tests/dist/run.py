@@ -98,6 +98,11 @@ def _run(fn: Callable, args: tuple, rank: int, world: int, ports: list[int], pip
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
 
 
+def save_without_a_server() -> None:
+    """Megatron's blocking save would start a server process that imports everything again."""
+    filesystem_async._results_queue = queue.Queue()
+
+
 _ports: Iterator[int] = iter(())
 
 
@@ -107,7 +112,6 @@ def joined(config: Config):
     # A port of its own each time: the store of the groups before may still be closing.
     os.environ["MASTER_PORT"] = str(next(_ports))
     with distributed(config.parallel, config.seed, threads=1) as device:
-        # Megatron's blocking save would start a server process for it in each rank.
-        filesystem_async._results_queue = queue.Queue()
+        save_without_a_server()
         yield device
     gc.collect()  # the groups' threads end with the last reference to them
