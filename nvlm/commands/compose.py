@@ -23,7 +23,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nvlm.arch.registry import check_architecture, description
-from nvlm.commands import launch
 from nvlm.commands.mistakes import answered
 from nvlm.commands.words import SWEEP_FLAGS, parse, plain_words
 from nvlm.config.keys import near_keys
@@ -31,14 +30,13 @@ from nvlm.config.mapping import from_mapping
 from nvlm.config.rules import validate
 from nvlm.config.values import Config, ConfigError, problem
 from nvlm.estimate.lengths import check_lengths
-from nvlm.inputs.check import check_weights
 from nvlm.processes.requeue import in_job, requeued
 from nvlm.runs.folder import steps_done
-from nvlm.runs.ownership import check_folder, flat
+from nvlm.runs.ownership import ROOT, check_folder, flat
 from nvlm.runs.place import check_place, sweep_folder
 from nvlm.vision.encoders.registry import check_encoder
 
-CONF = launch.ROOT / "conf"
+CONF = ROOT / "conf"
 LISTING = "launch/train.py --cfg job lists all keys and their values"
 
 
@@ -63,6 +61,10 @@ def main(started: float) -> int:
 def _answer(started: float) -> int:
     sys.argv[1:] = _effective(plain_words(sys.argv[1:]))  # Hydra reads them again
     configs = check_overrides(sys.argv[1:])
+    # These import what reads weights, text and images; a mistyped key need not wait for it.
+    from nvlm.commands import launch
+    from nvlm.inputs.check import check_weights
+
     sweep = any(word in SWEEP_FLAGS for word in sys.argv)
     if len(configs) > 1 and not sweep:
         raise problem("command line", f"{len(configs)} runs", "one, or -m for a sweep", "add -m")
@@ -127,6 +129,8 @@ def _through_hydra(started: float) -> None:
 
 
 def _start(composed: DictConfig, run_dir: Path, started: float) -> int:
+    from nvlm.commands import launch
+
     config = to_config(composed)
     if in_job():
         launch.check_machine(config)
@@ -228,7 +232,7 @@ def _explain(error: Exception, also: Sequence[str] = (), words: Sequence[str] = 
         return _unknown_value(match[1], match[2])
     if "Could not load 'hydra/launcher/submitit" in text:
         what, expected = "hydra/launcher=slurm", "it, which sends the runs of a sweep to Slurm"
-        return problem(what, "no hydra-submitit-launcher", expected, f"pip install -e '{launch.ROOT}[slurm]'")
+        return problem(what, "no hydra-submitit-launcher", expected, f"pip install -e '{ROOT}[slurm]'")
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return problem(match[1], "nothing", "a value", f"{match[1]}=...")
     return ConfigError(f"configuration: {_first_line(error)}. Fix: {LISTING}")
