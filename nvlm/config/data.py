@@ -1,8 +1,8 @@
-"""Where records come from, and how they become packed rows.
+"""Sources of records, and how records are packed into rows.
 
-Each source of records has a schema here, its records in a module of nvlm/data, and conf/data/NAME.yaml. By convention
-`path` is where its training records lie: a resumed run may find them elsewhere, but with the same content. Keys that
-begin with heldout_ do not affect training.
+Each source has a schema here, a module in nvlm/data that reads its records, and conf/data/NAME.yaml. By convention,
+`path` is the location of its training records: it may change when a run is resumed, but the content may not. Keys that
+start with heldout_ do not affect training.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated
 
 from nvlm.config.fields import Choice, Count, FilePath, Location, Natural, Range, Tag, Text
 
-IMAGE_MARK = "<image>"  # where an image stands in a message
+IMAGE_MARK = "<image>"  # marks the place of an image in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,7 @@ class Pages:
     source: Annotated[str, Choice("pages")]
     records: Count
     heldout_records: Count
-    questions: Annotated[int, Range(1, 12)]  # about each page
+    questions: Annotated[int, Range(1, 12)]  # per page
 
     @property
     def has_heldout(self) -> bool:
@@ -32,7 +32,7 @@ class Pages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jsonl:
-    """Files of one JSON object a line."""
+    """Files with one JSON object per line."""
 
     source: Annotated[str, Choice("jsonl")]
     path: Annotated[str, FilePath(needed="a .jsonl file", example="records.jsonl")] | None
@@ -49,15 +49,15 @@ Source = Annotated[Pages | Jsonl, Tag("source")]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """A source of records, whose own keys stand beside these, and how long a packed row may be (tokens)."""
+    """A source of records, whose keys are at the same level as these, and limits on packed rows."""
 
     source: Source
-    seq_length: Count  # tokens: the longest sample
-    cross_length: Natural  # cross-attended tokens of a row
-    row_length: Count  # tokens: rows are filled up to here; a longer sample has a row of its own
+    seq_length: Count  # tokens: maximum length of a sample
+    cross_length: Natural  # maximum number of cross-attended tokens per row
+    row_length: Count  # tokens: rows are filled up to this length; a longer sample gets a row of its own
     system: Annotated[str, Text(without=IMAGE_MARK)] | None
     tokenize: Annotated[str, Choice("apart", "joined", "vllm")]  # how text and tags become tokens: nvlm.data.chat
     workers: Natural
     max_skipped: Annotated[float, Range(0, 1)]
     max_pixels: Annotated[int, Range(1, example=50_000_000)]
-    window: Count  # steps whose records are packed together
+    window: Count  # number of steps whose records are packed together

@@ -1,7 +1,7 @@
-"""What a field may hold, stated where it is declared: `steps: Annotated[int, Range(1)]`. Needs nothing but Python.
+"""Limits on fields, given in their declaration: `steps: Annotated[int, Range(1)]`. Needs only the standard library.
 
-`value in limit` tells whether it may, `str(limit)` what is expected, `limit.instead(value)` what to write in its place.
-nvlm.config.mapping.from_mapping holds every value to the limit of its field.
+`value in limit` says whether a value is allowed, `str(limit)` what is expected, and `limit.instead(value)` suggests a
+replacement. nvlm.config.mapping.from_mapping checks every value against the limits of its field.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import os
 from difflib import get_close_matches
 from typing import Annotated
 
-_LONGEST_NAME = 200  # bytes: file systems allow 255, and the trainer names files after some
-SWEEPS = "sweep"  # the folder beside the runs that holds those of sweeps
+_LONGEST_NAME = 200  # bytes: file systems allow 255, and the trainer extends some names
+SWEEPS = "sweep"  # the folder, next to the runs, that holds sweeps
 
 
 class Range:
-    """Numbers from `least` to `most`, both allowed, or strictly `above` and `below` a bound; `also` is one more.
+    """Numbers from `least` to `most` inclusive, or strictly `above` and `below` a bound; `also`: one extra value.
 
-    Neither NaN nor infinity is ever in it. `example`: a value to suggest where no bound is one.
+    NaN and infinity are never allowed. `example`: the value to suggest, if not a bound.
     """
 
     def __init__(self, least=None, most=None, *, above=None, below=None, also=None, example=None) -> None:
@@ -41,14 +41,14 @@ class Range:
         return told + (f", or {self.also:g}" if self.also is not None else "")
 
     def instead(self, value: float) -> str:
-        """The example, or else the bound on the side of `value`."""
+        """The example if there is one, else the bound nearest to `value`."""
         over = self.most is not None and value > self.most
         bound = self.most if over or self.least is None else self.least
         return str(bound if self.example is None else self.example)
 
 
 class Choice:
-    """One of a few words."""
+    """One of several words."""
 
     def __init__(self, *words: str) -> None:
         self.words = words
@@ -60,12 +60,12 @@ class Choice:
         return f"one of {', '.join(self.words)}"
 
     def instead(self, value: str) -> str:
-        """The word that is most like `value`."""
+        """The word most similar to `value`."""
         return (get_close_matches(value, self.words, n=1) or self.words)[0]
 
 
 class FileName:
-    """The name of a file or folder of the run's own: it stays where it is put, and is not hidden."""
+    """A name for a file or folder of the run: no path separators, and not hidden."""
 
     def __contains__(self, value: str) -> bool:
         plain = value and not value.startswith(".") and value.isprintable() and not set("/\\") & set(value)
@@ -84,7 +84,7 @@ class FileName:
 
 
 class Text:
-    """A text that a tokenizer can read, and which does not hold the mark `without`."""
+    """Text in valid UTF-8 that does not contain `without`."""
 
     def __init__(self, without: str = "") -> None:
         self.without = without
@@ -96,7 +96,7 @@ class Text:
         return "a text in UTF-8" + (f" without {self.without}" if self.without else "")
 
     def instead(self, value: str) -> str:
-        """`value` without what it must not hold."""
+        """`value` without what is not allowed."""
         plain = value.encode(errors="ignore").decode()
         return f"'\"{plain.replace(self.without, '') if self.without else plain}\"'"
 
@@ -104,14 +104,16 @@ class Text:
 def _encodable(value: str) -> bool:
     try:
         value.encode()
-    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
+    except UnicodeEncodeError:  # command-line bytes that are not UTF-8
         return False
     return True
 
 
 class FilePath:
-    """A path of a file or folder that is to be read. `needed`: what it must lead to, if a run cannot do without it
-    (nvlm.config.rules); `example`: such a path."""
+    """The path of a file or folder to be read.
+
+    `needed`: what it must point to, if a run requires it (checked in nvlm.config.rules). `example`: such a path.
+    """
 
     def __init__(self, needed: str = "", example: str = "PATH") -> None:
         self.needed, self.example = needed, example
@@ -123,7 +125,7 @@ class FilePath:
         return "a path, without a NUL character"
 
     def instead(self, value: str) -> str:
-        """`value` up to the character that no path has."""
+        """`value` up to the first NUL character."""
         return value.partition("\0")[0]
 
 
@@ -135,12 +137,12 @@ Location = Annotated[str, FilePath()]
 
 
 class Tag:
-    """On a union of dataclasses: the field that tells them apart, in which each may hold one word alone (a Choice)."""
+    """On a union of dataclasses: the field that distinguishes them; in each it is a Choice of a single word."""
 
     def __init__(self, key: str) -> None:
         self.key = key
 
 
 def named(path: str | os.PathLike) -> str:
-    """A path for a message: one that is relative, with the folder that it is relative to."""
+    """A path for a message; if relative, with the folder that it is relative to."""
     return repr(str(path)) + ("" if os.path.isabs(path) else f" in {os.getcwd()}")

@@ -1,6 +1,6 @@
-"""What GPUs can do, by their data sheets. Imports nothing, so that the planner needs no GPU and no torch.
+"""GPU specifications, from data sheets. Imports no torch: the planner needs neither torch nor a GPU.
 
-FLOP/s are dense: data sheets of Hopper and Blackwell print twice as much, with structured sparsity.
+FLOP/s are dense: data sheets of Hopper and Blackwell give twice as much, with structured sparsity.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ GiB = 2**30
 class GPU:
     """One kind of GPU. Memory in bytes, peaks in FLOP/s, bandwidths in bytes/s."""
 
-    device_names: tuple[str, ...]  # as the driver tells them
-    memory: int  # as torch sees it: less than the data sheet's
+    device_names: tuple[str, ...]  # as reported by the driver
+    memory: int  # as seen by torch: less than in the data sheet
     fp32: float
     bf16: float
-    fp8: float | None  # None: it has no FP8
+    fp8: float | None  # None: not supported
     memory_bandwidth: float
     link: float  # to the other GPUs of its node, one direction
-    network: float  # to other nodes, a GPU's share, one direction: what is usual
-    node: int  # GPUs of a usual node
+    network: float  # to other nodes, per GPU, one direction: typical
+    node: int  # GPUs in a typical node
 
     def peak(self, precision: str) -> float | None:
-        """Dense FLOP/s in the precision of this name; all FP8 recipes are alike. None: it cannot do it."""
+        """Dense FLOP/s in this precision, the same for all FP8 recipes; None: not supported."""
         return {"fp32": self.fp32, "bf16": self.bf16}.get(precision, self.fp8)
 
 
-# Memory: total capacity in torch's out-of-memory messages (79.1 to 79.3, 139.8 and 178.3 GiB are seen).
+# Memory: total capacity in torch's out-of-memory messages (79.1 to 79.3, 139.8 and 178.3 GiB were observed).
 GPUS = {
-    # NVIDIA H100 data sheet, SXM and PCIe; HGX and DGX H100: one ConnectX-7 of 400 Gb/s a GPU.
+    # NVIDIA H100 data sheet, SXM and PCIe; HGX and DGX H100: one ConnectX-7 of 400 Gb/s per GPU.
     "h100": GPU(
         device_names=("NVIDIA H100 80GB HBM3",),
         memory=int(79.1 * GiB),
@@ -43,7 +43,7 @@ GPUS = {
         network=50e9,
         node=8,
     ),
-    "h100-pcie": GPU(  # without NVLink: PCIe 5.0 x16; the usual server has one 400 Gb/s port for two GPUs
+    "h100-pcie": GPU(  # without NVLink: PCIe 5.0 x16; a typical server has one 400 Gb/s port per two GPUs
         device_names=("NVIDIA H100 PCIe",),
         memory=int(79.1 * GiB),
         fp32=51e12,
@@ -66,7 +66,7 @@ GPUS = {
         network=50e9,
         node=8,
     ),
-    # NVIDIA A100 80GB data sheet, SXM; DGX A100: one HDR InfiniBand port of 200 Gb/s a GPU.
+    # NVIDIA A100 80GB data sheet, SXM; DGX A100: one HDR InfiniBand port of 200 Gb/s per GPU.
     "a100-80gb": GPU(
         device_names=("NVIDIA A100-SXM4-80GB",),
         memory=int(79.1 * GiB),
@@ -78,7 +78,7 @@ GPUS = {
         network=25e9,
         node=8,
     ),
-    # NVIDIA Blackwell architecture brief, HGX B200 at 1000 W; DGX B200: one ConnectX-7 of 400 Gb/s a GPU.
+    # NVIDIA Blackwell architecture brief, HGX B200 at 1000 W; DGX B200: one ConnectX-7 of 400 Gb/s per GPU.
     "b200": GPU(
         device_names=("NVIDIA B200",),
         memory=int(178.3 * GiB),
@@ -94,8 +94,8 @@ GPUS = {
 
 
 def known_gpu(device_name: str) -> GPU | None:
-    """The GPU whose driver tells this name; None for one that is not in the table, and for a slice of one.
+    """The GPU for which the driver reports this name; None if it is not in the table, or is a MIG slice.
 
-    Only whole names count: "NVIDIA H100 NVL" is another chip than "NVIDIA H100 80GB HBM3".
+    Only full names match: "NVIDIA H100 NVL" is a different GPU from "NVIDIA H100 80GB HBM3".
     """
     return next((gpu for gpu in GPUS.values() if device_name in gpu.device_names), None)

@@ -1,21 +1,21 @@
-"""Dotted keys of the configuration: which one was meant, where a key does not exist."""
+"""Suggestions for dotted configuration keys that do not exist."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-# Keys of earlier versions, with all that begin with them, and what is typed in their place.
+# Keys of earlier versions, including all keys below them, and their replacements.
 _MOVED = {"llm.seq_length": "data.seq_length", "llm.cross_length": "data.cross_length", "llm.steps": "train.steps"}
 
 
 def moved(key: str) -> str | None:
-    """What took the place of `key`, if an earlier version had it."""
+    """The replacement of `key`, if an earlier version had it."""
     return next((new for old, new in _MOVED.items() if f"{key}.".startswith(f"{old}.")), None)
 
 
 def near_keys(key: str, known: Sequence[str]) -> list[str]:
-    """Those of `known` that `key` may have meant: of its own section, or of the same name in another one."""
+    """The keys in `known` that may have been meant: in the same section, or of the same name in another section."""
     if (new := moved(key)) in known:
         return [new]
     section, _, leaf = key.rpartition(".")

@@ -1,7 +1,7 @@
 """Dataclasses from plain values, such as Hydra's composed dictionary or a run's config.yaml.
 
-Every value is held to its field's type and limits (nvlm.config.fields); a mistake is answered in one line. Imports no
-torch, so that it is answered in under half a second.
+Every value is checked against its field's type and limits (nvlm.config.fields); a mistake gives a one-line error.
+Imports no torch, so that the error appears in under half a second.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from nvlm.config.values import ConfigError, problem
 
 
 def from_mapping(cls: type, values: dict, path: str = ""):
-    """Build the dataclass `cls` from plain `values`; `path` is their place in the whole, with a dot at its end.
+    """Build the dataclass `cls` from plain `values`; `path` is their key prefix, with a trailing dot.
 
-    A union of dataclasses is told apart by its Tag. A field that is called as the tag takes the chosen dataclass's keys
-    from `values` itself: {source: jsonl, path: ...}. Raises ConfigError for a key that is unknown or missing, and for a
-    value that is not of its field's type or beyond the field's limits.
+    The Tag of a union of dataclasses selects one of them. If the field has the same name as the tag, the selected
+    dataclass takes its keys from `values` itself: {source: jsonl, path: ...}. Raises ConfigError for an unknown or
+    missing key, and for a value of the wrong type or outside the field's limits.
     """
     kinds = kinds_of(cls)
     beside = {name: _chosen(kind, values, path) for name, kind in kinds.items() if kind.tag == name}
@@ -47,7 +47,7 @@ def from_mapping(cls: type, values: dict, path: str = ""):
 
 
 def to_mapping(value) -> dict:
-    """The plain values of a dataclass, from which `from_mapping` builds it again."""
+    """The plain values of a dataclass; the inverse of `from_mapping`."""
     plain: dict = {}
     for name, kind in kinds_of(type(value)).items():
         part = _plain(getattr(value, name))
@@ -64,8 +64,8 @@ def _plain(value):
 
 
 def leaves(cls: type, path: str = "") -> Iterator[tuple[str, Kind]]:
-    """Every value that a `cls` holds or may hold: its dotted key, with * for names of a mapping and numbers of a list,
-    and its kind."""
+    """The dotted key and the kind of every value in `cls`, including all variants; * replaces keys of a mapping and
+    indices of a list."""
     for name, kind in kinds_of(cls).items():
         yield from _leaves(kind, path.removesuffix(".") if kind.tag == name else f"{path}{name}")
 
@@ -81,9 +81,9 @@ def _leaves(kind: Kind, path: str) -> Iterator[tuple[str, Kind]]:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a field may hold: a `type`, for containers the kinds `inside`, the `limits` of its annotation, or None.
+    """What a field may hold: its `type`, the kinds `inside` a container, its `limits`, and whether None is allowed.
 
-    `variants`: the dataclasses that it may be, which the key `tag` tells apart where there are several.
+    `variants`: the dataclasses that it may be; if there are several, the key `tag` distinguishes them.
     """
 
     type: type
@@ -122,12 +122,12 @@ def _kind(hint) -> Kind:
 
 
 def _name(tag: str) -> Callable[[type], str]:
-    """A function from a dataclass to the one word that its field `tag` may hold."""
+    """A function from a dataclass to the only word that its field `tag` allows."""
     return lambda variant: kinds_of(variant)[tag].limits[0].words[0]
 
 
 def _chosen(kind: Kind, values: dict, path: str) -> type:
-    """Which of the dataclasses of `kind` the mapping `values` is."""
+    """The dataclass of `kind` that the mapping `values` selects."""
     if kind.tag is None:
         return kind.variants[0]
     (names,) = kind.limits
@@ -147,11 +147,11 @@ def _unknown(path: str, key: object, known: list[str]) -> ConfigError:
 
 
 def _typed(path: str, value: str = "...") -> str:
-    """How a command line sets the value at `path`: Hydra writes data.blend[1].weight as data.blend.1.weight."""
+    """The command-line word that sets `path`: for Hydra, data.blend[1].weight is data.blend.1.weight."""
     return f"{re.sub(r'\[(\d+)\]', r'.\1', path)}={value}"
 
 
-_LARGEST = 2**62  # in 64 bits, with room to count on
+_LARGEST = 2**62  # fits in 64 bits, with room for further counting
 _KINDS = {
     int: "a whole number",
     float: "a number",
@@ -165,7 +165,7 @@ _EXAMPLES = {int: "1", float: "1", bool: "true", str: "'\"text\"'", dict: "{name
 
 
 def _checked(kind: Kind, value, path: str, form: str = "{}"):
-    """`value`, which stands at `path`, as a value of `kind`. `form`: how a list of such values is typed."""
+    """`value` at `path`, checked and converted to `kind`. `form`: how an item is typed on the command line."""
     if value is None and kind.optional:
         return None
     if kind.variants:
@@ -184,13 +184,13 @@ def _checked(kind: Kind, value, path: str, form: str = "{}"):
         if value not in limit:
             got = repr(value) if kind.type is str else value
             raise problem(path, got, str(limit), _typed(path, form.format(limit.instead(value))))
-        if isinstance(limit, FilePath):  # a shell leaves the ~ of key=~/file alone
+        if isinstance(limit, FilePath):  # shells do not expand the ~ in key=~/file
             value = os.path.expanduser(value)
     return value
 
 
 def _as_type(wanted: type, value, path: str):
-    """`value` as a `wanted`, where it can be read as nothing else."""
+    """`value` converted to `wanted`, if that is unambiguous."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if wanted is str and whole:  # name: 20241127
         return str(value)

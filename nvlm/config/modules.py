@@ -1,7 +1,7 @@
-"""What a model is made of, as values: linears, norms, attention products and the like, in the order of computation.
+"""Descriptions of a model's modules as values: linears, norms, attention and so on, in order of computation.
 
 Architectures and encoders describe their modules with these. nvlm.estimate derives parameters, FLOPs and memory from
-the descriptions, and tests compare them with the modules that are built. Imports no torch.
+the descriptions, and tests compare them with the real modules. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """A matrix product of each token. The weight is [outputs + padding, inputs].
+    """A matrix product per token. The weight is [outputs + padding, inputs].
 
     `learns`, `adapter` and `adapts` depend on the run: nvlm.estimate.model sets them.
     """
 
-    name: str  # of the module, in the whole model or within its layer
+    name: str  # of the module, in the unsplit model or within its layer
     group: str  # module group
     inputs: int
     outputs: int
-    split: Literal["outputs", "inputs"] | None = None  # what tensor-parallel ranks share out; None: whole on each
+    split: Literal["outputs", "inputs"] | None = None  # dimension split over tensor-parallel ranks; None: replicated
     bias: bool = False
-    padding: int = 0  # rows of the weight that stand for no output
-    shares: str | None = None  # the parameter that serves as its weight; None: it has its own
-    reads_keys: bool = False  # its input is the cross-attended keys, not the tokens of its branch
+    padding: int = 0  # padding rows of the weight
+    shares: str | None = None  # the parameter that it uses as its weight; None: its own
+    reads_keys: bool = False  # its inputs are the cross-attended keys, not the tokens
     learns: bool = False
-    adapter: int = 0  # rank of the adapter beside it; 0: none
-    adapts: bool = False  # the adapter learns
+    adapter: int = 0  # rank of its adapter; 0: none
+    adapts: bool = False  # the adapter is trained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,19 +44,19 @@ class Norm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
-    """A tensor that belongs to no linear or norm: an embedding, positions, a gate, a layer scale."""
+    """A tensor outside linears and norms: an embedding, positions, a gate, a layer scale."""
 
     name: str
     group: str
     size: int
     split: bool = False  # over tensor-parallel ranks
-    factor: bool = False  # hidden states are multiplied with it
+    factor: bool = False  # multiplies hidden states
     learns: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activation:
-    """A pointwise function of `width` outputs. `gated`: it reads twice as many, as SwiGLU does."""
+    """A pointwise function with `width` outputs. `gated`: with twice as many inputs, as in SwiGLU."""
 
     width: int
     gated: bool = False
@@ -64,12 +64,12 @@ class Activation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """Scaled dot-product attention of the linears in front of it."""
+    """Scaled dot-product attention on the outputs of the linears before it."""
 
     heads: int
     kv_heads: int
     head_dim: int
-    sees: Literal["causal", "keys", "all"]  # tokens before it in its sample, cross-attended keys, all tokens
+    sees: Literal["causal", "keys", "all"]  # earlier tokens of the sample, cross-attended keys, all tokens
 
 
 Module = Linear | Norm | Parameter | Activation | Attention
@@ -77,9 +77,9 @@ Module = Linear | Norm | Parameter | Activation | Attention
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Branch:
-    """The modules between a residual connection's two ends. Its linears may have adapters, and compute in FP8.
+    """The modules of one residual branch. Its linears may have adapters and may use FP8.
 
-    `part`: where estimates count it. Only the MLP is recomputed by train.recompute=selective.
+    `part`: how estimates count it. train.recompute=selective recomputes only the MLP.
     """
 
     part: Literal["attention", "cross", "mlp"]
@@ -88,14 +88,14 @@ class Branch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderModules:
-    """A vision encoder: `embedding` of each tile's patches, then `layers` times `layer` on its tokens.
+    """A vision encoder: `embedding` of each tile's patches, then `layers` times `layer` on the tokens.
 
-    `embedding` also lists what is computed once behind the layers, such as a final norm.
+    `embedding` also lists modules that are applied once after the layers, such as a final norm.
     """
 
     embedding: tuple[Module, ...]
     layer: tuple[Module, ...]
     layers: int
-    patches: int  # of a tile
-    tokens: int  # of a tile within the layers: patches and class token
+    patches: int  # per tile
+    tokens: int  # per tile within the layers: patches and class token
     width: int  # of the residual stream

@@ -1,4 +1,4 @@
-"""Every rule that spans several fields of a configuration, one message each. Imports no torch."""
+"""All rules that involve several fields of a configuration, with one message each. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nvlm.config.fields import FilePath
 from nvlm.config.mapping import kinds_of
 from nvlm.config.values import Config, problem
 
-PROFILED = 6  # steps until a trace is whole
+PROFILED = 6  # steps needed for a complete trace
 
 
 def _data(config: Config) -> None:
@@ -28,7 +28,7 @@ def _data(config: Config) -> None:
 
 
 def _needed(source: Source, path: str) -> None:
-    """Raise ConfigError where the source of records at `path` lacks a file that it cannot do without."""
+    """Raise ConfigError if the source of records at `path` lacks a file that it requires."""
     for name, kind in kinds_of(type(source)).items():
         for limit in kind.limits:
             if isinstance(limit, FilePath) and limit.needed and not getattr(source, name):
@@ -139,14 +139,14 @@ def _precision(config: Config) -> None:
         expected = f"fewer than half of llm.layers={llm.layers}"
         raise problem("precision.edges", precision.edges, expected, "precision.edges=1")
     if precision.edges and precision.name == "fp8_delayed":
-        # Its scales are brought up to date once for all layers, at the end of a pass.
+        # Its scales are updated for all layers at once, at the end of a pass.
         expected = "0 with fp8_delayed, which has all layers or none in FP8"
         raise problem("precision.edges", precision.edges, expected, "precision=fp8_current")
     if precision.param_gather and not config.parallel.distributed_optimizer:
         expected = "parallel.distributed_optimizer=true, which keeps the weights in fp32"
         raise problem("precision.param_gather", True, expected, "add it, or precision.param_gather=false")
     if precision.param_gather and precision.name == "mxfp8":
-        # Megatron gathers its weights through the gradients' buffer, in bf16.
+        # Megatron gathers mxfp8 weights through the gradient buffer, in bf16.
         expected = "a recipe whose weights can be gathered in FP8: fp8_delayed, fp8_current or fp8_blockwise"
         raise problem("precision.param_gather", True, expected, "precision.param_gather=false")
     if config.peft.name != "none":
@@ -181,7 +181,7 @@ def validate(config: Config) -> Config:
 
 
 def check_world(config: Config, world: int) -> int:
-    """The data-parallel size of `world` processes under `config`; raises ConfigError where it does not divide."""
+    """The data-parallel size of `world` processes under `config`; raises ConfigError if it is not an integer."""
     replica = config.parallel.replica
     if world % replica:
         expected = f"a multiple of {replica} (tensor x pipeline x context)"

@@ -1,4 +1,4 @@
-"""The configuration as frozen values (the rules that span several fields: nvlm.config.rules).
+"""The configuration as frozen values. For rules that involve several fields, see nvlm.config.rules.
 
 The dataclasses mirror conf/; nvlm.config.mapping builds them from Hydra's composed dictionary. Imports no torch.
 """
@@ -21,11 +21,11 @@ TE_INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; the message says what, got, expected, and what to change."""
+    """A configuration that cannot run. The message says what is wrong, what was expected, and how to fix it."""
 
 
 def problem(what: str, got: object, expected: str, fix: str) -> ConfigError:
-    """The one form of every configuration message."""
+    """A configuration error in the standard form."""
     return ConfigError(f"{what}: got {got}, expected {expected}. Fix: {fix}")
 
 
@@ -35,7 +35,7 @@ class ArchConfig:
 
     name: str  # one that nvlm.arch.registry knows
     cross_every: Natural
-    cross_std: NotNegative  # of the new layers' weights at the start
+    cross_std: NotNegative  # initial standard deviation of the new layers' weights
     bind_tags: bool  # hybrid: add each tile's tag embedding to its keys and values
 
 
@@ -51,9 +51,9 @@ class LLMConfig:
     head_dim: Count
     ffn: Count
     vocab: Count
-    vocab_multiple: Count  # embedding and output layer are padded to a multiple of it, so that ranks can share them
+    vocab_multiple: Count  # embedding and output layer are padded to a multiple of this, for sharding
     rope_theta: Positive
-    # Llama 3.1's, by the names of its config.json; None: none:
+    # Llama 3.1's scaling, with the names in its config.json; None: no scaling:
     rope_scaling: dict[str, Positive] | None = field(hash=False)
     norm_eps: Positive
     qkv_bias: bool
@@ -61,16 +61,16 @@ class LLMConfig:
     max_positions: Count
     init_std: NotNegative
     embedding_std: NotNegative
-    cross_std: NotNegative  # what arch.cross_std and arch.cross_every are beside this model, unless told otherwise
+    cross_std: NotNegative  # defaults, with this model, of arch.cross_std and (below) arch.cross_every
     cross_every: Count
     tokenizer: Location | None  # a folder or file with tokenizer.json; "tiny" ships with the package
-    bos: Annotated[str, Text()] | None  # the token that begins every conversation
-    tag_tokens: Natural  # tokens of one 1-D tile tag, used where the tokenizer is not at hand
+    bos: Annotated[str, Text()] | None  # the token at the start of every conversation
+    tag_tokens: Natural  # tokens per 1-D tile tag, used if no tokenizer is available
     thumbnail_tag: Annotated[str, Text()]
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding and of the output layer."""
+        """Number of rows of the embedding and the output layer."""
         return math.ceil(self.vocab / self.vocab_multiple) * self.vocab_multiple
 
 
@@ -91,18 +91,18 @@ class VisionConfig:
     norm_eps: Positive
     qkv_bias: bool
     qk_norm: bool
-    balance: Annotated[str, Choice("replica", "global")]  # whose ranks the tiles are spread over: a replica's, or all
-    tiles_per_call: Count  # the encoder's batch
-    graph: bool  # full batches of the encoder as a CUDA graph
+    balance: Annotated[str, Choice("replica", "global")]  # distribute tiles over a replica, or over all ranks
+    tiles_per_call: Count  # batch size of the encoder
+    graph: bool  # run full encoder batches as a CUDA graph
 
     @property
     def tile_tokens(self) -> int:
-        """Tokens of one tile after pixel shuffle (256 at full size)."""
+        """Number of tokens per tile after pixel shuffle (256 at full size)."""
         return tokens_per_tile(self.tile_size, self.patch, self.downsample)
 
     @property
     def feature_width(self) -> int:
-        """Width of a tile's token: pixel shuffle joins downsample x downsample patches (12800 at full size)."""
+        """Width of a tile's token: pixel shuffle concatenates downsample x downsample patches (12800 at full size)."""
         return self.hidden * self.downsample**2
 
 
@@ -121,33 +121,33 @@ class InitConfig:
 
     llm: Location | None  # a published language model: a folder with safetensors
     vision: Location | None  # a published encoder: a folder with safetensors, or a file
-    release: Location | None  # a whole model in the layout of NVLM-D-72B: what an export writes
-    checkpoint: Location | None  # a run folder of the stage before, or one of its checkpoints
+    release: Location | None  # a whole model in the layout of NVLM-D-72B, as written by an export
+    checkpoint: Location | None  # the run folder of the previous stage, or one of its checkpoints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageConfig:
-    """Which module groups learn."""
+    """Which module groups are trained."""
 
     name: str
     train_projector: bool
     train_xattn: bool
     train_llm: bool
-    # Module groups that may begin with random weights where others are read:
+    # Module groups that may start with random weights while others are loaded:
     new: tuple[Annotated[str, Choice("projector", "xattn")], ...]
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """Names of the module groups that learn; the encoder never does."""
+        """Names of the trained module groups; the encoder is never trained."""
         flags = {"projector": self.train_projector, "xattn": self.train_xattn, "llm": self.train_llm}
         return tuple(group for group, learns in flags.items() if learns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftConfig:
-    """Low-rank adapters on the linears of the layers of the module groups `targets`, in place of their weights.
+    """Low-rank adapters on the linears in the layers of the module groups `targets`, trained instead of their weights.
 
-    A target that the stage declares new has no weights worth keeping: it learns in full, without adapters.
+    A target that the stage declares new has no pretrained weights: it is trained in full, without adapters.
     """
 
     name: Annotated[str, Choice("none", "lora")]
@@ -158,7 +158,7 @@ class PeftConfig:
 
     @property
     def scale(self) -> float:
-        """What an adapter's output is multiplied with."""
+        """The factor on an adapter's output."""
         return self.alpha / self.rank
 
 
@@ -184,17 +184,17 @@ class TrainConfig:
     global_batch: Count
     micro_batch: Count
     recompute: Annotated[str, Choice("none", "selective", "full")]
-    offload: bool  # kept activations wait in the host's memory
+    offload: bool  # saved activations are offloaded to host memory
     log_every: Count
     save_every: Count
     keep: Count
-    async_save: bool  # a forked process writes while training goes on
-    save_frozen: bool  # into every checkpoint, instead of once beside them
+    async_save: bool  # a forked process writes while training continues
+    save_frozen: bool  # in every checkpoint, instead of once next to them
     threads: Count | None
     stop_seconds: Annotated[float, Range(above=0, example=600)]  # from SIGTERM to SIGKILL
-    # A loss this many times its running mean is not learned from; 0: any finite one is.
+    # Steps whose loss exceeds its running mean by this factor are skipped; 0: only non-finite ones are.
     spike_factor: Annotated[float, Range(above=1, also=0, example=3)]
-    max_bad_steps: Count  # in a row, then the run stops
+    max_bad_steps: Count  # in a row before the run stops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +209,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggingConfig:
-    """Where else than into the run folder the steps are told."""
+    """Where steps are logged, in addition to the run folder."""
 
     name: Annotated[str, Choice("none", "wandb")]
     project: str | None
@@ -225,8 +225,8 @@ class Config:
     seed: Natural
     resume: Annotated[str, Choice("never", "auto")]
     dry_run: bool
-    profile: bool  # a few early steps of the first process
-    gpu: Annotated[str, Choice(*GPUS)] | None  # whose memory a run is to fit; None: the machine's own
+    profile: bool  # trace a few early steps of the first process
+    gpu: Annotated[str, Choice(*GPUS)] | None  # the GPU whose memory the run must fit; None: this machine's
     init: InitConfig
     arch: ArchConfig
     llm: LLMConfig
@@ -244,12 +244,12 @@ class Config:
 
     @property
     def adapted(self) -> tuple[str, ...]:
-        """The module groups with adapters, whose own weights do not learn."""
+        """The module groups with adapters, whose own weights are frozen."""
         return () if self.peft.name == "none" else tuple(t for t in self.peft.targets if t not in self.stage.new)
 
     @property
     def row_multiple(self) -> int:
-        """What the length of a packed row must be a multiple of, tokens."""
+        """Packed row lengths must be a multiple of this many tokens."""
         context = self.parallel.context
         return self.precision.multiple * self.parallel.tensor * (2 * context if context > 1 else 1)
 
@@ -261,6 +261,6 @@ def cross_layers(config: Config) -> tuple[int, ...]:
 
 
 def pipeline_layers(config: Config, pipeline_stage: int) -> range:
-    """0-based layers of pipeline stage `pipeline_stage`; virtual stages count: v * pipeline + p is on rank p."""
+    """0-based layers of `pipeline_stage`. Virtual stages are counted: stage v * pipeline + p is on rank p."""
     count = config.llm.layers // config.parallel.pipeline_stages
     return range(pipeline_stage * count, (pipeline_stage + 1) * count)
