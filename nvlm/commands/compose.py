@@ -1,6 +1,6 @@
-"""The command line: compose and check every run that it asks for, then start each.
+"""The command line: compose and check all runs, then start them one by one.
 
-Imports no torch, so that a mistake is answered at once.
+Imports no torch, so that mistakes are reported immediately.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ LISTING = "launch/train.py --cfg job lists all keys and their values"
 
 
 def _by_arch(values: dict, *, _root_: DictConfig) -> object:
-    """Of `values` by architecture, the one of the architecture that was chosen."""
+    """The entry of `values`, which has one per architecture, for the chosen architecture."""
     name = _root_.arch.name
-    description(name)  # raises where there is no such architecture
+    description(name)  # raises if there is no such architecture
     if name not in values:
         raise problem("lengths", f"none for arch={name}", f"a value for it in {CONF / 'lengths'}", "add it there")
     return values[name]
@@ -54,12 +54,12 @@ OmegaConf.register_new_resolver("by_arch", _by_arch, replace=True)  # for conf/l
 
 
 def main(started: float) -> int:
-    """Answer the command line; `started`: time.time() when it was given. Returns the exit status."""
+    """Run the command line and return the exit status. `started`: time.time() at the start of the command."""
     return answered(lambda: _answer(started))
 
 
 def _answer(started: float) -> int:
-    sys.argv[1:] = _effective(plain_words(sys.argv[1:]))  # Hydra reads them again
+    sys.argv[1:] = _effective(plain_words(sys.argv[1:]))  # Hydra parses them again
     configs = check_overrides(sys.argv[1:])
     # These import what reads weights, text and images; a mistyped key need not wait for it.
     from nvlm.commands import launch
@@ -68,11 +68,11 @@ def _answer(started: float) -> int:
     sweep = any(word in SWEEP_FLAGS for word in sys.argv)
     if len(configs) > 1 and not sweep:
         raise problem("command line", f"{len(configs)} runs", "one, or -m for a sweep", "add -m")
-    elsewhere = any(word.startswith("hydra/launcher=") for word in sys.argv[1:])  # in jobs, on other machines
+    elsewhere = any(word.startswith("hydra/launcher=") for word in sys.argv[1:])  # as jobs on other machines
     for config in configs:
         if not elsewhere:
             launch.check_machine(config)
-        if config.resume == "never":  # else only the run's folder tells what is needed
+        if config.resume == "never":  # otherwise the run folder decides what is needed
             check_weights(config)
     if configs and all(config.dry_run for config in configs):
         launch.quiet()
@@ -92,7 +92,7 @@ def _answer(started: float) -> int:
 
 
 def _check_place(arguments: Sequence[str], sweep: bool) -> None:
-    """Raise ConfigError where the folder of the run, or of the sweep, cannot be made."""
+    """Raise ConfigError if the folder of the run, or of the sweep, cannot be created."""
     key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
     own = [word for word in arguments if word.startswith("hydra.") or word.startswith("name=")] if sweep else arguments
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -101,20 +101,20 @@ def _check_place(arguments: Sequence[str], sweep: bool) -> None:
 
 
 def _folders(arguments: Sequence[str], sweep: bool) -> Iterator[Path]:
-    """The folder of each run, as Hydra is going to name it."""
+    """The folder of each run, as Hydra will name it."""
     for number, combination in enumerate(_runs(arguments)):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose("config", overrides=[*combination], return_hydra_config=True)
         composed.hydra.job.num, composed.hydra.job.id = number, str(number)
-        HydraConfig.instance().set_config(composed)  # which names of folders may refer to
+        HydraConfig.instance().set_config(composed)  # folder names may refer to it
         hydra_config = composed.hydra
         yield Path(hydra_config.sweep.dir, hydra_config.sweep.subdir) if sweep else Path(hydra_config.run.dir)
 
 
 def _through_hydra(started: float) -> None:
-    """Start each run in its folder, as Hydra names it. Also answers --help and the like."""
-    begins = iter([started])  # only a sweep's first run began with the command
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints tracebacks of its own, and exits
+    """Start each run through Hydra, in the folder that Hydra names. Also handles --help and similar flags."""
+    begins = iter([started])  # only the first run of a sweep starts with the command
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its own traceback and exits
 
     @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
     def job(composed: DictConfig) -> None:
@@ -146,15 +146,15 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def compose_config(*overrides: str) -> Config:
-    """The configuration of conf/ under `overrides`, validated."""
+    """The configuration in conf/ with `overrides`, validated."""
     return to_config(_compose(overrides))
 
 
 def check_overrides(arguments: list[str], also: Sequence[str] = ()) -> list[Config]:
-    """Compose and validate every run that `arguments` ask for, before the first one starts.
+    """Compose and validate every run requested by `arguments`, before the first one starts. Raises ConfigError.
 
-    `also`: keys of the command's own, which a mistyped one may have meant. Raises ConfigError.
-    Empty where `arguments` hold a flag that Hydra answers itself, such as --help.
+    `also`: additional keys of the command, as suggestions for a mistyped key. Returns an empty list if `arguments`
+    contain a flag that Hydra handles itself, such as --help.
     """
     if any(word.startswith("-") and word not in SWEEP_FLAGS for word in arguments):
         return []
@@ -170,7 +170,7 @@ def check_overrides(arguments: list[str], also: Sequence[str] = ()) -> list[Conf
 
 
 def _effective(arguments: Sequence[str]) -> list[str]:
-    """`arguments` without the keys of data sources other than the one that they choose, which is told on stderr."""
+    """`arguments` without keys that belong only to other data sources than the chosen one; warns on stderr."""
     chosen = [word for word in arguments if word.startswith("data=")]
     file = CONF / "data" / f"{chosen[-1].partition('=')[2]}.yaml" if chosen else None
     if file is None or not file.is_file():
@@ -183,7 +183,7 @@ def _effective(arguments: Sequence[str]) -> list[str]:
 
 
 def _runs(arguments: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The overrides of each run that `arguments` ask for."""
+    """The overrides of each run requested by `arguments`."""
     overrides = [parse(word) for word in plain_words(arguments) if not word.startswith("-")]
     for override in overrides:
         _check_group(override)
@@ -197,7 +197,7 @@ def _runs(arguments: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _check_group(override: Override) -> None:
-    """A group takes the name of one of its files. Hydra's own complaint does not say which group it is about."""
+    """Check that a group is set to one of its files. Hydra's own error does not name the group."""
     group, got = override.key_or_group, override.value()
     if (CONF / group).is_dir() and not override.is_sweep_override() and not isinstance(got, str | list):
         raise _unknown_value(group, str(got).lower() if got is not None else "null")
@@ -206,7 +206,7 @@ def _check_group(override: Override) -> None:
 def _unknown_value(group: str, got: str) -> ConfigError:
     known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
     near = get_close_matches(got, known, n=1)
-    key = "+experiment" if group == "experiment" else group  # which no run has by default
+    key = "+experiment" if group == "experiment" else group  # not set by default
     return problem(group, repr(got), f"one of {', '.join(known)}", f"{key}={near[0] if near else known[0]}")
 
 
@@ -220,7 +220,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _explain(error: Exception, also: Sequence[str] = (), words: Sequence[str] = ()) -> ConfigError:
-    """Hydra's and OmegaConf's complaints about `words` in this project's form."""
+    """An error of Hydra or OmegaConf about `words`, in this project's form."""
     text = str(error)
     if match := re.search(r"ConfigError raised while resolving interpolation: (.+)", text):
         return ConfigError(match[1])
@@ -239,8 +239,10 @@ def _explain(error: Exception, also: Sequence[str] = (), words: Sequence[str] = 
 
 
 def unknown_key(key: str, also: Sequence[str] = (), choices: Sequence[str] = ()) -> ConfigError:
-    """What to say about a key that neither the configuration has nor is one of `also`; `choices`: words that choose the
-    files of groups."""
+    """The error for a key that is neither in the configuration nor in `also`.
+
+    `choices`: the command-line words that select the files of groups.
+    """
     known = list(flat(OmegaConf.to_container(_compose(choices), resolve=False)))
     groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "experiment"))
     if others := [f"{group}={name}" for group, name in _files_with(key)]:
@@ -254,7 +256,7 @@ def unknown_key(key: str, also: Sequence[str] = (), choices: Sequence[str] = ())
 
 
 def _files_with(key: str) -> list[tuple[str, str]]:
-    """(group, name) of the files of the key's group that have the key."""
+    """(group, name) of the files in the key's group that contain the key."""
     group, _, leaf = key.partition(".")
     files = sorted((CONF / group).glob("*.yaml"))
     return [(group, file.stem) for file in files if leaf in OmegaConf.load(file)]

@@ -1,6 +1,6 @@
-"""An image as uint8 tiles, and the normalisation that the encoder applies to them.
+"""Cuts an image into uint8 tiles, and normalises them for the encoder.
 
-Loaders emit uint8, a quarter of the float32 bytes; `normalize` runs where the encoder runs.
+Loaders emit uint8, a quarter of the size of float32; `normalize` runs on the encoder's device.
 Shape legend: T tiles, thumbnail last; 3 channels RGB; tile_size px per side.
 """
 
@@ -17,27 +17,26 @@ from torchvision.transforms.v2 import functional as transforms
 
 from nvlm.tiling.grid import TilePlan
 
-# Since 13 Pillow resizes vertically first where the height shrinks by more than twice what the width does
-# (Pillow pull request 9549), as in the thumbnail of a portrait photograph.
+# Since version 13, Pillow resizes vertically first if the height shrinks by more than twice as many pixels as the width
+# (Pillow pull request 9549), as for the thumbnail of a portrait photograph.
 _PILLOW_ORDERS_PASSES = int(PIL.__version__.split(".")[0]) >= 13
 
 
 def tile_image(image: Image.Image, plan: TilePlan, resize: str = "exact") -> torch.Tensor:
     """The tiles of an image: uint8 [T, 3, tile_size, tile_size] with T = plan.num_tiles (NVLM section 4.1).
 
-    The image is resized to the grid of `plan` and cut into tiles; the thumbnail is the last. `plan` is what
-    nvlm.tiling.grid.plan_tiles makes of the image's size; no other is made here.
+    The image is resized to the grid of `plan` and cut into tiles; the thumbnail comes last. `plan` is the result of
+    nvlm.tiling.grid.plan_tiles for the image's size.
 
-    resize "exact" is the bicubic filter of the Pillow that is installed, byte for byte what the published
-    preprocessing computes with it. "fast" is torch's antialiased bicubic on uint8: several times quicker, and
-    one or two levels away in under 1% of the values. Pillow 13 changed its results where an image shrinks far
-    more in height than in width, so machines agree on the pixels only if all are before or all after it.
+    resize="exact" is the bicubic filter of the installed Pillow, byte for byte the same as the published preprocessing.
+    "fast" is torch's antialiased bicubic on uint8: several times faster, and off by one or two levels in under 1% of
+    the values. Pillow 13 changed its results for images that shrink much more in height than in width, so machines
+    agree on the pixels only if all use an older version or all use 13 or later.
 
-    Any Pillow mode is converted to RGB first. Alpha is dropped, not blended, as the published code does.
-    Greyscale of 16 or 32 bits is scaled so that white is 255 or 65535 (for floats also 1), the first of them
-    that holds the brightest value, else that value itself; negative, infinite and NaN values are black. An
-    EXIF orientation is not applied, as in the published code, so that a plan made from the size in the file's
-    header is the plan of the pixels.
+    Any Pillow mode is converted to RGB first. Alpha is dropped, not blended, as in the published code. Greyscale of 16
+    or 32 bits is scaled so that white is the smallest of 255 and 65535 (for floats also 1) that is not below the
+    brightest value, else the brightest value; negative, infinite and NaN values become black. EXIF orientation is not
+    applied, as in the published code, so that a plan made from the size in the file header fits the pixels.
 
     Raises ValueError for an unknown resize.
     """
@@ -69,25 +68,25 @@ def normalize(
             f"pixels to normalise, got {pixels.dtype} {tuple(pixels.shape)}, expected uint8 [..., 3, h, w], "
             "fix: pass what tile_image returns"
         )
-    # On CUDA torch divides by a Python number through its reciprocal, one bit off; by a tensor it divides.
+    # On CUDA, torch divides by a Python number through its reciprocal, one bit off; dividing by a tensor is exact.
     white = torch.full((), 255.0, device=pixels.device)
     shift, scale = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
-    # In place: the tiles of a whole window are a gigabyte in float32, and one copy is enough.
+    # In place: the tiles of a whole window take a gigabyte in float32, and one copy is enough.
     return pixels.to(torch.float32).div_(white).sub_(shift).div_(scale).to(dtype)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB, by the rules that tile_image states."""
+    """Any Pillow image as 8-bit RGB, by the rules in `tile_image`."""
     if image.mode == "RGB":
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _wide_to_8bit(image).convert("RGB")
     if "transparency" in image.info:
-        # Pillow translates the transparent colour as well, and fails on values that odd files hold.
+        # Pillow would convert the transparent colour too, and fails on values found in unusual files.
         image = image.copy()
         del image.info["transparency"]
     if image.mode == "La":
-        image = image.convert("LA")  # premultiplied grey has no direct way to RGB
+        image = image.convert("LA")  # Pillow cannot convert premultiplied grey to RGB directly
     return image.convert("RGB")
 
 
@@ -114,9 +113,9 @@ def _resize_fast(rgb: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[tor
 
 
 def _order_passes(source: torch.Tensor, width: int, height: int) -> torch.Tensor:
-    """Do the vertical pass where Pillow does that first; torch always begins with the horizontal one."""
-    # Values are rounded and clipped to bytes between the passes, so the order shows: up to 16 levels in a
-    # quarter of the values on photographs.
+    """Do the vertical pass first if Pillow does; torch always starts with the horizontal pass."""
+    # Values are rounded and clipped to bytes between the passes, so the order matters: on photographs, a quarter of the
+    # values differ, by up to 16 levels.
     old_height, old_width = source.shape[1:]
     shrinks_in_height = old_height - height > max(0, 2 * (old_width - width))
     if _PILLOW_ORDERS_PASSES and shrinks_in_height:
@@ -129,7 +128,7 @@ def _bicubic(source: torch.Tensor, width: int, height: int) -> torch.Tensor:
 
 
 def _to_tensor(rgb: Image.Image) -> torch.Tensor:
-    """uint8 [3, h, w] over Pillow's interleaved memory, the layout for which torch's resize is vectorised."""
+    """uint8 [3, h, w] as a view of Pillow's interleaved memory, for which torch's resize is vectorised."""
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Where one image's tiles and tags go: the contract between an architecture, the loader and the token budget."""
+"""The placement of an image's tiles and tags: the contract between architecture, loader and token budget."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Words:
 
     @property
     def length(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return len(self.ids)
 
 
 @dataclass(frozen=True, slots=True)
 class TileTokens:
-    """All tokens of one tile, in the order in which the encoder gives them."""
+    """All tokens of one tile, in the encoder's order."""
 
     length: int
 
@@ -33,11 +33,11 @@ class TileTokens:
 
 @dataclass(frozen=True, slots=True)
 class TileMap:
-    """Tokens of several tiles put together as one picture, and read row by row.
+    """The tokens of several tiles joined into one feature map, which is read row by row.
 
-    The `tiles` of the image stand in a grid, `across` side by side, and each brings `rows` x `columns` tokens. Of the
-    map that they make, `window` (top, left, bottom, right; tokens) is kept, by default all of it. With `row_ends` one
-    more place, for a learned vector, stands behind each row.
+    `tiles` form a grid with `across` tiles per row; each tile has `rows` x `columns` tokens. `window` (top, left,
+    bottom, right; tokens) is the part of the map that is kept, by default all of it. With `row_ends`, each row is
+    followed by a position for a learned vector.
     """
 
     tiles: tuple[int, ...]
@@ -62,17 +62,17 @@ class TileMap:
 
     @property
     def kept(self) -> tuple[int, int, int, int]:
-        """`window`, also where it is the whole map."""
+        """`window`, or by default the whole map."""
         return self.window or (0, 0, len(self.tiles) // self.across * self.rows, self.across * self.columns)
 
     @property
     def length(self) -> int:
-        """Tokens, with the places at the rows' ends."""
+        """Number of tokens, including row ends."""
         top, left, bottom, right = self.kept
         return (bottom - top) * (right - left + self.row_ends)
 
     def sources(self) -> list[tuple[int, int] | None]:
-        """Which (tile, token of it) stands in each place; None at a row's end."""
+        """The (tile, token within the tile) at each position; None at row ends."""
         top, left, bottom, right = self.kept
         found: list[tuple[int, int] | None] = []
         for y in range(top, bottom):
@@ -85,10 +85,10 @@ class TileMap:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run inside an image's block.
+    """A run of tokens within an image's placement.
 
-    `tile`: the tile of the image that it names or shows, of a map the first. Who sees whom goes by it: `own_tile` says
-    that a query of this run sees the keys of its own tile, or map, alone.
+    `tile`: the tile of the image that it names or shows; for a map, the first one. Visibility is defined by it: with
+    `own_tile`, queries in this run see only the keys of their tile or map.
     """
 
     tile: int
@@ -97,23 +97,23 @@ class Piece:
 
     @property
     def length(self) -> int:
-        """Tokens of the run."""
+        """Number of tokens in the run."""
         return self.content.length
 
     @property
     def tiles(self) -> tuple[int, ...]:
-        """The tiles whose tokens it shows: none where it is words."""
+        """The tiles whose tokens it shows; none for words."""
         if isinstance(self.content, Words):
             return ()
         return self.content.tiles if isinstance(self.content, TileMap) else (self.tile,)
 
     @property
     def from_tiles(self) -> int:
-        """How many of its tokens are tokens of tiles, neither words nor ends of rows."""
+        """Number of tile tokens, without words and row ends."""
         return sum(source is not None for source in self.sources())
 
     def sources(self) -> list[tuple[int, int] | None]:
-        """Which (tile, token of it) fills each place that words do not; None at the end of a map's row."""
+        """The (tile, token within the tile) at each position that is not words; None at the end of a map's row."""
         if isinstance(self.content, TileMap):
             return self.content.sources()
         return [(tile, token) for tile in self.tiles for token in range(self.length)]
@@ -121,9 +121,9 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What stands for one image: in the text stream, and among the cross-attended keys.
+    """What represents one image in the text stream and among the cross-attended keys.
 
-    `tile_tokens`: how many tokens each tile has, thumbnail last. Raises ValueError where a piece disagrees.
+    `tile_tokens`: number of tokens of each tile, thumbnail last. Raises ValueError if a piece disagrees.
     """
 
     tile_tokens: tuple[int, ...]
@@ -147,18 +147,18 @@ class Placement:
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Tokens in the text stream, and cross-attended ones."""
+        """Number of tokens in the text stream and among the keys."""
         return sum(piece.length for piece in self.stream), sum(piece.length for piece in self.cross)
 
     @property
     def from_tiles(self) -> tuple[int, int]:
-        """Those of them that are tokens of tiles."""
+        """Number of tile tokens in the text stream and among the keys."""
         return sum(piece.from_tiles for piece in self.stream), sum(piece.from_tiles for piece in self.cross)
 
 
 @dataclass(frozen=True, slots=True)
 class TileUse:
-    """Which tiles a pipeline stage, or a rank, needs: those of the text stream, those of the keys."""
+    """Which tiles a pipeline stage or rank needs: those in the text stream, those among the keys."""
 
     stream: bool
     keys: bool
