@@ -1,4 +1,4 @@
-"""What an exported folder says of the model: config.json and preprocessor_config.json."""
+"""config.json and preprocessor_config.json of an exported folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nvlm.weights.published import Source
 
 
 def exported_encoder(config: Config, source: Source) -> ExportedEncoder:
-    """The encoder that was read from `source` as the folder holds it; ConfigError where no exported class has it."""
+    """The encoder read from `source`, in export form. Raises ConfigError if no exported class supports it."""
     encoder = description_of(config.vision)
     if encoder.export is None:
         known = ", ".join(name for name, other in ENCODERS.items() if other.export is not None)
@@ -22,11 +22,11 @@ def exported_encoder(config: Config, source: Source) -> ExportedEncoder:
 
 
 def describe(config: Config, encoder: ExportedEncoder, text: Text | None = None) -> dict:
-    """config.json in the form of NVLM-D-72B's, whose own modelling class and vLLM read it.
+    """config.json in the form of NVLM-D-72B, as its own modelling class and vLLM read it.
 
-    `nvlm` is ours, for modeling_nvlm.py; others pass over it. `text`: of the run's tokenizer, whose first and last
-    tokens the release's `chat()` asks for. No rotary scaling is written where the run had none: the release's
-    `dynamic` one changes no logits, but has vLLM offer three times the positions that the model was trained on.
+    The key `nvlm` is ours, for modeling_nvlm.py; other readers ignore it. `text`: from the run's tokenizer; the
+    release's `chat()` needs its begin and end tokens. No rotary scaling is written if the run had none: the release's
+    `dynamic` scaling changes no logits, but makes vLLM offer three times the trained context length.
     """
     kind = description(config.arch.name)
     name = kind.title.replace("-", "_")
@@ -63,7 +63,7 @@ def _language(config: Config) -> dict:
     scaling = {"rope_type": "llama3", **llm.rope_scaling} if llm.rope_scaling else None
     return {
         "architectures": ["Qwen2ForCausalLM" if llm.qkv_bias else "LlamaForCausalLM"],
-        "model_type": "llama",  # so it stands in the release, whose class goes by `architectures`
+        "model_type": "llama",  # as in the release, whose class uses `architectures` instead
         "hidden_size": llm.hidden,
         "intermediate_size": llm.ffn,
         "num_hidden_layers": llm.layers,
@@ -102,7 +102,7 @@ def _own(config: Config) -> dict:
 
 
 def preprocessor(config: Config) -> dict:
-    """preprocessor_config.json, of one tile."""
+    """preprocessor_config.json, for one tile."""
     encoder = description_of(config.vision)
     return {
         "crop_size": config.vision.tile_size,

@@ -1,6 +1,6 @@
-"""A checkpoint into a folder in NVLM-D-72B's layout: safetensors, config.json, tokenizer, modelling code.
+"""Exports a checkpoint to a folder in NVLM-D-72B's layout: safetensors, config.json, tokenizer, modelling code.
 
-Tensor by tensor, on CPU, whatever layout trained it. The folder gets its name when it is complete.
+Works tensor by tensor, on CPU, for any parallel layout. The folder gets its final name when it is complete.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def export(options: ExportOptions, tell: Callable[[str], None] = lambda line: None) -> Path:
     """Write the folder `options.out` and return it. Raises ConfigError, and then leaves no folder.
 
-    `tell` hears what is to be known of it.
+    `tell` is called with a line about who can load the folder.
     """
     out = Path(options.out)
     if os.path.lexists(out):
@@ -71,14 +71,14 @@ def export(options: ExportOptions, tell: Callable[[str], None] = lambda line: No
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        # Verified beside the writing, which goes through the files in the same order: the disk is read once. What a
-        # damaged file gave never gets its name.
+        # The checkpoint is verified while the export is written; both read the files in the same order, so the disk is
+        # read once. If a file is damaged, the export never gets its final name.
         with ThreadPoolExecutor(1) as beside:
             wrong = beside.submit(checkpoint_faults, step, own_faults)
             try:
                 _write(partial, config, weights, vision, parts, options, like)
                 _describe(partial, config, encoder, code)
-            finally:  # also where a damaged file is why it could not be written
+            finally:  # also if writing failed because a file is damaged
                 _refuse(step, wrong.result())
         check_readable(partial, config, out)
         partial.rename(out)
@@ -99,7 +99,7 @@ def _refused(out: Path, error: OSError) -> ConfigError:
 
 
 def _at_hand(config: Config, step: Path, options: ExportOptions) -> Config:
-    """The run's configuration for the model in `step`, whose encoder is where the run recorded it or `options` say."""
+    """The run's configuration, with the encoder at the recorded path or the one in `options`."""
     config = replace(config, init=InitConfig(llm=None, vision=options.vision, release=None, checkpoint=str(step)))
     if options.tokenizer:
         config = replace(config, llm=replace(config.llm, tokenizer=options.tokenizer))
@@ -140,7 +140,7 @@ def _write(
 
 
 def _tensors(parts: Sequence[Part], weights: TrainedWeights, vision: Source) -> Iterator[tuple[str, Tensor]]:
-    """Every published tensor, whole, in the order of `parts`."""
+    """Every published tensor, unsplit, in the order of `parts`."""
     by_name: dict[str, list[Part]] = {}
     for part in parts:
         by_name.setdefault(part.name, []).append(part)
@@ -156,13 +156,13 @@ def _tensors(parts: Sequence[Part], weights: TrainedWeights, vision: Source) -> 
 
 
 def _vision_pairs(parts: Sequence[Part], vision: Source) -> Iterator[tuple[Part, Part]]:
-    """Each part of the encoder that is written, beside the one that is read."""
+    """Pairs of the encoder's parts: as written, and as read."""
     written = (part for part in parts if part.name.startswith(VISION))
     return zip(written, vision.parts["vision"], strict=True)
 
 
 def _of_encoder(pairs: Sequence[tuple[Part, Part]], vision: Source) -> Tensor:
-    """A tensor of the frozen encoder from where it was read, in the precision that it has there."""
+    """A tensor of the frozen encoder, from its original file and in its original precision."""
     part, own = pairs[0]
     with safe_open(vision.stored[own.name].file, framework="pt") as opened:
         if part.shape == own.shape:
@@ -175,7 +175,7 @@ def _of_encoder(pairs: Sequence[tuple[Part, Part]], vision: Source) -> Tensor:
 
 
 def _describe(folder: Path, config: Config, encoder: ExportedEncoder, code: Mapping[str, Path]) -> None:
-    """Everything beside the tensors."""
+    """Write everything but the tensors."""
     text = exported_text(config)
     files = {
         "preprocessor_config.json": _dump(preprocessor(config)),
@@ -183,7 +183,7 @@ def _describe(folder: Path, config: Config, encoder: ExportedEncoder, code: Mapp
         CODE.name: CODE,
         **code,
         **(text.files if text else {}),
-        "config.json": _dump(describe(config, encoder, text)),  # last: without it nobody takes it for a model
+        "config.json": _dump(describe(config, encoder, text)),  # last: without it, the folder is not taken for a model
     }
     for name, content in files.items():
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content.read_bytes())
@@ -197,7 +197,7 @@ def _dump(values: Mapping) -> str:
 
 
 def _release_code(config: Config) -> dict[str, Path]:
-    """The release's own modelling code where the run began with a release: files by their names."""
+    """The release's own modelling code if the run started from a release: files by name."""
     if not config.init.release or not description(config.arch.name).release_code:
         return {}
     return {file.name: file for file in sorted(Path(config.init.release).glob("*.py")) if file.name != CODE.name}

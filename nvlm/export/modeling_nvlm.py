@@ -1,23 +1,23 @@
-"""NVLM-D, NVLM-X and NVLM-H in one file: load an exported folder, compute logits, answer.
+"""NVLM-D, NVLM-X and NVLM-H in one file: load an exported folder, compute logits, generate answers.
 
     from modeling_nvlm import NVLM
     model = NVLM.from_folder(".", dtype=torch.bfloat16, device="cuda:0")
     print(model.answer([{"role": "user", "content": "<image>\\nWhat does the sign say?"}], ["street.jpg"]))
 
 The folder holds config.json, tokenizer.json, and model.safetensors or its shards with model.safetensors.index.json.
-This file needs torch and safetensors, and for pictures and text Pillow, numpy and tokenizers. It trains nothing.
+This file needs torch and safetensors, and for images and text also Pillow, numpy and tokenizers. Inference only.
 
-A frozen InternViT turns each 448 px tile of a picture into 1024 patches, pixel shuffle into 256 wider tokens (of 2 x 2
-patches each, unless config.json says otherwise), and the projector brings them to the language model's width. Where
-they go from there is the architecture:
+A frozen InternViT turns each 448 px tile of an image into 1024 patch features, pixel shuffle merges them into 256 wider
+tokens (2 x 2 patches each, unless config.json says otherwise), and the projector maps these to the language model's
+width. The architectures differ in where the projected tiles go:
 
-  decoder (NVLM-D)  all tiles stand in the text, each behind its tag; self-attention sees them
-  xattn   (NVLM-X)  tags alone stand in the text; tiles are the keys of gated cross-attention in every k-th layer
-  hybrid  (NVLM-H)  the thumbnail stands in the text; the other tiles with their tags are the keys
+  decoder (NVLM-D)  all tiles are in the text stream, each after its tag, and are seen by self-attention
+  xattn   (NVLM-X)  only tags are in the text stream; tiles are the keys of gated cross-attention in every k-th layer
+  hybrid  (NVLM-H)  the thumbnail is in the text stream; the other tiles and their tags are the keys
 
 One conversation at a time, so there is no batch dimension. Shapes: S tokens of the text stream, X cross-attended keys,
-T tiles, P patches of a tile and its class token, K tokens of a tile, D encoder width, H language width, N heads,
-G key-value heads, E width of a head, V vocabulary.
+T tiles, P patches of a tile plus its class token, K tokens per tile, D encoder width, H language model width, N heads,
+G key-value heads, E head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
-MARK = "<image>"  # where a picture stands in a message
-TILES_PER_CALL = 16  # of the encoder
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for RGB from 0 to 1
+MARK = "<image>"  # marks the place of an image in a message
+TILES_PER_CALL = 16  # batch size of the encoder
 
 # --- the parts of a conversation ---
 
 
 class Piece(NamedTuple):
-    """A run of text (`ids`) or the K tokens of one tile (`ids` None), in the stream or among the keys.
+    """A run of text (`ids`) or the K tokens of one tile (`ids` None), in the text stream or among the keys.
 
-    `image`: number of the last picture begun, -1 before the first. `tile`: the tile that it is or names, counted over
-    all pictures. `bound`: these tokens see that tile's keys alone (the tags of NVLM-X).
+    `image`: number of the latest image so far, -1 before the first. `tile`: the tile that it is or names, counted over
+    all images. `bound`: these tokens see only that tile's keys (the tags of NVLM-X).
     """
 
     ids: tuple[int, ...] | None
@@ -60,7 +60,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """A conversation laid out: the text stream, the cross-attended keys, and the tiles as uint8 [T, 3, px, px]."""
+    """An encoded conversation: the text stream, the cross-attended keys, and the tiles as uint8 [T, 3, px, px]."""
 
     stream: list[Piece]
     keys: list[Piece]
@@ -68,8 +68,10 @@ class Inputs:
 
 
 def lay_out(arch: str, image: int, first: int, tags: Sequence[tuple[int, ...]]) -> tuple[list[Piece], list[Piece]]:
-    """One picture's pieces in the stream and among the keys. `tags`: one for each tile, the thumbnail's last;
-    `first`: number of its first tile."""
+    """One image's pieces in the text stream and among the keys.
+
+    `tags`: one per tile, the thumbnail's last; `first`: number of its first tile.
+    """
     names = [Piece(ids, image, first + t, bound=arch == "xattn") for t, ids in enumerate(tags)]
     tiles = [Piece(None, image, first + t) for t in range(len(tags))]
     tagged = [piece for pair in zip(names, tiles, strict=True) for piece in pair]
@@ -77,11 +79,11 @@ def lay_out(arch: str, image: int, first: int, tags: Sequence[tuple[int, ...]]) 
         return tagged, []
     if arch == "xattn":
         return names, tiles
-    return tagged[-2:], tagged[:-2]  # of a picture of one tile that is the thumbnail
+    return tagged[-2:], tagged[:-2]  # an image of one tile has only the thumbnail
 
 
 def sight(stream: list[Piece], keys: list[Piece], tile_tokens: int) -> Tensor:
-    """[S, X] bool: a token sees the keys of all pictures begun before it, or of its one tile where it is bound."""
+    """[S, X] bool: a token sees the keys of all images so far or, if bound, only those of its tile."""
 
     def spread(pieces: list[Piece], numbers: Iterable[int]) -> Tensor:
         lengths = [tile_tokens if piece.ids is None else len(piece.ids) for piece in pieces]
@@ -92,12 +94,14 @@ def sight(stream: list[Piece], keys: list[Piece], tile_tokens: int) -> Tensor:
     return (image_X <= image_S[:, None]) & ((only_S[:, None] == -1) | (only_S[:, None] == tile_X))
 
 
-# --- pictures ---
+# --- images ---
 
 
 def choose_grid(width: int, height: int, max_tiles: int, tile: int) -> tuple[int, int]:
-    """(columns, rows), at most `max_tiles` together, nearest in aspect to a picture of width x height px. On an exact
-    tie the grid with more tiles wins if the picture has more than half of its pixels."""
+    """The grid (columns, rows) of at most `max_tiles` tiles whose aspect ratio is closest to width / height (px).
+
+    On an exact tie, the grid with more tiles wins if the image has more than half of its pixels.
+    """
     grids = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1)]
     best, best_gap = (1, 1), float("inf")
     for columns, rows in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[0])):
@@ -108,8 +112,10 @@ def choose_grid(width: int, height: int, max_tiles: int, tile: int) -> tuple[int
 
 
 def cut(image, columns: int, rows: int, tile: int) -> Tensor:
-    """uint8 [T, 3, tile, tile] of a Pillow RGB image: its tiles in reading order, then the thumbnail, which is the
-    one tile of a 1 x 1 grid. Resized by Pillow's bicubic."""
+    """uint8 [T, 3, tile, tile] from a Pillow RGB image, resized with Pillow's bicubic filter.
+
+    Tiles in reading order, then the thumbnail; a 1 x 1 grid has only the thumbnail.
+    """
     import numpy as np
 
     thumbnail = image.resize((tile, tile), 3)
@@ -120,15 +126,17 @@ def cut(image, columns: int, rows: int, tile: int) -> Tensor:
 
 
 def open_rgb(source):
-    """A path, a file's bytes or a Pillow image as RGB. Transparency is dropped, the EXIF orientation is not applied.
-    Grey of 16 or 32 bits is scaled so that white is the first of 255 and 65535 (of floats also 1) that holds the
-    brightest value."""
+    """An RGB image from a path, a file's bytes or a Pillow image.
+
+    Transparency is dropped, EXIF orientation is not applied. Greyscale of 16 or 32 bits is scaled so that white is the
+    smallest of 255 and 65535 (for floats also 1) that is not below the brightest value, else that value.
+    """
     import numpy as np
     from PIL import Image
 
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     image = file if isinstance(file, Image.Image) else Image.open(file)
-    turned = image.getexif().get(274, 1) if image.format == "TIFF" else 1  # of TIFF alone, Pillow applies it
+    turned = image.getexif().get(274, 1) if image.format == "TIFF" else 1  # Pillow applies it, but only for TIFF
     image.load()
     if turned in range(2, 9):
         image = image.transpose(Image.Transpose((0, 3, 1, 5, 2, 6, 4)[turned - 2]))
@@ -140,12 +148,12 @@ def open_rgb(source):
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode != "RGB" and "transparency" in image.info:
         image = image.copy()
-        del image.info["transparency"]  # or Pillow translates the transparent colour as well
+        del image.info["transparency"]  # otherwise Pillow converts the transparent colour too
     return (image.convert("LA") if image.mode == "La" else image).convert("RGB")
 
 
 def tag_names(style: str, columns: int, rows: int, max_tiles: int, thumbnail: str) -> list[str]:
-    """The words before each tile, the thumbnail's last."""
+    """The tag of each tile, the thumbnail's last."""
     cells = [(c, r) for r in range(rows) for c in range(columns)] if columns * rows > 1 else []
     if style == "none":
         return [""] * (len(cells) + 1)
@@ -155,7 +163,7 @@ def tag_names(style: str, columns: int, rows: int, max_tiles: int, thumbnail: st
         return [*(f"<tile_x{c}_y{r}>" for c, r in cells), thumbnail]
     if style != "2d_bbox":
         raise ValueError(f"nvlm.tag: got {style!r}, expected none, 1d, 2d_grid or 2d_bbox")
-    x, y = ([(2 * 999 * edge + n) // (2 * n) for edge in range(n + 1)] for n in (columns, rows))  # 999 is the far edge
+    x, y = ([(2 * 999 * edge + n) // (2 * n) for edge in range(n + 1)] for n in (columns, rows))  # 999: far edge
     corners = [*((x[c], y[r], x[c + 1], y[r + 1]) for c, r in cells), (0, 0, 999, 999)]
     return ["<box> ({}, {}), ({}, {}) </box>".format(*corner) for corner in corners]
 
@@ -164,7 +172,7 @@ def tag_names(style: str, columns: int, rows: int, max_tiles: int, thumbnail: st
 
 
 def turns_of(messages: Sequence[dict], images: int, system: str | None) -> list[tuple[str, str]]:
-    """(role, text) of each message. Without any mark all pictures stand before the first user turn's text."""
+    """(role, text) of each message. Without marks, all images go before the text of the first user turn."""
     turns = []
     for message in messages:
         content = message["content"]
@@ -197,7 +205,7 @@ def attend(q_SNE: Tensor, k_XGE: Tensor, v_XGE: Tensor, causal: bool = False, se
 def rotate(x_SNE: Tensor, start: int, theta: float, scaling: SimpleNamespace | None) -> Tensor:
     """Rotary embedding at positions start, start + 1, ...: channel e is paired with channel e + E / 2.
 
-    `scaling`, Llama 3.1's: rotations of few turns within its first context are slowed, with a ramp to those of many.
+    `scaling`, Llama 3.1's: low frequencies are divided by its factor, high ones kept, with a ramp between.
     """
     width = x_SNE.shape[-1]
     frequencies = theta ** -(torch.arange(0, width, 2, dtype=torch.float32, device=x_SNE.device) / width)
@@ -215,8 +223,10 @@ def rotate(x_SNE: Tensor, start: int, theta: float, scaling: SimpleNamespace | N
 
 
 class VisionAttention(nn.Module):
-    """In the 6B model with RMSNorm over all heads of q together, and of k. The dummy heads behind the real ones hold
-    zeros: left out."""
+    """Attention of InternViT; the 6B model has an RMSNorm of q and of k over all heads together.
+
+    Dummy heads after the real ones hold zeros and are skipped.
+    """
 
     def __init__(self, c) -> None:
         super().__init__()
@@ -227,7 +237,7 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(padded, self.width)
 
     def forward(self, x_TPD: Tensor) -> Tensor:
-        """[T, P, D], every patch sees its whole tile."""
+        """[T, P, D]; every patch sees the whole tile."""
         q, k, v = (x[..., : self.width] for x in self.qkv(x_TPD).chunk(3, dim=-1))
         if self.q_norm is not None:
             q = F.rms_norm(q, (self.width,), self.q_norm.weight[: self.width], self.eps)
@@ -238,7 +248,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """Norms in front, an MLP with exact GELU, and both branches scaled channel by channel."""
+    """A pre-norm layer with exact GELU and per-channel scaling of both branches."""
 
     def __init__(self, c) -> None:
         super().__init__()
@@ -254,8 +264,10 @@ class VisionLayer(nn.Module):
 
 
 class InternViT(nn.Module):
-    """The encoder: learned positions, a class token in front that is dropped at the end, no final norm. At its end
-    `factor` x `factor` patches become one token."""
+    """The encoder: learned positions, a leading class token that is dropped at the end, no final norm.
+
+    Finally, pixel shuffle joins `factor` x `factor` patches into one token.
+    """
 
     def __init__(self, c, factor: int) -> None:
         super().__init__()
@@ -268,7 +280,7 @@ class InternViT(nn.Module):
         self.encoder.layers = nn.ModuleList(VisionLayer(c) for _ in range(c.num_hidden_layers))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """uint8 [T, 3, px, px] to [T, K, 4D]: pixel shuffle joins neighbouring patches, themselves in reading order."""
+        """uint8 [T, 3, px, px] to [T, K, 4D]: pixel shuffle concatenates neighbouring patches in reading order."""
         mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
         own, normalised = self.embeddings, (pixels.float() / 255 - mean) / std
         patches_TPD = own.patch_embedding(normalised.to(own.class_embedding.dtype)).flatten(2).transpose(1, 2)
@@ -283,11 +295,11 @@ class InternViT(nn.Module):
 # --- the language model ---
 
 Cache = dict[nn.Module, tuple[Tensor, Tensor]]
-"""Keys and values of each attention, so that a new token computes its own alone."""
+"""Cached keys and values of each attention module."""
 
 
 class Attention(nn.Module):
-    """Linears around attention with grouped heads."""
+    """The linears of grouped-query attention."""
 
     def __init__(self, c, bias: bool) -> None:
         super().__init__()
@@ -307,7 +319,7 @@ class SelfAttention(Attention):
     """Causal, with rotary positions."""
 
     def forward(self, x_SH: Tensor, cache: Cache) -> Tensor:
-        """[S, H]; x is the whole conversation where the cache is empty, else one new token."""
+        """[S, H]; x is the whole conversation if the cache is empty, else one new token."""
         q, k, v = (self.heads(linear, x_SH) for linear in (self.q_proj, self.k_proj, self.v_proj))
         start = len(cache[self][0]) if self in cache else 0
         q, k = (rotate(x, start, self.theta, self.scaling) for x in (q, k))
@@ -318,7 +330,7 @@ class SelfAttention(Attention):
 
 
 class GatedCrossAttention(Attention):
-    """From text to tiles: no positions, no bias, and a gate that was zero when training began."""
+    """Cross-attention from text to tiles: no positions, no bias, and a gate that was zero at the start of training."""
 
     def __init__(self, c) -> None:
         super().__init__(c, bias=False)
@@ -326,7 +338,7 @@ class GatedCrossAttention(Attention):
         self.gate = nn.Parameter(torch.empty(1))
 
     def forward(self, h_SH: Tensor, keys_XH: Tensor, seen_SX: Tensor, cache: Cache) -> Tensor:
-        """[S, H] to be added to h; exactly zero for a token that sees no key."""
+        """[S, H] to add to h; exactly zero for a token that sees no key."""
         out_SH, sees_S = torch.zeros_like(h_SH), seen_SX.any(dim=1)
         if sees_S.any():
             if self not in cache:
@@ -358,7 +370,7 @@ class DecoderLayer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A Qwen2- or Llama-shaped decoder; layers every, 2 * every, ... carry cross-attention (0: none)."""
+    """A Qwen2- or Llama-shaped decoder; layers every, 2 * every, ... have cross-attention (0: none)."""
 
     def __init__(self, c, every: int) -> None:
         super().__init__()
@@ -370,7 +382,7 @@ class LanguageModel(nn.Module):
         self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
     def forward(self, h_SH: Tensor, keys_XH: Tensor, seen_SX: Tensor, cache: Cache) -> Tensor:
-        """Embedded tokens to last hidden states [S, H]."""
+        """Token embeddings to last hidden states [S, H]."""
         for layer in self.model.layers:
             h_SH = layer(h_SH, keys_XH, seen_SX, cache)
         return self.model.norm(h_SH)
@@ -380,7 +392,7 @@ class LanguageModel(nn.Module):
         return F.linear(h_SH, (self.lm_head or self.model.embed_tokens).weight).float()
 
 
-# --- all together ---
+# --- the whole model ---
 
 
 class NVLM(nn.Module):
@@ -403,8 +415,10 @@ class NVLM(nn.Module):
 
     @classmethod
     def opened(cls, folder: str | Path, device: str = "cpu") -> tuple[NVLM, dict[str, safe_open]]:
-        """The model of `folder` without weights, and the open file of each of them. Raises ValueError, with their
-        names, where tensors are missing, surplus or of another shape; the files' headers alone are read."""
+        """The model of `folder` without weights, and the open file of each weight. Reads only the files' headers.
+
+        Raises ValueError, with the names, if tensors are missing, unexpected or of the wrong shape.
+        """
         folder = Path(folder)
         config = json.loads((folder / "config.json").read_text(), object_hook=lambda keys: SimpleNamespace(**keys))
         with torch.device("meta"):
@@ -425,7 +439,7 @@ class NVLM(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> NVLM:
-        """The model of `folder`, its weights read one by one. Raises ValueError as `opened` does."""
+        """The model of `folder`; weights are read one by one. Raises ValueError as `opened` does."""
         model, holder = cls.opened(folder, device)
         for name in dict(model.named_parameters()):
             tensor = holder[name].get_tensor(name).to(dtype)
@@ -435,11 +449,11 @@ class NVLM(nn.Module):
 
     @cached_property
     def tokenizer(self):
-        """Text never yields a control token: `<|im_end|>` in a user's words stays words."""
+        """The tokenizer. Text never yields control tokens: `<|im_end|>` in a user's message stays plain text."""
         from tokenizers import Tokenizer
 
         values = json.loads((self.folder / "tokenizer.json").read_text("utf-8"))
-        values |= {"truncation": None, "padding": None}  # what the file's last user left in it
+        values |= {"truncation": None, "padding": None}  # settings saved with the file
         values["model"] |= dict.fromkeys({"dropout"} & values["model"].keys())
         for token in values["added_tokens"]:
             token["special"] |= token["content"] == self.config.nvlm.bos or token["content"][:2] == "<|"
@@ -449,29 +463,29 @@ class NVLM(nn.Module):
 
     @cached_property
     def ends(self) -> frozenset[int]:
-        """Tokens that end an answer: `<|im_end|>`, and those that generation_config.json names."""
+        """Tokens that end an answer: `<|im_end|>` and those in generation_config.json."""
         file = self.folder / "generation_config.json"
         listed = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
         return frozenset(listed if isinstance(listed, list) else [listed]) | {self.tokenizer.token_to_id("<|im_end|>")}
 
     @property
     def tile_tokens(self) -> int:
-        """K."""
+        """Number of tokens per tile, K."""
         vision = self.config.vision_config
         return (vision.image_size // vision.patch_size // self.factor) ** 2
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of plain text."""
+        """Token ids of plain text."""
         return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def inputs(
         self, messages: Sequence[dict], images: Sequence = (), reply: bool = False, max_tiles: int | None = None
     ) -> Inputs:
-        """Lay out a conversation in ChatML, with `reply` up to where the assistant's next turn begins.
+        """Encode a conversation in ChatML; with `reply`, up to the start of the assistant's next turn.
 
-        `messages`: {"role", "content"}, content a text with `<image>` marks or a list of {"type": "text" | "image"}
-        parts. `images`: paths, bytes or Pillow images. `max_tiles`: fewer tiles a picture than config.json allows, as
-        the trainer takes where a conversation's pictures do not fit its sequence.
+        `messages`: {"role", "content"}, content is text with `<image>` marks or a list of {"type": "text" | "image"}
+        parts. `images`: paths, bytes or Pillow images. `max_tiles`: fewer tiles per image than config.json allows;
+        the trainer does this if a conversation's images do not fit its sequence.
         """
         c, special, encode = self.config.nvlm, self.tokenizer.token_to_id, self.encode
         start, end = (special(name) for name in ("<|im_start|>", "<|im_end|>"))
@@ -488,7 +502,7 @@ class NVLM(nn.Module):
                 tags = [encode(name) for name in names]
                 if way == "apart":
                     words.append("<Image>")
-                elif way == "joined":  # one text, from the last picture to the first tag
+                elif way == "joined":  # one text, from the previous image to the first tag
                     words, tags[0] = [f"{words[0]}<Image>{names[0]}"], ()
                 else:
                     words, tags[0] = [*words, f"<Image>{names[0]}"], ()
@@ -508,19 +522,19 @@ class NVLM(nn.Module):
         return Inputs(stream, keys, torch.cat([torch.zeros(0, 3, size, size, dtype=torch.uint8), *tiles]))
 
     def tile(self, image, max_tiles: int | None = None) -> tuple[Tensor, list[str]]:
-        """A picture's tiles, uint8 [T, 3, px, px], and each one's tag."""
+        """An image's tiles, uint8 [T, 3, px, px], and their tags."""
         c, rgb = self.config, open_rgb(image)
         grid = choose_grid(*rgb.size, max_tiles or c.max_dynamic_patch, c.force_image_size)
         names = tag_names(c.nvlm.tag, *grid, c.max_dynamic_patch, c.nvlm.thumbnail_tag)
         return cut(rgb, *grid, c.force_image_size), names
 
     def words(self, ids: Sequence[int]) -> Tensor:
-        """[len(ids), H]."""
+        """Embeddings [len(ids), H]."""
         embedding = self.language_model.model.embed_tokens
         return embedding(torch.tensor(ids, dtype=torch.long, device=embedding.weight.device))
 
     def embed(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """The stream [S, H], the keys [X, H], and who sees what [S, X]."""
+        """The text stream [S, H], the keys [X, H], and visibility [S, X]."""
         pixels = inputs.pixels.to(self.mlp1[0].weight.device).split(TILES_PER_CALL) if len(inputs.pixels) else ()
         tiles_TKH = [tile for some in pixels for tile in self.mlp1(self.vision_model(some))]
         stream = [tiles_TKH[p.tile] if p.ids is None else self.words(p.ids) for p in inputs.stream]
@@ -532,19 +546,19 @@ class NVLM(nn.Module):
             elif piece.ids:
                 words_H = self.words(piece.ids)
                 keys.append(self.cross_keys["tag_norm"](words_H))
-                if self.config.nvlm.bind_tags:  # cross-attention has no order: so a tile knows which tag is its own
+                if self.config.nvlm.bind_tags:  # cross-attention is order-invariant: this binds a tile to its tag
                     tags[piece.tile] = self.cross_keys["tag_norm"](words_H.mean(dim=0))
         seen_SX = sight(inputs.stream, inputs.keys, self.tile_tokens).to(keys[0].device)
         return torch.cat(stream), torch.cat(keys), seen_SX
 
     @torch.inference_mode()
     def logits(self, inputs: Inputs) -> Tensor:
-        """[S, V], float32: row s is about the token behind token s."""
+        """[S, V], float32; row s predicts the token after token s."""
         return self.language_model.logits(self.language_model(*self.embed(inputs), {}))
 
     @torch.inference_mode()
     def answer(self, messages: Sequence[dict], images: Sequence = (), max_new_tokens: int = 512) -> str:
-        """The likeliest next token again and again, until one that ends an answer, or `max_new_tokens`."""
+        """Greedy decoding up to an end token, or `max_new_tokens`."""
         cache, ids = {}, []
         h_SH, keys_XH, seen_SX = self.embed(self.inputs(messages, images, reply=True))
         while len(ids) < max_new_tokens:

@@ -1,4 +1,4 @@
-"""What the command takes, as a value. Imports no torch, so that a mistake is answered at once."""
+"""The options of the export command. Imports no torch, so that mistakes are reported immediately."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nvlm.config.values import problem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What the command takes."""
+    """The options of the export command."""
 
     checkpoint: Location
     out: Location
@@ -24,7 +24,7 @@ class ExportOptions:
 
 
 def parse(arguments: Sequence[str]) -> ExportOptions:
-    """The options, each value as it was typed. Raises ConfigError."""
+    """The options from the command line. Raises ConfigError."""
     values: dict[str, object] = {"vision": None, "tokenizer": None, "like": None, "shard_gb": 5.0}
     for word in arguments:
         key, equals, value = word.partition("=")

@@ -1,4 +1,4 @@
-"""What an export writes, its readers can read: they open it, by the files' headers, before it gets its name."""
+"""Checks that an export can be read: its readers open it, by headers only, before it gets its final name."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from nvlm.vision.source import vision_source
 
 
 def check_readable(folder: Path, config: Config, out: Path) -> None:
-    """Raise ConfigError where `folder`, an export of `config` that is to be named `out`, cannot be read again: by its
-    own code, or by a run's init.release."""
+    """Raise ConfigError if `folder`, an export of `config` to be named `out`, cannot be read by its own code or as
+    init.release of a run."""
     try:
         model, _ = NVLM.opened(folder)
         if config.llm.tokenizer:

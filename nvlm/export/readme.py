@@ -1,4 +1,4 @@
-"""Who can load an exported folder: its own code always, vLLM and NVLM-D-72B's own class within limits.
+"""What can load an exported folder: its own code always, vLLM and NVLM-D-72B's own class within limits.
 
 The limits are those of vLLM 0.33 and of the class under transformers 4.39.3 and 5.23. No test runs either.
 """
@@ -17,7 +17,7 @@ _TAGS = "they write <tile_1> to <tile_9> and <tile_global_thumbnail>, whatever t
 
 
 def other_limits(config: Config, encoder: ExportedEncoder) -> list[str]:
-    """Why neither vLLM nor NVLM-D-72B's own class can serve an export of this run; empty: nothing is known of."""
+    """Why neither vLLM nor NVLM-D-72B's own class can load an export of this run; empty: no reason is known."""
     kind = description(config.arch.name)
     if not kind.release_code:
         return [f"{kind.title} is known to no other library: no published model has it"]
@@ -37,23 +37,23 @@ def other_limits(config: Config, encoder: ExportedEncoder) -> list[str]:
 
 
 def release_limits(config: Config, files: Sequence[str]) -> list[str]:
-    """What keeps NVLM-D-72B's own class alone from such a folder; `files`: what stands in it beside the weights."""
+    """Why only NVLM-D-72B's own class cannot load such a folder; `files`: those in it besides the weights."""
     limits = []
     if config.llm.tied:
-        limits.append("it leaves the output layer random, without a word, where word embeddings are tied")
+        limits.append("it silently leaves the output layer random if word embeddings are tied")
     if lost := [name for name in RELEASE_FILES if name not in files]:
         limits.append(f"its files are not in this folder: {', '.join(lost)}")
     return limits
 
 
 def note(config: Config, encoder: ExportedEncoder) -> str | None:
-    """One line for the console where nothing but the folder's own code can serve it."""
+    """One line for the console if only the folder's own code can load it."""
     limits = other_limits(config, encoder)
     return f"only its own modeling_nvlm.py can load it: {'; '.join(limits)}" if limits else None
 
 
 def readme(config: Config, encoder: ExportedEncoder, files: Sequence[str] = ()) -> str:
-    """README.md of the folder; `files`: what stands in it beside the weights."""
+    """README.md of the folder; `files`: those in it besides the weights."""
     text = [
         f"# {config.name}",
         "",
@@ -69,7 +69,7 @@ def readme(config: Config, encoder: ExportedEncoder, files: Sequence[str] = ()) 
         "",
     ]
     if limits := other_limits(config, encoder):
-        text += ["Use that: vLLM and NVLM-D-72B's own class cannot serve this folder.", ""]
+        text += ["Use that: vLLM and NVLM-D-72B's own class cannot load this folder.", ""]
         return "\n".join([*text, *(f"- {limit}." for limit in limits)]) + "\n"
     return "\n".join([*text, *_vllm(config, files), *_release(config, files), *_ids(config)]) + "\n"
 
@@ -103,13 +103,13 @@ def _ids(config: Config) -> list[str]:
     lines = [
         "## Token ids around an image",
         "",
-        f"The model was trained with data.tokenize={mode}, and modeling_nvlm.py does the same. vLLM makes one text of",
-        "`<Image>` and the first tag, and tokenises the line end behind `</Image>` alone (data.tokenize=vllm); the",
-        "release's class makes one text of all that stands between two special tokens (data.tokenize=joined).",
+        f"The model was trained with data.tokenize={mode}, and modeling_nvlm.py does the same. vLLM tokenises",
+        "`<Image>` and the first tag together, and the line break after `</Image>` apart (data.tokenize=vllm); the",
+        "release's class tokenises everything between two special tokens together (data.tokenize=joined).",
     ]
     others = [name for key, name in (("vllm", "vLLM"), ("joined", "the release's class")) if key != mode]
     lines.append(
-        f"So {' and '.join(others)} may give the model other ids there than it has learned"
-        + (f"; {same[mode]} gives it the same." if mode in same else ".")
+        f"So {' and '.join(others)} may produce ids there that differ from training"
+        + (f"; {same[mode]} produces the same ids." if mode in same else ".")
     )
     return lines

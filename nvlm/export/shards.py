@@ -1,7 +1,7 @@
-"""Safetensors files written one tensor at a time: never more than one of them is in memory.
+"""Writes safetensors files one tensor at a time, with at most one tensor in memory.
 
-The safetensors library writes a file from tensors that are all in memory at once. The format is plain: the header's
-length in 8 bytes, the header as JSON, the tensors one behind the other.
+The safetensors library needs all tensors of a file in memory. The format is simple: the length of the header in 8
+bytes, the header as JSON, the concatenated tensors.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ class Planned:
     """A tensor to be written."""
 
     name: str
-    dtype: str  # safetensors' name
+    dtype: str  # in safetensors' notation
     shape: tuple[int, ...]
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """Size in bytes."""
         return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
 
 
 class ShardWriter:
-    """A context manager around the writing of `tensors`, in this order, into files of at most `limit` bytes each.
+    """A context manager that writes `tensors`, in this order, to files of at most `limit` bytes each.
 
-    A larger tensor has a file of its own. The index comes last, and only when all are written.
+    A larger tensor gets a file of its own. The index is written last, and only if all tensors were written.
     """
 
     def __init__(self, folder: Path, tensors: Sequence[Planned], limit: int) -> None:
@@ -53,7 +53,7 @@ class ShardWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the tensor that is due; it must be what was planned."""
+        """Append the next tensor, which must match the plan."""
         number, planned = self.places[self.next]
         assert (name, tuple(tensor.shape), tensor.dtype) == (planned.name, planned.shape, DTYPES[planned.dtype]), name
         if planned is self.files[number][0]:
@@ -82,7 +82,7 @@ class ShardWriter:
 
     def _write(self, data: bytes | memoryview) -> None:
         left = memoryview(data)
-        while len(left):  # the kernel takes at most 2 GiB at once
+        while len(left):  # the kernel writes at most 2 GiB at once
             left = left[self.open.write(left) :]
 
     def _close(self) -> None:

@@ -1,4 +1,4 @@
-"""What an exported folder says of text: its tokenizer, its chat template and the tokens that end an answer."""
+"""Text files of an exported folder: the tokenizer, the chat template and the end-of-answer tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from nvlm.config.values import Config
 from nvlm.data.ends import read_json, token_texts
 from nvlm.data.tokenizer import ChatTokenizer, load_tokenizer, tokenizer_file
 
-VISION_PAD = "<|vision_pad|>"  # what vLLM and NVLM-D-72B's own class put in the place of a tile's tokens
-# The tokens of Qwen2.5 behind the last one of Qwen2, which NVLM-D-72B's tokenizer has, too.
+VISION_PAD = "<|vision_pad|>"  # the placeholder of vLLM and NVLM-D-72B's own class for tile tokens
+# Qwen2.5's tokens after the last one of Qwen2; NVLM-D-72B's tokenizer has them too.
 _QWEN2_SIZE = 151646
 _QWEN25 = """<|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> <|quad_end|>
 <|vision_start|> <|vision_end|> <|vision_pad|>""".split()
@@ -22,7 +22,7 @@ _COPIED = "special_tokens_map.json added_tokens.json vocab.json merges.txt token
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Files by their names, each a text or a file to be copied, and the ids that config.json names."""
+    """Files by name, each a text or a file to copy, and the ids for config.json."""
 
     files: Mapping[str, str | Path]
     begin: int
@@ -30,12 +30,12 @@ class Text:
 
 
 def exported_text(config: Config) -> Text | None:
-    """What is written of the run's tokenizer; None where the run names none. Raises ConfigError."""
+    """The files for the run's tokenizer; None if the run has no tokenizer. Raises ConfigError."""
     if not config.llm.tokenizer:
         return None
     tokenizer = load_tokenizer(config.llm.tokenizer, config.llm.bos, "tokenizer")
     path = tokenizer_file(config.llm.tokenizer)
-    folder = path.parent if path.name == "tokenizer.json" else None  # a file of another name stands alone
+    folder = path.parent if path.name == "tokenizer.json" else None  # a file of another name has no companions
     there, generation, model = (
         read_json(folder / name, "tokenizer") or {} if folder else {}
         for name in ("tokenizer_config.json", "generation_config.json", "config.json")
@@ -59,10 +59,10 @@ def exported_text(config: Config) -> Text | None:
 
 
 def missing_tokens(config: Config, tokenizer: ChatTokenizer) -> dict[str, int]:
-    """Tokens that an export of NVLM-D adds to its tokenizer so that other libraries can place images, with their ids.
+    """Tokens, with ids, that an export of NVLM-D adds to its tokenizer so that other libraries can place images.
 
-    Empty where it has `<|vision_pad|>`, and where the vocabulary has no rows left for it. Their rows are never
-    looked at. Behind Qwen2's tokens they get the ids that they have in NVLM-D-72B.
+    Empty if the tokenizer has `<|vision_pad|>`, or if the vocabulary has no rows left for it. Their embedding rows are
+    never read. After Qwen2's tokens, they get the same ids as in NVLM-D-72B.
     """
     if not description(config.arch.name).release_code or tokenizer.tokenizer.token_to_id(VISION_PAD) is not None:
         return {}
@@ -73,7 +73,7 @@ def missing_tokens(config: Config, tokenizer: ChatTokenizer) -> dict[str, int]:
 
 
 def places_images(config: Config) -> bool:
-    """Whether the exported tokenizer has the token that other libraries put in the place of images."""
+    """Whether the exported tokenizer has the placeholder that other libraries use for images."""
     if not config.llm.tokenizer:
         return False
     tokenizer = load_tokenizer(config.llm.tokenizer, config.llm.bos)
@@ -81,7 +81,7 @@ def places_images(config: Config) -> bool:
 
 
 def training_note(config: Config) -> str | None:
-    """One line where a run of NVLM-D has a tokenizer that lacks what other libraries ask of its export."""
+    """One line if an NVLM-D run's tokenizer lacks the placeholder that other libraries need; else None."""
     tokenizer = load_tokenizer(config.llm.tokenizer or "", config.llm.bos)
     if not description(config.arch.name).release_code or tokenizer.tokenizer.token_to_id(VISION_PAD) is not None:
         return None
@@ -92,7 +92,7 @@ def training_note(config: Config) -> str | None:
 
 
 def chat_template(system: str | None, bos: str | None) -> str:
-    """The run's own form of a conversation, in Jinja: its system message where none is sent."""
+    """The run's conversation format in Jinja, with its system message as the default."""
     default = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
     return (
         f"{{{{- {_quoted(bos or '')} }}}}"
@@ -106,11 +106,11 @@ def chat_template(system: str | None, bos: str | None) -> str:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)  # Jinja reads JSON's escapes
+    return json.dumps(text, ensure_ascii=False)  # Jinja understands JSON escapes
 
 
 def _begin(tokenizer: ChatTokenizer, there: Mapping, configs: tuple[Mapping, ...]) -> int:
-    """The token that a model's folder says it begins with; generation from embeddings asks for some."""
+    """The begin-of-text token named in the model's folder; generation from embeddings requires one."""
     if tokenizer.bos is not None:
         return tokenizer.bos
     numbers = [values.get("bos_token_id") for values in configs]

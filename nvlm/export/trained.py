@@ -1,7 +1,7 @@
-"""A checkpoint's weights, whole and one at a time, whatever layout wrote them. Needs no process group.
+"""Reads a checkpoint's weights unsplit and one at a time, for any parallel layout. Needs no process group.
 
-torch's own reader holds a tensor three times while it reads it. Here what the files hold is mapped: a tensor that was
-written in one piece costs no memory but the kernel's.
+torch's own reader holds three copies of a tensor while reading it. Here files are memory-mapped: a tensor stored in one
+piece takes no memory but the page cache.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _PAGE = mmap.ALLOCATIONGRANULARITY
 
 
 class TrainedWeights:
-    """The model's tensors in several checkpoint folders, by their names in the whole model, adapters merged.
+    """The model's tensors in several checkpoint folders, by their names in the unsplit model, with adapters merged.
 
-    `scale`: of the adapters, where there are any.
+    `scale`: of the adapters, if there are any.
     """
 
     def __init__(self, folders: Sequence[Path], scale: float = 1.0) -> None:
@@ -38,17 +38,17 @@ class TrainedWeights:
         return name in self.places
 
     def dtype(self, name: str) -> torch.dtype:
-        """What it is to the model."""
+        """The dtype of the tensor in the model."""
         return self.places[name].dtype(name)
 
     def place(self, name: str) -> tuple:
-        """Sorts names in the order in which the files hold them."""
+        """A sort key for names: their order in the files."""
         folder = self.places[name]
         item = folder.items[MetadataIndex(folder.keys[name], folder.tensors[name].chunks[0].offsets)]
         return self.folders.index(folder), item.relative_path, item.offset
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor. The last one is kept: several published tensors may be parts of it."""
+        """The unsplit tensor. The latest one is cached, because several published tensors may be parts of it."""
         if self.last is None or self.last[0] != name:
             self.last = None
             tensor, (down, up) = self.places[name].read(name), adapter_names(name)
@@ -71,7 +71,7 @@ class _Folder:
         self.tensors = {name: tensors[key] for name, key in self.keys.items()}
 
     def dtype(self, name: str) -> torch.dtype:
-        # Of a weight that was kept in FP8 the fp32 copy alone is stored, of which bf16 was meant.
+        # For a weight kept in FP8, only the fp32 copy is stored; its dtype in the model is bf16.
         return torch.bfloat16 if self.keys[name] != name else self.tensors[name].properties.dtype
 
     def read(self, name: str) -> Tensor:
@@ -86,16 +86,16 @@ class _Folder:
         return whole
 
     def _map(self, index: MetadataIndex) -> Tensor:
-        """The tensor that stands in a file, over the file's own pages."""
+        """A tensor in a file, as a view of the mapped file."""
         item = self.items[index]
         with open(self.folder / item.relative_path, "rb") as file:
-            with FakeTensorMode():  # its shape and where its numbers begin, without reading them
+            with FakeTensorMode():  # gives shape and data offset without reading the data
                 fake = torch.load(self.reader._slice_file(file, item), weights_only=True)
             storage = fake.untyped_storage()
             start = item.offset + storage._checkpoint_offset
             begin = start // _PAGE * _PAGE
             length = start - begin + storage.nbytes()
-            # Private and writable: torch wants a buffer that it could write to.
+            # Private and writable: torch requires a writable buffer.
             pages = mmap.mmap(file.fileno(), length, mmap.MAP_PRIVATE, offset=begin)
         count = storage.nbytes() // fake.element_size()
         flat = torch.frombuffer(pages, dtype=fake.dtype, count=count, offset=start - begin)

@@ -79,7 +79,7 @@ def test_a_vocabulary_without_room_is_said_before_training_and_at_export(configu
     assert "llm.vocab=151646 no row left" in training_note(full)
     assert any("no <|vision_pad|>" in limit for limit in other_limits(full, encoder_of(full)))
     assert "no <|vision_pad|>" in note(full, encoder_of(full))
-    assert "cannot serve this folder" in readme(full, encoder_of(full))
+    assert "cannot load this folder" in readme(full, encoder_of(full))
     for arch in ("xattn", "hybrid"):  # which nobody else loads
         assert training_note(configured(f"arch={arch}", *LARGE, f"llm.tokenizer={qwen2}")) is None
 
@@ -173,6 +173,6 @@ def test_the_folder_says_what_serves_it(configured, qwen2):
     assert "First copy configuration_nvlm_d.py" in bare and "First copy" not in complete
     assert release_limits(configured(*base), RELEASE_FILES) == []
     assert "leaves the output layer random" in readme(configured(*base, "llm.tied=true"), encoder, RELEASE_FILES)
-    assert "data.tokenize=apart" in complete and "vLLM and the release's class may give" in complete
+    assert "data.tokenize=apart" in complete and "vLLM and the release's class may produce ids" in complete
     joined = readme(configured(*base, "data.tokenize=joined"), encoder, RELEASE_FILES)
-    assert "So vLLM may give the model other ids" in joined and "the release's class gives it the same" in joined
+    assert "So vLLM may produce ids" in joined and "the release's class produces the same ids" in joined
