@@ -31,7 +31,7 @@ def description(name: str) -> Description:
 
 
 def check_architecture(config: Config) -> Config:
-    """Return `config`, or raise ConfigError where its architecture is unknown or cannot be as it is set."""
+    """Return `config`, or raise ConfigError if its architecture is unknown or its settings are not allowed."""
     name, every = config.arch.name, config.arch.cross_every
     kind = description(name)
     if config.data.tokenize != "apart" and not kind.joins_text:

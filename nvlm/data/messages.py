@@ -139,7 +139,7 @@ def _kind(value: Any) -> str:
 
 
 def place_images(turns: Sequence[Turn], images: int) -> list[Turn]:
-    """The turns with a mark for each image. If the text has no marks, all go in front of the first user turn's text.
+    """The turns with a mark for each image. If the text has no marks, all go before the first user turn's text.
 
     Raises BadRecord for a conversation without a user turn, and if the text has some marks, but not one per image.
     """

@@ -1,9 +1,9 @@
-"""What a forward pass keeps for the backward pass, in bytes of one rank, tensor by tensor.
+"""Activations saved for the backward pass, in bytes per rank, tensor by tensor.
 
-Each part of a layer keeps the inputs of its linears, where a weight beside them learns, and what its own kernels want
-again. Tensors that two of them keep count once. Nothing is kept where no gradient passes.
+Each part of a layer saves the inputs of linears that have trained weights, and what its kernels need. A tensor that two
+of them save counts once. Nothing is saved if no gradient flows.
 
-Shapes: T tokens of this rank's columns, P of them this rank's own under sequence parallelism, X keys, H model width.
+Shapes: T tokens in this rank's columns, P this rank's share of them under sequence parallelism, X keys, H model width.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from nvlm.estimate.parameters import element_bytes, uses_tiles
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """Of one micro-batch on one pipeline stage, bytes."""
+    """Bytes saved for one micro-batch on one pipeline stage."""
 
-    layers: tuple[float, ...]  # of each layer, as train.recompute has it
-    whole: float  # of the layer that keeps most, nothing recomputed
-    shared: float  # by all layers: rotary angles and masks
+    layers: tuple[float, ...]  # of each layer, under train.recompute
+    whole: float  # of the largest layer without recomputation
+    shared: float  # shared by all layers: rotary angles and masks
     fusion: float  # projector, norms of keys, keys
     head: float  # final norm, and logits of the tokens with a label
-    logits: float  # of these the logits, fp32
-    output: float  # what is sent to the next stage
+    logits: float  # the part of `head` that is fp32 logits
+    output: float  # sent to the next stage
 
     @property
     def total(self) -> float:
-        """Of all parts."""
+        """The sum of all parts."""
         return sum(self.layers) + self.shared + self.fusion + self.head + self.output
 
 
 def kept(config: Config, pipeline_stage: int, load: Load, kernels: Kernels) -> Kept:
-    """What pipeline stage `pipeline_stage` (virtual ones counted) keeps of a micro-batch."""
+    """What `pipeline_stage` (counting virtual stages) saves for one micro-batch."""
     model, sizes = model_of(config), _Sizes.of(config, load, kernels)
     layers, whole = _layers(config, model, sizes, pipeline_stage)
     last = pipeline_stage == config.parallel.pipeline_stages - 1
@@ -57,7 +57,7 @@ def kept(config: Config, pipeline_stage: int, load: Load, kernels: Kernels) -> K
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sizes:
-    """Of this rank."""
+    """Sizes on this rank."""
 
     config: Config
     kernels: Kernels
@@ -66,11 +66,11 @@ class _Sizes:
     tokens: float  # T
     own: float  # P
     keys: float  # X of all rows
-    query_key_pairs: float  # of dense masks: self-attention's
+    query_key_pairs: float  # in dense masks of self-attention
     query_cross_pairs: float
 
     def queries(self, attention: Attention) -> float:
-        """Bytes of an attention's queries, or of its output."""
+        """Bytes of the queries of an attention, or of its output."""
         element = self.kernels.attention or self.element
         return self.tokens * attention.heads * attention.head_dim / self.tensor * element
 
@@ -92,9 +92,9 @@ class _Sizes:
 
 
 def _layers(config: Config, model: Model, s: _Sizes, pipeline_stage: int) -> tuple[tuple[float, ...], float]:
-    """What each layer keeps as train.recompute has it, and the most that one does with nothing recomputed."""
+    """What each layer saves under train.recompute, and what the largest one saves without recomputation."""
     found, whole, flows = [], 0.0, _flows_in(config, model, pipeline_stage)
-    known: dict[tuple, tuple[float, float, bool]] = {}  # layers are of few kinds
+    known: dict[tuple, tuple[float, float, bool]] = {}  # there are few kinds of layers
     hidden = s.own * config.llm.hidden * s.element
     for layer in pipeline_layers(config, pipeline_stage):
         kind = (layer in model.carriers, computes_in_fp8(config, layer), flows)
@@ -103,22 +103,22 @@ def _layers(config: Config, model: Model, s: _Sizes, pipeline_stage: int) -> tup
         none, selective, flows = known[kind]
         found.append({"none": none, "selective": selective, "full": hidden}[config.train.recompute])
         whole = max(whole, none)
-    if config.train.offload:  # the others wait in the host's memory, but for one on its way
+    if config.train.offload:  # the others are in host memory, except one in transfer
         found = found[-2:]
-    elif pipeline_stage == 0:  # the first layer's input is a view of the whole sequence
+    elif pipeline_stage == 0:  # the first layer's input is a view of the full sequence
         found[0] += (s.tokens - s.own) * config.llm.hidden * s.element
     return tuple(found), whole
 
 
 def _flows_in(config: Config, model: Model, pipeline_stage: int) -> bool:
-    """Whether a gradient passes through the input of the stage's first layer."""
-    # Received, recomputed and offloaded inputs ask for one.
+    """Whether a gradient flows through the input of the stage's first layer."""
+    # Received, recomputed and offloaded inputs require gradients.
     asked = pipeline_stage > 0 or config.train.recompute != "none" or config.train.offload
     return asked or model.stream_learns
 
 
 def _shared(config: Config, s: _Sizes, keys: bool) -> float:
-    """What all layers keep together: rotary angles, and masks where whole layers are computed again."""
+    """What is saved once for all layers: rotary angles, and masks if whole layers are recomputed."""
     again = config.train.recompute == "full"
     angles = 4 * s.tokens * config.llm.head_dim if again or not s.kernels.rotary else 0
     masks = s.kernels.dense * s.query_key_pairs + (s.kernels.dense_keys and keys) * s.query_cross_pairs
@@ -126,7 +126,7 @@ def _shared(config: Config, s: _Sizes, keys: bool) -> float:
 
 
 def _layer(model: Model, s: _Sizes, carries: bool, fp8: bool, flows: bool) -> tuple[float, float, bool]:
-    """What a layer keeps, the same with its MLP recomputed, and whether a gradient passes its output."""
+    """What a layer saves, the same with its MLP recomputed, and whether a gradient flows through its output."""
     none = selective = 0.0
     tokens = _Tokens(s.own, s.tokens)
     for branch in model.layer(carries):
@@ -137,29 +137,32 @@ def _layer(model: Model, s: _Sizes, carries: bool, fp8: bool, flows: bool) -> tu
     return none, selective, flows
 
 
-def _recomputed(branch: Branch, s: _Sizes, flows: bool, behind: bool) -> float:
-    """What a branch keeps of which all behind the norm is computed again. `flows`, `behind`: a gradient passes its
-    input, its output."""
+def _recomputed(branch: Branch, s: _Sizes, flows: bool, flows_out: bool) -> float:
+    """What a branch saves if everything after its norm is recomputed.
+
+    `flows`, `flows_out`: a gradient flows through its input, its output.
+    """
     [norm, *_] = branch.modules
     kept, _ = _chain([norm], s, _Tokens(s.own, s.tokens), flows)
-    return kept + (0 if s.kernels.fused_norm or not behind else s.own * norm.width * s.element)
+    return kept + (0 if s.kernels.fused_norm or not flows_out else s.own * norm.width * s.element)
 
 
 class _Tokens(NamedTuple):
-    """Of a chain of modules on this rank."""
+    """Tokens on this rank in a chain of modules."""
 
-    own: float  # in norms, and in front of linears that are split along their outputs
-    whole: float  # behind these linears
+    own: float  # in norms, and before linears whose outputs are split
+    whole: float  # after these linears
 
 
 def _chain(
     modules: Iterable[Module], s: _Sizes, tokens: _Tokens, flows: bool, keys_flow: bool = False, fp8: bool = False
 ) -> tuple[float, bool]:
-    """What `modules` keep, one behind the other, and whether a gradient passes the output of the last.
+    """What a sequence of modules saves, and whether a gradient flows through the output of the last one.
 
-    `flows`, `keys_flow`: one passes the first one's input, and the keys. `fp8`: linears compute in it.
+    `flows`, `keys_flow`: a gradient flows through the input of the first one, and through the keys. `fp8`: linears use
+    FP8.
     """
-    kept = attended = 0.0  # of the latter what a linear behind attention has as its input
+    kept = attended = 0.0  # `attended`: attention output that the next linear would save as its input
     for module in modules:
         match module:
             case Norm():
@@ -180,24 +183,24 @@ def _chain(
             case Activation():
                 widths = s.kernels.glu if module.gated else 1
                 kept += widths * tokens.whole * module.width / s.tensor * s.element if flows else 0
-            case Parameter():  # a factor wants what it is multiplied with
+            case Parameter():  # a factor saves what it multiplies
                 kept += tokens.own * s.config.llm.hidden * s.element if module.learns else 0
                 flows |= module.learns
     return kept, flows
 
 
 def _norm(norm: Norm, s: _Sizes) -> float:
-    """What a norm keeps of a token: its input, and factors in fp32."""
+    """What a norm saves per token: its input, and fp32 statistics."""
     if norm.bias:
         return norm.width * s.element + 8
     return norm.width * ((s.kernels.norm or s.element) + (s.kernels.normalized if norm.learns else 0)) + 4
 
 
 def _input(linear: Linear, s: _Sizes, tokens: _Tokens, fp8: bool) -> float:
-    """What a linear keeps: its input, where a weight beside it learns, and of its adapter the dropout mask and the
-    middle."""
-    behind = linear.split == "inputs"
-    elements = (tokens.whole / s.tensor if behind else tokens.own) * linear.inputs
+    """What a linear saves: its input if its weight or adapter is trained, and the adapter's dropout mask and hidden
+    activations."""
+    splits_inputs = linear.split == "inputs"
+    elements = (tokens.whole / s.tensor if splits_inputs else tokens.own) * linear.inputs
     if linear.learns:
         return elements * (1 if fp8 else s.element)
     if linear.adapts:
@@ -207,26 +210,26 @@ def _input(linear: Linear, s: _Sizes, tokens: _Tokens, fp8: bool) -> float:
 
 
 def _beside_keys(linear: Linear, s: _Sizes) -> float:
-    """What the adapter of a linear keeps of a key. The keys themselves are one tensor for all layers."""
-    dropped = s.config.peft.dropout > 0  # then each layer keeps its own
+    """What the adapter of a linear saves per key. The keys themselves are one tensor for all layers."""
+    dropped = s.config.peft.dropout > 0  # then each layer saves its own input
     return (linear.adapter * s.element + dropped * linear.inputs * (s.element + 1)) if linear.adapts else 0.0
 
 
 def _attention(attention: Attention, s: _Sizes) -> float:
-    """Queries, keys, values, output and normalising sums; masks, and cosines and sines, where kernels keep them."""
+    """Queries, keys, values, output and logsumexp; also masks, cosines and sines if the kernels save them."""
     k, p, width = s.kernels, s.config.parallel, attention.head_dim
     kv = attention.kv_heads * width / s.tensor * (k.attention or s.element)
     kept = 2 * s.queries(attention) + 4 * s.tokens * attention.heads / s.tensor
     if attention.sees == "keys":
         return kept + 2 * s.keys * kv + 4 * k.dense_keys * s.query_cross_pairs
-    keys = values = s.tokens * p.context_mesh[1] * kv  # those of other ranks are gathered
+    keys = values = s.tokens * p.context_mesh[1] * kv  # including those gathered from other ranks
     if k.joint:
         values = s.tokens * (attention.heads + 2 * attention.kv_heads) * width / s.tensor * s.element
     return kept + keys + values + 4 * s.tokens * width * s.element * k.rotary + 4 * k.dense * s.query_key_pairs
 
 
 def _fusion(config: Config, model: Model, s: _Sizes, pipeline_stage: int, load: Load) -> float:
-    """Projected tiles in the stream, and keys."""
+    """What the projector, the norms of keys and the keys save."""
     use, kept = uses_tiles(config, pipeline_stage), 0.0
     if use.stream:
         kept += _project(model, s, load.stream_from_tiles / config.parallel.context)
@@ -245,7 +248,7 @@ def _project(model: Model, s: _Sizes, tokens: float) -> float:
 
 
 def _whole_keys(model: Model, s: _Sizes) -> bool:
-    """Whether the layers of a stage keep their keys: one tensor, whole on each rank."""
+    """Whether the layers of a stage save their keys, one unsplit tensor on each rank."""
     reads = [linear for branch in model.carrier for linear in linears(branch.modules) if linear.reads_keys]
     return any(linear.learns or (linear.adapts and not s.config.peft.dropout) for linear in reads)
 

@@ -1,11 +1,11 @@
-"""Floating-point operations by arithmetic, on what is real: tokens, tiles and keys, no padding, no torch.
+"""FLOPs, computed analytically for real tokens, tiles and keys, without padding. Imports no torch.
 
-Counted are matrix products, two FLOPs for each multiply-add: the encoder's, the projector's, the language model's
-linears, attention (of query-key pairs that see each other, so a causal triangle is a triangle) and the output layer.
-Not counted: embeddings, norms, rotary, softmax, activations, gates, the loss, the optimizer.
+Matrix products are counted, with two FLOPs per multiply-add: the encoder, the projector, the language model's linears,
+attention (visible query-key pairs only, so half a square for a causal mask) and the output layer. Not counted:
+embeddings, norms, rotary embedding, softmax, activation functions, gates, the loss, the optimizer.
 
-A backward pass counts what this run needs: gradients of weights that learn, and gradients of inputs behind which
-something learns. So a frozen language model costs its inputs' gradients where the projector stands below it.
+The backward pass counts only what the run needs: gradients of trained weights, and gradients of inputs if anything
+before them is trained. So a frozen language model costs input gradients if the projector before it is trained.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nvlm.estimate.model import Model, model_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flops(Addable):
-    """By part. `linears` and `scores` are self-attention's, the latter both of its products."""
+    """FLOPs by part. `linears` and `scores` belong to self-attention; `scores` are both of its products."""
 
     vision: float = 0.0
     projector: float = 0.0
@@ -35,20 +35,20 @@ class Flops(Addable):
 
     @property
     def total(self) -> float:
-        """Of all parts."""
+        """The sum of all parts."""
         return sum(getattr(self, f.name) for f in fields(self))
 
     def times(self, count: int) -> Flops:
-        """Of `count` alike."""
+        """FLOPs of `count` identical ones."""
         return Flops(**{f.name: count * getattr(self, f.name) for f in fields(self)})
 
 
-# The fields of Flops that a layer's branch belongs to, by its part: of its linears, and of its attention products.
+# The fields of Flops for the linears and the attention products of a branch, by its part.
 _FIELDS = {"attention": ("linears", "scores"), "cross": ("cross_linears", "cross_scores"), "mlp": ("mlp", "scores")}
 
 
 def forward(config: Config, work: Work) -> Flops:
-    """Of a forward pass."""
+    """FLOPs of a forward pass."""
     model, carriers = model_of(config), len(model_of(config).carriers)
     projector, _ = _forward(model.projector, Work(tokens=work.projected))
     output, _ = _forward(model.head, Work(tokens=work.outputs))
@@ -60,7 +60,7 @@ def forward(config: Config, work: Work) -> Flops:
 
 
 def backward(config: Config, work: Work, whole: bool = False) -> Flops:
-    """Of a backward pass. `whole`: gradients run down to the embedding whatever learns, as with recomputed layers."""
+    """FLOPs of a backward pass. `whole`: gradients flow down to the embedding regardless, as with recomputed layers."""
     model, flows = model_of(config), whole or model_of(config).stream_learns
     # Features need no gradient.
     projector, _, _ = _backward(model.projector, Work(tokens=work.projected), flows=False)
@@ -86,14 +86,14 @@ _AGAIN = {"none": (), "selective": ("mlp",), "full": ("linears", "scores", "mlp"
 
 
 def hardware_flops(config: Config, work: Work) -> Flops:
-    """`model_flops` and what `train.recompute` adds. Padding counts where `work` holds it."""
+    """`model_flops` and what `train.recompute` adds. Padding counts if `work` includes it."""
     first, how = forward(config, work), config.train.recompute
     again = Flops(**{part: getattr(first, part) for part in _AGAIN[how]})
     return first + backward(config, work, whole=how != "none") + again
 
 
 def _tile(encoder: EncoderModules) -> int:
-    """FLOPs of one tile's encoding."""
+    """FLOPs to encode one tile."""
     tokens = encoder.tokens
     embedding = _forward(encoder.embedding, Work(tokens=encoder.patches))
     layer = _forward(encoder.layer, Work(tokens=tokens, pairs=tokens**2))
@@ -123,7 +123,7 @@ def _product_pair(attention: Attention, work: Work) -> int:
 
 
 def _layer_backward(model: Model, work: Work, carries: bool, flows: bool) -> tuple[Flops, bool]:
-    """Of a decoder layer, and whether a gradient comes to its output. `flows`: something learns in front of it."""
+    """FLOPs of a decoder layer, and whether its output needs a gradient. `flows`: something before it is trained."""
     found = Flops()
     for branch in model.layer(carries):
         linears, scores, flows = _backward(branch.modules, work, flows, model.keys_learn)
@@ -132,9 +132,9 @@ def _layer_backward(model: Model, work: Work, carries: bool, flows: bool) -> tup
 
 
 def _backward(modules: Iterable[Module], work: Work, flows: bool, keys_flow: bool = False) -> tuple[int, int, bool]:
-    """FLOPs of linears and of attention products, and whether a gradient comes to the output of the last module.
+    """FLOPs of linears and of attention products, and whether the output of the last module needs a gradient.
 
-    `flows`, `keys_flow`: something learns in front of the first one, in front of the keys.
+    `flows`, `keys_flow`: something before the first module, before the keys, is trained.
     """
     linears = scores = 0
     for module in modules:
@@ -148,7 +148,7 @@ def _backward(modules: Iterable[Module], work: Work, flows: bool, keys_flow: boo
             case Attention(sees=sees):
                 queries, keys = flows, keys_flow if sees == "keys" else flows
                 flows = queries or keys
-                # Gradients of the probabilities, the values, the queries and the keys, a product each.
+                # One product each for the gradients of probabilities, values, queries and keys.
                 scores += (flows + keys + queries + keys) * _product_pair(module, work) // 2
             case Norm() | Parameter():
                 flows = flows or module.learns
@@ -156,7 +156,7 @@ def _backward(modules: Iterable[Module], work: Work, flows: bool, keys_flow: boo
 
 
 def _linear_backward(linear: Linear, flows: bool) -> int:
-    """FLOPs a token. `flows`: something learns in front of its input."""
+    """FLOPs per token. `flows`: something before its input is trained."""
     base = linear.inputs * linear.outputs * (flows + linear.learns)
     down = linear.inputs * (flows + linear.adapts)
     up = linear.outputs * ((flows or linear.adapts) + linear.adapts)

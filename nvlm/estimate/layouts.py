@@ -1,4 +1,4 @@
-"""All layouts of a number of GPUs: those that fit, the fastest first, and why the others are refused."""
+"""All layouts for a number of GPUs: those that fit, fastest first, and why the others are refused."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from nvlm.estimate.memory import Memory, gib, memory
 from nvlm.estimate.speed import Speed, bubble_share, speed
 
 TENSOR = (1, 2, 4, 8, 16)
-MOST_STAGES = 64  # virtual ones counted: beyond, a stage is a layer or two
+MOST_STAGES = 64  # including virtual ones: beyond this, a stage has only a layer or two
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """A layout that the rules allow, with what it is predicted to take."""
+    """A layout that the rules allow, with its predicted memory and speed."""
 
     config: Config
     replicas: int
     load: Load
     memory: Memory
-    speed: Speed | None  # None: it does not fit
+    speed: Speed | None  # None if it does not fit
 
     @property
     def gpus(self) -> int:
-        """Of all replicas."""
+        """Number of GPUs of all replicas."""
         return self.replicas * self.config.parallel.replica
 
     @property
     def samples_per_second(self) -> float:
-        """Of the whole run."""
+        """Throughput of the whole run."""
         return self.load.samples * self.replicas / self.speed.step
 
     @property
     def bubble(self) -> float:
-        """Idle time to busy time."""
+        """Ratio of idle to busy time in the pipeline."""
         return bubble_share(self.config, self.load.micro_batches)
 
     def mfu(self, gpu: GPU) -> float:
-        """Share of the GPUs' peak in the run's precision."""
+        """Model FLOPs utilisation: share of the GPUs' peak in the run's precision."""
         return self.speed.flops / self.speed.step / (self.gpus * gpu.peak(self.config.precision.name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """Why some layouts do not run."""
+    """Why some layouts cannot run."""
 
     reason: str
     layouts: tuple[str, ...]
@@ -58,7 +58,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Of all layouts of `gpus` GPUs. `fitting`: the fastest first. `nearest`: of those too large the smallest."""
+    """All layouts for `gpus` GPUs. `fitting`: fastest first. `nearest`: the smallest of those that do not fit."""
 
     gpus: int
     gpu: GPU
@@ -70,7 +70,7 @@ class Plan:
 def plan(
     config: Config, gpus: int, gpu: GPU, fixed: Sequence[str] = (), tiles: int | None = None, text: int | None = None
 ) -> Plan:
-    """Try all layouts. `fixed`: keys (parallel.tensor, train.recompute, ...) that stay as `config` has them.
+    """Try all layouts. `fixed`: keys (parallel.tensor, train.recompute, ...) that keep their values in `config`.
 
     `tiles`, `text`: as in `step_load`.
     """
@@ -80,7 +80,7 @@ def plan(
             replicas = check_world(validate(candidate), gpus)
         except ConfigError as error:
             reason = str(error).partition(". Fix: ")[0]
-            # What differs in numbers alone is one reason.
+            # Reasons that differ only in numbers are merged.
             refused.setdefault(re.sub(r"\d+", "", reason), (reason, []))[1].append(name(candidate))
             continue
         load = step_load(candidate, replicas, tiles, text)
@@ -105,7 +105,7 @@ def plan(
 
 
 def name(config: Config) -> str:
-    """A layout in few words."""
+    """A short name of a layout."""
     p = config.parallel
     parts = [f"tensor {p.tensor}", f"pipeline {p.pipeline}"]
     parts += [f"virtual {p.virtual}"] if p.virtual > 1 else []
@@ -115,7 +115,7 @@ def name(config: Config) -> str:
 
 
 def overrides(config: Config, replicas: int) -> str:
-    """What to write on the command line for it."""
+    """The command-line overrides that select the layout."""
     p = config.parallel
     values = {
         "parallel.tensor": p.tensor,
@@ -133,7 +133,7 @@ def overrides(config: Config, replicas: int) -> str:
 
 
 def candidates(config: Config, gpus: int, fixed: Sequence[str]) -> Iterator[Config]:
-    """Layouts to try, the rules not asked yet: sizes whose product divides `gpus`, and what is recomputed."""
+    """Layouts to try, before the rules are checked: sizes whose product divides `gpus`, and kinds of recomputation."""
 
     def choices(key: str, values: Sequence) -> Sequence:
         return (getattr(config.parallel, key),) if f"parallel.{key}" in fixed else values
@@ -143,7 +143,7 @@ def candidates(config: Config, gpus: int, fixed: Sequence[str]) -> Iterator[Conf
     for tensor in choices("tensor", TENSOR):
         for pipeline in choices("pipeline", _divisors(layers, MOST_STAGES)):
             for context in choices("context", _powers_of_two(gpus)):
-                if gpus % (tensor * pipeline * context) and not asked:  # what was asked for gets an answer
+                if gpus % (tensor * pipeline * context) and not asked:  # sizes set by the user are not skipped silently
                     continue
                 virtuals = _divisors(layers // math.gcd(layers, pipeline), MOST_STAGES // pipeline)
                 for virtual in choices("virtual", virtuals if pipeline > 1 else (1,)):
@@ -172,7 +172,7 @@ def _powers_of_two(most: int) -> list[int]:
 
 
 def _too_large(large: Sequence[Option], gpu: GPU) -> tuple[Refusal, ...]:
-    """One line for each way to cut the weights."""
+    """One refusal for each split of the weights."""
     by_cut: dict[tuple[int, int], list[Option]] = {}
     for option in large:
         p = option.config.parallel

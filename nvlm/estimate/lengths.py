@@ -1,6 +1,6 @@
-"""How many tokens an image takes, before any is made: exact with a tokenizer, by the preset's tag length without.
+"""The number of tokens per image: exact with a tokenizer, else from the preset's tag length.
 
-And what a sample with one is made of, for whoever plans.
+Also the work in a sample with one image, for estimates.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _TEXT = 16  # the shortest question and answer with their ChatML marks, tokens
 
 
 def tag_ids(config: Config, plan: TilePlan) -> list[tuple[int, ...]]:
-    """Token ids of each tile's tag, thumbnail last; stand-ins of `llm.tag_tokens` where no tokenizer is named."""
+    """Token ids of each tile's tag, thumbnail last; placeholders of `llm.tag_tokens` ids if there is no tokenizer."""
     names = tile_tags(plan, config.tiling.tag, config.tiling.max_tiles, config.llm.thumbnail_tag)
     if config.llm.tokenizer is None:
         return [(0,) * (config.llm.tag_tokens if name else 0) for name in names]
@@ -26,21 +26,20 @@ def tag_ids(config: Config, plan: TilePlan) -> list[tuple[int, ...]]:
 
 
 def image_tokens(config: Config, plan: TilePlan) -> tuple[int, int]:
-    """Tokens of an image in the text stream, its `<Image>` marks not counted, and cross-attended ones."""
+    """Number of an image's tokens in the text stream, without its `<Image>` marks, and of cross-attended tokens."""
     return place(config, plan).lengths
 
 
 def place(config: Config, plan: TilePlan) -> Placement:
-    """What stands for an image of `plan`."""
+    """The placement of an image with the tile plan `plan`."""
     tokens = [config.vision.tile_tokens] * plan.num_tiles
     return placement_rule(config.arch.name)(plan, tag_ids(config, plan), tokens)
 
 
 def sample_work(config: Config, text: int, regular: int) -> Work:
-    """A sample of one image of `regular` tiles (with its thumbnail and tags), then `text` tokens that see all of it and
-    are all learned from.
+    """The work in a sample of one image with `regular` tiles (plus thumbnail and tags), then `text` tokens with labels.
 
-    Without an image: 0 tiles.
+    `regular` = 0: no image.
     """
     if not regular:
         return Work(tokens=text, pairs=text * (text + 1) // 2, outputs=text)
@@ -62,14 +61,14 @@ def sample_work(config: Config, text: int, regular: int) -> Work:
 
 
 def most_image_tokens(config: Config) -> tuple[int, int]:
-    """`image_tokens` of the image that takes most."""
+    """The largest `image_tokens` of any image."""
     plans = [TilePlan(cols, rows, config.vision.tile_size) for cols, rows in ratios(config.tiling.max_tiles)]
     streams, crosses = zip(*(image_tokens(config, plan) for plan in plans))
     return max(streams), max(crosses)
 
 
 def check_lengths(config: Config) -> Config:
-    """Return `config`, or raise ConfigError where one image with all its tiles and tags does not fit."""
+    """Return `config`, or raise ConfigError if one image with all its tiles and tags does not fit."""
     stream, cross = most_image_tokens(config)
     image = f"one image of {config.tiling.max_tiles} tiles with its tags"
     if config.data.seq_length < stream + _TEXT:
@@ -87,7 +86,7 @@ def check_lengths(config: Config) -> Config:
 
 
 def check_vocabulary(config: Config) -> None:
-    """Raise ConfigError where the tokenizer is missing, or has tokens for which the model has no embedding."""
+    """Raise ConfigError if the tokenizer is missing, or has tokens without an embedding in the model."""
     vocab = load_tokenizer(config.llm.tokenizer or "", config.llm.bos).vocab
     if vocab > config.llm.vocab:
         raise problem("llm.vocab", config.llm.vocab, f"at least the tokenizer's {vocab}", f"llm.vocab={vocab}")

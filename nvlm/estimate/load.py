@@ -1,7 +1,7 @@
-"""What a replica's step is made of, for a sample that stands for all.
+"""The work of a replica's step, with one sample representing all.
 
-The sample is one image of `tiles` regular tiles, with thumbnail and tags, and text, all of which has labels. By default
-the tiles are the most that the run allows, and text fills a row. Lengths are those that are computed, padding included.
+The sample is one image with `tiles` regular tiles, thumbnail and tags, and text, all of it with labels. By default it
+has the maximum number of tiles, and text fills the row. Lengths are as computed, including padding.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """A micro-batch of one replica, and how many of them make a step."""
+    """A micro-batch of one replica, and the number of them in a step."""
 
     work: Work  # of a micro-batch: real tokens, tiles and keys
     rows: int
-    length: int  # columns of a row
-    keys: int  # of a row
-    stream_from_tiles: int  # tokens of tiles in the text streams of a micro-batch
+    length: int  # columns per row
+    keys: int  # per row
+    stream_from_tiles: int  # tile tokens in the text streams of a micro-batch
     keys_from_tiles: int
     micro_batches: int
-    samples: int  # of a replica's step
+    samples: int  # in a replica's step
 
     @property
     def tokens(self) -> int:
-        """Positions of a micro-batch's text streams."""
+        """Number of positions in a micro-batch's text streams."""
         return self.rows * self.length
 
     @property
     def tiles(self) -> int:
-        """Tiles of a replica's step."""
+        """Number of tiles in a replica's step."""
         return self.work.tiles * self.micro_batches
 
 
 def step_load(config: Config, replicas: int, tiles: int | None = None, text: int | None = None) -> Load:
-    """The load of each of `replicas`. `tiles`, `text`: of the sample, regular tiles and tokens; None: the most."""
+    """The load of each of `replicas`. `tiles`, `text`: regular tiles and text tokens per sample; None: the most."""
     data, p = config.data, config.parallel
     tiles = config.tiling.max_tiles if tiles is None else tiles
     if text is None:
@@ -59,7 +59,7 @@ def step_load(config: Config, replicas: int, tiles: int | None = None, text: int
     all_rows = math.ceil(samples / a_row)
     rows = min(config.train.micro_batch, all_rows)
     micro_batches = math.ceil(all_rows / rows)
-    if p.virtual > 1:  # interleaved stages take turns
+    if p.virtual > 1:  # interleaved schedules need a multiple
         micro_batches = math.ceil(micro_batches / p.pipeline) * p.pipeline
     each = rows * min(a_row, samples)
     stream, keys = _from_tiles(config, tiles)
@@ -76,7 +76,7 @@ def step_load(config: Config, replicas: int, tiles: int | None = None, text: int
 
 
 def batch_load(batch: Batch, work: Work) -> Load:
-    """The load of a step of one micro-batch, as it is; `work`: what nvlm.data.work counts in it."""
+    """The load of a step that is this one micro-batch; `work`: as counted by nvlm.data.work."""
     rows, length = batch.tokens.shape
     return Load(
         work=work,
@@ -91,7 +91,7 @@ def batch_load(batch: Batch, work: Work) -> Load:
 
 
 def _from_tiles(config: Config, tiles: int) -> tuple[int, int]:
-    """Tokens of the sample's tiles in the text stream and among the keys."""
+    """Number of the sample's tile tokens in the text stream and among the keys."""
     if not tiles:
         return 0, 0
     return place(config, TilePlan(tiles, 1, config.vision.tile_size)).from_tiles

@@ -1,7 +1,7 @@
-"""The one list of a run's modules: linears, norms, parameters and attention products, with what learns of them.
+"""The list of a run's modules: linears, norms, parameters and attention, and which of them are trained.
 
-Parameters, FLOPs, kept activations, memory, step time and the dry run's table are all derived from it. It is made from
-the configuration and from the descriptions of the architecture and of the encoder.
+Parameters, FLOPs, saved activations, memory, step time and the table of the dry run are all derived from it. It is
+built from the configuration and the descriptions of the architecture and the encoder.
 """
 
 from __future__ import annotations
@@ -21,49 +21,49 @@ EMBEDDING = "embedding.word_embeddings.weight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """The modules of the whole model, in the order of computation."""
+    """The modules of the whole model, in order of computation."""
 
     description: Description
     encoder: EncoderModules
-    projector: tuple[Module, ...]  # of each tile's token
+    projector: tuple[Module, ...]  # applied to each tile token
     key_norms: dict[KeyKind, Norm]
     embedding: Parameter
-    plain: tuple[Branch, ...]  # of a decoder layer without cross-attention
-    carrier: tuple[Branch, ...]  # of one with it
-    carriers: frozenset[int]  # numbers of the layers with it, from 0
+    plain: tuple[Branch, ...]  # a decoder layer without cross-attention
+    carrier: tuple[Branch, ...]  # a decoder layer with cross-attention
+    carriers: frozenset[int]  # 0-based numbers of the layers with cross-attention
     head: tuple[Module, ...]  # final norm and output layer
 
     def layer(self, carries: bool) -> tuple[Branch, ...]:
-        """The branches of a decoder layer, with cross-attention or without."""
+        """The branches of a decoder layer, with or without cross-attention."""
         return self.carrier if carries else self.plain
 
     @property
     def keys_learn(self) -> bool:
-        """Whether a gradient reaches the cross-attended keys: from their norms, the projector, or tags' embeddings."""
+        """Whether the keys need a gradient: for their norms, the projector, or the embeddings of tags."""
         of_words = self.description.tags_in_keys and self.embedding.learns
         return of_words or any(map(learns, (*self.key_norms.values(), *self.projector)))
 
     @property
     def stream_learns(self) -> bool:
-        """Whether anything learns in front of the first decoder layer."""
+        """Whether anything before the first decoder layer is trained."""
         tiles = self.description.tiles_in_stream and any(map(learns, self.projector))
         return self.embedding.learns or tiles
 
 
 @dataclass(frozen=True, slots=True)
 class _Learning:
-    """Module groups that learn, those whose layers have adapters of `rank`, and what follows for a module."""
+    """The trained module groups, those with adapters of `rank`, and how both apply to a module."""
 
     trainable: Sequence[str]
     adapted: Sequence[str]
     rank: int
 
     def apart(self, modules: Iterable[Module]) -> tuple[Module, ...]:
-        """`modules` that stand outside layers, where no linear has an adapter."""
+        """`modules` outside layers, where no linear has an adapter."""
         return tuple(self._own(module) for module in modules)
 
     def within(self, branch: Branch) -> Branch:
-        """A layer's branch."""
+        """A branch within a layer."""
         return replace(branch, modules=tuple(self._adapted(self._own(module)) for module in branch.modules))
 
     def _own(self, module: Module) -> Module:
@@ -83,7 +83,7 @@ def model_of(config: Config) -> Model:
     return _model(config.arch, config.llm, config.vision, config.stage.trainable, config.adapted, config.peft.rank)
 
 
-@functools.lru_cache(maxsize=16)  # a planner asks for the same one thousands of times
+@functools.lru_cache(maxsize=16)  # a planner needs the same one thousands of times
 def _model(
     arch: ArchConfig, llm: LLMConfig, vision: VisionConfig, trainable: Sequence[str], adapted: Sequence[str], rank: int
 ) -> Model:
@@ -105,12 +105,12 @@ def _model(
 
 
 def word_embedding(llm: LLMConfig) -> Parameter:
-    """The rows of the words' embedding, with those that pad the vocabulary."""
+    """The word embedding, including padding rows of the vocabulary."""
     return Parameter(name=EMBEDDING, group="llm", size=llm.padded_vocab * llm.hidden, split=True)
 
 
 def self_attention(llm: LLMConfig) -> Branch:
-    """A decoder layer's self-attention behind its norm."""
+    """A decoder layer's norm and self-attention."""
     h, q, kv, own = llm.hidden, llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim, dict(group="llm")
     qkv = dict(inputs=h, outputs=q + 2 * kv, split="outputs", bias=llm.qkv_bias)
     modules = (
@@ -123,7 +123,7 @@ def self_attention(llm: LLMConfig) -> Branch:
 
 
 def gated_mlp(llm: LLMConfig) -> Branch:
-    """A decoder layer's MLP behind its norm."""
+    """A decoder layer's norm and MLP."""
     h, own = llm.hidden, dict(group="llm")
     modules = (
         Norm(name="pre_mlp_layernorm", width=h, **own),
@@ -135,7 +135,7 @@ def gated_mlp(llm: LLMConfig) -> Branch:
 
 
 def head(llm: LLMConfig) -> tuple[Module, ...]:
-    """What stands behind the last layer."""
+    """The modules after the last layer."""
     rows = dict(outputs=llm.vocab, padding=llm.padded_vocab - llm.vocab, shares=EMBEDDING if llm.tied else None)
     return (
         Norm(name="decoder.final_layernorm", group="llm", width=llm.hidden),
@@ -144,16 +144,16 @@ def head(llm: LLMConfig) -> tuple[Module, ...]:
 
 
 def learns(module: Module) -> bool:
-    """Whether the module's own weights learn."""
+    """Whether the module's own weights are trained."""
     return not isinstance(module, Activation | Attention) and module.learns
 
 
 def computes_in_fp8(config: Config, layer: int) -> bool:
-    """Whether the linears of decoder layer `layer` (from 0) do."""
+    """Whether the linears of decoder layer `layer` (0-based) use FP8."""
     edges = config.precision.edges
     return config.precision.recipe is not None and edges <= layer < config.llm.layers - edges
 
 
 def linears(modules: Iterable[Module]) -> list[Linear]:
-    """Those of `modules` that are linears."""
+    """The linears among `modules`."""
     return [module for module in modules if isinstance(module, Linear)]

@@ -1,4 +1,4 @@
-"""Parameters, exactly: of the whole model by module group, and of one rank by what they cost."""
+"""Exact parameter counts: of the whole model by module group, and of one rank by cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nvlm.tiling.placement import TileUse
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Count:
-    """Parameters of a module group, adapters included."""
+    """Parameter counts of a module group, including adapters."""
 
     all: int
     learning: int
@@ -22,18 +22,18 @@ class Count:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """Parameters of one rank, the encoder left out."""
+    """Parameter counts of one rank, without the encoder."""
 
     all: int
     learning: int
-    quantized: int  # of linears that compute in FP8
-    kept_in_fp8: int  # of those: with precision.param_gather what learns, which is kept in nothing but FP8
-    largest: int  # of one weight that learns
+    quantized: int  # in linears that use FP8
+    kept_in_fp8: int  # of these, trained ones that are kept only in FP8 (precision.param_gather)
+    largest: int  # the largest trained weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight:
-    """One tensor of parameters, or `count` alike, as a rank holds it."""
+    """One parameter tensor on a rank, or `count` identical ones."""
 
     name: str
     group: str  # module group
@@ -44,30 +44,30 @@ class Weight:
 
 
 def element_bytes(config: Config) -> int:
-    """Of a weight, and of an element that passes between layers."""
+    """Bytes of a weight, and of an element of hidden states."""
     return 4 if config.precision.dtype == "fp32" else 2
 
 
 def pipeline_stages_of(config: Config, rank: int) -> list[int]:
-    """Stages (virtual ones counted) on pipeline rank `rank`."""
+    """The stages (counting virtual stages) on pipeline rank `rank`."""
     p = config.parallel
     return [v * p.pipeline + rank for v in range(p.virtual)]
 
 
 def uses_tiles(config: Config, pipeline_stage: int) -> TileUse:
-    """What the stage does with tiles, as nvlm.arch.base.tile_use tells from the architecture's code."""
+    """How the stage uses tiles; the same as nvlm.arch.base.tile_use, which reads the architecture's code."""
     model, layers = model_of(config), pipeline_layers(config, pipeline_stage)
     keys = model.description.tiles_in_keys and not model.carriers.isdisjoint(layers)
     return TileUse(stream=pipeline_stage == 0 and model.description.tiles_in_stream, keys=keys)
 
 
 def carriers_of(config: Config, pipeline_stage: int) -> int:
-    """Layers with gated cross-attention on a stage."""
+    """Number of layers with gated cross-attention on a stage."""
     return len(model_of(config).carriers.intersection(pipeline_layers(config, pipeline_stage)))
 
 
 def parameters(config: Config) -> dict[str, Count]:
-    """Of the whole model by module group."""
+    """Parameter counts of the whole model by module group."""
     single = dict(tensor=1, pipeline=1, virtual=1, context=1, context_heads=1, sequence=False)
     whole = replace(config, parallel=replace(config.parallel, **single))
     found = [*encoder_weights(config), *weights(whole, 0)]
@@ -79,12 +79,12 @@ def parameters(config: Config) -> dict[str, Count]:
 
 
 def encoder_parameters(config: Config) -> int:
-    """Of the vision encoder, which every rank holds whole."""
+    """Parameter count of the vision encoder, which is replicated on every rank."""
     return _size(encoder_weights(config))
 
 
 def held(config: Config, rank: int) -> Held:
-    """What a process on pipeline rank `rank` holds."""
+    """Parameter counts on pipeline rank `rank`."""
     found = list(weights(config, rank))
     learning = [weight for weight in found if weight.learns]
     gathers = config.precision.param_gather
@@ -102,21 +102,21 @@ def _size(found: Iterable[Weight]) -> int:
 
 
 def encoder_weights(config: Config) -> Iterator[Weight]:
-    """Of the vision encoder."""
+    """The weights of the vision encoder."""
     encoder = model_of(config).encoder
     for modules, count in ((encoder.embedding, 1), (encoder.layer, encoder.layers)):
         yield from weights_of(modules, count=count)
 
 
 def weights(config: Config, rank: int) -> Iterator[Weight]:
-    """Those that a process on pipeline rank `rank` holds, the encoder's left out."""
+    """The weights on pipeline rank `rank`, without the encoder."""
     model, stages, tensor = model_of(config), pipeline_stages_of(config, rank), config.parallel.tensor
     layers = [layer for pipeline_stage in stages for layer in pipeline_layers(config, pipeline_stage)]
     kinds = Counter((layer in model.carriers, computes_in_fp8(config, layer)) for layer in layers)
     for (carries, fp8), count in kinds.items():
         modules = [module for branch in model.layer(carries) for module in branch.modules]
         yield from weights_of(modules, tensor, fp8, count)
-    # Stages of a process share the projector, the norms of keys and tied embeddings.
+    # The stages of a process share the projector, the norms of keys and tied embeddings.
     apart = (module for pipeline_stage in stages for module in _beside_layers(config, pipeline_stage))
     yield from {weight.name: weight for weight in weights_of(apart, tensor)}.values()
 
@@ -132,7 +132,7 @@ def _beside_layers(config: Config, pipeline_stage: int) -> Iterator[Module]:
 
 
 def weights_of(modules: Iterable[Module], tensor: int = 1, fp8: bool = False, count: int = 1) -> Iterator[Weight]:
-    """The weights of `count` times `modules` on each of `tensor` ranks. `fp8`: linears compute in it."""
+    """The weights of `count` copies of `modules` on each of `tensor` ranks. `fp8`: linears use FP8."""
     for module in modules:
         if isinstance(module, Activation | Attention):
             continue
@@ -149,7 +149,7 @@ def weights_of(modules: Iterable[Module], tensor: int = 1, fp8: bool = False, co
 
 
 def _linear_weights(linear: Linear, tensor: int, fp8: bool, own: dict) -> Iterator[Weight]:
-    """A linear's weight, its bias, and the adapter beside it."""
+    """A linear's weight, bias and adapter."""
     in_parts, out_parts = tensor if linear.split == "inputs" else 1, tensor if linear.split == "outputs" else 1
     inputs, outputs = linear.inputs // in_parts, linear.outputs // out_parts
     if linear.shares is None:

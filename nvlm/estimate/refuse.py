@@ -1,4 +1,4 @@
-"""A run that cannot fit is refused before it loads anything, with the nearest change that fits."""
+"""Refuses a run that cannot fit in memory before anything is loaded, and suggests the smallest change that fits."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from nvlm.estimate.memory import gib, least_memory
 
 
 def check_memory(config: Config, processes: int, gpu: str, capacity: int) -> None:
-    """Raise ConfigError where `processes` GPUs of `capacity` bytes, named `gpu`, cannot hold a run of `config`.
+    """Raise ConfigError if `processes` GPUs of `capacity` bytes, named `gpu`, cannot fit a run of `config`.
 
-    What is compared is the least that a run needs: full rows of text without an image.
+    The least that a run needs is compared: full rows of text without an image.
     """
     replicas = max(1, processes // config.parallel.replica)
     needed = least_memory(config, replicas)
@@ -29,7 +29,7 @@ def check_memory(config: Config, processes: int, gpu: str, capacity: int) -> Non
 
 
 def _fix(config: Config, gpus: int, capacity: int) -> str:
-    """The first of few changes that is enough, in the words of the command line."""
+    """The first of several changes that is enough, as command-line words."""
     for words, changed, number in _changes(config, gpus):
         try:
             replicas = check_world(validate(changed), number)
@@ -43,7 +43,7 @@ def _fix(config: Config, gpus: int, capacity: int) -> str:
 
 
 def _changes(config: Config, gpus: int) -> Iterator[tuple[str, Config, int]]:
-    """Words, the configuration, GPUs: from what costs least."""
+    """(command-line words, configuration, GPUs), cheapest change first."""
     p = config.parallel
     if gpus > p.tensor * p.pipeline and not p.distributed_optimizer:
         sharded = replace(config, parallel=replace(p, distributed_optimizer=True))

@@ -1,4 +1,4 @@
-"""A plan in words, and as JSON."""
+"""A plan as text and as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RECOMPUTES = ("none", "selective", "full")
 
 
 def print_plan(found: Plan, config: Config, top: int) -> None:
-    """The fastest `top` ways to cut the model, what each needs and takes, and why others are refused."""
+    """Print the fastest `top` layouts with memory and time, and why the others are refused."""
     console = Console(width=132)
     shown = best_by_cut(found.fitting)[:top]
     console.print(_sample(found, config), highlight=False)
@@ -47,7 +47,7 @@ def print_plan(found: Plan, config: Config, top: int) -> None:
 
 
 def best_by_cut(fitting: Sequence[Option]) -> list[Option]:
-    """Of each tensor x pipeline x context the fastest: the others differ in what is recomputed, or virtual stages."""
+    """The fastest layout of each tensor x pipeline x context; others differ only in recomputation or virtual stages."""
     found: dict[tuple[int, ...], Option] = {}
     for option in fitting:
         p = option.config.parallel
@@ -56,7 +56,7 @@ def best_by_cut(fitting: Sequence[Option]) -> list[Option]:
 
 
 def as_json(found: Plan) -> dict:
-    """Everything, in plain values."""
+    """The whole plan as plain values."""
     return {
         "gpus": found.gpus,
         "gpu": asdict(found.gpu),
@@ -112,7 +112,7 @@ def _memory(found: Plan) -> dict[str, Callable[[Option], str]]:
 
 
 def _by_recompute(option: Option) -> list[float]:
-    """Activations of the option with each kind of recomputation, on the GPU that keeps most."""
+    """Saved activations of the option for each kind of recomputation, on the GPU that saves most."""
     config, found = option.config, []
     for recompute in _RECOMPUTES:
         other = replace(config, train=replace(config.train, recompute=recompute, offload=False))
@@ -149,9 +149,9 @@ def _sample(found: Plan, config: Config) -> str:
 def _assumptions(config: Config) -> str:
     engine = "Transformer Engine's kernels" if kernels_of(config).fused_norm else "Megatron's and torch's kernels"
     return (
-        f"Assumed: every sample is like this row's; {engine}; {gib(need.OUTSIDE)} a GPU outside of what torch "
-        f"allocates, and {need.FRAGMENTED:.0%} of what comes and goes lost between blocks. Of the peak: products "
-        f"{pace.PRODUCTS:.0%} (FP8 {pace.FP8_PRODUCTS:.0%}), attention {pace.SCORES:.0%}, encoder {pace.ENCODER:.0%}; "
-        f"of links and network {pace.LINKS:.0%}. Tensor-parallel traffic of the backward pass hides behind products. "
-        f"MFU counts what training takes at least, not what is computed again. Predictions, not measurements."
+        f"Assumed: all samples are like this one; {engine}; {gib(need.OUTSIDE)} per GPU outside torch's allocator, and "
+        f"{need.FRAGMENTED:.0%} of temporary memory lost to fragmentation. Share of peak: matrix products "
+        f"{pace.PRODUCTS:.0%} (FP8 {pace.FP8_PRODUCTS:.0%}), attention {pace.SCORES:.0%}, encoder {pace.ENCODER:.0%}, "
+        f"links and network {pace.LINKS:.0%}. Tensor-parallel traffic of the backward pass overlaps with computation. "
+        f"MFU does not count recomputation. These are predictions, not measurements."
     )

@@ -1,7 +1,7 @@
-"""How long a step takes, by arithmetic: the encoder's pass, the pipeline, and what of the communication shows.
+"""The time of a step, computed analytically: the encoder, the pipeline, and communication that is not hidden.
 
-The shares of peak below reproduce published runs of language models on H100 (tests/unit/estimate/test_plan.py). They
-were not measured with this code; `python benchmarks/gpu.py` does that.
+The shares of peak below reproduce published language model runs on H100 (tests/unit/estimate/test_plan.py). They were
+not measured with this code; `python benchmarks/gpu.py` does that.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from nvlm.estimate.memory import token_bytes
 from nvlm.estimate.model import linears, model_of
 from nvlm.estimate.parameters import Held, carriers_of, element_bytes, held, pipeline_stages_of, uses_tiles
 
-# Of the peak, while large products are computed.
+# Shares of peak FLOP/s, for large matrix products.
 PRODUCTS = 0.58
-FP8_PRODUCTS = 0.55  # of a peak twice as high: casts and scales come with them
+FP8_PRODUCTS = 0.55  # of a peak twice as high: includes casting and scaling
 SCORES = 0.45  # attention's two products, in bf16
-ENCODER = 0.55  # narrower, and its attention with it
-LINKS = 0.7  # of a link's or network's bandwidth
-PASSES = 4  # how often what is kept crosses the memory, for norms, activations and residuals, forward and backward
+ENCODER = 0.55  # narrower; includes its attention
+LINKS = 0.7  # share of the bandwidth of links and network
+PASSES = 4  # times that saved activations are read or written for pointwise operations, forward and backward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
-    """Bytes that a rank sends in a step."""
+    """Bytes that a rank sends per step."""
 
     tensor: float
     pipeline: float
@@ -43,40 +43,40 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        """Of all parts."""
+        """The sum of all parts."""
         return sum(getattr(self, part.name) for part in dataclasses.fields(self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """Of a step. Seconds, of the slowest rank."""
+    """The time of a step in seconds, on the slowest rank."""
 
-    vision: float  # encoding, and handing features over
+    vision: float  # encoding, and exchanging features
     compute: float  # forward and backward of all micro-batches
-    tensor: float  # communication that shows
+    tensor: float  # communication that is not hidden
     context: float
     pipeline: float
-    bubble: float  # waiting for the pipeline to fill and to drain
+    bubble: float  # waiting while the pipeline fills and drains
     data: float
     optimizer: float
-    flops: float  # of the whole step, as MFU counts them
+    flops: float  # of the whole step, as counted for MFU
     traffic: Traffic
 
     @property
     def step(self) -> float:
-        """All of it."""
+        """Total seconds."""
         parts = ("vision", "compute", "tensor", "context", "pipeline", "bubble", "data", "optimizer")
         return sum(getattr(self, part) for part in parts)
 
 
 def bubble_share(config: Config, micro_batches: int) -> float:
-    """Idle time to busy time of a pipeline rank."""
+    """Ratio of idle to busy time of a pipeline rank."""
     p = config.parallel
     return (p.pipeline - 1) / (p.virtual * micro_batches)
 
 
 def speed(config: Config, replicas: int, gpu: GPU, load: Load) -> Speed:
-    """Of steps like `load` on `replicas` x parallel.replica GPUs."""
+    """The time of steps with `load` on `replicas` x parallel.replica GPUs."""
     p, count, ranks = config.parallel, load.micro_batches, range(config.parallel.pipeline)
     work = _padded(config, load)
     flops, keys_alone = hardware_flops(config, work), hardware_flops(config, Work(keys=work.keys))
@@ -90,9 +90,9 @@ def speed(config: Config, replicas: int, gpu: GPU, load: Load) -> Speed:
     vision_bytes = _vision_bytes(config, load)
     tensor_time = tensor * _shown(config) / (LINKS * spans.tensor)
     context_time = context / (LINKS * spans.context)
-    pipeline_time = 0.0 if p.virtual > 1 else sent / (LINKS * spans.pipeline)  # interleaved stages send beside products
+    pipeline_time = 0.0 if p.virtual > 1 else sent / (LINKS * spans.pipeline)  # interleaved: overlaps
     data_time = gathered / (LINKS * spans.data)
-    if p.overlap:  # behind a micro-batch's backward and the next step's first forward
+    if p.overlap:  # overlaps with a micro-batch's backward and the next step's first forward pass
         data_time = max(0.0, data_time - compute / count)
     return Speed(
         vision=_encoding(config, gpu, load) + vision_bytes / (LINKS * spans.replica),
@@ -102,7 +102,7 @@ def speed(config: Config, replicas: int, gpu: GPU, load: Load) -> Speed:
         pipeline=pipeline_time,
         bubble=bubble_share(config, count) * (compute + tensor_time + context_time),
         data=data_time,
-        # Gradients, weights and both states are read, all but the gradients written, and bf16 weights.
+        # Reads gradients, weights and both states; writes weights, both states and bf16 weights.
         optimizer=30 * learning / _shards(config, replicas) / gpu.memory_bandwidth,
         flops=replicas * count * model_flops(config, load.work).total,
         traffic=Traffic(tensor=tensor, pipeline=sent, context=context, data=gathered, vision=vision_bytes),
@@ -110,19 +110,19 @@ def speed(config: Config, replicas: int, gpu: GPU, load: Load) -> Speed:
 
 
 def _padded(config: Config, load: Load) -> Work:
-    """A micro-batch as it is computed. Attention's kernels skip padding."""
+    """The work of a micro-batch including padding, which only attention kernels skip."""
     return dataclasses.replace(load.work, tokens=load.tokens, keys=load.rows * load.keys)
 
 
 def _products(config: Config, gpu: GPU, fp8: bool) -> float:
-    """FLOP/s of large products."""
+    """Achieved FLOP/s of large matrix products."""
     if fp8 and config.precision.recipe:
         return FP8_PRODUCTS * gpu.peak(config.precision.name)
     return PRODUCTS * gpu.peak(config.precision.dtype)
 
 
 def _busy(config: Config, gpu: GPU, load: Load, flops: Flops, keys: Flops, rank: int) -> float:
-    """Seconds that a rank computes for one micro-batch, forward and backward."""
+    """Seconds of computation on a rank for one micro-batch, forward and backward."""
     p, stages = config.parallel, pipeline_stages_of(config, rank)
     layers = sum(len(pipeline_layers(config, pipeline_stage)) for pipeline_stage in stages) / config.llm.layers
     carriers = sum(carriers_of(config, pipeline_stage) for pipeline_stage in stages) / max(
@@ -140,12 +140,12 @@ def _busy(config: Config, gpu: GPU, load: Load, flops: Flops, keys: Flops, rank:
 
 
 def _plain(config: Config) -> Config:
-    """The run with all that it makes kept where it is."""
+    """`config` without recomputation and offloading."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, recompute="none", offload=False))
 
 
 def _projections(config: Config, load: Load, stages: list[int]) -> float:
-    """How much of a micro-batch's projecting a rank does: each stage with keys projects them for itself."""
+    """A rank's share of the projection of a micro-batch's tiles: every stage with keys projects them itself."""
     tokens = 0.0
     for use in (uses_tiles(config, pipeline_stage) for pipeline_stage in stages):
         tokens += load.stream_from_tiles / config.parallel.context * use.stream + load.keys_from_tiles * use.keys
@@ -153,7 +153,7 @@ def _projections(config: Config, load: Load, stages: list[int]) -> float:
 
 
 def _encoding(config: Config, gpu: GPU, load: Load) -> float:
-    """Seconds of the encoder's pass: its tiles dealt over the ranks of a replica."""
+    """Seconds for encoding, with tiles distributed over the ranks of a replica."""
     share = math.ceil(load.tiles / config.parallel.replica)
     a_tile = hardware_flops(config, Work(tiles=1)).vision
     fp8 = config.precision.encoder
@@ -163,7 +163,7 @@ def _encoding(config: Config, gpu: GPU, load: Load) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Spans:
-    """Bytes/s one way within each group. Ranks are numbered tensor first, then context, data, pipeline."""
+    """One-way bandwidth in bytes/s within each group. Rank order: tensor, context, data, pipeline."""
 
     tensor: float
     context: float
@@ -181,14 +181,14 @@ class _Spans:
 
 
 def _shown(config: Config) -> float:
-    """Part of the tensor-parallel traffic that nothing hides: the forward's. The backward's runs beside products."""
+    """The share of tensor-parallel traffic that is not hidden: the forward pass; the backward overlaps."""
     again = 1 if config.train.recompute == "full" else 0
     forward = 4 * (1 + again)
     return forward / (forward + 6) if config.parallel.sequence else (1 + again) / (2 + again)
 
 
 def _wires(config: Config, load: Load, rank: int) -> tuple[float, float, float]:
-    """Bytes that a rank sends for one micro-batch: tensor, context, and hidden states to a neighbour."""
+    """Bytes that a rank sends per micro-batch: tensor, context, and hidden states to the next stage."""
     p, model, element = config.parallel, model_of(config), element_bytes(config)
     tokens = load.tokens / p.context
     hidden = tokens * config.llm.hidden * element
@@ -197,8 +197,8 @@ def _wires(config: Config, load: Load, rank: int) -> tuple[float, float, float]:
     plain = sum(len(pipeline_layers(config, pipeline_stage)) for pipeline_stage in stages) - carriers
     branches = [(branch, count) for kind, count in ((model.plain, plain), (model.carrier, carriers)) for branch in kind]
     again = config.train.recompute == "full"
-    # With sequence parallelism a branch gathers and scatters, forward and backward, and gathers once more for its
-    # weights' gradients; without it sums forward and backward. The keys' gradient is summed.
+    # With sequence parallelism, a branch gathers and scatters in both passes, and gathers once more for its weight
+    # gradients; without it, all-reduces in both passes. The gradient of the keys is all-reduced.
     each = (5 + 2 * again) if p.sequence else (4 + 2 * again)
     over = (p.tensor - 1) / p.tensor
     widths = sum(n * one.inputs for branch, n in branches for one in linears(branch.modules) if one.reads_keys)
@@ -208,8 +208,8 @@ def _wires(config: Config, load: Load, rank: int) -> tuple[float, float, float]:
 
 
 def _exchanged(config: Config, module: Module, tokens: float) -> float:
-    """Bytes that context-parallel ranks send of a module's columns: keys and values of self-attention gathered, and
-    columns traded for heads."""
+    """Bytes that context-parallel ranks send for a module: gathered keys and values of self-attention, and the
+    all-to-all of columns and heads."""
     if not isinstance(module, Attention) or module.sees == "keys":
         return 0.0
     element, p = element_bytes(config), config.parallel
@@ -224,7 +224,7 @@ def _shards(config: Config, replicas: int) -> int:
 
 
 def _data_bytes(config: Config, replicas: int, parameters: Held) -> float:
-    """Gradients in fp32 to their owners and updated weights back; without owners gradients to all."""
+    """Reduce-scattered fp32 gradients and gathered weights; all-reduced gradients without the distributed optimizer."""
     ranks, learning, in_fp8 = replicas * config.parallel.context, parameters.learning, parameters.kept_in_fp8
     weights = element_bytes(config) * (learning - in_fp8) + in_fp8
     back = weights if config.parallel.distributed_optimizer else 4 * learning
@@ -232,7 +232,7 @@ def _data_bytes(config: Config, replicas: int, parameters: Held) -> float:
 
 
 def _vision_bytes(config: Config, load: Load) -> float:
-    """Features that the busiest rank of a replica receives."""
+    """Bytes of features that the busiest rank of a replica receives."""
     seats = config.parallel.replica
     most = 0
     for rank in range(config.parallel.pipeline):

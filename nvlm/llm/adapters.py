@@ -58,7 +58,7 @@ class Linears:
 
     @property
     def norm(self) -> Callable[..., nn.Module]:
-        """Builder of the norm in front of a `normed` linear; the identity if they are fused."""
+        """Builder of the norm before a `normed` linear; the identity if they are fused."""
         return IdentityOp if self.te else RMSNorm
 
     def _adapted(self, kind: type, name: str) -> Callable:

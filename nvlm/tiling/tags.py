@@ -1,4 +1,4 @@
-"""The text in front of each tile that tells the language model the tile's position (NVLM section 4.2).
+"""The text before each tile that gives the tile's position to the language model (NVLM section 4.2).
 
 Tags are ordinary text for the language model's tokenizer, which this module does not need.
 """

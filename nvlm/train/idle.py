@@ -14,7 +14,7 @@ from nvlm.arch.groups import parameter_group
 from nvlm.config.values import GROUPS, Config, problem
 from nvlm.processes import device, groups
 
-_STEPS = 10  # with images, before the warning: behind a gate that starts at zero, gradients appear in the second step
+_STEPS = 10  # with images, before the warning: after a gate that starts at zero, gradients appear in the second step
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ def whole_name(name: str) -> str:
 
 @pytest.fixture
 def with_module(monkeypatch):
-    """A function that puts one more module in front of the last of NVLM-X's cross-attention."""
+    """A function that inserts one more module before the last one of NVLM-X's cross-attention."""
 
     def add(module) -> None:
         described = registry.description("xattn")
