@@ -102,7 +102,7 @@ def test_the_first_token_reaches_the_columns_of_every_rank():
 def test_zigzag_deals_out_all_columns_and_even_work(size):
     parts = [zigzag(48, rank, size) for rank in range(size)]
     assert torch.cat(parts).sort().values.tolist() == list(range(48))
-    assert len({int(part.sum()) for part in parts}) == 1  # keys behind a causal mask: the sum of the columns
+    assert len({int(part.sum()) for part in parts}) == 1  # work under a causal mask: the sum of the column numbers
 
 
 def test_zigzag_refuses_rows_that_do_not_divide():

@@ -118,7 +118,7 @@ def test_a_whole_machine_trains(machine):
     assert rows["GPU and driver"] == ("ok", "1 x NVIDIA H200, 590.44, 143771 MiB, CUDA 13.0")
     assert rows["NCCL"] == ("ok", "2.29.7") and rows["cuDNN"] == ("ok", "92000")
     assert rows["transformer-engine"] == ("ok", "2.12.0")
-    assert rows["flash-attn"][0] == "ok"  # missed by nobody where Transformer Engine is
+    assert rows["flash-attn"][0] == "ok"  # not needed if Transformer Engine is installed
     assert all(rows[name][0] == "ok" for name in requirements())
 
 

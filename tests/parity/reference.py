@@ -371,7 +371,7 @@ class ReferenceNVLM(nn.Module):
         return torch.cat([self.words(()), *parts])
 
     def keys(self, segments: list[Segment], tiles: dict[tuple[int, int], Tensor]) -> Tensor:
-        """[X, H]: tiles and tags behind their norms; binding adds a tile's normed mean tag to its tokens."""
+        """[X, H]: tiles and tags after their norms; binding adds a tile's normed mean tag to its tokens."""
         named = [s for s in segments if s.kind == "tag" and s.ids]
         tags = {(s.image, s.tile): self.cross_keys["tag_norm"](self.words(s.ids).mean(dim=0)) for s in named}
         parts = [self.words(())]

@@ -151,5 +151,5 @@ def test_layers_compute_the_same_with_and_without_gradients(arch, twins, monkeyp
     with generating([model]):
         shortly = model.hidden(batch)
     assert len(calls) == len(model.decoder.layers)
-    real = (batch.sample != PAD).t()[..., None]  # padding is nobody's business
+    real = (batch.sample != PAD).t()[..., None]  # padding is not compared
     assert ((shortly - longways) * real).abs().max() < 2e-6 * longways.abs().max()

@@ -166,7 +166,7 @@ def test_nothing_outside_its_room_chooses_by_an_architecture_s_name():
     elsewhere = {"llm/backend.py": ["hybrid"], "commands/compose.py": ["_root_"], "evaluate/report.py": ["arch="]}
     for path in (ROOT / "nvlm").rglob("*.py"):
         place = str(path.relative_to(ROOT / "nvlm"))
-        if place.startswith("arch/") or place == "export/modeling_nvlm.py":  # which stands alone in an export
+        if place.startswith("arch/") or place == "export/modeling_nvlm.py":  # which is self-contained in an export
             continue
         wrong = [text for text in dispatches(path.read_text()) if not any(w in text for w in elsewhere.get(place, ()))]
         assert not wrong, f"{place}: {wrong}"

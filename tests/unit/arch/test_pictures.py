@@ -29,7 +29,7 @@ WIDTH = 7
 
 
 def anyres(plan, tags, tokens, row_ends=True, window=None):
-    """The thumbnail, then all regular tiles as one map with a learned vector behind each row; the map also as keys."""
+    """The thumbnail, then all regular tiles as one map with a learned vector after each row; also as keys."""
     last, counts = plan.num_regular, (*[TALL * WIDE] * plan.num_regular, THUMBNAIL)
     stream = [Piece(last, Words(tags[last])), Piece(last, TileTokens(THUMBNAIL))]
     if not plan.num_regular:
@@ -81,7 +81,7 @@ def samples(configured):
 
 
 def map_of(tiles, plan, kind, end):
-    """[tokens of the regular tiles, WIDTH] as the map's tokens, row by row; `end` behind each."""
+    """[tokens of the regular tiles, WIDTH] as the map's tokens, row by row; `end` after each row."""
     image = tiles.view(plan.rows, plan.cols, TALL, WIDE, WIDTH).permute(0, 2, 1, 3, 4)
     image = image.reshape(plan.rows * TALL, plan.cols * WIDE, WIDTH)
     if kind == "windowed":
@@ -154,7 +154,7 @@ def test_a_rank_that_has_some_tiles_finds_them_in_any_order(samples):
 
 
 def test_the_stream_takes_a_map_column_by_column(samples):
-    """Context-parallel ranks compute some columns: each token stands where the whole stream has it."""
+    """Context-parallel ranks compute some columns: each token is at its position in the whole stream."""
     made = samples(without_ends)
     batch = collate([[made[0][0]], [made[3][0]]], 112)
     batch = batch.with_features(torch.randn(int(batch.tile_tokens.sum()), WIDTH))

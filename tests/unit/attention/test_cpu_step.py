@@ -36,7 +36,7 @@ def test_short_samples_stay_behind_a_mask():
 
 @pytest.mark.usefixtures("always_apart")
 def test_runs_are_samples_row_by_row():
-    assert lengths_apart(SAMPLES) == (3, 5, 1, 6, 1, 8, 8)  # the padding of a row goes with what stands before it
+    assert lengths_apart(SAMPLES) == (3, 5, 1, 6, 1, 8, 8)  # a row's padding counts with the sample before it
     assert lengths_apart(torch.tensor([[0, 0], [0, 0]])) == (2, 2)  # the same number in the next row is another sample
 
 

@@ -32,7 +32,7 @@ def test_an_orientation_is_not_applied_in_any_format(kind, number):
     data = with_orientation(kind, number)
     assert image_size(data, 10**6) == STORED.size
     assert np.array_equal(decode_image(data, 10**6), STORED)
-    assert np.array_equal(open_rgb(data), STORED)  # the exported file that stands for itself
+    assert np.array_equal(open_rgb(data), STORED)  # the self-contained exported file
 
 
 def test_a_compressed_tiff_and_one_opened_by_the_caller_follow_the_same_rule():

@@ -80,7 +80,7 @@ def test_a_vocabulary_without_room_is_said_before_training_and_at_export(configu
     assert any("no <|vision_pad|>" in limit for limit in other_limits(full, encoder_of(full)))
     assert "no <|vision_pad|>" in note(full, encoder_of(full))
     assert "cannot load this folder" in readme(full, encoder_of(full))
-    for arch in ("xattn", "hybrid"):  # which nobody else loads
+    for arch in ("xattn", "hybrid"):  # which no other library loads
         assert training_note(configured(f"arch={arch}", *LARGE, f"llm.tokenizer={qwen2}")) is None
 
 

@@ -70,7 +70,7 @@ def test_a_task_knows_its_place(name):
     environment, expected = TASKS[name]
     task = find_task(environment)
     assert (task.launcher, task.rank, task.world, task.local_rank, task.address, task.port) == expected
-    again = find_task(environment | task.variables())  # what torch is told means the same
+    again = find_task(environment | task.variables())  # the variables for torch mean the same
     assert (again.rank, again.world, again.local_rank, again.address, again.port) == expected[1:]
 
 

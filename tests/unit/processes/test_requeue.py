@@ -45,7 +45,7 @@ def test_where_nothing_can_be_saved_the_job_is_requeued_at_once(calls):
 def test_a_run_that_ended_early_is_requeued_by_itself(calls, unfinished, times):
     """Preemption: Slurm sends SIGTERM, which submitit ignores."""
     with requeued(lambda: unfinished):
-        raise SystemExit(0)  # as behind workers that a signal has stopped
+        raise SystemExit(0)  # as after workers were stopped by a signal
     assert len(calls) == times
 
 

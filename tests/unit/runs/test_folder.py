@@ -162,7 +162,7 @@ def test_a_data_file_that_is_not_there_is_said_before_anything_is_written(tmp_pa
 
 def test_no_run_of_a_sweep_begins_where_another_s_folder_is_refused(tmp_path, configured):
     with_checkpoint(tmp_path / "sweep" / "seed=2", configured("seed=2"))
-    told = tmp_path / "sweep" / "seed=1" / "metrics.jsonl"  # of a run that never came to a checkpoint
+    told = tmp_path / "sweep" / "seed=1" / "metrics.jsonl"  # of a run that never reached a checkpoint
     begin(configured("seed=1"), told.parent, fresh=True)
     told.write_text("precious")
     command = [sys.executable, str(ROOT / "launch" / "train.py"), "-m", "seed=1,2", "hydra.sweep.dir=sweep"]

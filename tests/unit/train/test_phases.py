@@ -26,7 +26,7 @@ def test_phases_are_timed_one_behind_the_other(monkeypatch):
         now[0] = 8
         mark(1, "log")
         first = mark.lap()
-        now[0] = 12  # behind the lap: the next one's
+        now[0] = 12  # after the lap: counts for the next one
         mark(2, "data")
         now[0] = 13
         mark(2, "log")
