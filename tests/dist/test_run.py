@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.alive import alive
+
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = """
 import os, sys, time
@@ -24,18 +26,6 @@ def hang():
 if __name__ == "__main__":
     run_distributed(hang, 2)
 """
-
-
-def alive(where: Path) -> list[str]:
-    """Processes that work in `where`."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and os.readlink(entry / "cwd") == str(where):
-                found.append(entry.name)
-        except OSError:
-            continue
-    return found
 
 
 def wait_for(condition, seconds: float) -> None:

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.alive import alive
+
 ROOT = Path(__file__).resolve().parents[3]
 # Starts two workers of the code in argv[1] and exits as they do; SIGTERM gives them argv[2] seconds.
 LAUNCHER = """
@@ -24,18 +26,6 @@ def launcher(where: Path, worker: str, stop_seconds: float = 30) -> subprocess.P
         [sys.executable, "-c", LAUNCHER, PREFIX + worker, str(stop_seconds)],
         cwd=where, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-
-
-def alive(where: Path) -> list[str]:
-    """Processes that work in `where`: the launcher, its workers and their children."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and os.readlink(entry / "cwd") == str(where):
-                found.append(entry.name)
-        except OSError:
-            continue
-    return found
 
 
 def wait_for(condition, seconds: float = 30) -> None:
