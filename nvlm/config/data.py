@@ -32,11 +32,13 @@ class Pages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jsonl:
-    """Files with one JSON object per line."""
+    """A file of JSON objects with messages, one per line or in one list. `root`: the folder of the images; None: the
+    file's own."""
 
     source: Annotated[str, Choice("jsonl")]
     path: Annotated[str, FilePath(needed="a .jsonl file", example="records.jsonl")] | None
     heldout_path: Location | None
+    root: Location | None
 
     @property
     def has_heldout(self) -> bool:
@@ -44,7 +46,23 @@ class Jsonl:
         return self.heldout_path is not None
 
 
-Source = Annotated[Pages | Jsonl, Tag("source")]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llava:
+    """A file in LLaVA's format: conversations, in one list or one per line. `root`: the folder of the images; None:
+    the file's own."""
+
+    source: Annotated[str, Choice("llava")]
+    path: Annotated[str, FilePath(needed="a .json file in LLaVA's format", example="llava.json")] | None
+    heldout_path: Location | None
+    root: Location | None
+
+    @property
+    def has_heldout(self) -> bool:
+        """Whether there are held-out records."""
+        return self.heldout_path is not None
+
+
+Source = Annotated[Pages | Jsonl | Llava, Tag("source")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,7 +51,7 @@ def image_path(root: Path, path: Any) -> Path:
         raise BadRecord(f"image path leaves the data folder: {path}")
     raise BadRecord(
         f"image path leaves the data folder: {path} ({link} is a link to {os.path.realpath(root / link)}; links out of "
-        f"{root} are not followed: move the records file beside the images, or mount the folder there)"
+        f"{root} are not followed: set data.root to the folder of the images)"
     )
 
 

@@ -52,4 +52,4 @@ def _check(first: First, most: int, use: Callable[[Record], object]) -> None:
     shown = "; ".join(f"{name}: {reason}" for reason, name in islice(reasons.items(), _SHOWN))
     which = f"its first {count} records are all" if count > 1 else "its first record is"
     got = f"{first.place}: {which} unusable ({shown})"
-    raise problem(first.key, got, "usable records", f"repair them, or {first.key}=FILE")
+    raise problem(first.key, got, "usable records", first.fix)

@@ -45,17 +45,23 @@ class NoAnswer(BadRecord):
 def check_row(row: Any) -> None:
     """Raise BadRecord if a line's value is not a record, or if it has a key that means something to other trainers but
     would be ignored here."""
-    if not isinstance(row, dict):
-        raise BadRecord(f"{_kind(row)}, expected an object")
-    if says(row.get("conversations")) and "messages" not in row:
+    if isinstance(row, dict) and says(row.get("conversations")) and "messages" not in row:
         raise BadRecord(
-            "`conversations` (LLaVA's format) instead of `messages`: data=jsonl reads messages with role and content"
+            "`conversations` (LLaVA's format) instead of `messages`: data=llava reads it, data=jsonl reads messages "
+            "with role and content"
         )
-    for key, instead in _ELSEWHERE.items():
-        if says(row.get(key)):
-            raise BadRecord(f"key `{key}` is not read: {instead}")
+    check_keys(row)
     if not isinstance(row.get("messages"), list):
         raise BadRecord("no list of messages")
+
+
+def check_keys(row: Any, read: Sequence[str] = ()) -> None:
+    """Raise BadRecord if `row` is not an object, or has a key outside `read` that means something to other trainers."""
+    if not isinstance(row, dict):
+        raise BadRecord(f"{_kind(row)}, expected an object")
+    for key, instead in _ELSEWHERE.items():
+        if key not in read and says(row.get(key)):
+            raise BadRecord(f"key `{key}` is not read: {instead}")
 
 
 def read_turns(messages: Sequence[Any]) -> list[Turn]:

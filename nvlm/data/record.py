@@ -32,11 +32,12 @@ class Record:
 @dataclass(frozen=True, slots=True)
 class First:
     """The first records of a source: the name of each and a function that reads it, which may raise BadRecord. `key`:
-    the setting that names the source; `place`: its value."""
+    the setting that names the source; `place`: its value; `fix`: what to do if none of them can be used."""
 
     key: str
     place: str
     records: Iterator[tuple[str, Callable[[], Record]]]
+    fix: str
 
 
 @contextmanager

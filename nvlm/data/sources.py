@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from nvlm.config.data import DataConfig, Jsonl, Pages, Source
-from nvlm.data import jsonl, pages
+from nvlm.config.data import DataConfig, Jsonl, Llava, Pages, Source
+from nvlm.data import jsonl, llava, pages
 from nvlm.data.record import First, Record
 
-_MODULES = {Pages: pages, Jsonl: jsonl}
+_MODULES = {Pages: pages, Jsonl: jsonl, Llava: llava}
 
 
 class Records(Protocol):

@@ -9,6 +9,8 @@ _ADDED = {
 }
 # Keys of a group that steered nothing by themselves: what was chosen of them stands under data and train.
 _DROPPED = {"llm": ("seq_length", "cross_length", "steps")}
+# Keys that a source did not have.
+_ADDED_TO_SOURCE = {"jsonl": {"root": None}}
 # Keys of `data` that a source was given although they are those of another one.
 _OF_OTHERS = {"pages": ("path", "heldout_path"), "jsonl": ("records", "heldout_records", "questions")}
 
@@ -21,5 +23,7 @@ def as_written_now(values: dict) -> dict:
 def _converted(group: str, keys: object) -> object:
     if not isinstance(keys, dict):
         return keys
-    dropped = _OF_OTHERS.get(keys.get("source"), ()) if group == "data" else _DROPPED.get(group, ())
-    return _ADDED.get(group, {}) | {key: value for key, value in keys.items() if key not in dropped}
+    source = keys.get("source") if group == "data" else None
+    added = _ADDED_TO_SOURCE.get(source, {}) if group == "data" else _ADDED.get(group, {})
+    dropped = _OF_OTHERS.get(source, ()) if group == "data" else _DROPPED.get(group, ())
+    return added | {key: value for key, value in keys.items() if key not in dropped}

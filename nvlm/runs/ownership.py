@@ -121,7 +121,7 @@ _FREE = ("name", "resume", "dry_run", "profile", "gpu", "init.llm", "init.checkp
          "vision.tiles_per_call", "vision.graph", "train.offload")  # fmt: skip
 
 # Inputs that are compared with the run's record by content, so their paths may change.
-_IDENTIFIED = ("data.path", "init.vision", "llm.tokenizer")
+_IDENTIFIED = ("data.path", "data.root", "init.vision", "llm.tokenizer")
 
 
 def _check_ours(run_dir: Path) -> None:

@@ -15,7 +15,7 @@ from nvlm.arch import registry
 from nvlm.data import chat
 from nvlm.data.batch import IGNORE, IMAGE
 from nvlm.data.images import decode_image
-from nvlm.data.jsonl import JsonlRecords
+from nvlm.data.jsonl import JsonRecords
 from nvlm.data.loader import Steps, load_steps, step_records
 from nvlm.data.messages import read_turns
 from nvlm.data.outline import build_processor, outline
@@ -153,7 +153,7 @@ def test_jsonl_paths_stay_inside_the_folder(tmp_path):
     paths = [["../secret.png"], ["/etc/passwd"], [7], []]
     outside, absolute, number, fine = (json.dumps(good | {"images": images}) for images in paths)
     file.write_text("\n".join([outside, absolute, "{broken", json.dumps({"messages": "text"}), number, fine]))
-    records = JsonlRecords(str(file))
+    records = JsonRecords(str(file))
     assert len(records) == 6
     for index, reason in enumerate(
         ["leaves the data folder", "leaves the data folder", "not JSON", "no list", "expected text"]

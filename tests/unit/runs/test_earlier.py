@@ -33,9 +33,17 @@ def with_the_keys_of_all_sources(values: dict) -> None:
     values["data"] = keys | values["data"]
 
 
-EARLIER = [
-    without_logging, without_an_encoder_s_name, with_lengths_of_the_language_model, with_the_keys_of_all_sources
-]  # fmt: skip
+def without_an_image_folder(values: dict) -> None:
+    values["data"].pop("root", None)
+
+
+EARLIER = (
+    without_logging,
+    without_an_image_folder,
+    without_an_encoder_s_name,
+    with_lengths_of_the_language_model,
+    with_the_keys_of_all_sources,
+)
 
 
 def write(run_dir, values: dict):

@@ -1,0 +1,201 @@
+"""The objects of a JSON file, one per line or the elements of one list, read one at a time. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nvlm.config.values import ConfigError, problem
+from nvlm.data.images import open_regular
+from nvlm.data.record import printable
+
+_LONGEST = 1 << 26  # bytes; no more is read for the first records
+_BOM = b"\xef\xbb\xbf"
+_BLANK = " \t\r\n"
+_GAP = re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")  # between two elements of a list
+_DECODER = json.JSONDecoder()
+
+
+class JsonFile:
+    """The objects of a file. A file that begins with a bracket is one list; in any other, blank lines are skipped.
+
+    `key`: the setting that named the file. Raises ConfigError if there is no object in it.
+    """
+
+    def __init__(self, path: str, key: str) -> None:
+        check_file(path, key)
+        self.path = Path(path)
+        self.is_list = _is_list(self.path)
+        # Where each object starts and ends, bytes from the file's start; and its line, or its place in the list.
+        self.starts, self.ends, self.numbers = (_elements if self.is_list else _lines)(self.path, key)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def name(self, index: int) -> str:
+        """FILE:LINE, or FILE[PLACE] in a list, counted from 0."""
+        return _name(self.path, self.is_list, self.numbers[index])
+
+    def text(self, index: int) -> bytes:
+        """The object as it is in the file."""
+        with open_regular(self.path) as file:
+            file.seek(self.starts[index])
+            return file.read(self.ends[index] - self.starts[index])
+
+
+def first_texts(path: str, key: str) -> Iterator[tuple[str, bytes]]:
+    """Name and text of the first objects of a file, of which no more is read than is needed. Raises ConfigError."""
+    check_file(path, key)
+    file = Path(path)
+    if _is_list(file):
+        return _first_elements(file, key)
+    return _first_lines(file, key)
+
+
+def _name(path: Path, is_list: bool, number: int) -> str:
+    return f"{path.name}[{number}]" if is_list else f"{path.name}:{number}"
+
+
+def _is_list(path: Path) -> bool:
+    with open_regular(path) as file:
+        return file.read(1 << 16).removeprefix(_BOM).lstrip(_BLANK.encode()).startswith(b"[")
+
+
+def _lines(path: Path, key: str) -> tuple[np.ndarray, np.ndarray, Sequence[int]]:
+    starts, blank = [0], []
+    with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        while starts[-1] < len(data):
+            end = data.find(b"\n", starts[-1]) + 1 or len(data)
+            if data[starts[-1]] in _BLANK.encode() and not data[starts[-1] : end].strip():
+                blank.append(len(starts) - 1)
+            starts.append(end)
+    bounds = np.array(starts, dtype=np.int64)
+    if not blank:  # two views of one array
+        return bounds[:-1], bounds[1:], range(1, len(bounds))
+    kept = np.delete(np.arange(len(bounds) - 1, dtype=np.int64), blank)
+    if not len(kept):
+        raise _blank(key, path)
+    return bounds[kept], bounds[kept + 1], kept + 1
+
+
+def _elements(path: Path, key: str) -> tuple[np.ndarray, np.ndarray, Sequence[int]]:
+    """The whole text is in memory while the elements are found, and no longer."""
+    with open_regular(path) as file:
+        data = file.read()
+    text = _decoded(data, path, key)
+    skipped = len(data) - len(text.encode()) if not text.isascii() else len(data) - len(text)  # a byte order mark
+    del data
+    spans, at, byte = [], 0, skipped
+    for start, end in _spans(text, path, key):
+        byte += _bytes(text, at, start)
+        spans.append((byte, byte := byte + _bytes(text, start, end)))
+        at = end
+    if not spans:
+        raise problem(key, f"{path}, which is an empty list", "one JSON object per record", f"{key}=FILE")
+    starts, ends = np.array(spans, dtype=np.int64).T
+    return starts, ends, range(len(spans))
+
+
+def _decoded(data: bytes, path: Path, key: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        got = f"{path}, which is not UTF-8 at byte {error.start}"
+        raise problem(key, got, "a list of JSON objects in UTF-8", f"{key}=FILE") from None
+
+
+def _bytes(text: str, start: int, end: int) -> int:
+    return end - start if text.isascii() else len(text[start:end].encode())
+
+
+def _spans(text: str, path: Path, key: str) -> Iterator[tuple[int, int]]:
+    """Where each element of the list `text` starts and ends, characters."""
+    at = _GAP.match(text, text.index("[") + 1).end()
+    count = 0
+    while not text.startswith("]", at):
+        try:
+            end = _DECODER.scan_once(text, at)[1]
+        except (StopIteration, ValueError):
+            raise _damaged(key, path, count) from None
+        yield at, end
+        count += 1
+        gap = _GAP.match(text, end)
+        at = gap.end()
+        if not gap[1] and not text.startswith("]", at):
+            raise _damaged(key, path, count)
+
+
+def _damaged(key: str, path: Path, count: int) -> ConfigError:
+    return problem(
+        key, f"{path}, damaged or cut short after {count} elements", "a whole list of JSON objects", "write it again"
+    )
+
+
+def _first_elements(path: Path, key: str) -> Iterator[tuple[str, bytes]]:
+    with open_regular(path) as file:
+        data = file.read(_LONGEST)
+        whole = not file.read(1)
+    text = _decoded(data, path, key) if whole else data.decode("utf-8-sig", errors="ignore")
+    spans, count = _spans(text, path, key), 0
+    while True:
+        try:
+            start, end = next(spans)
+        except StopIteration:
+            break
+        except ConfigError:
+            if whole:
+                raise
+            break  # the part that was read ends within an element
+        yield _name(path, True, count), text[start:end].encode("utf-8", "surrogatepass")
+        count += 1
+    if not count:
+        raise problem(key, f"{path}, which is an empty list", "one JSON object per record", f"{key}=FILE")
+
+
+def _first_lines(path: Path, key: str) -> Iterator[tuple[str, bytes]]:
+    count = 0
+    with open_regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):
+            if line.strip():
+                count += 1
+                yield _name(path, False, number), line
+    if not count:
+        raise _blank(key, path)
+
+
+def _blank(key: str, path: str | Path) -> ConfigError:
+    return problem(key, f"{path}, which has only blank lines", "one JSON object per line", f"{key}=FILE")
+
+
+def check_file(path: str, key: str) -> None:
+    """Raise ConfigError if `path`, which the setting `key` names, cannot be a file of JSON objects."""
+    lines, fix = "a text file of one JSON object per line, or of one list of them", f"{key}=FILE"
+    try:
+        with open_regular(Path(path)) as file:
+            first = file.read(64)
+    except FileNotFoundError:
+        missing = repr(path) if Path(path).is_absolute() else f"{path!r} in {Path.cwd()}"
+        raise problem(key, missing, "a .jsonl or .json file that exists", fix) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise problem(key, f"{printable(repr(path))}: {printable(str(reason))}", lines, fix) from None
+    if not first:
+        raise problem(key, f"{path}, which is empty", lines, fix)
+    for beginning, kind, change in _OTHER_FILES:
+        if first.lstrip(_BLANK.encode() + _BOM).startswith(beginning):
+            raise problem(key, f"{path}, {kind}", lines, change.format(path=path))
+
+
+# Files that may be mistaken for JSON: first bytes, name, and what to do.
+_OTHER_FILES = (
+    (b"\x1f\x8b", "a gzip file", "unpack it: gunzip {path}"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file", "unpack it: unzstd {path}"),
+    (b"PK\x03\x04", "a zip file", "unpack it: unzip {path}"),
+    (b"PAR1", "a Parquet file", "write its rows as JSON lines"),
+    (b"ARROW1", "an Arrow file", "write its rows as JSON lines"),
+)
