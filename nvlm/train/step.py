@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -118,49 +118,51 @@ def train_step(
     part = forward_backward(trainer, data.micro_batches, mark)
     mark("optimizer")
     grad_norm = prepare(trainer.optimizer)
-    numbers = [not math.isfinite(part + grad_norm), bool(stop), part * groups.is_loss_rank(), *_counts(data)]
-    sums = groups.sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=trainer.device))
-    broken, stops, loss, *counts = sums.tolist()
-    trained, positions, key_positions, records, skipped, fewer_tiles, *rest = map(int, counts)
-    loss /= max(trained, 1)
-    bad = trained == 0 or is_bad(guard, loss, finite=not broken)  # without a gradient Adam would still move weights
+    own = {"broken": not math.isfinite(part + grad_norm), "stop": bool(stop), "loss": part * groups.is_loss_rank()}
+    sums = _summed(own | _counts(data), trainer.device)
+    count = {name: int(total) for name, total in sums.items() if name not in own}
+    loss = sums["loss"] / max(count["trained_tokens"], 1)
+    # Without a gradient Adam would still move weights.
+    bad = count["trained_tokens"] == 0 or is_bad(guard, loss, finite=not sums["broken"])
     if not bad:
         update(trainer.optimizer, grad_norm)
     lr = trainer.schedule.get_lr({})
     trainer.schedule.step(increment=1)
     return StepResult(
         loss,
-        trained,
-        positions,
-        key_positions,
-        records,
-        skipped,
-        fewer_tiles,
-        work=Work(**dict(zip(_WORK, rest))),
-        tiles_by_replica=tuple(rest[len(_WORK) :]),
+        **{name: count[name] for name in _COUNTED},
+        work=Work(**{name: count[f"work {name}"] for name in _WORK}),
+        tiles_by_replica=tuple(count[f"tiles of replica {r}"] for r in range(groups.data_rank()[1])),
         grad_norm=grad_norm,
         lr=lr,
         updated=not bad,
         guard=after(guard, loss, bad),
-        stop=stops > 0,
+        stop=sums["stop"] > 0,
     )
 
 
+def _summed(own: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Each value summed over all ranks, whose `own` have the same names in the same order. One collective call."""
+    values = torch.tensor(list(own.values()), dtype=torch.float64, device=device)
+    return dict(zip(own, groups.sum_over_ranks(values).tolist()))
+
+
+_COUNTED = ("trained_tokens", "positions", "key_positions", "records", "skipped", "fewer_tiles")
 _WORK = tuple(field.name for field in fields(Work))
 
 
-def _counts(data: StepData) -> list[int]:
-    """Counts of a replica's step, from one of its ranks; zeros on its other ranks."""
+def _counts(data: StepData) -> dict[str, int]:
+    """Counts of a replica's step by name, from one of its ranks; zeros on its other ranks."""
     replica, replicas = groups.data_rank()
     batches = data.micro_batches
-    counts = [
-        sum(batch.num_trained for batch in batches),
-        sum(batch.sample.numel() for batch in batches),
-        sum(batch.cross_sample.numel() for batch in batches),
-        data.records,
-        len(data.skipped),
-        data.fewer_tiles,
-        *astuple(data.work),
-        *(data.work.tiles * (r == replica) for r in range(replicas)),
-    ]
-    return counts if groups.is_replica_writer() else [0] * len(counts)
+    counts = {
+        "trained_tokens": sum(batch.num_trained for batch in batches),
+        "positions": sum(batch.sample.numel() for batch in batches),
+        "key_positions": sum(batch.cross_sample.numel() for batch in batches),
+        "records": data.records,
+        "skipped": len(data.skipped),
+        "fewer_tiles": data.fewer_tiles,
+    }
+    counts |= {f"work {name}": amount for name, amount in asdict(data.work).items()}
+    counts |= {f"tiles of replica {r}": data.work.tiles * (r == replica) for r in range(replicas)}
+    return counts if groups.is_replica_writer() else dict.fromkeys(counts, 0)
