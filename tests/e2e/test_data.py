@@ -123,6 +123,26 @@ def test_evaluation_reads_what_was_encoded_and_another_held_out_file_later(where
     assert [row["id"] for row in rows(where, "answers.jsonl")] == ["other.jsonl:1"]
 
 
+def test_llavas_list_trains_resumes_and_is_evaluated_with_images_elsewhere(where):
+    (where / "pictures").mkdir()
+    (where / "red.png").rename(where / "pictures" / "red.png")
+    talk = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "red"}]
+    entry = {"id": "a", "image": "red.png", "conversations": talk}
+    (where / "l.json").write_text(json.dumps([entry] * 7 + [entry | {"image": "gone.png"}]))
+    (where / "h.json").write_text(json.dumps([entry]))
+    llava = [word.replace("data=jsonl", "data=llava").replace("r.jsonl", "l.json") for word in SMALL]
+    asked = (*llava, "data.heldout_path=h.json", "evaluate.questions=1", "data.max_skipped=0.9", "data.root=pictures")
+    status, output = run(where, *asked)
+    assert status == 0, output
+    assert [(row["record"], row["reason"]) for row in rows(where, "skipped.jsonl")] == [
+        ("l.json[7]", "gone.png: no such image")
+    ] * 2
+    assert [row["expected"] for row in rows(where, "answers.jsonl")] == ["red"]
+    (where / "pictures").rename(where / "moved")
+    status, output = run(where, *asked[:-1], "data.root=moved", "resume=auto", "train.steps=3")
+    assert status == 0 and len(rows(where, "metrics.jsonl")) == 3, output
+
+
 @dataclasses.dataclass(frozen=True)
 class Stuck(Steps):
     """The second step's data never arrive: nobody writes into the pipe that is read."""
