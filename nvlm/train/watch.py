@@ -27,6 +27,7 @@ from megatron.core import parallel_state
 from nvlm.processes import device
 from nvlm.processes.workers import EXPLAINED
 
+_UNHEARD = -1  # the number of a beat that never came
 _PATIENCE = 4  # factor on the timeout for start-up and the first step, which build and compile
 _EARLY = 0.9  # share of the timeout after which to report, so that the report comes within it
 # On CPU, nvlm.processes.device intercepts every torch call and so is in every stack.
@@ -135,7 +136,7 @@ class Watchdog:
         self._count, self._first = 0, 0
         self._last = (0, "start", 0, time.monotonic())
         self._answered = time.monotonic()
-        self._seen: list[tuple[int, float]] = [(-1, time.monotonic())] * world
+        self._seen: list[tuple[int, float]] = [(_UNHEARD, time.monotonic())] * world
         jobs = [self._exchange] if rank == 0 else [self._exchange, self._await_store]
         self._threads = [threading.Thread(target=job, name="watchdog", daemon=True) for job in jobs]
 
@@ -158,9 +159,11 @@ class Watchdog:
         with contextlib.suppress(dist.DistError):  # _await_store then ends the process
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=self._limit))
-            while not self._done.wait(self._interval):
+            over = False
+            while not over:  # the first beat comes at once: a rank may be stopped within the first interval
                 self._judge(store) if self._rank == 0 else self._follow(store)
                 self._answered = time.monotonic()
+                over = self._done.wait(self._interval)
 
     def _await_store(self) -> None:
         """End the process if the store stops answering. It lives in rank 0: if that is stopped, calls never return."""
@@ -175,8 +178,8 @@ class Watchdog:
     def _judge(self, store: dist.Store) -> None:
         own = self._beat()
         store.set("beat/0", json.dumps(asdict(own)))
-        beats = [own, *(self._read(store, rank) for rank in range(1, self._world))]
-        text = None if None in beats else diagnose(beats, [self._silent(r, b) for r, b in enumerate(beats)])
+        beats = [own, *(self._read(store, rank) or self._unheard() for rank in range(1, self._world))]
+        text = diagnose(beats, [self._silent(r, b) for r, b in enumerate(beats)])
         if text and not self._done.is_set():
             store.set("beat/0", json.dumps(asdict(own) | {"over": True}))
             print(text, file=sys.stderr, flush=True)
@@ -199,6 +202,10 @@ class Watchdog:
     def _read(self, store: dist.Store, rank: int) -> Beat | None:
         key = f"beat/{rank}"
         return Beat(**json.loads(store.get(key))) if store.check([key]) else None
+
+    def _unheard(self) -> Beat:
+        """Stands for a rank that has not sent a beat since this run began."""
+        return Beat(_UNHEARD, "not heard from yet", 0, "start", 0, 0.0, _PATIENCE * self._limit, False, "its start", "")
 
     def _silent(self, rank: int, beat: Beat) -> float:
         """Seconds, by this rank's clock, since the beat of `rank` last changed."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 
+import pytest
+
+from nvlm.train import watch
 from nvlm.train.watch import Beat, diagnose, position, waits
 
 LIMIT = 30.0
@@ -71,3 +75,28 @@ def test_a_frame_tells_where_and_whether_it_waits():
     for file, expected in (("/x/torch/distributed/distributed_c10d.py", True), ("/x/torch/nn/functional.py", False)):
         exec(compile("got = frame()", file, "exec"), names)
         assert waits(names["got"]) is expected
+
+
+def test_a_rank_that_was_stopped_before_its_first_beat_is_named(monkeypatch, capsys):
+    """A rank may be stopped within the first steps, before anything of it has reached the store."""
+
+    class Empty:
+        def set(self, key: str, value: str) -> None: ...
+
+        def check(self, keys: list[str]) -> bool:
+            return False
+
+    def ended(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(watch, "coordinates", lambda: "tensor 0")
+    monkeypatch.setattr(watch.os, "_exit", ended)
+    long_ago = time.monotonic() - 100
+    dog = watch.Watchdog(1.0, 0, 2)
+    dog._judge(Empty())  # at the start all is well
+    dog.mark(1, "data")
+    dog.mark(5, "vision")
+    dog._last, dog._seen[1] = (*dog._last[:3], long_ago), (dog._seen[1][0], long_ago)
+    with pytest.raises(SystemExit):
+        dog._judge(Empty())
+    assert capsys.readouterr().err.startswith("rank 1 of 2 (not heard from yet) has not answered for 100 s")
