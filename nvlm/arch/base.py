@@ -26,12 +26,13 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from nvlm.arch.description import Description
+from nvlm.arch.registry import tile_use
 from nvlm.attention.cache import Past
 from nvlm.attention.choice import Mode
 from nvlm.attention.context import gather_columns, own_columns
 from nvlm.attention.model import ModelAttention, build_attention
 from nvlm.attention.rotary import rotary_angles, rotary_frequencies
-from nvlm.config.values import Config, cross_layers, pipeline_layers
+from nvlm.config.values import Config, pipeline_layers
 from nvlm.data.batch import IGNORE, Batch, check_placeholders
 from nvlm.llm import backend
 from nvlm.llm.build import FUSED_NORMS, block_submodules, llm_config, of_megatron
@@ -40,7 +41,6 @@ from nvlm.llm.layer import DecoderBlock, learns, project
 from nvlm.llm.loss import token_losses
 from nvlm.llm.norm import LayerNorm
 from nvlm.processes.groups import seeded
-from nvlm.tiling.placement import TileUse
 
 Project = Callable[[Tensor], Tensor]
 """Projects features [..., C] to the language model's width [..., H]."""
@@ -58,15 +58,6 @@ class Architecture:
     stream: Callable[[Tensor, Batch, Tensor, Project], Tensor] | None
     keys: Callable[[TransformerConfig], nn.Module] | None
     cross_attention: ModuleSpec | None
-
-
-def tile_use(config: Config, architecture: Architecture, pipeline_stage: int) -> TileUse:
-    """How `pipeline_stage` uses tiles. Stages are counted over all virtual stages."""
-    carriers = {number - 1 for number in cross_layers(config)}
-    return TileUse(
-        stream=pipeline_stage == 0 and architecture.stream is not None,
-        keys=architecture.keys is not None and not carriers.isdisjoint(pipeline_layers(config, pipeline_stage)),
-    )
 
 
 class Projector(MegatronModule):
@@ -115,7 +106,7 @@ class VisionLanguageModel(MegatronModule):
         self.share_embeddings_and_output_weights = False  # nvlm.arch.pipeline sums tied gradients
         self.llm = config.llm
         self.pre_process, self.post_process = pipeline_stage == 0, pipeline_stage == config.parallel.pipeline_stages - 1
-        self.architecture, self.use = architecture, tile_use(config, architecture, pipeline_stage)
+        self.architecture, self.use = architecture, tile_use(config, pipeline_stage)
         self.first_layer = pipeline_layers(config, pipeline_stage).start
         self.attention = {mode: build_attention(config, backend.this_machine(), mode) for mode in Mode}
         self.drops_inputs = bool(config.adapted) and config.peft.dropout > 0

@@ -19,7 +19,7 @@ from megatron.core.distributed import finalize_model_grads
 from torch import Tensor, nn
 
 from nvlm.arch import registry
-from nvlm.arch.base import VisionLanguageModel, tile_use
+from nvlm.arch.base import VisionLanguageModel
 from nvlm.attention.cache import Past
 from nvlm.config.values import Config
 from nvlm.data.batch import IMAGE, PAD, Batch
@@ -42,10 +42,9 @@ def build_parts(config: Config) -> list[VisionLanguageModel]:
 
 def tile_use_of_rank(config: Config, pipeline_rank: int) -> TileUse:
     """How the process at `pipeline_rank` uses tiles, over all its parts."""
-    architecture, p = registry.build_architecture(config), config.parallel
-    use = TileUse(False, False)
+    p, use = config.parallel, TileUse(False, False)
     for virtual in range(p.virtual):
-        use |= tile_use(config, architecture, virtual * p.pipeline + pipeline_rank)
+        use |= registry.tile_use(config, virtual * p.pipeline + pipeline_rank)
     return use
 
 
@@ -160,10 +159,8 @@ def build_pipeline(config: Config, parts: list[VisionLanguageModel]) -> Pipeline
         one.equalize()
     # The first rank's later virtual stages have no embedding either.
     bare = range(1, config.parallel.pipeline_stages)
-    architecture = registry.build_architecture(config)
-    lend = architecture.description.tags_in_keys and any(
-        tile_use(config, architecture, pipeline_stage).keys for pipeline_stage in bare
-    )
+    tags_in_keys = registry.description(config.arch.name).tags_in_keys
+    lend = tags_in_keys and any(registry.tile_use(config, pipeline_stage).keys for pipeline_stage in bare)
     return Pipeline(parts, copied, lend)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 
 from nvlm.arch.description import Description
-from nvlm.config.values import Config, problem
+from nvlm.config.values import Config, cross_layers, pipeline_layers, problem
+from nvlm.tiling.placement import TileUse
 
 _ARCHITECTURES = {
     "decoder": "nvlm.arch.decoder",
@@ -42,6 +43,13 @@ def check_architecture(config: Config) -> Config:
         fix = f"arch.cross_every={config.llm.cross_every}"
         raise problem("arch.cross_every", every, f"1 to llm.layers={config.llm.layers}", fix)
     return config
+
+
+def tile_use(config: Config, pipeline_stage: int) -> TileUse:
+    """How `pipeline_stage` uses tiles. Stages are counted over all virtual stages."""
+    kind, layers = description(config.arch.name), pipeline_layers(config, pipeline_stage)
+    carries = any(number - 1 in layers for number in cross_layers(config))
+    return TileUse(stream=pipeline_stage == 0 and kind.tiles_in_stream, keys=kind.tiles_in_keys and carries)
 
 
 def placement_rule(name: str):

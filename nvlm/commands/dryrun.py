@@ -78,6 +78,7 @@ def _parameters(config: Config) -> Table:
 
 def _tokens(config: Config) -> Table:
     tag_style, per_tile = config.tiling.tag, config.vision.tile_tokens
+    patches = description_of(config.vision).modules(config.vision).patches
     table = Table(title=f"tokens per image, {per_tile} a tile, tags: {tag_style}", title_justify="left")
     for heading in ("tiles", "text stream", "cross-attended", "encoder"):
         table.add_column(heading, justify="right")
@@ -85,7 +86,6 @@ def _tokens(config: Config) -> Table:
         plan = TilePlan(tiles, 1, config.vision.tile_size)
         stream, cross = image_tokens(config, plan)
         name = "1" if tiles == 1 else f"{tiles} + thumbnail"
-        patches = (plan.tile_size // config.vision.patch) ** 2
         table.add_row(name, f"{stream:,}", f"{cross:,}", f"{plan.num_tiles} x {patches}")
     if tag_style != "none" and config.llm.tokenizer is None:
         table.caption = f"each tag counted as {config.llm.tag_tokens} tokens; llm.tokenizer=DIR counts exactly"

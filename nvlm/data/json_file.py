@@ -88,15 +88,14 @@ def _elements(path: Path, key: str) -> tuple[np.ndarray, np.ndarray, Sequence[in
     with open_regular(path) as file:
         data = file.read()
     text = _decoded(data, path, key)
-    skipped = len(data) - len(text.encode()) if not text.isascii() else len(data) - len(text)  # a byte order mark
+    spans, at, byte = [], 0, len(_BOM) if data.startswith(_BOM) else 0
     del data
-    spans, at, byte = [], 0, skipped
     for start, end in _spans(text, path, key):
         byte += _bytes(text, at, start)
         spans.append((byte, byte := byte + _bytes(text, start, end)))
         at = end
     if not spans:
-        raise problem(key, f"{path}, which is an empty list", "one JSON object per record", f"{key}=FILE")
+        raise _empty(key, path)
     starts, ends = np.array(spans, dtype=np.int64).T
     return starts, ends, range(len(spans))
 
@@ -126,8 +125,11 @@ def _spans(text: str, path: Path, key: str) -> Iterator[tuple[int, int]]:
         count += 1
         gap = _GAP.match(text, end)
         at = gap.end()
-        if not gap[1] and not text.startswith("]", at):
+        if bool(gap[1]) == text.startswith("]", at):  # no comma between elements, or one after the last
             raise _damaged(key, path, count)
+    if text[at + 1 :].strip(_BLANK):
+        got = f"{path}, with more after the end of its list of {count}"
+        raise problem(key, got, "one list of JSON objects", "join the lists: jq -s add FILES")
 
 
 def _damaged(key: str, path: Path, count: int) -> ConfigError:
@@ -151,10 +153,13 @@ def _first_elements(path: Path, key: str) -> Iterator[tuple[str, bytes]]:
             if whole:
                 raise
             break  # the part that was read ends within an element
-        yield _name(path, True, count), text[start:end].encode("utf-8", "surrogatepass")
+        yield _name(path, True, count), text[start:end].encode()
         count += 1
+    if not count and whole:
+        raise _empty(key, path)
     if not count:
-        raise problem(key, f"{path}, which is an empty list", "one JSON object per record", f"{key}=FILE")
+        got = f"{path}, whose first object does not end within {_LONGEST >> 20} MiB"
+        raise problem(key, got, "a list of JSON objects", f"{key}=FILE")
 
 
 def _first_lines(path: Path, key: str) -> Iterator[tuple[str, bytes]]:
@@ -166,6 +171,10 @@ def _first_lines(path: Path, key: str) -> Iterator[tuple[str, bytes]]:
                 yield _name(path, False, number), line
     if not count:
         raise _blank(key, path)
+
+
+def _empty(key: str, path: Path) -> ConfigError:
+    return problem(key, f"{path}, which is an empty list", "one JSON object per record", f"{key}=FILE")
 
 
 def _blank(key: str, path: str | Path) -> ConfigError:

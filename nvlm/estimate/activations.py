@@ -12,12 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from nvlm.arch.registry import tile_use
 from nvlm.attention.choice import Kernels
 from nvlm.config.modules import Activation, Attention, Branch, Linear, Module, Norm, Parameter
 from nvlm.config.values import Config, pipeline_layers
 from nvlm.estimate.load import Load
 from nvlm.estimate.model import Model, computes_in_fp8, learns, linears, model_of
-from nvlm.estimate.parameters import element_bytes, uses_tiles
+from nvlm.estimate.parameters import element_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,7 @@ def kept(config: Config, pipeline_stage: int, load: Load, kernels: Kernels) -> K
     return Kept(
         layers=layers,
         whole=whole,
-        shared=_shared(config, sizes, uses_tiles(config, pipeline_stage).keys),
+        shared=_shared(config, sizes, tile_use(config, pipeline_stage).keys),
         fusion=_fusion(config, model, sizes, pipeline_stage, load),
         head=head + logits,
         logits=logits,
@@ -230,7 +231,7 @@ def _attention(attention: Attention, s: _Sizes) -> float:
 
 def _fusion(config: Config, model: Model, s: _Sizes, pipeline_stage: int, load: Load) -> float:
     """What the projector, the norms of keys and the keys save."""
-    use, kept = uses_tiles(config, pipeline_stage), 0.0
+    use, kept = tile_use(config, pipeline_stage), 0.0
     if use.stream:
         kept += _project(model, s, load.stream_from_tiles / config.parallel.context)
     if use.keys and load.keys:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from nvlm.arch.registry import tile_use
 from nvlm.attention.choice import Kernels, kernels_of
 from nvlm.config.hardware import GPUS, GiB
 from nvlm.config.modules import Activation
@@ -15,7 +16,7 @@ from nvlm.config.values import Config
 from nvlm.estimate.activations import Kept, kept
 from nvlm.estimate.load import Load, step_load
 from nvlm.estimate.model import model_of
-from nvlm.estimate.parameters import element_bytes, encoder_parameters, held, pipeline_stages_of, uses_tiles
+from nvlm.estimate.parameters import element_bytes, encoder_parameters, held, pipeline_stages_of
 
 OUTSIDE = 2.5 * GiB  # CUDA context, NCCL buffers, cuBLAS and cuDNN workspaces
 FRAGMENTED = 0.05  # share of a step's temporary memory that is lost to fragmentation
@@ -141,7 +142,7 @@ def most_in_flight(chunks: list[float], config: Config, rank: int, micro_batches
 
 def _features(config: Config, load: Load, stages: list[int]) -> float:
     """Features of all tiles in a step that the rank's stages use, and pixels of all tiles of the replica."""
-    uses = [uses_tiles(config, pipeline_stage) for pipeline_stage in stages]
+    uses = [tile_use(config, pipeline_stage) for pipeline_stage in stages]
     stream, keys = any(use.stream for use in uses), any(use.keys for use in uses)
     tokens = load.stream_from_tiles * stream + load.keys_from_tiles * keys
     pixels = load.tiles * 3 * config.vision.tile_size**2

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from nvlm.arch.registry import tile_use
 from nvlm.config.modules import Activation, Attention, Linear, Module, Norm, Parameter
 from nvlm.config.values import GROUPS, Config, pipeline_layers
 from nvlm.estimate.model import computes_in_fp8, model_of
-from nvlm.tiling.placement import TileUse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +52,6 @@ def pipeline_stages_of(config: Config, rank: int) -> list[int]:
     """The stages (counting virtual stages) on pipeline rank `rank`."""
     p = config.parallel
     return [v * p.pipeline + rank for v in range(p.virtual)]
-
-
-def uses_tiles(config: Config, pipeline_stage: int) -> TileUse:
-    """How the stage uses tiles; the same as nvlm.arch.base.tile_use, which reads the architecture's code."""
-    model, layers = model_of(config), pipeline_layers(config, pipeline_stage)
-    keys = model.description.tiles_in_keys and not model.carriers.isdisjoint(layers)
-    return TileUse(stream=pipeline_stage == 0 and model.description.tiles_in_stream, keys=keys)
 
 
 def carriers_of(config: Config, pipeline_stage: int) -> int:
@@ -122,7 +115,7 @@ def weights(config: Config, rank: int) -> Iterator[Weight]:
 
 
 def _beside_layers(config: Config, pipeline_stage: int) -> Iterator[Module]:
-    model, use = model_of(config), uses_tiles(config, pipeline_stage)
+    model, use = model_of(config), tile_use(config, pipeline_stage)
     last = pipeline_stage == config.parallel.pipeline_stages - 1
     if pipeline_stage == 0 or (last and config.llm.tied):
         yield model.embedding

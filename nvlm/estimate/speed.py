@@ -10,6 +10,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from nvlm.arch.registry import tile_use
 from nvlm.attention.choice import kernels_of
 from nvlm.config.hardware import GPU
 from nvlm.config.modules import Attention, Module
@@ -20,7 +21,7 @@ from nvlm.estimate.flops import Flops, hardware_flops, model_flops
 from nvlm.estimate.load import Load
 from nvlm.estimate.memory import token_bytes
 from nvlm.estimate.model import linears, model_of
-from nvlm.estimate.parameters import Held, carriers_of, element_bytes, held, pipeline_stages_of, uses_tiles
+from nvlm.estimate.parameters import Held, carriers_of, element_bytes, held, pipeline_stages_of
 
 # Shares of peak FLOP/s, for large matrix products.
 PRODUCTS = 0.58
@@ -147,7 +148,7 @@ def _plain(config: Config) -> Config:
 def _projections(config: Config, load: Load, stages: list[int]) -> float:
     """A rank's share of the projection of a micro-batch's tiles: every stage with keys projects them itself."""
     tokens = 0.0
-    for use in (uses_tiles(config, pipeline_stage) for pipeline_stage in stages):
+    for use in (tile_use(config, pipeline_stage) for pipeline_stage in stages):
         tokens += load.stream_from_tiles / config.parallel.context * use.stream + load.keys_from_tiles * use.keys
     return tokens / max(load.work.projected, 1)
 
@@ -236,7 +237,7 @@ def _vision_bytes(config: Config, load: Load) -> float:
     seats = config.parallel.replica
     most = 0
     for rank in range(config.parallel.pipeline):
-        uses = [uses_tiles(config, pipeline_stage) for pipeline_stage in pipeline_stages_of(config, rank)]
+        uses = [tile_use(config, pipeline_stage) for pipeline_stage in pipeline_stages_of(config, rank)]
         stream, keys = any(use.stream for use in uses), any(use.keys for use in uses)
         most = max(most, load.stream_from_tiles * stream + load.keys_from_tiles * keys)
     return most * load.micro_batches * token_bytes(config) * (seats - 1) / seats

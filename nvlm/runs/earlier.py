@@ -1,22 +1,22 @@
-"""What earlier versions wrote into a run's config.yaml, as it is written now. Imports no torch."""
+"""Converts a run's config.yaml from the form of earlier versions. Imports no torch."""
 
 from __future__ import annotations
 
-# Keys that they did not write, by group, as they would have.
+# Keys that earlier versions did not write, by group, with the value they implied.
 _ADDED = {
     "logging": {"name": "none", "project": None, "entity": None, "mode": "online"},
     "vision": {"encoder": "internvit"},
 }
-# Keys of a group that steered nothing by themselves: what was chosen of them stands under data and train.
+# Keys that are no longer written. They were only tables of defaults; the chosen values are under data and train.
 _DROPPED = {"llm": ("seq_length", "cross_length", "steps")}
-# Keys that a source did not have.
+# Keys of a data source that earlier versions did not write.
 _ADDED_TO_SOURCE = {"jsonl": {"root": None}}
-# Keys of `data` that a source was given although they are those of another one.
+# Keys of other data sources, which earlier versions wrote with every source.
 _OF_OTHERS = {"pages": ("path", "heldout_path"), "jsonl": ("records", "heldout_records", "questions")}
 
 
 def as_written_now(values: dict) -> dict:
-    """The mapping of a config.yaml, written by any version, as this version writes it. `values` stay as they are."""
+    """The mapping of a config.yaml written by any version, in the form of this version. `values` is not changed."""
     return {**_ADDED, **{group: _converted(group, keys) for group, keys in values.items()}}
 
 

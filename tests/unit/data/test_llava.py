@@ -110,6 +110,8 @@ def test_messages_may_be_a_list_too_and_images_lie_elsewhere(folder, configured)
         (b"[ \n", "damaged or cut short after 0 elements"),
         (json.dumps([entry()] * 3).encode()[:-40], "damaged or cut short after 2 elements"),
         (b'[{"a": 1} {"a": 2}]', "damaged or cut short after 1 elements"),
+        (b'[{"a": 1},]', "damaged or cut short after 1 elements"),
+        (b'[{"a": 1}]\n[{"a": 2}]', "more after the end of its list of 1"),
         (b'["\xff"]', "not UTF-8 at byte 2"),
     ],
 )
@@ -139,3 +141,6 @@ def test_only_the_beginning_of_a_large_list_is_read(folder, configured, monkeypa
     (folder / "images" / "l.json").write_text(json.dumps([entry(id="é")] * 50, ensure_ascii=False), encoding="utf-8")
     config = configured("data=llava", f"data.path={folder / 'images' / 'l.json'}")
     check_data(config, placement_rule("hybrid"))
+    monkeypatch.setattr("nvlm.data.json_file._LONGEST", 20)
+    with pytest.raises(ConfigError, match="whose first object does not end within"):
+        check_data(config, placement_rule("hybrid"))
