@@ -39,7 +39,7 @@ CPU, GPU, GPU_WITH_TE = Machine(False, False), Machine(True, False), Machine(Tru
 
 
 @dataclass(frozen=True, slots=True)
-class Kernel:
+class KernelChoice:
     """An attention kernel, by the name of its module in nvlm.attention.kernels.
 
     `joint`, `apart` and `mask` say what it saves for the backward pass, in addition to queries, keys, values, output
@@ -47,30 +47,30 @@ class Kernel:
     """
 
     name: str
-    inner: Kernel | None = None  # computes on each rank, if this kernel moves data between ranks
+    inner: KernelChoice | None = None  # computes on each rank, if this kernel moves data between ranks
     rows: Rows = Rows.KEPT  # the arrangement it needs
     joint: bool = True  # values are a view of the fused QKV tensor
     apart: bool = False  # its output is copied for the next linear
     mask: bool = False  # a dense mask of all pairs, as numbers
 
 
-DENSE = Kernel("dense", mask=True)
-PER_SAMPLE = Kernel("per_sample", rows=Rows.TOKENS, joint=False, apart=True)
-FLEX = Kernel("flex")
-TE = Kernel("te", rows=Rows.LINE, joint=False)
+DENSE = KernelChoice("dense", mask=True)
+PER_SAMPLE = KernelChoice("per_sample", rows=Rows.TOKENS, joint=False, apart=True)
+FLEX = KernelChoice("flex")
+TE = KernelChoice("te", rows=Rows.LINE, joint=False)
 
 
-def across(kernel: Kernel) -> Kernel:
+def across(kernel: KernelChoice) -> KernelChoice:
     """`kernel`, wrapped for context parallelism."""
-    return Kernel("context", inner=kernel, joint=False, apart=True, mask=kernel.mask)
+    return KernelChoice("context", inner=kernel, joint=False, apart=True, mask=kernel.mask)
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """The kernels of a model in one mode, and the arrangement of rows that they need."""
 
-    columns: Kernel  # for self-attention
-    keys: Kernel | None  # for cross-attention; None if no layer has it
+    columns: KernelChoice  # for self-attention
+    keys: KernelChoice | None  # for cross-attention; None if no layer has it
     rows: Rows
 
 
@@ -88,7 +88,7 @@ def choose(config: Config, machine: Machine, mode: Mode) -> Chosen:
     return Chosen(whole if trains else DENSE, keys, _rows(whole, keys, trains))
 
 
-def _rows(whole: Kernel, keys: Kernel | None, trains: bool) -> Rows:
+def _rows(whole: KernelChoice, keys: KernelChoice | None, trains: bool) -> Rows:
     if whole.rows is Rows.LINE:
         return Rows.LINE  # in all modes: Transformer Engine's fused rotary embedding takes one row
     # After concatenation, a dense mask of tokens x keys would be B times as large.

@@ -119,7 +119,7 @@ def _spans(text: str, path: Path, key: str) -> Iterator[tuple[int, int]]:
     while not text.startswith("]", at):
         try:
             end = _DECODER.scan_once(text, at)[1]
-        except (StopIteration, ValueError):
+        except (StopIteration, ValueError, RecursionError):
             raise _damaged(key, path, count) from None
         yield at, end
         count += 1

@@ -9,7 +9,7 @@ from nvlm.attention.kernel import Kernel
 from nvlm.config.values import Config
 
 
-def build(chosen: choice.Kernel, config: Config) -> Kernel:
+def build(chosen: choice.KernelChoice, config: Config) -> Kernel:
     """The kernel `chosen` for a model of `config`."""
     inner = () if chosen.inner is None else (build(chosen.inner, config),)
     return import_module(f"{__name__}.{chosen.name}").build(config, *inner)

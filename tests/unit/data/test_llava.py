@@ -112,6 +112,7 @@ def test_messages_may_be_a_list_too_and_images_lie_elsewhere(folder, configured)
         (b'[{"a": 1} {"a": 2}]', "damaged or cut short after 1 elements"),
         (b'[{"a": 1},]', "damaged or cut short after 1 elements"),
         (b'[{"a": 1}]\n[{"a": 2}]', "more after the end of its list of 1"),
+        (b"[" * 100_000, "damaged or cut short after 0 elements"),
         (b'["\xff"]', "not UTF-8 at byte 2"),
     ],
 )
