@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from nvlm.arch.description import Description
-from nvlm.config.values import Config, cross_layers, pipeline_layers, problem
+from nvlm.config.values import Config, pipeline_layers, problem
 from nvlm.tiling.placement import TileUse
 
 _ARCHITECTURES = {
@@ -47,8 +47,12 @@ def check_architecture(config: Config) -> Config:
 
 def tile_use(config: Config, pipeline_stage: int) -> TileUse:
     """How `pipeline_stage` uses tiles. Stages are counted over all virtual stages."""
-    kind, layers = description(config.arch.name), pipeline_layers(config, pipeline_stage)
-    carries = any(number - 1 in layers for number in cross_layers(config))
+    kind, layers, every = (
+        description(config.arch.name),
+        pipeline_layers(config, pipeline_stage),
+        config.arch.cross_every,
+    )
+    carries = every > 0 and layers.stop // every > layers.start // every  # every k-th layer, counted from 1
     return TileUse(stream=pipeline_stage == 0 and kind.tiles_in_stream, keys=kind.tiles_in_keys and carries)
 
 

@@ -66,6 +66,12 @@ class TileMap:
         return self.window or (0, 0, len(self.tiles) // self.across * self.rows, self.across * self.columns)
 
     @property
+    def ends(self) -> int:
+        """Number of row ends."""
+        top, _, bottom, _ = self.kept
+        return (bottom - top) * self.row_ends
+
+    @property
     def length(self) -> int:
         """Number of tokens, including row ends."""
         top, left, bottom, right = self.kept
@@ -110,7 +116,9 @@ class Piece:
     @property
     def from_tiles(self) -> int:
         """Number of tile tokens, without words and row ends."""
-        return sum(source is not None for source in self.sources())
+        if isinstance(self.content, Words):
+            return 0
+        return self.content.length - (self.content.ends if isinstance(self.content, TileMap) else 0)
 
     def sources(self) -> list[tuple[int, int] | None]:
         """The (tile, token within the tile) at each position that is not words; None at the end of a map's row."""

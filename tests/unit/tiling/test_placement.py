@@ -6,7 +6,7 @@ import pytest
 
 from nvlm.arch.registry import placement_rule
 from nvlm.tiling.grid import TilePlan
-from nvlm.tiling.placement import Piece, Placement, TileTokens, Words
+from nvlm.tiling.placement import Piece, Placement, TileMap, TileTokens, Words
 
 TAGS = [(1,), (2, 3), (4, 5, 6)]
 TOKENS = [16, 9, 4]
@@ -55,3 +55,17 @@ def test_a_piece_that_disagrees_with_its_tile_is_refused():
 def test_a_tile_without_a_token_has_no_piece():
     with pytest.raises(ValueError, match="tokens of a tile, got 0"):
         TileTokens(0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        Words((1, 2, 3)),
+        TileTokens(5),
+        TileMap((0, 1, 2, 3), across=2, rows=2, columns=3),
+        TileMap((0, 1), across=2, rows=2, columns=3, row_ends=True, window=(0, 1, 2, 5)),
+    ],
+)
+def test_tile_tokens_are_counted_without_words_and_row_ends(content):
+    piece = Piece(0, content)
+    assert piece.from_tiles == sum(source is not None for source in piece.sources())
