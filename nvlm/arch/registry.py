@@ -47,11 +47,8 @@ def check_architecture(config: Config) -> Config:
 
 def tile_use(config: Config, pipeline_stage: int) -> TileUse:
     """How `pipeline_stage` uses tiles. Stages are counted over all virtual stages."""
-    kind, layers, every = (
-        description(config.arch.name),
-        pipeline_layers(config, pipeline_stage),
-        config.arch.cross_every,
-    )
+    kind, every = description(config.arch.name), config.arch.cross_every
+    layers = pipeline_layers(config, pipeline_stage)
     carries = every > 0 and layers.stop // every > layers.start // every  # every k-th layer, counted from 1
     return TileUse(stream=pipeline_stage == 0 and kind.tiles_in_stream, keys=kind.tiles_in_keys and carries)
 

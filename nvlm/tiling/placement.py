@@ -75,7 +75,7 @@ class TileMap:
     def length(self) -> int:
         """Number of tokens, including row ends."""
         top, left, bottom, right = self.kept
-        return (bottom - top) * (right - left + self.row_ends)
+        return (bottom - top) * (right - left) + self.ends
 
     def sources(self) -> list[tuple[int, int] | None]:
         """The (tile, token within the tile) at each position; None at row ends."""
