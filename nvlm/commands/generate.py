@@ -51,16 +51,16 @@ def work(request: Request) -> int:
 
 def user_turn(text: str, images: Sequence) -> dict[str, str]:
     """A user's message with a mark for each of its `images`. Raises BadRecord."""
-    from nvlm.data.messages import place_images, read_turns
+    from nvlm.data.messages import place_images, read_turns, with_marks
 
     (turn,) = place_images(read_turns([{"role": "user", "content": text}]), len(images))
-    return {"role": turn.role, "content": turn.text}
+    return {"role": turn.role, "content": with_marks(turn.texts)}
 
 
 def converse(generator, request: Request) -> None:
     """The prompt's turn and, with chat=true, turns from standard input. A turn that cannot be used is reported and
     skipped; without chat=true it raises BadRecord."""
-    from nvlm.config.data import IMAGE_MARK
+    from nvlm.data.messages import literal
     from nvlm.data.record import BadRecord
     from nvlm.generate.generator import Conversation
     from nvlm.processes import groups
@@ -85,8 +85,7 @@ def converse(generator, request: Request) -> None:
                 print(f"error: {error}; this turn is skipped", file=sys.stderr, flush=True)
         else:
             show(0, "\n")
-            # A mark in the model's answer is not an image.
-            reply = {"role": "assistant", "content": answer.replace(IMAGE_MARK, "")}
+            reply = {"role": "assistant", "content": literal(answer)}  # a mark in an answer is not an image
             said = Conversation([*asked.messages, reply], asked.images)
         added = []
 

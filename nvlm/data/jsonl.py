@@ -11,6 +11,7 @@ from nvlm.config.data import Jsonl
 from nvlm.data.images import image_path
 from nvlm.data.json_file import JsonFile, first_texts
 from nvlm.data.messages import check_row
+from nvlm.data.parts import images_in_parts
 from nvlm.data.record import BadRecord, First, Record, printable
 
 ReadRecord = Callable[[bytes, str, Path], Record]
@@ -35,10 +36,19 @@ def read_line(text: bytes, name: str, root: Path) -> Record:
     """The record {"messages": [...], "images": [...]}; `name` is its id unless it has one. Raises BadRecord."""
     row = parsed(text)
     check_row(row)
-    images = row.get("images") or []
-    if not isinstance(images, list):
+    images = row_images(row)
+    found = [image if isinstance(image, bytes) else image_path(root, image) for image in images]
+    return Record(identity_of(row, name), row["messages"], found)
+
+
+def row_images(row: dict) -> list:
+    """The images of a row: those that the parts of its messages name, or its list. Raises BadRecord."""
+    listed, named = row.get("images") or [], images_in_parts(row["messages"])
+    if not isinstance(listed, list):
         raise BadRecord("images is not a list")
-    return Record(identity_of(row, name), row["messages"], [image_path(root, image) for image in images])
+    if listed and named:
+        raise BadRecord(f"{len(named)} images in parts of messages and {len(listed)} in `images`: expected one of both")
+    return named or listed
 
 
 def build(source: Jsonl, seed: int, heldout: bool) -> JsonRecords | None:

@@ -2,20 +2,27 @@
 
 Keys that mean something to other trainers are either supported or refused by name, so that no record is trained
 without its image or on a turn that was meant to be excluded. A key whose value is null or empty is ignored.
+
+In a text, `<image>` marks an image and a backslash escapes the mark: n backslashes directly before it stand for n // 2
+backslashes, followed by an image if n is even and by the literal text `<image>` if n is odd.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
 from nvlm.config.data import IMAGE_MARK
+from nvlm.data.parts import image_of, is_image, kind_of, refuse_others, says, text_of
 from nvlm.data.record import BadRecord, Record
 
-ROLES = ("system", "user", "assistant")
+DOCUMENT = "document"  # the role of a record's only message if it is a text without roles
+ROLES = ("system", "user", "assistant", DOCUMENT)
 MESSAGE_KEYS = ("role", "content", "loss", "weight")
+_MARK = re.compile(rf"(?<!\\)(\\*+){IMAGE_MARK}")  # with all backslashes before it, in linear time
 
 # Keys of a record that mean something to other trainers, and what to write instead. All other keys are ignored.
 _ELSEWHERE = {
@@ -31,11 +38,22 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message: its text with `<image>` marks, and whether it has loss (by default, only an assistant's has)."""
+    """One message: n + 1 texts around n images, and whether it has loss (by default, only an assistant's and a
+    document's have)."""
 
     role: str
-    text: str
+    texts: tuple[str, ...]
     learned: bool = False
+
+    @property
+    def images(self) -> int:
+        """Number of its images."""
+        return len(self.texts) - 1
+
+    @property
+    def blank(self) -> bool:
+        """Whether it has neither text nor images."""
+        return not self.images and not self.texts[0].strip()
 
 
 class NoAnswer(BadRecord):
@@ -58,61 +76,87 @@ def check_row(row: Any) -> None:
 def check_keys(row: Any, read: Sequence[str] = ()) -> None:
     """Raise BadRecord if `row` is not an object, or has a key outside `read` that means something to other trainers."""
     if not isinstance(row, dict):
-        raise BadRecord(f"{_kind(row)}, expected an object")
+        raise BadRecord(f"{kind_of(row)}, expected an object")
     for key, instead in _ELSEWHERE.items():
         if key not in read and says(row.get(key)):
             raise BadRecord(f"key `{key}` is not read: {instead}")
 
 
+def split_marks(text: str) -> tuple[str, ...]:
+    """The n + 1 texts around the n marks of `text`, without escapes."""
+    if IMAGE_MARK not in text:
+        return (text,)
+    texts, start = [""], 0
+    for found in _MARK.finditer(text):
+        backslashes = len(found[1])
+        texts[-1] += text[start : found.start()] + "\\" * (backslashes // 2)
+        if backslashes % 2:
+            texts[-1] += IMAGE_MARK
+        else:
+            texts.append("")
+        start = found.end()
+    texts[-1] += text[start:]
+    return tuple(texts)
+
+
+def literal(text: str) -> str:
+    """`text` escaped so that it is read as it is and has no marks: for texts from the web.
+
+    Before a mark, write a text with `with_marks`, since a backslash at its end would escape the mark.
+    """
+    return _MARK.sub(lambda found: f"{2 * found[1]}\\{IMAGE_MARK}", text)
+
+
+def with_marks(texts: Sequence[str]) -> str:
+    """n + 1 texts as one with n marks between them: the inverse of `split_marks`."""
+    *before, last = [literal(text) for text in texts]
+    ends = [text[len(text.rstrip("\\")) :] for text in before]
+    return "".join(f"{text}{end}{IMAGE_MARK}" for text, end in zip(before, ends)) + last
+
+
 def read_turns(messages: Sequence[Any]) -> list[Turn]:
     """The messages as turns. Raises BadRecord for anything that is not supported."""
-    return [_turn(message) for message in messages]
-
-
-def says(value: Any) -> bool:
-    """False for null and anything empty, with which table formats fill unused columns."""
-    return value is not None and value != "" and value != [] and value != {}
+    turns = [_turn(message) for message in messages]
+    if len(turns) > 1 and any(turn.role == DOCUMENT for turn in turns):
+        raise BadRecord(f"a message of role {DOCUMENT} among {len(turns)} messages, expected it to be the only one")
+    return turns
 
 
 def _turn(message: Any) -> Turn:
     if not isinstance(message, Mapping):
-        raise BadRecord(f"a message is {_kind(message)}, expected an object")
+        raise BadRecord(f"a message is {kind_of(message)}, expected an object")
     role = message.get("role")
     if role not in ROLES:
         raise BadRecord(f"role {role!r}, expected one of {', '.join(ROLES)}")
-    _refuse_others(message, MESSAGE_KEYS, f"message of role {role}")
+    refuse_others(message, MESSAGE_KEYS, f"message of role {role}")
     content = message.get("content")
     if isinstance(content, list):
-        content = "".join(_part(part) for part in content)
-    if not isinstance(content, str):
-        raise BadRecord(f"content of a message of role {role} is {_kind(content)}, expected text")
-    return Turn(role, _characters(content), _learned(role, message))
+        texts = _texts_of_parts(content)
+    elif isinstance(content, str):
+        texts = split_marks(content)
+    else:
+        raise BadRecord(f"content of a message of role {role} is {kind_of(content)}, expected text")
+    for text in texts:
+        _check_characters(text)
+    return Turn(role, texts, _learned(role, message))
 
 
-def _part(part: Any) -> str:
-    """The text of one part of a content list, or the mark of its image."""
-    if not isinstance(part, Mapping):
-        raise BadRecord(f"a part of a content list is {_kind(part)}, expected an object")
-    kind = part.get("type")
-    if kind == "image":
-        _refuse_others(part, ("type",), "part of type image")
-        return IMAGE_MARK
-    if kind != "text":
-        raise BadRecord(f"a part of type {kind!r}, expected text or image (put paths into the record's `images`)")
-    _refuse_others(part, ("type", "text"), "part of type text")
-    if not isinstance(part.get("text"), str):
-        raise BadRecord(f"the text of a part is {_kind(part.get('text'))}, expected text")
-    return part["text"]
-
-
-def _refuse_others(values: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
-    for key, value in values.items():
-        if key not in known and says(value):
-            raise BadRecord(f"key {key!r} of a {what} is not supported, expected only {', '.join(known)}")
+def _texts_of_parts(parts: Sequence[Any]) -> tuple[str, ...]:
+    """The texts around the images of a content list: those of its parts and of the marks in its texts."""
+    texts = [""]
+    for part in parts:
+        if is_image(part):
+            image_of(part)
+            first, *others = "", ""
+        else:
+            first, *others = split_marks(text_of(part))
+        texts[-1] += first
+        texts += others
+    return tuple(texts)
 
 
 def _learned(role: str, message: Mapping[str, Any]) -> bool:
-    """Whether a turn has loss: an assistant's has, unless `loss` is false or `weight` is 0."""
+    """Whether a turn has loss: an assistant's or a document has, unless `loss` is false or `weight` is 0."""
     said = {}
     for key in ("loss", "weight"):
         value = message.get(key)
@@ -123,52 +167,54 @@ def _learned(role: str, message: Mapping[str, Any]) -> bool:
         said[key] = bool(value)
     if len(set(said.values())) > 1:
         raise BadRecord(f"loss and weight of a message of role {role} contradict each other")
-    wanted = next(iter(said.values()), role == "assistant")
-    if wanted and role != "assistant":
+    may_learn = role in ("assistant", DOCUMENT)
+    wanted = next(iter(said.values()), may_learn)
+    if wanted and not may_learn:
         raise BadRecord(
             f"{next(iter(said))} asks for loss on a message of role {role}: only the assistant's can have loss"
         )
     return wanted
 
 
-def _characters(text: str) -> str:
+def _check_characters(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise BadRecord(f"U+{ord(text[error.start]):04X} in a message, half of a surrogate pair") from None
-    return text
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
-    return names.get(type(value), "an object" if isinstance(value, Mapping) else type(value).__name__)
 
 
 def place_images(turns: Sequence[Turn], images: int) -> list[Turn]:
-    """The turns with a mark for each image. If the text has no marks, all go before the first user turn's text.
+    """The turns with a place for each image. If they have none, all images go before the first user turn's text.
 
-    Raises BadRecord for a conversation without a user turn, and if the text has some marks, but not one per image.
+    Raises BadRecord for a conversation without a user turn, and if there are some places, but not one per image. A
+    document must have a place for each image.
     """
-    first_user = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
-    if first_user is None:
+    first = next((i for i, turn in enumerate(turns) if turn.role in ("user", DOCUMENT)), None)
+    if first is None:
         raise BadRecord("no user turn")
-    marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
+    marks = sum(turn.images for turn in turns)
     if marks == images:
         return list(turns)
-    if marks:
-        raise BadRecord(f"{marks} {IMAGE_MARK} marks, but {images} images: expected a mark for each image, or none")
-    placed = replace(turns[first_user], text=f"{IMAGE_MARK}\n" * images + turns[first_user].text)
-    return [*turns[:first_user], placed, *turns[first_user + 1 :]]
+    document = turns[first].role == DOCUMENT
+    if marks or document:
+        expected = "a mark for each image" + ("" if document else ", or none")
+        raise BadRecord(f"{marks} {IMAGE_MARK} marks, but {images} images: expected {expected}")
+    begin, *rest = turns[first].texts
+    placed = replace(turns[first], texts=("", *["\n"] * (images - 1), f"\n{begin}", *rest))
+    return [*turns[:first], placed, *turns[first + 1 :]]
 
 
 def check_learns(turns: Sequence[Turn]) -> None:
-    """Raise BadRecord if there is nothing to learn: no assistant turn with loss, or only empty ones."""
-    if not any(turn.role == "assistant" for turn in turns):
+    """Raise BadRecord if there is nothing to learn: no turn with loss, or only empty ones."""
+    if not any(turn.role in ("assistant", DOCUMENT) for turn in turns):
         raise BadRecord("no assistant turn to learn from")
     learned = [turn for turn in turns if turn.learned]
     if not learned:
-        raise BadRecord("no assistant turn to learn from: all have loss false or weight 0")
-    if not any(turn.text.strip() for turn in learned):
+        which = "a document that has" if turns[0].role == DOCUMENT else "no assistant turn to learn from: all have"
+        raise BadRecord(f"{which} loss false or weight 0")
+    if turns[0].role == DOCUMENT and not any(text.strip() for text in turns[0].texts):
+        raise BadRecord("no text to learn: the document has none")
+    if all(turn.blank for turn in learned):
         raise BadRecord("no text to learn: every assistant turn with loss is empty")
 
 
@@ -178,9 +224,9 @@ def first_question(record: Record) -> tuple[Record, str]:
     Raises BadRecord, in particular NoAnswer if there is no such turn.
     """
     turns = place_images(read_turns(record.messages), len(record.images))
-    asked = list(takewhile(lambda turn: not (turn.learned and turn.text.strip()), turns))
-    if len(asked) == len(turns):
+    asked = list(takewhile(lambda turn: not turn.learned or turn.blank, turns))
+    if len(asked) == len(turns) or turns[0].role == DOCUMENT:
         raise NoAnswer("no assistant turn with an answer to compare with")
-    images = sum(turn.text.count(IMAGE_MARK) for turn in asked)
-    messages = [{"role": turn.role, "content": turn.text} for turn in asked]
-    return replace(record, messages=messages, images=record.images[:images]), turns[len(asked)].text
+    images = sum(turn.images for turn in asked)
+    messages = [{"role": turn.role, "content": with_marks(turn.texts)} for turn in asked]
+    return replace(record, messages=messages, images=record.images[:images]), IMAGE_MARK.join(turns[len(asked)].texts)

@@ -14,6 +14,7 @@ from nvlm.config.fields import named
 from nvlm.config.values import problem
 from nvlm.data.ends import end_tokens
 
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # Qwen and Yi, Llama 3, Llama 2 and Mistral
 TINY = Path(__file__).parent / "tiny_tokenizer" / "tokenizer.json"
 
 
@@ -26,6 +27,7 @@ class ChatTokenizer:
     im_end: int
     bos: int | None = None  # starts every conversation
     others: frozenset[int] = frozenset()  # other tokens that may end an answer
+    last: int | None = None  # ends a document
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text, without added special tokens."""
@@ -39,6 +41,14 @@ class ChatTokenizer:
     def ends(self) -> frozenset[int]:
         """Tokens that end an answer: the template's end of turn, and those from the tokenizer's folder."""
         return self.others | {self.im_end}
+
+    @property
+    def end_of_text(self) -> int:
+        """The token that ends a document. Raises ConfigError if the tokenizer has none of the known ones."""
+        if self.last is None:
+            expected = f"one with {' or '.join(END_OF_TEXT)} for documents"
+            raise problem("llm.tokenizer", "one without an end-of-text token", expected, "use another tokenizer")
+        return self.last
 
     @property
     def vocab(self) -> int:
@@ -80,7 +90,8 @@ def load_tokenizer(where: str, bos: str | None = None, key: str = "llm.tokenizer
             expected = f"a tokenizer that can treat {name} as text"
             raise problem(f"{key}={where}", f"one that always finds {name} in a text", expected, "use another")
     others = end_tokens(path.parent, tokenizer, key) if path.name == "tokenizer.json" else frozenset()
-    return ChatTokenizer(tokenizer, marks["<|im_start|>"], marks["<|im_end|>"], first, others)
+    last = next((number for number in map(tokenizer.token_to_id, END_OF_TEXT) if number is not None), None)
+    return ChatTokenizer(tokenizer, marks["<|im_start|>"], marks["<|im_end|>"], first, others, last)
 
 
 def stateless(values: dict[str, Any], bos: str | None = None) -> dict[str, Any]:

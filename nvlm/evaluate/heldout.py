@@ -14,7 +14,7 @@ from nvlm.arch import registry
 from nvlm.arch.pipeline import Pipeline
 from nvlm.config.values import Config
 from nvlm.data.batch import Sample
-from nvlm.data.messages import NoAnswer, first_question
+from nvlm.data.messages import NoAnswer, first_question, read_turns
 from nvlm.data.outline import Processor, build_processor, outline
 from nvlm.data.record import BadRecord, one_record
 from nvlm.data.samples import fill
@@ -119,7 +119,7 @@ def _ask(records: Records, index: int, processor: Processor) -> _Asked:
     record, expected = first_question(records[index])
     sketch = outline(record, processor, generate=True)
     expected = processor.tokenizer.decode(processor.tokenizer.encode(expected))
-    question, sample = record.messages[-1]["content"], fill(record, sketch, processor)
+    question, sample = "".join(read_turns(record.messages)[-1].texts), fill(record, sketch, processor)
     return _Asked(record.id, records.kind(index), question, expected, sketch.pictures.plans, sample)
 
 

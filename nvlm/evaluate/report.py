@@ -15,7 +15,6 @@ import matplotlib.pyplot as plt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from nvlm.config.data import IMAGE_MARK
 from nvlm.config.values import Config
 from nvlm.data.outline import Processor
 from nvlm.runs.files import write_whole
@@ -129,10 +128,9 @@ def draw_curves(metrics: Path, out: Path) -> None:
 
 def _card(one: Shown, pictures: str) -> str:
     mark = "right" if one.answer == one.expected else "wrong"
-    question = one.question.replace(IMAGE_MARK, "").strip()
     return (
         f'<article class="{mark}"><div class="pictures">{pictures}</div>'
-        f"<p><b>{html.escape(question)}</b></p>"
+        f"<p><b>{html.escape(one.question.strip())}</b></p>"
         f"<p>model <code>{html.escape(one.answer)}</code> &nbsp; truth <code>{html.escape(one.expected)}</code>"
         f' &nbsp; <span class="mark">{mark}</span></p></article>'
     )

@@ -171,25 +171,52 @@ def tag_names(style: str, columns: int, rows: int, max_tiles: int, thumbnail: st
 # --- text ---
 
 
-def turns_of(messages: Sequence[dict], images: int, system: str | None) -> list[tuple[str, str]]:
-    """(role, text) of each message. Without marks, all images go before the text of the first user turn."""
+def split_marks(text: str) -> list[str]:
+    """The n + 1 texts around n marks. An odd number of backslashes before a mark makes it a text; they are halved."""
+    texts, start = [""], 0
+    for found in re.finditer(rf"(?<!\\)(\\*+){MARK}", text):
+        texts[-1] += text[start : found.start()] + "\\" * (len(found[1]) // 2)
+        if len(found[1]) % 2:
+            texts[-1] += MARK
+        else:
+            texts.append("")
+        start = found.end()
+    return [*texts[:-1], texts[-1] + text[start:]]
+
+
+def found_by_vllm(first: str, others: Sequence[str]) -> bool:
+    """Whether vLLM finds exactly the images between these texts: each on its own line, with no empty one after it."""
+    starts_lines = all(text.endswith("\n") for text in (f"\n{first}", *others)[: len(others)])
+    ends_lines = all(text[:1] == "\n" != text[1:2] for text in others)
+    return starts_lines and ends_lines and not any(MARK in text for text in (first, *others))
+
+
+def turns_of(messages: Sequence[dict], images: int, system: str | None) -> list[tuple[str, list[str]]]:
+    """(role, texts around images) of each message. Without marks, all images go before the first user turn's text."""
     turns = []
     for message in messages:
         content = message["content"]
-        if not isinstance(content, str):
+        if isinstance(content, str):
+            texts = split_marks(content)
+        else:
             kinds = {part["type"] for part in content} - {"image", "text"}
             if kinds:
                 raise ValueError(f"got parts of type {', '.join(sorted(kinds))}, expected text and image alone")
-            content = "".join(MARK if part["type"] == "image" else part["text"] for part in content)
-        turns.append((message["role"], content))
-    marks = sum(text.count(MARK) for _, text in turns)
+            texts = [""]
+            for part in content:
+                begin, *others = ["", ""] if part["type"] == "image" else split_marks(part["text"])
+                texts = [*texts[:-1], texts[-1] + begin, *others]
+        turns.append((message["role"], texts))
+    marks = sum(len(texts) - 1 for _, texts in turns)
     if marks not in (0, images):
         raise ValueError(f"got {marks} {MARK} marks and {images} images, expected a mark for each image, or none")
     first = next((n for n, (role, _) in enumerate(turns) if role == "user"), None)
     if first is None:
         raise ValueError("got no message of role user, expected at least one")
-    turns[first] = ("user", f"{MARK}\n" * (images - marks) + turns[first][1])
-    return [("system", system), *turns] if system and turns[0][0] != "system" else turns
+    if marks < images:
+        begin, *others = turns[first][1]
+        turns[first] = ("user", ["", *["\n"] * (images - 1), f"\n{begin}", *others])
+    return [("system", [system]), *turns] if system and turns[0][0] != "system" else turns
 
 
 # --- attention ---
@@ -490,12 +517,12 @@ class NVLM(nn.Module):
         c, special, encode = self.config.nvlm, self.tokenizer.token_to_id, self.encode
         start, end = (special(name) for name in ("<|im_start|>", "<|im_end|>"))
         stream, keys, tiles, image = [Piece((special(c.bos),))] if c.bos else [], [], [], -1
-        for role, text in turns_of(messages, len(images), c.system):
+        for role, texts in turns_of(messages, len(images), c.system):
             stream.append(Piece((start,), image))
             way = "apart" if role == "assistant" else c.tokenize
-            if way == "vllm" and len(re.findall(rf"(?m)^{MARK}\n(?!\n)", text)) < text.count(MARK):
+            first, *others = texts
+            if way == "vllm" and not found_by_vllm(first, others):
                 raise ValueError(f"got {MARK} within a line or before an empty one, which vLLM does not find")
-            first, *others = text.split(MARK)
             words = [f"{role}\n", first] if way == "apart" else [f"{role}\n{first}"]
             for fragment in others:
                 pixels, names = self.tile(images[image + 1], max_tiles)

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import json
+import random
+import time
+from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from nvlm.arch import registry
-from nvlm.data.batch import IGNORE
+from nvlm.data.batch import IGNORE, IMAGE
 from nvlm.data.jsonl import read_line
-from nvlm.data.messages import NoAnswer, first_question, place_images, read_turns
+from nvlm.data.messages import (
+    NoAnswer,
+    check_learns,
+    first_question,
+    literal,
+    place_images,
+    read_turns,
+    split_marks,
+    with_marks,
+)
 from nvlm.data.outline import build_processor
+from nvlm.data.parts import images_in_parts
 from nvlm.data.record import BadRecord, Record, one_record, printable
 from nvlm.data.samples import encode
 from nvlm.data.tokenizer import load_tokenizer
+from nvlm.export import modeling_nvlm
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
 
@@ -76,12 +91,16 @@ def test_llavas_form_is_named(tmp_path):
         ({"role": "user", "content": "hi", "name": "Ann"}, "key 'name' of a message of role user is not supported"),
         ({"role": "user", "content": "hi", "images": ["a.png"]}, "key 'images' of a message"),
         ({"role": "user", "content": ["hello"]}, "a part of a content list is text, expected an object"),
-        ({"role": "user", "content": [{"type": "image_url"}]}, "a part of type 'image_url', expected text or image"),
         ({"role": "user", "content": [{"type": "video"}]}, "a part of type 'video'"),
         ({"role": "user", "content": [{"text": "hi"}]}, "a part of type None"),
         ({"role": "user", "content": [{"type": "text", "text": None}]}, "the text of a part is null"),
         ({"role": "user", "content": [{"type": "text", "content": "hi"}]}, "key 'content' of a part of type text"),
-        ({"role": "user", "content": [{"type": "image", "image": "a.png"}]}, "key 'image' of a part of type image"),
+        ({"role": "user", "content": [{"type": "image", "file": "a.png"}]}, "key 'file' of a part of type image"),
+        (
+            {"role": "user", "content": [{"type": "image", "path": 3}]},
+            "the image of a part is a number, expected a path",
+        ),
+        ({"role": "document", "content": "hi", "name": "Ann"}, "key 'name' of a message of role document"),
         ({"role": "user", "content": "ok \ud800 bad"}, r"U\+D800 in a message, half of a surrogate pair"),
         ({"role": "user", "content": [{"type": "text", "text": "\udfff"}]}, r"U\+DFFF"),
         ({"role": "assistant", "content": "a", "weight": 0.5}, "weight 0.5 of a message of role assistant, expected"),
@@ -100,7 +119,7 @@ def test_columns_of_a_table_that_say_nothing_are_no_keys():
     """As Parquet and JSON writers leave them in rows that do not use them."""
     parts = [{"type": "image", "text": None}, {"type": "text", "text": "hi", "image_url": None}]
     (turn,) = read_turns([{"role": "user", "content": parts, "tool_calls": [], "name": None, "loss": None}])
-    assert turn.text == "<image>hi" and not turn.learned
+    assert turn.texts == ("", "hi") and not turn.learned
 
 
 @pytest.mark.parametrize("mark", [{"loss": False}, {"weight": 0}, {"weight": 0.0}, {"loss": False, "weight": 0}])
@@ -132,7 +151,7 @@ def test_marks_that_do_not_add_up_are_refused_with_both_counts(marks, images):
 
 def test_without_marks_images_stand_in_front_of_the_first_user_turn():
     turns = read_turns([{"role": "system", "content": "S"}, *TALK])
-    assert [turn.text for turn in place_images(turns, 2)] == ["S", "<image>\n<image>\nhi", "yes"]
+    assert [turn.texts for turn in place_images(turns, 2)] == [("S",), ("", "\n", "\nhi"), ("yes",)]
     assert place_images(turns, 0) == turns
 
 
@@ -173,3 +192,151 @@ def test_what_no_record_is_to_blame_for_passes(error):
 def test_reasons_are_one_line_of_limited_length():
     assert printable("a\tb\n\x1b[31mc") == r"a b \x1b[31mc"
     assert len(printable("x" * 1000)) == 300
+
+
+def random_texts(rng, count):
+    pieces = ("\\", "\\\\", "<image>", "<image", ">", "<", "a", "\n", "<Image>", "\u6f22")
+    return tuple("".join(rng.choices(pieces, k=rng.randrange(7))) for _ in range(count))
+
+
+def test_any_texts_come_back_through_escapes_and_marks():
+    """Random texts of backslashes and marks, n + 1 of them around n images."""
+    rng = random.Random(0)
+    for _ in range(5000):
+        texts = random_texts(rng, rng.randrange(1, 5))
+        assert split_marks(with_marks(texts)) == texts
+        assert split_marks(literal(texts[0])) == texts[:1]
+        assert tuple(modeling_nvlm.split_marks(with_marks(texts))) == texts  # an export reads the same marks
+        parts = [part for text in texts for part in ({"type": "image"}, {"type": "text", "text": literal(text)})]
+        (turn,) = read_turns([{"role": "user", "content": parts[1:]}])
+        assert turn.texts == texts
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (r"<image>a", ("", "a")),
+        (r"\<image>a", ("<image>a",)),
+        (r"\\<image>a", ("\\", "a")),
+        (r"\\\<image>a", (r"\<image>a",)),
+        (r"\\\\<image>a", (r"\\", "a")),
+        (r"C:\new\\<x>\<image", (r"C:\new\\<x>\<image",)),  # backslashes elsewhere are text
+    ],
+)
+def test_a_backslash_escapes_a_mark(content, texts):
+    assert split_marks(content) == texts
+
+
+def test_an_escaped_mark_needs_no_image_and_is_tokenised_as_text(processor):
+    sample = encode(Record("r", [{"role": "user", "content": r"What is \<image>?"}, TALK[1]], []), processor)
+    assert "user\nWhat is <image>?<|im_end|>" in load_tokenizer("tiny").tokenizer.decode(
+        sample.tokens.tolist(), skip_special_tokens=False
+    )
+
+
+def test_long_runs_of_backslashes_take_linear_time():
+    text = ("\\" * 500_000 + "x") * 2 + "<image>"
+    began = time.perf_counter()
+    assert split_marks(text) == (text.removesuffix("<image>"), "")
+    assert time.perf_counter() - began < 2
+
+
+def document(content, **keys):
+    return [{"role": "document", "content": content, **keys}]
+
+
+def test_a_document_is_text_to_learn_and_its_end(processor):
+    """Without roles and without the run's system message."""
+    processor = replace(processor, system="Be kind.")
+    sample = encode(Record("r", document("Once. "), []), processor)
+    text = load_tokenizer("tiny").tokenizer.decode(sample.tokens.tolist(), skip_special_tokens=False)
+    assert text == "Once. <|endoftext|>"
+    # The first token is predicted by none.
+    assert sample.labels.tolist() == [*sample.tokens.tolist()[1:], IGNORE]
+
+
+def test_an_image_of_a_document_is_never_learned(processor):
+    picture = Image.new("RGB", (112, 112))
+    sample = encode(Record("r", document("One <image>two <image>"), [picture, picture]), processor)
+    assert learned(Record("r", document("One <image>two <image>"), [picture, picture]), processor).endswith(
+        "two <|endoftext|>"
+    )
+    before = IMAGE == sample.tokens
+    assert before.sum() == 2 * processor.tile_tokens
+    assert not ((sample.labels != IGNORE) & before.roll(-1)).any()
+    prompt = encode(Record("r", document("One <image>two <image>"), [picture, picture]), processor, generate=True)
+    assert prompt.tokens.tolist() == sample.tokens.tolist()[:-1]
+
+
+@pytest.mark.parametrize(
+    ("messages", "images", "reason"),
+    [
+        ([*document("a"), *TALK], 0, "a message of role document among 3 messages"),
+        (document("a"), 1, "0 <image> marks, but 1 images: expected a mark for each image$"),
+        (document("<image>a"), 0, "1 <image> marks, but 0 images"),
+        (document(" \n"), 0, "no text to learn: the document has none"),
+        (document("<image> <image>\n"), 2, "no text to learn: the document has none"),
+        (document("a", loss=False), 0, "a document that has loss false or weight 0"),
+    ],
+)
+def test_a_document_that_cannot_be_used_is_refused(messages, images, reason):
+    with pytest.raises(BadRecord, match=reason):
+        check_learns(place_images(read_turns(messages), images))
+
+
+def test_a_document_asks_no_question():
+    with pytest.raises(NoAnswer):
+        first_question(Record("r", document("a"), []))
+
+
+def spoken(*parts):
+    return [{"role": "user", "content": [{"type": "text", "text": "hi"}, *parts]}, TALK[1]]
+
+
+PNG = "data:image/png;base64,iVBORw0KGgo="
+
+
+@pytest.mark.parametrize(
+    ("parts", "images"),
+    [
+        ([{"type": "image"}], []),
+        ([{"type": "image", "image": "a.png"}, {"type": "image", "path": "b.png", "image": None}], ["a.png", "b.png"]),
+        ([{"type": "image_url", "image_url": "a.png"}], ["a.png"]),
+        ([{"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}], ["a.png"]),
+        ([{"type": "image", "image": {"bytes": b"JPEG", "path": "a.png"}}], [b"JPEG"]),
+        ([{"type": "image", "image": PNG}], [b"\x89PNG\r\n\x1a\n"]),
+    ],
+)
+def test_a_part_may_name_its_image(parts, images):
+    messages = spoken(*parts)
+    assert images_in_parts(messages) == images
+    assert sum(turn.images for turn in read_turns(messages)) == len(parts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ([{"type": "image"}, {"type": "image", "image": "a.png"}], "2 parts of type image, 1 with a path"),
+        ([{"type": "image", "image": "https://a.b/c.png"}], "image https://a.b/c.png is a URL, expected a path"),
+        ([{"type": "image_url", "image_url": {"url": "s3://a/b.png"}}], "is a URL"),
+        ([{"type": "image", "image": "a.png", "path": "b.png"}], "several paths"),
+        ([{"type": "image", "image": "data:image/png,xyz"}], "expected data:TYPE;base64"),
+        ([{"type": "image", "image": "data:image/png;base64,a\u00e9"}], "base64 text is damaged"),
+        ([{"type": "image", "image": ["a.png"]}], "the image of a part is a list"),
+        ([{"type": "image_url", "image_url": {"uri": "a.png"}}], "key 'uri' of a part's image"),
+    ],
+)
+def test_a_part_whose_image_is_not_understood_is_refused(parts, reason):
+    with pytest.raises(BadRecord, match=reason):
+        images_in_parts(spoken(*parts))
+
+
+def test_a_line_has_its_images_in_parts_or_in_a_list(tmp_path):
+    part = {"type": "image", "image": "a.png"}
+    record = read_line(line(messages=spoken(part)), "r:1", tmp_path)
+    assert record.images == [tmp_path / "a.png"]
+    with pytest.raises(BadRecord, match="1 images in parts of messages and 1 in `images`"):
+        read_line(line(messages=spoken(part), images=["a.png"]), "r:1", tmp_path)
+    assert read_line(line(messages=spoken({"type": "image"}), images=["b.png"]), "r:1", tmp_path).images == [
+        tmp_path / "b.png"
+    ]

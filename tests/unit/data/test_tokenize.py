@@ -166,7 +166,7 @@ def test_the_yi_preset_has_a_first_token_and_the_others_none(configured):
 
 def test_a_prompt_has_the_whole_history_and_an_open_turn():
     tokenizer = load_tokenizer("tiny")
-    turns = [Turn("user", "One"), Turn("assistant", "Two"), Turn("user", "Three")]
+    turns = [Turn("user", ("One",)), Turn("assistant", ("Two",)), Turn("user", ("Three",))]
     ids = [i for run in chat.prompt(turns, tokenizer, "Sys") for i in run.ids]
     assert tokenizer.tokenizer.decode(ids, skip_special_tokens=False) == (
         "<|im_start|>system\nSys<|im_end|>\n<|im_start|>user\nOne<|im_end|>\n<|im_start|>assistant\nTwo<|im_end|>\n"

@@ -115,9 +115,9 @@ def test_the_template_is_the_trainer_s(configured, tmp_path, system, bos):
     config = replace(config, llm=replace(config.llm, bos=bos), data=replace(config.data, system=system))
     rendered = AutoTokenizer.from_pretrained(written(config, tmp_path / "out"))
     tokenizer = load_tokenizer("tiny", bos)
-    user, own = Turn("user", "What's <b>?\n"), Turn("system", "Other.")
-    for turns in ([user], [own, user], [user, Turn("assistant", " A. "), user]):
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    user, own = Turn("user", ("What's <b>?\n",)), Turn("system", ("Other.",))
+    for turns in ([user], [own, user], [user, Turn("assistant", (" A. ",)), user]):
+        messages = [{"role": turn.role, "content": turn.texts[0]} for turn in turns]
         for generate in (True, False):
             runs = (chat.prompt if generate else chat.chatml)(turns, tokenizer, system)
             expected = tokenizer.tokenizer.decode([i for run in runs for i in run.ids], skip_special_tokens=False)
