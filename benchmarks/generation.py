@@ -25,7 +25,7 @@ from nvlm.data.messages import first_question
 from nvlm.data.outline import build_processor
 from nvlm.data.pack import collate
 from nvlm.data.samples import encode
-from nvlm.data.sources import build_records
+from nvlm.data.sources.registry import build_records
 from nvlm.generate.decode import continue_rows
 from nvlm.generate.sampling import Sampling
 from nvlm.processes import groups

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from nvlm.data.pages import GRIDS, KINDS, SHARES, ask
+from nvlm.data.sources.pages import GRIDS, KINDS, SHARES, ask
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "language_model."

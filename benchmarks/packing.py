@@ -23,7 +23,7 @@ from nvlm.commands.compose import compose_config
 from nvlm.data.loader import Steps, step_records
 from nvlm.data.outline import build_processor, outline
 from nvlm.data.pack import deal, pack
-from nvlm.data.sources import build_records
+from nvlm.data.sources.registry import build_records
 from nvlm.estimate.lengths import image_tokens
 from nvlm.tiling.grid import TilePlan
 

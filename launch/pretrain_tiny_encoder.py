@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nvlm.commands.compose import compose_config
-from nvlm.data.pages import CELLS, TILE, digit_pool, draw_digit, on_paper
+from nvlm.data.sources.pages import CELLS, TILE, digit_pool, draw_digit, on_paper
 from nvlm.processes import groups
 from nvlm.tiling import normalize
 from nvlm.vision.encoders.internvit import description as internvit

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nvlm.arch.registry import check_architecture, description
+from nvlm.commands.blends import sources_by_name
 from nvlm.commands.mistakes import answered
 from nvlm.commands.words import SWEEP_FLAGS, parse, plain_words
 from nvlm.config.keys import near_keys
@@ -142,6 +143,8 @@ def _start(composed: DictConfig, run_dir: Path, started: float) -> int:
 def to_config(composed: DictConfig) -> Config:
     """Hydra's composed configuration as a validated value."""
     values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    if "sources" in values["data"]:
+        values["data"]["sources"] = sources_by_name(values["data"]["sources"])
     return check_lengths(check_encoder(check_architecture(validate(from_mapping(Config, values)))))
 
 

@@ -7,10 +7,10 @@ start with heldout_ do not affect training.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
-from nvlm.config.fields import Choice, Count, FilePath, Location, Natural, Range, Tag, Text
+from nvlm.config.fields import Choice, Count, FilePath, Location, Natural, Positive, Range, Tag, Take, Text
 
 IMAGE_MARK = "<image>"  # marks the place of an image in a message
 
@@ -31,14 +31,14 @@ class Pages:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Jsonl:
-    """A file of JSON objects with messages, one per line or in one list. `root`: the folder of the images; None: the
-    file's own."""
+class Files:
+    """Files of records. `path`, `heldout_path`: a file, a folder or a glob; `root`: the folder of the images, None: the
+    files' own; `take`: which of the records are used (nvlm.data.order.taken)."""
 
-    source: Annotated[str, Choice("jsonl")]
-    path: Annotated[str, FilePath(needed="a .jsonl file", example="records.jsonl")] | None
-    heldout_path: Location | None
-    root: Location | None
+    path: Annotated[str, FilePath(needed="a file, a folder or a glob", example="FILE")] | None = None
+    heldout_path: Location | None = None
+    root: Location | None = None
+    take: Annotated[str, Take()] = "all"
 
     @property
     def has_heldout(self) -> bool:
@@ -47,22 +47,50 @@ class Jsonl:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Llava:
-    """A file in LLaVA's format: conversations, in one list or one per line. `root`: the folder of the images; None:
-    the file's own."""
+class Jsonl(Files):
+    """JSON objects with messages, one per line or in one list."""
+
+    source: Annotated[str, Choice("jsonl")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llava(Files):
+    """LLaVA's format: JSON objects with conversations, one per line or in one list."""
 
     source: Annotated[str, Choice("llava")]
-    path: Annotated[str, FilePath(needed="a .json file in LLaVA's format", example="llava.json")] | None
-    heldout_path: Location | None
-    root: Location | None
+
+
+FileSource = Jsonl | Llava
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One source of a blend, and how often its records are drawn: by `weight`, relative to the other sources', or
+    `epochs` times in one pass of the blend. `text_only`: a record with an image is refused."""
+
+    source: Annotated[Pages | FileSource, Tag("source")]
+    weight: Positive | None = None
+    epochs: Positive | None = None
+    text_only: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blend:
+    """Several sources by name. `text_share`: the share of draws from those that are text_only; None: by their weights.
+    `mixing`: records of all sources in every step, or one source per step."""
+
+    source: Annotated[str, Choice("blend")]
+    sources: dict[str, Part] | None = field(hash=False)
+    text_share: Annotated[float, Range(above=0, below=1, example=0.2)] | None
+    mixing: Annotated[str, Choice("records", "steps")]
 
     @property
     def has_heldout(self) -> bool:
-        """Whether there are held-out records."""
-        return self.heldout_path is not None
+        """Whether any source has held-out records."""
+        return any(part.source.has_heldout for part in (self.sources or {}).values())
 
 
-Source = Annotated[Pages | Jsonl | Llava, Tag("source")]
+Source = Annotated[Pages | FileSource | Blend, Tag("source")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from difflib import get_close_matches
 from typing import Annotated
 
@@ -64,8 +65,31 @@ class Choice:
         return (get_close_matches(value, self.words, n=1) or self.words)[0]
 
 
+class Take:
+    """Which records of a source are used: all, or first:N, last:N or random:N, where N is a number or a percentage."""
+
+    FORM = re.compile(r"(first|last|random):(\d+(?:\.\d+)?%|[1-9]\d*)")
+
+    def __contains__(self, value: str) -> bool:
+        match = self.FORM.fullmatch(value)
+        return value == "all" or bool(match) and not (match[2].endswith("%") and not 0 < float(match[2][:-1]) <= 100)
+
+    def __str__(self) -> str:
+        return "all, or first:N, last:N or random:N with a number N, or a percentage such as first:10%"
+
+    def instead(self, value: str) -> str:
+        """The number in `value`, if it has one."""
+        number = re.search(r"[1-9]\d*", value)
+        return f"first:{number[0]}" if number else "all"
+
+
 class FileName:
     """A name for a file or folder of the run: no path separators, and not hidden."""
+
+    @staticmethod
+    def plain(value: str) -> bool:
+        """Whether `value` can name a file and a key."""
+        return bool(re.fullmatch(r"[\w+-]+", value)) and len(os.fsencode(value)) <= _LONGEST_NAME
 
     def __contains__(self, value: str) -> bool:
         plain = value and not value.startswith(".") and value.isprintable() and not set("/\\") & set(value)

@@ -35,6 +35,8 @@ def from_mapping(cls: type, values: dict, path: str = ""):
     unknown = sorted(set(values) - set(everything), key=str)
     if unknown:
         raise _unknown(path, unknown[0], list(everything))
+    defaults = {key: value for one in (cls, *beside.values()) for key, value in _defaults(one).items()}
+    values = {**defaults, **values}
     missing = sorted(set(everything) - set(values))
     if missing:
         raise problem(f"{path}{missing[0]}", "nothing", str(everything[missing[0]]), _typed(f"{path}{missing[0]}"))
@@ -98,6 +100,12 @@ class Kind:
         if self.type is str and limits:
             return limits
         return ", ".join(filter(None, (_KINDS.get(self.type, "a group of keys"), limits)))
+
+
+@functools.cache
+def _defaults(cls: type) -> dict[str, object]:
+    """The fields of a dataclass that may be left out, with their values."""
+    return {one.name: one.default for one in dataclasses.fields(cls) if one.default is not dataclasses.MISSING}
 
 
 @functools.cache

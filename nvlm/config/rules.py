@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from nvlm.config.compute import FP8_RECIPES
-from nvlm.config.data import Source
-from nvlm.config.fields import FilePath
+from nvlm.config.data import Blend, Source
+from nvlm.config.fields import FileName, FilePath
 from nvlm.config.mapping import kinds_of
 from nvlm.config.values import Config, problem
 
@@ -18,13 +18,38 @@ def _data(config: Config) -> None:
     if data.tokenize == "vllm" and (config.tiling.tag != "1d" or config.tiling.max_tiles > 9):
         got = f"vllm with tiling.tag={config.tiling.tag} tiling.max_tiles={config.tiling.max_tiles}"
         raise problem("data.tokenize", got, "tiling.tag=1d and at most 9 tiles, as vLLM has", "data.tokenize=apart")
-    if not config.dry_run:
+    if isinstance(data.source, Blend):
+        _blend(data.source, config.dry_run)
+    elif not config.dry_run:
         _needed(data.source, "data.")
     if data.seq_length > config.llm.max_positions:
         positions = config.llm.max_positions
         expected = f"at most the positions that the model knows, llm.max_positions={positions}"
         fix = f"data.seq_length={positions}, or llm.max_positions={data.seq_length} where the model learns that many"
         raise problem("data.seq_length", data.seq_length, expected, fix)
+
+
+def _blend(blend: Blend, dry_run: bool) -> None:
+    key, parts = "data.sources", blend.sources or {}
+    if not parts:
+        raise problem(key, "nothing", "sources by name", f"{key}='{{a: {{source: jsonl, path: FILE, weight: 1}}}}'")
+    for name, part in parts.items():
+        if not FileName.plain(name):
+            raise problem(key, repr(name), "names that can be file names, without dots", f"another name for {name!r}")
+        if (part.weight is None) == (part.epochs is None):
+            got = "both weight and epochs" if part.weight else "neither weight nor epochs"
+            raise problem(f"{key}.{name}", got, "one of them", f"{key}.{name}.weight=1")
+        if not dry_run:
+            _needed(part.source, f"{key}.{name}.")
+    if len({part.weight is None for part in parts.values()}) > 1:
+        counted = ", ".join(name for name, part in parts.items() if part.weight is None)
+        raise problem(key, f"epochs for {counted}, a weight for others", "the same for all", "weights, or epochs")
+    texts = [part.text_only for part in parts.values()]
+    if blend.text_share and len(set(texts)) < 2:
+        got = (
+            "no source with text_only=true" if not any(part.text_only for part in parts.values()) else "no other source"
+        )
+        raise problem("data.text_share", got, "sources of both kinds", "data.text_share=null")
 
 
 def _needed(source: Source, path: str) -> None:

@@ -21,7 +21,7 @@ from nvlm.data.outline import Pictures, Processor, outline
 from nvlm.data.pack import collate, deal, pack
 from nvlm.data.record import BadRecord, ImageChanged, one_record
 from nvlm.data.samples import fill
-from nvlm.data.sources import Records
+from nvlm.data.sources.registry import Records
 from nvlm.data.work import count_work
 
 

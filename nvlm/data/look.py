@@ -9,7 +9,7 @@ from nvlm.config.values import Config, problem
 from nvlm.data.messages import first_question
 from nvlm.data.outline import Processor, build_processor, outline
 from nvlm.data.record import BadRecord, First, Record, one_record
-from nvlm.data.sources import first_records
+from nvlm.data.sources.registry import first_records
 from nvlm.tiling.placement import PlacementRule
 
 _MOST = 20  # records checked per source

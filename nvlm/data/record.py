@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,12 @@ class First:
     place: str
     records: Iterator[tuple[str, Callable[[], Record]]]
     fix: str
+
+
+def identity_of(row: Mapping[str, Any], name: str) -> str:
+    """A record's own id, or `name` if it has none."""
+    given = row.get("id")
+    return name if given is None else printable(str(given))
 
 
 @contextmanager

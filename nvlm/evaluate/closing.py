@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nvlm.config.values import Config
-from nvlm.data.sources import build_records
+from nvlm.data.sources.registry import build_records
 from nvlm.evaluate.heldout import Score, evaluate
 from nvlm.processes import groups
 from nvlm.train.loop import Evaluation

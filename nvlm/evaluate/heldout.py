@@ -18,7 +18,7 @@ from nvlm.data.messages import NoAnswer, first_question, read_turns
 from nvlm.data.outline import Processor, build_processor, outline
 from nvlm.data.record import BadRecord, one_record
 from nvlm.data.samples import fill
-from nvlm.data.sources import Records
+from nvlm.data.sources.registry import Records
 from nvlm.evaluate.answer import answer
 from nvlm.evaluate.report import Shown, draw_pictures, write_report
 from nvlm.processes import groups

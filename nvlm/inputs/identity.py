@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nvlm.config.values import Config, problem
-from nvlm.data.sources import Records
+from nvlm.data.sources.registry import Records
 from nvlm.data.tokenizer import tokenizer_file
 from nvlm.inputs.sources import model_source
 from nvlm.runs.folder import find_checkpoint

@@ -15,7 +15,7 @@ from nvlm.config.rules import check_world
 from nvlm.config.values import Config, ConfigError
 from nvlm.data.loader import StepData, Steps, load_steps
 from nvlm.data.outline import build_processor
-from nvlm.data.sources import build_records
+from nvlm.data.sources.registry import build_records
 from nvlm.estimate.lengths import check_vocabulary
 from nvlm.export.text import training_note
 from nvlm.inputs import identity

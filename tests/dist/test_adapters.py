@@ -21,7 +21,7 @@ from nvlm.config.values import ConfigError
 from nvlm.data.outline import build_processor
 from nvlm.data.pack import collate
 from nvlm.data.samples import encode
-from nvlm.data.sources import build_records
+from nvlm.data.sources.registry import build_records
 from nvlm.export.export import export
 from nvlm.export.modeling_nvlm import NVLM
 from nvlm.export.options import parse

@@ -10,6 +10,7 @@ from nvlm.commands.compose import check_overrides
 from nvlm.config.fields import Choice, FileName, FilePath, Range, Text
 from nvlm.config.mapping import from_mapping, leaves, to_mapping
 from nvlm.config.values import Config, ConfigError
+from nvlm.runs.ownership import flat
 
 NUMBERS = [(key, part) for key, kind in leaves(Config) for part in (kind, *kind.inside) if part.type in (int, float)]
 
@@ -40,6 +41,10 @@ def test_a_number_just_outside_its_range_is_refused_and_one_at_its_end_is_not(co
     outside += [limit.below] if limit.below is not None else []
     outside += [math.nan, math.inf, -math.inf] if kind.type is float else [2**63]
     values = to_mapping(configured())
+    if key.startswith("data.") and key not in flat(values):
+        pages = {name: values["data"].pop(name) for name in ("source", "records", "heldout_records", "questions")}
+        sources = {"*": pages | {"weight": 1.0, "epochs": 1.0}}
+        values["data"] |= {"source": "blend", "sources": sources, "text_share": 0.5, "mixing": "records"}
     for value in outside:
         message = refused(values, key, value)
         assert message.startswith(f"{key}") and "\n" not in message, message

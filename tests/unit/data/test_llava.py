@@ -9,14 +9,14 @@ from PIL import Image
 
 from nvlm.arch.registry import placement_rule
 from nvlm.config.values import ConfigError
-from nvlm.data.json_file import JsonFile
-from nvlm.data.jsonl import JsonRecords
-from nvlm.data.llava import read_entry
+from nvlm.data.forms import llava
 from nvlm.data.look import check_data
 from nvlm.data.outline import build_processor
 from nvlm.data.record import BadRecord
 from nvlm.data.samples import encode
-from nvlm.data.sources import build_records
+from nvlm.data.sources.json_file import JsonFile
+from nvlm.data.sources.json_rows import records_of
+from nvlm.data.sources.registry import build_records
 
 TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
 MESSAGES = [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", "content": "A cat."}]
@@ -27,7 +27,7 @@ def entry(**keys) -> dict:
 
 
 def read(row, tmp_path):
-    return read_entry(json.dumps(row).encode(), "f[0]", tmp_path)
+    return llava.read(row, "f[0]", tmp_path)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_messages_may_be_a_list_too_and_images_lie_elsewhere(folder, configured)
 def test_a_damaged_list_is_refused_before_the_run(content, reason, tmp_path, configured):
     (tmp_path / "l.json").write_bytes(content)
     with pytest.raises(ConfigError, match=f"^data.path: got .*{reason}"):
-        JsonRecords(str(tmp_path / "l.json"))
+        records_of(str(tmp_path / "l.json"))
     if "after 2" not in reason:  # the first records of that one can be used
         config = configured("data=llava", f"data.path={tmp_path / 'l.json'}")
         with pytest.raises(ConfigError, match="^data.path: got "):
@@ -138,10 +138,10 @@ def test_a_run_is_checked_against_its_first_entries(folder, configured):
 
 
 def test_only_the_beginning_of_a_large_list_is_read(folder, configured, monkeypatch):
-    monkeypatch.setattr("nvlm.data.json_file._LONGEST", 400)
+    monkeypatch.setattr("nvlm.data.sources.json_file._LONGEST", 400)
     (folder / "images" / "l.json").write_text(json.dumps([entry(id="é")] * 50, ensure_ascii=False), encoding="utf-8")
     config = configured("data=llava", f"data.path={folder / 'images' / 'l.json'}")
     check_data(config, placement_rule("hybrid"))
-    monkeypatch.setattr("nvlm.data.json_file._LONGEST", 20)
+    monkeypatch.setattr("nvlm.data.sources.json_file._LONGEST", 20)
     with pytest.raises(ConfigError, match="whose first object does not end within"):
         check_data(config, placement_rule("hybrid"))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from nvlm.arch import registry
 from nvlm.data.batch import IGNORE, IMAGE
-from nvlm.data.jsonl import read_line
+from nvlm.data.forms.messages import read
 from nvlm.data.messages import (
     NoAnswer,
     check_learns,
@@ -27,6 +27,7 @@ from nvlm.data.outline import build_processor
 from nvlm.data.parts import images_in_parts
 from nvlm.data.record import BadRecord, Record, one_record, printable
 from nvlm.data.samples import encode
+from nvlm.data.sources.json_file import parsed
 from nvlm.data.tokenizer import load_tokenizer
 from nvlm.export import modeling_nvlm
 
@@ -62,22 +63,22 @@ def line(**keys):
 )
 def test_a_key_that_others_give_a_meaning_is_refused_by_name(tmp_path, keys, reason):
     with pytest.raises(BadRecord, match=reason):
-        read_line(line(**keys), "r:1", tmp_path)
+        read(parsed(line(**keys)), "r:1", tmp_path)
     empty = {key: type(value)() for key, value in keys.items()}
     for nothing in (empty, dict.fromkeys(keys)):
-        assert read_line(line(**nothing), "r:1", tmp_path).messages == TALK
+        assert read(parsed(line(**nothing)), "r:1", tmp_path).messages == TALK
 
 
 def test_keys_that_mean_nothing_to_anyone_are_the_users_own(tmp_path):
-    record = read_line(line(source="web", score=0.5, meta={"page": 3}, id=7), "r:1", tmp_path)
+    record = read(parsed(line(source="web", score=0.5, meta={"page": 3}, id=7)), "r:1", tmp_path)
     assert record == Record("7", TALK, [])
-    assert read_line(line(id=None), "r:1", tmp_path).id == "r:1"
+    assert read(parsed(line(id=None)), "r:1", tmp_path).id == "r:1"
 
 
 def test_llavas_form_is_named(tmp_path):
     row = {"id": "0", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}
     with pytest.raises(BadRecord, match="`conversations` .LLaVA's format. instead of `messages`"):
-        read_line(json.dumps(row).encode(), "r:1", tmp_path)
+        read(row, "r:1", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -333,10 +334,10 @@ def test_a_part_whose_image_is_not_understood_is_refused(parts, reason):
 
 def test_a_line_has_its_images_in_parts_or_in_a_list(tmp_path):
     part = {"type": "image", "image": "a.png"}
-    record = read_line(line(messages=spoken(part)), "r:1", tmp_path)
+    record = read(parsed(line(messages=spoken(part))), "r:1", tmp_path)
     assert record.images == [tmp_path / "a.png"]
     with pytest.raises(BadRecord, match="1 images in parts of messages and 1 in `images`"):
-        read_line(line(messages=spoken(part), images=["a.png"]), "r:1", tmp_path)
-    assert read_line(line(messages=spoken({"type": "image"}), images=["b.png"]), "r:1", tmp_path).images == [
+        read(parsed(line(messages=spoken(part), images=["a.png"])), "r:1", tmp_path)
+    assert read(parsed(line(messages=spoken({"type": "image"}), images=["b.png"])), "r:1", tmp_path).images == [
         tmp_path / "b.png"
     ]

@@ -15,13 +15,13 @@ from nvlm.arch import registry
 from nvlm.data import chat
 from nvlm.data.batch import IGNORE, IMAGE
 from nvlm.data.images import decode_image
-from nvlm.data.jsonl import JsonRecords
 from nvlm.data.loader import Steps, load_steps, step_records
 from nvlm.data.messages import read_turns
 from nvlm.data.outline import build_processor, outline
 from nvlm.data.pack import collate, pack
 from nvlm.data.record import BadRecord, Record
 from nvlm.data.samples import encode, fill
+from nvlm.data.sources.json_rows import records_of
 from nvlm.data.tokenizer import load_tokenizer
 
 
@@ -153,7 +153,7 @@ def test_jsonl_paths_stay_inside_the_folder(tmp_path):
     paths = [["../secret.png"], ["/etc/passwd"], [7], []]
     outside, absolute, number, fine = (json.dumps(good | {"images": images}) for images in paths)
     file.write_text("\n".join([outside, absolute, "{broken", json.dumps({"messages": "text"}), number, fine]))
-    records = JsonRecords(str(file))
+    records = records_of(str(file))
     assert len(records) == 6
     for index, reason in enumerate(
         ["leaves the data folder", "leaves the data folder", "not JSON", "no list", "expected text"]

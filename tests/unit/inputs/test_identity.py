@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nvlm.config.values import Config, ConfigError
-from nvlm.data.sources import build_records
+from nvlm.data.sources.registry import build_records
 from nvlm.inputs import identity
 from nvlm.vision.encoders.internvit.description import TINY
 from nvlm.weights.published import read_headers

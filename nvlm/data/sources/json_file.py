@@ -1,7 +1,8 @@
-"""The objects of a JSON file, one per line or the elements of one list, read one at a time. Imports no torch."""
+"""The rows of JSON files: one object per line, or the elements of one list, read one at a time. Imports no torch."""
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import re
@@ -12,7 +13,8 @@ import numpy as np
 
 from nvlm.config.values import ConfigError, problem
 from nvlm.data.images import open_regular
-from nvlm.data.record import printable
+from nvlm.data.record import BadRecord, printable
+from nvlm.data.sources.rows import FirstRow
 
 _LONGEST = 1 << 26  # bytes; no more is read for the first records
 _BOM = b"\xef\xbb\xbf"
@@ -22,7 +24,7 @@ _DECODER = json.JSONDecoder()
 
 
 class JsonFile:
-    """The objects of a file. A file that begins with a bracket is one list; in any other, blank lines are skipped.
+    """The rows of a file. A file that begins with a bracket is one list; in any other, blank lines are skipped.
 
     `key`: the setting that named the file. Raises ConfigError if there is no object in it.
     """
@@ -34,8 +36,16 @@ class JsonFile:
         # Where each object starts and ends, bytes from the file's start; and its line, or its place in the list.
         self.starts, self.ends, self.numbers = (_elements if self.is_list else _lines)(self.path, key)
 
+    @property
+    def files(self) -> Sequence[Path]:
+        """The file itself."""
+        return (self.path,)
+
     def __len__(self) -> int:
         return len(self.starts)
+
+    def __getitem__(self, index: int) -> object:
+        return parsed(self.text(index))
 
     def name(self, index: int) -> str:
         """FILE:LINE, or FILE[PLACE] in a list, counted from 0."""
@@ -48,13 +58,20 @@ class JsonFile:
             return file.read(self.ends[index] - self.starts[index])
 
 
-def first_texts(path: str, key: str) -> Iterator[tuple[str, bytes]]:
-    """Name and text of the first objects of a file, of which no more is read than is needed. Raises ConfigError."""
+def parsed(text: bytes) -> object:
+    """The value that `text` holds. Raises BadRecord."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise BadRecord(f"not JSON: {error}") from None
+
+
+def first_rows(path: str, key: str) -> Iterator[FirstRow]:
+    """The first rows of a file, of which no more is read than is needed. Raises ConfigError."""
     check_file(path, key)
     file = Path(path)
-    if _is_list(file):
-        return _first_elements(file, key)
-    return _first_lines(file, key)
+    texts = _first_elements(file, key) if _is_list(file) else _first_lines(file, key)
+    return ((name, functools.partial(parsed, text)) for name, text in texts)
 
 
 def _name(path: Path, is_list: bool, number: int) -> str:

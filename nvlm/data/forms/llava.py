@@ -1,7 +1,7 @@
-"""Records in LLaVA's format: {"id", "image", "conversations": [{"from", "value"}]}, in one list or one per line.
+"""LLaVA's form: {"id", "image", "conversations": [{"from", "value"}]}. Imports no torch.
 
-Imports no torch. Turns are as in https://github.com/haotian-liu/LLaVA (docs/Finetune_Custom_Data.md), but `<image>`
-stays where it is in a turn: LLaVA's own loader moves it to the turn's beginning.
+Turns are as in https://github.com/haotian-liu/LLaVA (docs/Finetune_Custom_Data.md), but `<image>` stays where it is in
+a turn: LLaVA's own loader moves it to the turn's beginning.
 """
 
 from __future__ import annotations
@@ -9,30 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nvlm.config.data import Llava
 from nvlm.data.images import image_path
-from nvlm.data.jsonl import JsonRecords, first_of, identity_of, parsed, place
 from nvlm.data.messages import check_keys, says
-from nvlm.data.record import BadRecord, First, Record
+from nvlm.data.record import BadRecord, Record, identity_of
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _READ = ("image", "conversations")  # beside `id`
 
 
-def build(source: Llava, seed: int, heldout: bool) -> JsonRecords | None:
-    """The records of the source's training or held-out file; None without a held-out file. Raises ConfigError."""
-    key, path = place(source, heldout)
-    return JsonRecords(path, f"data.{key}", read_entry, source.root) if path else None
-
-
-def first(source: Llava, heldout: bool) -> First | None:
-    """The first records of one of the source's files."""
-    return first_of(*place(source, heldout), read_entry, source.root)
-
-
-def read_entry(text: bytes, name: str, root: Path) -> Record:
-    """One entry; `image` is a path or a list of paths, missing in text-only entries. Raises BadRecord."""
-    row = parsed(text)
+def read(row: Any, name: str, root: Path) -> Record:
+    """The record of one entry; `image` is a path or a list of paths, missing in text-only entries. Raises BadRecord."""
     check_keys(row, _READ)
     turns = row.get("conversations")
     if not isinstance(turns, list):

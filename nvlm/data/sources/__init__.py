@@ -1,0 +1,1 @@
+"""The sources of records: a module for each kind of file, and the table of them."""

@@ -1,0 +1,50 @@
+"""The files that a source's path names: one file, all files of a folder, or those that match a glob. No torch."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from nvlm.config.fields import named
+from nvlm.config.values import problem
+
+_WILD = frozenset("*?[")
+
+
+def files_of(path: str, suffixes: Sequence[str], key: str) -> list[Path]:
+    """The files that `path` names, sorted by name; in a folder, those below it that end in one of `suffixes`.
+
+    A file is taken whatever its name is. `key`: the setting that holds `path`. Raises ConfigError if there is none.
+    """
+    if os.path.isdir(path):
+        found = sorted(file for file in Path(path).rglob("*") if file.name.endswith(tuple(suffixes)))
+        expected = f"a folder with {' or '.join(f'*{suffix}' for suffix in suffixes)}"
+    elif is_glob(path):
+        found = sorted(map(Path, glob.glob(path, recursive=True)))
+        expected = "a glob that matches files"
+    else:
+        return [Path(path)]
+    if not found:
+        raise problem(key, f"{named(path)}, where there is none", expected, f"{key}=FILE")
+    return found
+
+
+def is_glob(path: str) -> bool:
+    """Whether `path` is a pattern. A file whose name looks like one is a file."""
+    return bool(_WILD & set(path)) and not os.path.exists(path)
+
+
+def image_root(path: str, root: str | None) -> Path:
+    """The folder that image paths are relative to and may not leave, resolved: `root`, or else the folder of `path`.
+
+    The folder of a glob is the part of it before the first pattern.
+    """
+    if root:
+        return Path(root).resolve()
+    if os.path.isdir(path):
+        return Path(path).resolve()
+    parts = Path(path).parts
+    fixed = next((place for place, part in enumerate(parts) if is_glob(path) and _WILD & set(part)), len(parts) - 1)
+    return Path(*parts[:fixed]).resolve()
