@@ -48,14 +48,14 @@ class Files:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jsonl(Files):
-    """JSON objects with messages, one per line or in one list."""
+    """JSON objects, one per line or in one list."""
 
     source: Annotated[str, Choice("jsonl")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Llava(Files):
-    """LLaVA's format: JSON objects with conversations, one per line or in one list."""
+    """LLaVA's files: JSON objects with conversations, one per line or in one list, read as by `Jsonl`."""
 
     source: Annotated[str, Choice("llava")]
 

@@ -26,9 +26,9 @@ _MARK = re.compile(rf"(?<!\\)(\\*+){IMAGE_MARK}")  # with all backslashes before
 
 # Keys of a record that mean something to other trainers, and what to write instead. All other keys are ignored.
 _ELSEWHERE = {
-    **dict.fromkeys(("image", "image_path", "image_url"), "put the paths of images into the list `images`"),
+    **dict.fromkeys(("image_path", "image_url"), "put the paths of images into `images`"),
     **dict.fromkeys(("video", "videos", "audio", "audios"), "only images are supported"),
-    **dict.fromkeys(("conversations", "conversation"), "put the dialogue into `messages`"),
+    "conversation": "put the dialogue into `messages`",
     "system": "put it into `messages`, as the first turn",
     **dict.fromkeys(("tools", "functions"), "tools are not supported"),
     **dict.fromkeys(("chosen", "rejected", "rejected_response"), "preferences are not supported"),
@@ -58,19 +58,6 @@ class Turn:
 
 class NoAnswer(BadRecord):
     """A held-out record without an answer, which cannot be scored."""
-
-
-def check_row(row: Any) -> None:
-    """Raise BadRecord if a line's value is not a record, or if it has a key that means something to other trainers but
-    would be ignored here."""
-    if isinstance(row, dict) and says(row.get("conversations")) and "messages" not in row:
-        raise BadRecord(
-            "`conversations` (LLaVA's format) instead of `messages`: data=llava reads it, data=jsonl reads messages "
-            "with role and content"
-        )
-    check_keys(row)
-    if not isinstance(row.get("messages"), list):
-        raise BadRecord("no list of messages")
 
 
 def check_keys(row: Any, read: Sequence[str] = ()) -> None:

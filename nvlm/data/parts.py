@@ -39,18 +39,23 @@ def image_of(part: Mapping[str, Any]) -> str | bytes | None:
     given = [part[key] for key in _PLACES if says(part.get(key))]
     if len(given) > 1:
         raise BadRecord(f"a part of type {part['type']} with several paths, expected one of {', '.join(_PLACES)}")
-    return _stored(given[0]) if given else None
+    return image_value(given[0], "the image of a part") if given else None
 
 
-def _stored(value: Any) -> str | bytes:
-    """A path, or the bytes of a value such as {"bytes": ..., "path": ...} or "data:image/png;base64,..."."""
+def image_value(value: Any, what: str) -> str | bytes:
+    """A path, or the bytes of a value such as {"bytes": ..., "path": ...} or "data:image/png;base64,...".
+
+    `what` it is, for messages. JSON has no bytes, so text under `bytes` is base64. Raises BadRecord.
+    """
     if isinstance(value, Mapping):
-        refuse_others(value, ("url", "path", "bytes", "detail"), "part's image")
+        refuse_others(value, ("url", "path", "bytes", "detail"), "struct of an image")
+        if isinstance(value.get("bytes"), str) and value["bytes"]:
+            return _from_base64(value["bytes"])
         value = next((value[key] for key in ("bytes", "path", "url") if says(value.get(key))), None)
     if isinstance(value, bytes):
         return value
-    if not isinstance(value, str):
-        raise BadRecord(f"the image of a part is {kind_of(value)}, expected a path")
+    if not isinstance(value, str) or not value:
+        raise BadRecord(f"{what} is {kind_of(value) if value != '' else 'empty'}, expected a path")
     if value.startswith("data:"):
         return _decoded(value)
     if "://" in value:
@@ -62,8 +67,12 @@ def _decoded(url: str) -> bytes:
     head, _, data = url.partition(",")
     if not head.endswith(";base64"):
         raise BadRecord(f"an image as {head[:40]!r}, expected data:TYPE;base64,... or a path")
+    return _from_base64(data)
+
+
+def _from_base64(text: str) -> bytes:
     try:
-        return base64.b64decode(data, validate=True)
+        return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise BadRecord(f"an image whose base64 text is damaged: {error}") from None
 

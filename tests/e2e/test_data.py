@@ -32,7 +32,7 @@ BAD = [
     TALK | {"images": ["a\0.png"]},
     TALK | {"images": ["loop.png"]},
     TALK | {"images": ["pipe.png"]},
-    TALK | {"image": "red.png"},
+    TALK | {"image_path": "red.png"},
 ]
 
 

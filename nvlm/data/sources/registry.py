@@ -1,8 +1,8 @@
 """The sources of records, by schema. Imports no torch.
 
-The module of a source of files provides `build(schema, path, key)`, all records of the files that `path` names, and
-`first(schema, path, key)`, the first of them, which are checked before a run starts. `key` is the setting that holds
-`path`, for messages.
+The module of a source of files provides `build(schema, path, key, form)`, all records of the files that `path` names,
+and `first(schema, path, key, form)`, the first of them, which are checked before a run starts. `key` is the setting
+that holds `path`, for messages; `form` makes records of its rows.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nvlm.config.data import DataConfig, Jsonl, Llava, Pages, Source
+from nvlm.data.forms.auto import form_of
 from nvlm.data.record import First, Record
 from nvlm.data.sources import json_rows, pages
 
@@ -46,7 +47,7 @@ def _build(source: Source, seed: int, heldout: bool, prefix: str) -> Records | N
     if isinstance(source, Pages):
         return pages.build(source, seed, heldout)
     key, path = _place(source, heldout, prefix)
-    return _MODULES[type(source)].build(source, path, key) if path else None
+    return _MODULES[type(source)].build(source, path, key, form_of(source, seed)) if path else None
 
 
 def first_records(source: Source, heldout: bool = False) -> First | None:
@@ -54,7 +55,7 @@ def first_records(source: Source, heldout: bool = False) -> First | None:
     if isinstance(source, Pages):
         return None
     key, path = _place(source, heldout, "data.")
-    return _MODULES[type(source)].first(source, path or "", key) if path or not heldout else None
+    return _MODULES[type(source)].first(source, path or "", key, form_of(source)) if path or not heldout else None
 
 
 def _place(source: Source, heldout: bool, prefix: str) -> tuple[str, str | None]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from nvlm.arch.registry import placement_rule
 from nvlm.config.values import ConfigError
-from nvlm.data.forms import llava
+from nvlm.data.forms import auto
 from nvlm.data.look import check_data
 from nvlm.data.outline import build_processor
 from nvlm.data.record import BadRecord
@@ -27,7 +27,7 @@ def entry(**keys) -> dict:
 
 
 def read(row, tmp_path):
-    return llava.read(row, "f[0]", tmp_path)
+    return auto.read(row, "f[0]", tmp_path)
 
 
 @pytest.fixture
@@ -52,11 +52,12 @@ def test_an_entry_is_the_record_with_the_same_messages(tmp_path):
     ("row", "reason"),
     [
         (entry(image="../a.png"), "leaves the data folder"),
-        (entry(image=7), "image path is int"),
+        (entry(image=7), "`image` is a number, expected a path"),
         (entry(video="a.mp4"), "key `video` is not read"),
-        (entry(conversations=None), "no list of conversations"),
+        (entry(conversations=None), "no list of messages or conversations"),
         (entry(conversations=[{"from": "robot", "value": "hi"}]), "a turn from 'robot', expected one of human"),
-        (entry(conversations=["hi"]), "a turn from 'hi'"),
+        (entry(conversations=[{"from": ["human"], "value": "hi"}]), r"a turn from \['human'\]"),
+        (entry(conversations="hi"), "no list of conversations"),
         ([entry()], "a list, expected an object"),
     ],
 )

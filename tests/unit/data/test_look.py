@@ -76,9 +76,9 @@ def test_a_held_out_path_that_is_not_there_is_called_by_its_key(configured, tmp_
 
 
 def test_training_records_none_of_which_can_be_used_are_refused_at_once(look):
-    llava = {"image": "a.png", "conversations": [{"from": "human", "value": "?"}]}
-    with pytest.raises(ConfigError, match="its first 20 records are all unusable .r.jsonl:1: `conversations`"):
-        look((llava,) * 30)
+    video = {"video": "a.mp4", "conversations": [{"from": "human", "value": "?"}]}
+    with pytest.raises(ConfigError, match="its first 20 records are all unusable .r.jsonl:1: key `video`"):
+        look((video,) * 30)
     with pytest.raises(ConfigError, match="the text takes .* tokens, data.seq_length is"):
         look(({"messages": [{"role": "user", "content": "word " * 9000}, GOOD["messages"][1]]},))
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from nvlm.arch import registry
 from nvlm.data.batch import IGNORE, IMAGE
-from nvlm.data.forms.messages import read
+from nvlm.data.forms.auto import read
 from nvlm.data.messages import (
     NoAnswer,
     check_learns,
@@ -52,13 +52,13 @@ def line(**keys):
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
-        ({"image": "a.png"}, "key `image` is not read: put the paths of images into the list `images`"),
+        ({"image_path": "a.png"}, "key `image_path` is not read: put the paths of images into `images`"),
         ({"video": "a.mp4"}, "key `video` is not read"),
         ({"audios": ["a.wav"]}, "key `audios` is not read"),
         ({"system": "Be kind."}, "key `system` is not read: put it into `messages`"),
         ({"tools": [{}]}, "key `tools` is not read"),
         ({"rejected": "no"}, "key `rejected` is not read"),
-        ({"conversations": [{"from": "human", "value": "?"}]}, "key `conversations` is not read"),
+        ({"conversations": [{"from": "human", "value": "?"}]}, "both `messages` and `conversations`"),
     ],
 )
 def test_a_key_that_others_give_a_meaning_is_refused_by_name(tmp_path, keys, reason):
@@ -75,10 +75,21 @@ def test_keys_that_mean_nothing_to_anyone_are_the_users_own(tmp_path):
     assert read(parsed(line(id=None)), "r:1", tmp_path).id == "r:1"
 
 
-def test_llavas_form_is_named(tmp_path):
-    row = {"id": "0", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}
-    with pytest.raises(BadRecord, match="`conversations` .LLaVA's format. instead of `messages`"):
-        read(row, "r:1", tmp_path)
+def test_turns_and_images_are_read_as_users_write_them(tmp_path):
+    """The key that holds the turns and the keys of a turn are independent of each other."""
+    llava = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    ours = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A cat."}]
+    for key in ("messages", "conversations"):
+        for turns in (llava, ours):
+            for images in ({"image": "a.png"}, {"images": "a.png"}, {"images": ["a.png"]}, {"image": ["a.png"]}):
+                record = read({key: turns, **images}, "r:1", tmp_path)
+                assert (record.messages, record.images) == (ours, [tmp_path / "a.png"])
+    filled = [turn | {"role": None, "content": None} for turn in llava]  # a table has all columns in every row
+    assert read({"conversations": filled, "messages": None}, "r:1", tmp_path).messages == ours
+    system = read({"messages": [{"from": "system", "value": "Be brief."}, *llava]}, "r:1", tmp_path)
+    assert system.messages == [{"role": "system", "content": "Be brief."}, *ours]
+    with pytest.raises(BadRecord, match="key 'from' of a message of role user"):
+        read_turns(read({"messages": [llava[0] | ours[0], ours[1]]}, "r:1", tmp_path).messages)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +335,7 @@ def test_a_part_may_name_its_image(parts, images):
         ([{"type": "image", "image": "data:image/png,xyz"}], "expected data:TYPE;base64"),
         ([{"type": "image", "image": "data:image/png;base64,a\u00e9"}], "base64 text is damaged"),
         ([{"type": "image", "image": ["a.png"]}], "the image of a part is a list"),
-        ([{"type": "image_url", "image_url": {"uri": "a.png"}}], "key 'uri' of a part's image"),
+        ([{"type": "image_url", "image_url": {"uri": "a.png"}}], "key 'uri' of a struct of an image"),
     ],
 )
 def test_a_part_whose_image_is_not_understood_is_refused(parts, reason):
@@ -336,7 +347,7 @@ def test_a_line_has_its_images_in_parts_or_in_a_list(tmp_path):
     part = {"type": "image", "image": "a.png"}
     record = read(parsed(line(messages=spoken(part))), "r:1", tmp_path)
     assert record.images == [tmp_path / "a.png"]
-    with pytest.raises(BadRecord, match="1 images in parts of messages and 1 in `images`"):
+    with pytest.raises(BadRecord, match="images in several places, 1 in parts of messages and 1 in `images`"):
         read(parsed(line(messages=spoken(part), images=["a.png"])), "r:1", tmp_path)
     assert read(parsed(line(messages=spoken({"type": "image"}), images=["b.png"])), "r:1", tmp_path).images == [
         tmp_path / "b.png"

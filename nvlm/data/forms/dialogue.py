@@ -1,0 +1,48 @@
+"""A conversation: {"messages" or "conversations": [turn, ...], "images" or "image": ...}. Imports no torch.
+
+A turn is {"role", "content"} or LLaVA's {"from", "value"}, in either list. LLaVA's turns are as in
+https://github.com/haotian-liu/LLaVA (docs/Finetune_Custom_Data.md), but `<image>` stays where it is in a turn: LLaVA's
+own loader moves it to the turn's beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nvlm.data.forms.pictures import IMAGE_KEYS, found, row_images
+from nvlm.data.messages import check_keys
+from nvlm.data.parts import says
+from nvlm.data.record import BadRecord, Record, identity_of
+
+TURNS = ("messages", "conversations")  # the keys of a row that may hold its turns
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def read(row: Any, name: str, root: Path) -> Record:
+    """The record of `row`; `name` is its id unless it has one. Raises BadRecord."""
+    check_keys(row, (*TURNS, *IMAGE_KEYS))
+    messages = [_message(turn) for turn in _turns(row)]
+    return Record(identity_of(row, name), messages, found(row_images(row, messages), root))
+
+
+def _turns(row: Mapping[str, Any]) -> list:
+    given = [key for key in TURNS if says(row.get(key))]
+    if len(given) > 1:
+        raise BadRecord("both `messages` and `conversations`, expected one of them")
+    turns = row[given[0]] if given else None
+    if not isinstance(turns, list):
+        raise BadRecord(f"no list of {given[0] if given else 'messages or conversations'}")
+    return turns
+
+
+def _message(turn: Any) -> Any:
+    """A turn as a message. Keys that have no meaning here are left in, so that they are refused by name."""
+    if not isinstance(turn, Mapping) or not says(turn.get("from")) or says(turn.get("role")):
+        return turn
+    sender = turn["from"]
+    if not isinstance(sender, str) or sender not in _ROLES:
+        raise BadRecord(f"a turn from {sender!r}, expected one of {', '.join(_ROLES)}")
+    others = {key: value for key, value in turn.items() if key not in ("from", "value", "role")}
+    return others | {"role": _ROLES[sender], "content": turn.get("value", turn.get("content"))}
