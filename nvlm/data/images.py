@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
@@ -64,7 +64,7 @@ def _link_that_leaves(root: Path, path: str) -> Path | None:
     return next((p for p in prefixes if not Path(os.path.realpath(root / p)).is_relative_to(root)), None)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file for reading. Raises OSError for anything else: reading a pipe or a device could hang."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):

@@ -14,12 +14,14 @@ _WILD = frozenset("*?[")
 
 
 def files_of(path: str, suffixes: Sequence[str], key: str) -> list[Path]:
-    """The files that `path` names, sorted by name; in a folder, those below it that end in one of `suffixes`.
+    """The files that `path` names, sorted by name; in a folder, those below it that end in one of `suffixes`, but not
+    hidden ones, such as an editor's copies.
 
     A file is taken whatever its name is. `key`: the setting that holds `path`. Raises ConfigError if there is none.
     """
     if os.path.isdir(path):
-        found = sorted(file for file in Path(path).rglob("*") if file.name.endswith(tuple(suffixes)))
+        below = (file for file in Path(path).rglob("*") if file.name.endswith(tuple(suffixes)) and not file.is_dir())
+        found = sorted(file for file in below if not any(part[0] == "." for part in file.relative_to(path).parts))
         expected = f"a folder with {' or '.join(f'*{suffix}' for suffix in suffixes)}"
     elif is_glob(path):
         found = sorted(map(Path, glob.glob(path, recursive=True)))

@@ -1,4 +1,5 @@
-"""The rows of JSON files: one object per line, or the elements of one list, read one at a time. Imports no torch."""
+"""The rows of JSON files: one object per line, or the elements of one list, read one at a time; plain or gzip. Imports
+no torch."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import numpy as np
 from nvlm.config.values import ConfigError, problem
 from nvlm.data.images import open_regular
 from nvlm.data.record import BadRecord, printable
+from nvlm.data.sources.gzipped import plain_file, readable
 from nvlm.data.sources.rows import FirstRow
 
 _LONGEST = 1 << 26  # bytes; no more is read for the first records
@@ -32,9 +34,10 @@ class JsonFile:
     def __init__(self, path: str, key: str) -> None:
         check_file(path, key)
         self.path = Path(path)
-        self.is_list = _is_list(self.path)
+        self.plain = plain_file(self.path, key)
+        self.is_list = _is_list(self.path, key)
         # Where each object starts and ends, bytes from the file's start; and its line, or its place in the list.
-        self.starts, self.ends, self.numbers = (_elements if self.is_list else _lines)(self.path, key)
+        self.starts, self.ends, self.numbers = (_elements if self.is_list else _lines)(self, key)
 
     @property
     def files(self) -> Sequence[Path]:
@@ -53,7 +56,7 @@ class JsonFile:
 
     def text(self, index: int) -> bytes:
         """The object as it is in the file."""
-        with open_regular(self.path) as file:
+        with open_regular(self.plain) as file:
             file.seek(self.starts[index])
             return file.read(self.ends[index] - self.starts[index])
 
@@ -70,7 +73,7 @@ def first_rows(path: str, key: str) -> Iterator[FirstRow]:
     """The first rows of a file, of which no more is read than is needed. Raises ConfigError."""
     check_file(path, key)
     file = Path(path)
-    texts = _first_elements(file, key) if _is_list(file) else _first_lines(file, key)
+    texts = _first_elements(file, key) if _is_list(file, key) else _first_lines(file, key)
     return ((name, functools.partial(parsed, text)) for name, text in texts)
 
 
@@ -78,14 +81,14 @@ def _name(path: Path, is_list: bool, number: int) -> str:
     return f"{path.name}[{number}]" if is_list else f"{path.name}:{number}"
 
 
-def _is_list(path: Path) -> bool:
-    with open_regular(path) as file:
+def _is_list(path: Path, key: str) -> bool:
+    with readable(path, key) as file:
         return file.read(1 << 16).removeprefix(_BOM).lstrip(_BLANK.encode()).startswith(b"[")
 
 
-def _lines(path: Path, key: str) -> tuple[np.ndarray, np.ndarray, Sequence[int]]:
+def _lines(of: JsonFile, key: str) -> tuple[np.ndarray, np.ndarray, Sequence[int]]:
     starts, blank = [0], []
-    with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with open_regular(of.plain) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         while starts[-1] < len(data):
             end = data.find(b"\n", starts[-1]) + 1 or len(data)
             if data[starts[-1]] in _BLANK.encode() and not data[starts[-1] : end].strip():
@@ -96,23 +99,23 @@ def _lines(path: Path, key: str) -> tuple[np.ndarray, np.ndarray, Sequence[int]]
         return bounds[:-1], bounds[1:], range(1, len(bounds))
     kept = np.delete(np.arange(len(bounds) - 1, dtype=np.int64), blank)
     if not len(kept):
-        raise _blank(key, path)
+        raise _blank(key, of.path)
     return bounds[kept], bounds[kept + 1], kept + 1
 
 
-def _elements(path: Path, key: str) -> tuple[np.ndarray, np.ndarray, Sequence[int]]:
+def _elements(of: JsonFile, key: str) -> tuple[np.ndarray, np.ndarray, Sequence[int]]:
     """The whole text is in memory while the elements are found, and no longer."""
-    with open_regular(path) as file:
+    with open_regular(of.plain) as file:
         data = file.read()
-    text = _decoded(data, path, key)
+    text = _decoded(data, of.path, key)
     spans, at, byte = [], 0, len(_BOM) if data.startswith(_BOM) else 0
     del data
-    for start, end in _spans(text, path, key):
+    for start, end in _spans(text, of.path, key):
         byte += _bytes(text, at, start)
         spans.append((byte, byte := byte + _bytes(text, start, end)))
         at = end
     if not spans:
-        raise _empty(key, path)
+        raise _empty(key, of.path)
     starts, ends = np.array(spans, dtype=np.int64).T
     return starts, ends, range(len(spans))
 
@@ -156,7 +159,7 @@ def _damaged(key: str, path: Path, count: int) -> ConfigError:
 
 
 def _first_elements(path: Path, key: str) -> Iterator[tuple[str, bytes]]:
-    with open_regular(path) as file:
+    with readable(path, key) as file:
         data = file.read(_LONGEST)
         whole = not file.read(1)
     text = _decoded(data, path, key) if whole else data.decode("utf-8-sig", errors="ignore")
@@ -181,7 +184,7 @@ def _first_elements(path: Path, key: str) -> Iterator[tuple[str, bytes]]:
 
 def _first_lines(path: Path, key: str) -> Iterator[tuple[str, bytes]]:
     count = 0
-    with open_regular(path) as file:
+    with readable(path, key) as file:
         for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):
             if line.strip():
                 count += 1
@@ -202,11 +205,13 @@ def check_file(path: str, key: str) -> None:
     """Raise ConfigError if `path`, which the setting `key` names, cannot be a file of JSON objects."""
     lines, fix = "a text file of one JSON object per line, or of one list of them", f"{key}=FILE"
     try:
-        with open_regular(Path(path)) as file:
+        with readable(Path(path), key) as file:
             first = file.read(64)
     except FileNotFoundError:
         missing = repr(path) if Path(path).is_absolute() else f"{path!r} in {Path.cwd()}"
         raise problem(key, missing, "a .jsonl or .json file that exists", fix) from None
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise problem(key, f"{printable(repr(path))}: {printable(str(reason))}", lines, fix) from None
@@ -219,7 +224,7 @@ def check_file(path: str, key: str) -> None:
 
 # Files that may be mistaken for JSON: first bytes, name, and what to do.
 _OTHER_FILES = (
-    (b"\x1f\x8b", "a gzip file", "unpack it: gunzip {path}"),
+    (b"\x1f\x8b", "a gzip file within another", "unpack it once: gunzip {path}"),
     (b"\x28\xb5\x2f\xfd", "a zstd file", "unpack it: unzstd {path}"),
     (b"PK\x03\x04", "a zip file", "unpack it: unzip {path}"),
     (b"PAR1", "a Parquet file", "write its rows as JSON lines"),

@@ -11,7 +11,7 @@ from nvlm.data.sources.files import files_of, image_root
 from nvlm.data.sources.json_file import JsonFile, first_rows
 from nvlm.data.sources.rows import Form, Joined, RowRecords, first_records
 
-SUFFIXES = (".jsonl", ".json")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
 
 def build(source: FileSource, path: str, key: str, form: Form) -> RowRecords:
