@@ -5,8 +5,11 @@ batch are concatenated, and tile t has the rows offsets[t] to offsets[t + 1], wh
 `tile_tokens`. Placeholders are filled by row number: `stream_rows` gives the row for each placeholder in the text
 stream, `cross_rows` for each one among the keys; ROW_END means the learned vector at the end of a row of a feature map.
 
-Shapes: B packed rows, S text-stream length, X cross-attended keys per row, T tiles, N tokens of all T tiles, C feature
-width, P pieces of the keys that show tiles, n any number (different in each field).
+The ranks of a replica have the same samples, but each decodes only some of their images. `holder` names the seat (the
+rank within the replica) that has the pixels of each tile; everything else is the same on all of them.
+
+Shapes: B packed rows, S text-stream length, X cross-attended keys per row, T tiles, t of them here, N tokens of all T
+tiles, C feature width, P pieces of the keys that show tiles, n any number (different in each field).
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ IMAGE = -1  # token id: placeholder of one tile token
 PAD = -1  # sample, image and tile numbers of padding; image number of text before any image
 ROW_END = -2  # row number of the end of a map's row, which is filled by no tile token
 ALL_TILES = -1  # tile number of a query that sees every tile of the images before it
+EVERYWHERE = -1  # holder of a tile whose pixels are on every rank of the replica
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +45,14 @@ class Sample:
     cross_lengths: tuple[int, ...]  # [P], number of IMAGE keys of each piece
     cross_tags: tuple[tuple[int, ...], ...]  # [P], tag ids of each piece
     tile_tokens: Tensor  # [T], tokens of each tile; their sum is N
-    pixels: Tensor  # uint8 [T, 3, px, px]
+    holder: Tensor  # [T], the seat that has the pixels of each tile, or EVERYWHERE
+    pixels: Tensor  # uint8 [t, 3, px, px], of the tiles that are here
 
 
 # Index tensors stay on the CPU, so that reading them never synchronises with the GPU.
 _ON_CPU = (
     *("stream_rows", "stream_counts", "cross_rows", "cross_counts", "cross_lengths", "tile_tokens"),
-    "feature_rows",
+    *("holder", "feature_rows"),
 )
 
 
@@ -75,7 +80,8 @@ class Batch:
     cross_lengths: Tensor  # [P], number of IMAGE keys of each piece; on the CPU
     cross_tags: Tensor  # [P, longest tag], tag ids, padded with PAD
     tile_tokens: Tensor  # [T], tokens of each tile; their sum is N; on the CPU
-    pixels: Tensor  # uint8 [T, 3, px, px]
+    holder: Tensor  # [T], the seat that has the pixels of each tile, or EVERYWHERE; on the CPU
+    pixels: Tensor  # uint8 [t, 3, px, px], of the tiles that are here
     features: Tensor | None = None  # [n, C], from the frozen encoder: the tokens of the tiles that this process uses
     feature_rows: Tensor | None = None  # [N], row of each token in `features`, PAD if not used here; on the CPU
     host: Batch | None = None  # the same batch on the CPU, if this one is on another device
@@ -95,6 +101,12 @@ class Batch:
         values = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in _ON_CPU)
         moved = {name: x.to(device, non_blocking=True) for name, x in values if torch.is_tensor(x)}
         return replace(self, host=self.on_host, **moved)
+
+    def without_loss(self, samples: Sequence[int]) -> Batch:
+        """The same batch with no loss on these samples, numbered in the order of `ids`."""
+        first_B = torch.tensor([0, *(len(row) for row in self.ids)][:-1]).cumsum(0)
+        among_BS = torch.isin(self.sample + first_B[:, None], torch.tensor(samples)) & (self.sample != PAD)
+        return replace(self, labels=self.labels.masked_fill(among_BS, IGNORE))
 
     def with_features(self, features_NC: Tensor) -> Batch:
         """The same batch with all its tiles encoded."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -17,18 +17,32 @@ from torch.utils.data import DataLoader, Dataset
 
 from nvlm.data.amounts import Work
 from nvlm.data.batch import Batch, Sample
-from nvlm.data.outline import Pictures, Processor, outline
+from nvlm.data.outline import Pictures, Processor, outline, unreadable
 from nvlm.data.pack import collate, deal, pack
 from nvlm.data.record import BadRecord, ImageChanged, one_record
-from nvlm.data.samples import fill
+from nvlm.data.samples import Share, blank, fill
+from nvlm.data.share import decoding_seats
 from nvlm.data.sources.registry import Records
 from nvlm.data.work import count_work
+
+_FIX = "Fix: do not change records or images while a run reads them"
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A record that was packed, but could not be decoded. `number`: its sample's, over all micro-batches of a step."""
+
+    number: int
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class StepData:
     """One replica's data for one optimizer step: its micro-batches and the records that were skipped.
 
+    `failed`: records that are in the micro-batches, but were found to be broken by this rank. The ranks of a replica
+    decode different images, so they must first agree on these, and then all call `without`.
     `fewer_tiles`: records whose images got fewer tiles than tiling.max_tiles allows, so that they fit.
     """
 
@@ -37,6 +51,19 @@ class StepData:
     skipped: tuple[tuple[str, str], ...]  # (name, reason)
     work: Work  # of all micro-batches
     fewer_tiles: int = 0
+    failed: tuple[Failed, ...] = ()
+
+    def without(self, failed: Sequence[Failed]) -> StepData:
+        """The same step, with no loss on the `failed` records, which count as skipped."""
+        batches, first = [], 0
+        for batch in self.micro_batches:
+            count = sum(map(len, batch.ids))
+            here = [one.number - first for one in failed if first <= one.number < first + count]
+            batches.append(batch.without_loss(here) if here else batch)
+            first += count
+        skipped = (*self.skipped, *((one.name, one.reason) for one in failed))
+        work = sum(map(count_work, batches), Work()) if failed else self.work
+        return replace(self, micro_batches=tuple(batches), skipped=skipped, work=work, failed=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +111,8 @@ class Steps(Dataset):
     window: int = 1  # steps whose records are packed together
     groups: int = 1  # the number of micro-batches is a multiple of this
     ends: tuple[int, ...] = ()  # former values of `steps` of a run that was extended
+    seat: int = 0  # this process's rank within the replica
+    seats: int = 1  # ranks of the replica, among which a step's images are divided
 
     def __len__(self) -> int:
         return self.steps
@@ -101,23 +130,49 @@ class Steps(Dataset):
         window = self.window_of(step)
         plan = plan_window(self, window)[step - window.start]
         planned = plan.rows[self.data_rank :: self.data_size]
-        skipped = list(plan.skipped[self.data_rank :: self.data_size])
-        records = sum(map(len, planned)) + len(skipped)
-        decoded = [self._decode(row, skipped) for row in planned]
-        rows = [(self.data_rank + number * self.data_size, row) for number, row in enumerate(decoded) if row]
+        skipped = plan.skipped[self.data_rank :: self.data_size]
+        every = [one for row in planned for one in row]
+        dealt = decoding_seats([one.pictures for one in every], self.seats)
+        failed: list[Failed] = []
+        decoded = [
+            self._decode(number, one, Share(dealt[number], self.seat), failed) for number, one in enumerate(every)
+        ]
+        samples = iter(decoded)
+        rows = [
+            (self.data_rank + number * self.data_size, [next(samples) for _ in row])
+            for number, row in enumerate(planned)
+        ]
         batches = tuple(self._collate(step, part) for part in self._micro_batches(rows))
-        fewer = sum(one.pictures.fewer_tiles for row in planned for one in row)
-        return StepData(batches, records, tuple(skipped), sum(map(count_work, batches), Work()), fewer)
+        return StepData(
+            batches,
+            records=len(every) + len(skipped),
+            skipped=tuple(skipped),
+            work=sum(map(count_work, batches), Work()),
+            fewer_tiles=sum(one.pictures.fewer_tiles for one in every),
+            failed=tuple(failed),
+        )
 
-    def _decode(self, row: Sequence[Planned], skipped: list[tuple[str, str]]) -> list[Sample]:
-        """The samples of a row. A sample whose pixels cannot be decoded is dropped and added to `skipped`."""
-        samples = []
-        for planned in row:
-            try:
-                samples.append(_encode(self, planned))
-            except BadRecord as reason:
-                skipped.append((self.records.name(planned.index), str(reason)))
-        return samples
+    def _decode(self, number: int, planned: Planned, share: Share, failed: list[Failed]) -> Sample:
+        """The sample of a record. If it cannot be read or decoded, it is added to `failed`, and its tiles are blank."""
+        name, sketch = self.records.name(planned.index), None
+        try:
+            with one_record():
+                record = self.records[planned.index]
+                sketch = outline(record, self.processor, pictures=planned.pictures)
+                sample = fill(record, sketch, self.processor, share)
+        except ImageChanged as error:
+            raise ValueError(f"sample {name}: {error}. {_FIX}") from error
+        except BadRecord as reason:
+            failed.append(Failed(number, name, str(reason)))
+            sketch = sketch or unreadable(planned.lengths, planned.pictures, self.processor)
+            sample = blank(name, sketch, self.processor, share)
+        got = (sample.tokens.numel(), sample.cross_tokens.numel())
+        if got != planned.lengths:
+            raise ValueError(
+                f"sample {sample.id}: got {got[0]} text tokens and {got[1]} cross-attended ones, expected "
+                f"{planned.lengths[0]} and {planned.lengths[1]} as measured for packing. {_FIX}"
+            )
+        return sample
 
     def _collate(self, step: int, rows: Sequence[tuple[int, list[Sample]]]) -> Batch:
         samples, numbers = [row for _, row in rows], [number for number, _ in rows]
@@ -128,23 +183,6 @@ class Steps(Dataset):
         count = max(1, math.ceil(len(rows) / self.micro_batch))
         count = math.ceil(count / self.groups) * self.groups
         return [rows[i * self.micro_batch : (i + 1) * self.micro_batch] for i in range(count)]
-
-
-def _encode(steps: Steps, planned: Planned) -> Sample:
-    fix = "Fix: do not change records or images while a run reads them"
-    try:
-        with one_record():
-            record = steps.records[planned.index]
-            sample = fill(record, outline(record, steps.processor, pictures=planned.pictures), steps.processor)
-    except ImageChanged as error:
-        raise ValueError(f"sample {steps.records.name(planned.index)}: {error}. {fix}") from error
-    got = (sample.tokens.numel(), sample.cross_tokens.numel())
-    if got != planned.lengths:
-        raise ValueError(
-            f"sample {sample.id}: got {got[0]} text tokens and {got[1]} cross-attended ones, expected "
-            f"{planned.lengths[0]} and {planned.lengths[1]} as measured for packing. {fix}"
-        )
-    return sample
 
 
 @lru_cache(maxsize=2)

@@ -136,6 +136,14 @@ def outline(record: Record, processor: Processor, generate: bool = False, pictur
         room -= over  # if joined, the text contains the first tags, which are known only after planning
 
 
+def unreadable(lengths: tuple[int, int], pictures: Pictures, processor: Processor) -> Outline:
+    """An outline of the same lengths, tiles and keys as planned, for a record that can no longer be read: nothing in it
+    is trained on."""
+    placements = tuple(place(processor, plan, first_tag=not processor.joined) for plan in pictures.plans)
+    words = lengths[0] - sum(placement.lengths[0] for placement in placements)
+    return Outline((Run((0,) * words), *(Run(image=i) for i in range(len(placements)))), pictures, placements)
+
+
 def _outline(
     turns: Sequence[Turn],
     pictures: Pictures,

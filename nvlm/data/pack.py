@@ -131,6 +131,7 @@ def collate(
         cross_lengths=torch.tensor([n for s in samples for n in s.cross_lengths], dtype=torch.long),
         cross_tags=pad_sequence(tags, batch_first=True, padding_value=PAD) if tags else torch.zeros(0, 0).long(),
         tile_tokens=_joined([s.tile_tokens for s in samples]),
+        holder=_joined([s.holder for s in samples]),
         pixels=torch.cat([s.pixels for s in samples]) if samples else empty,
     )
 

@@ -1,13 +1,17 @@
-"""Record -> Sample: the outline with pixels, a placeholder for each tile token, labels and visibility numbers."""
+"""Record -> Sample: the outline with pixels, a placeholder for each tile token, labels and visibility numbers.
+
+The ranks of a replica divide a step's images: each has a seat, and decodes the images that fall to it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
-from nvlm.data.batch import ALL_TILES, IGNORE, IMAGE, PAD, ROW_END, Sample
+from nvlm.data.batch import ALL_TILES, EVERYWHERE, IGNORE, IMAGE, PAD, ROW_END, Sample
 from nvlm.data.images import decode_image
 from nvlm.data.outline import Outline, Processor, outline
 from nvlm.data.record import ImageChanged, Record
@@ -20,16 +24,42 @@ def encode(record: Record, processor: Processor, generate: bool = False) -> Samp
     return fill(record, outline(record, processor, generate), processor)
 
 
-def fill(record: Record, sketch: Outline, processor: Processor) -> Sample:
-    """`sketch`, the outline of `record`, with its pixels. Raises BadRecord."""
-    return _assemble(record.id, sketch, _tiles(record, sketch, processor))
+def fill(record: Record, sketch: Outline, processor: Processor, share: Share | None = None) -> Sample:
+    """`sketch`, the outline of `record`, with the pixels of `share`, by default all. Raises BadRecord."""
+    share = share or whole(sketch)
+    return _assemble(record.id, sketch, share, _tiles(record, sketch, processor, share))
 
 
-def _tiles(record: Record, sketch: Outline, processor: Processor) -> torch.Tensor:
-    """uint8 [T, 3, px, px] for all images, tiled as planned from their headers."""
-    parts = [torch.zeros(0, 3, processor.tile_size, processor.tile_size, dtype=torch.uint8)]
-    pictures = sketch.pictures
-    for source, size, plan in zip(record.images, pictures.sizes, pictures.plans, strict=True):
+def blank(name: str, sketch: Outline, processor: Processor, share: Share) -> Sample:
+    """`sketch` with black tiles, for a record that cannot be decoded: every rank needs a sample of the planned size."""
+    tiles = sum(plan.num_tiles for plan, seat in zip(sketch.pictures.plans, share.seats) if seat in share.here)
+    return _assemble(name, sketch, share, _no_pixels(processor, tiles))
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Who decodes a record's images: the seat of each image, and the seat of this process."""
+
+    seats: tuple[int, ...]
+    own: int
+
+    @property
+    def here(self) -> tuple[int, int]:
+        """Images of these seats are decoded by this process."""
+        return (EVERYWHERE, self.own)
+
+
+def whole(sketch: Outline) -> Share:
+    """All images are decoded by every process."""
+    return Share((EVERYWHERE,) * len(sketch.placements), 0)
+
+
+def _tiles(record: Record, sketch: Outline, processor: Processor, share: Share) -> torch.Tensor:
+    """uint8 [t, 3, px, px] for the images of `share`, tiled as planned from their headers."""
+    parts, pictures = [_no_pixels(processor)], sketch.pictures
+    for source, size, plan, seat in zip(record.images, pictures.sizes, pictures.plans, share.seats, strict=True):
+        if seat not in share.here:
+            continue
         image = decode_image(source, processor.max_pixels)
         if image.size != size:
             raise ImageChanged(
@@ -39,7 +69,11 @@ def _tiles(record: Record, sketch: Outline, processor: Processor) -> torch.Tenso
     return torch.cat(parts)
 
 
-def _assemble(name: str, sketch: Outline, pixels: torch.Tensor) -> Sample:
+def _no_pixels(processor: Processor, tiles: int = 0) -> torch.Tensor:
+    return torch.zeros(tiles, 3, processor.tile_size, processor.tile_size, dtype=torch.uint8)
+
+
+def _assemble(name: str, sketch: Outline, share: Share, pixels: torch.Tensor) -> Sample:
     placements = sketch.placements
     tile_tokens = [count for placement in placements for count in placement.tile_tokens]
     rows = [0, *accumulate(tile_tokens)]  # start of each tile's tokens, and the end of the last
@@ -93,6 +127,7 @@ def _assemble(name: str, sketch: Outline, pixels: torch.Tensor) -> Sample:
         cross_lengths=tuple(piece.length for _, piece in shown),
         cross_tags=tuple(tags.get((image, piece.tile), ()) for image, piece in shown),
         tile_tokens=long(tile_tokens),
+        holder=long(seat for seat, one in zip(share.seats, placements) for _ in one.tile_tokens),
         pixels=pixels,
     )
 

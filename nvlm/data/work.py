@@ -16,7 +16,7 @@ def count_work(batch: Batch) -> Work:
         tokens=tokens,
         pairs=int((batch.positions[real] + 1).sum()),  # causal within each sample
         outputs=batch.num_trained,
-        tiles=len(batch.pixels),
+        tiles=len(batch.tile_tokens),
         projected=sum(int((rows != ROW_END).sum()) for rows in (batch.stream_rows, batch.cross_rows)),
         keys=int((batch.cross_sample != PAD).sum()),
         cross_pairs=_cross_pairs(batch),

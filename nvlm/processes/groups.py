@@ -145,6 +145,18 @@ def data_rank() -> tuple[int, int]:
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
 
+def seat() -> tuple[int, int]:
+    """This process's rank within its replica, in the order of global ranks, and the number of ranks of a replica."""
+    rank, size = 0, 1
+    for own, count in (
+        (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_world_size()),
+        (parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()),
+        (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()),
+    ):
+        rank, size = rank * count + own, size * count
+    return rank, size
+
+
 def pipeline_rank() -> int:
     """This process's pipeline stage, not counting virtual ones."""
     return parallel_state.get_pipeline_model_parallel_rank()

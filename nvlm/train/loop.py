@@ -26,6 +26,7 @@ from nvlm.runs.folder import latest
 from nvlm.runs.ownership import begin as begin_folder
 from nvlm.runs.sinks import Appended
 from nvlm.train import idle
+from nvlm.train.agree import agreed
 from nvlm.train.begin import begin
 from nvlm.train.checkpoint.restore import Loaded, load
 from nvlm.train.checkpoint.save import Checkpoints
@@ -111,7 +112,8 @@ def train(
     ):
         mark(first + 1, "data")
         loader = impatient(load_steps(steps, first, config.data.workers), signals.came, settings.stop_seconds / 4)
-        for step, data in enumerate(loader, start=first + 1):
+        for step, found in enumerate(loader, start=first + 1):
+            data = agreed(found, trainer.vision.team.replica, trainer.device)
             if groups.is_replica_writer():
                 skipped.write(skipped_lines(data.skipped))
             result = train_step(trainer, data, guard, signals.came, functools.partial(mark, step))
@@ -169,6 +171,7 @@ def build_steps(config: Config) -> Steps:
     """This rank's training data."""
     check_vocabulary(config)
     rank, size = groups.data_rank()
+    seat, seats = groups.seat()
     return Steps(
         records=build_records(config.data, config.seed),
         processor=build_processor(config, registry.placement_rule(config.arch.name)),
@@ -180,6 +183,8 @@ def build_steps(config: Config) -> Steps:
         window=config.data.window,
         data_rank=rank,
         data_size=size,
+        seat=seat,
+        seats=seats,
         multiple=config.row_multiple,
         groups=config.parallel.pipeline if config.parallel.virtual > 1 else 1,  # interleaved stages take turns
     )

@@ -4,15 +4,17 @@ The encoder is frozen, so it need not be part of the first pipeline stage, where
 a step's micro-batches are distributed over the ranks of the replica (with vision.balance=global, of all replicas), and
 each rank then receives the features of the tiles that its stage uses.
 
-A rank is identified by its replica and its seat (its rank within the replica). With the tiles of all replicas
-concatenated, tile i goes to seat i mod (ranks per replica). Among the ranks with that seat, one in each replica, tiles
-stay in their replica as far as an even share allows. So pixels move between replicas only if they must, and the numbers
-of tiles on any two ranks differ by at most one.
+A rank is identified by its replica and its seat (its rank within the replica). If the tiles of all replicas are dealt
+to the seats in turn, no seat gets more than one tile more than another; these numbers are each seat's share of its
+replica's tiles. A rank encodes the tiles that its own loader decoded, and only what exceeds its share goes to ranks of
+the replica that have too few. Among the ranks with one seat, one in each replica, tiles then stay in their replica as
+far as an even share allows. So pixels move only if they must, and the numbers of tiles on any two ranks differ by at
+most one.
 
 Tiles may have different numbers of tokens, which are known from the data. Pixels are exchanged by tile, features by
 token, and the numbers of tokens are sent with the pixels.
 
-Shapes: T tiles, N tokens of all T tiles, n of some, C feature width.
+Shapes: T tiles, t of them here, N tokens of all T tiles, n of some, C feature width.
 """
 
 from __future__ import annotations
@@ -25,16 +27,31 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nvlm.data.batch import PAD, Batch
+from nvlm.data.batch import EVERYWHERE, PAD, Batch
 from nvlm.processes import groups
 from nvlm.tiling.placement import TileUse
 from nvlm.vision.path import VisionPath
 
 
-def seat_tiles(counts: Sequence[int], seats: int, seat: int) -> list[list[int]]:
-    """The tiles of each replica assigned to `seat`, numbered within the replica; `counts` are tiles per replica."""
+def seat_counts(counts: Sequence[int], seats: int, seat: int) -> list[int]:
+    """How many tiles of each replica are assigned to `seat`; `counts` are tiles per replica."""
     starts = [sum(counts[:r]) for r in range(len(counts))]
-    return [list(range((seat - start) % seats, count, seats)) for start, count in zip(starts, counts)]
+    return [len(range((seat - start) % seats, count, seats)) for start, count in zip(starts, counts)]
+
+
+def encoding_seats(holders: Sequence[int], room: Sequence[int]) -> list[int]:
+    """The seat that encodes each tile: the one that holds its pixels as long as it has room, else the first with room.
+
+    `room`: the number of tiles that each seat encodes, as many in total as there are holders.
+    """
+    left, found = list(room), []
+    for holder in holders:
+        stays = holder != EVERYWHERE and left[holder] > 0
+        found.append(holder if stays else None)
+        if stays:
+            left[holder] -= 1
+    spare = iter([seat for seat, count in enumerate(left) for _ in range(count)])
+    return [next(spare) if seat is None else seat for seat in found]
 
 
 def spread(own: Sequence[int]) -> list[list[int]]:
@@ -62,8 +79,8 @@ def spread(own: Sequence[int]) -> list[list[int]]:
 def shares(counts: Sequence[int], seats: int, balance: str) -> list[int]:
     """The number of tiles that each rank of all replicas encodes; `counts` are tiles per replica before balancing."""
     if balance != "global":
-        return [len(tiles) for count in counts for s in range(seats) for tiles in seat_tiles([count], seats, s)]
-    columns = (spread([len(tiles) for tiles in seat_tiles(counts, seats, seat)]) for seat in range(seats))
+        return [own for count in counts for seat in range(seats) for own in seat_counts([count], seats, seat)]
+    columns = (spread(seat_counts(counts, seats, seat)) for seat in range(seats))
     return [sum(received) for sent in columns for received in zip(*sent)]
 
 
@@ -88,6 +105,7 @@ def build_team(use: TileUse, balance: str) -> Team:
     dist.all_gather_object(own, (here, use))
     ranks = [rank for rank, (replica, _) in enumerate(own) if replica == here]
     group = groups.subgroups(ranks)
+    assert (group.rank(), group.size()) == groups.seat(), "loaders divide images by another order of the ranks"
     across = parallel_state.get_data_parallel_group()
     everywhere = balance == "global" and across.size() > 1
     return Team(group, tuple(own[rank][1] for rank in ranks), across if everywhere else None)
@@ -107,14 +125,14 @@ class BalancedVision:
     @torch.no_grad()
     def encode(self, batches: Sequence[Batch]) -> list[Batch]:
         """`batches` with the features that this process uses. A collective call of the team."""
-        team, pixels_T3 = self.team, torch.cat([batch.pixels for batch in batches])
+        team, pixels_t3 = self.team, torch.cat([batch.pixels for batch in batches])
         tokens_T = torch.cat([batch.tile_tokens for batch in batches])
-        everyone, here = _counts_of_replicas(len(pixels_T3), team, pixels_T3.device)
-        dealt = (seat_tiles(everyone, team.replica.size(), seat)[here] for seat in range(team.replica.size()))
-        seats = [torch.tensor(tiles, dtype=torch.long, device="cpu") for tiles in dealt]
-        own = seats[team.seat]
-        own_T3 = pixels_T3[own.to(pixels_T3.device, non_blocking=True)]
-        features_nC = self._encode_share(own_T3, tokens_T[own], everyone)
+        holder_T = torch.cat([batch.holder for batch in batches])
+        everyone, here = _counts_of_replicas(len(tokens_T), team, pixels_t3.device)
+        room = [seat_counts(everyone, team.replica.size(), seat)[here] for seat in range(team.replica.size())]
+        seat_T = torch.tensor(encoding_seats(holder_T.tolist(), room), dtype=torch.long, device="cpu")
+        seats, own_T3 = _share_pixels(pixels_t3, holder_T, seat_T, team)
+        features_nC = self._encode_share(own_T3, tokens_T[seats[team.seat]], everyone)
         received, tiles = _deal(features_nC, tokens_T, seats, _wanted(batches, team.uses), team)
         rows_N = torch.full((int(tokens_T.sum()),), PAD, device="cpu")
         rows_N[token_rows(tiles, tokens_T)] = torch.arange(len(received), device="cpu")
@@ -126,8 +144,7 @@ class BalancedVision:
         group = self.team.across
         if group is None:
             return self._encode(own_T3, tokens_T)
-        by_replica = [len(tiles) for tiles in seat_tiles(everyone, self.team.replica.size(), self.team.seat)]
-        sent = spread(by_replica)
+        sent = spread(seat_counts(everyone, self.team.replica.size(), self.team.seat))
         out, back = sent[group.rank()], [row[group.rank()] for row in sent]
         come_T = exchange(tokens_T.to(own_T3.device), out, back, group).cpu()
         features_nC = self._encode(exchange(own_T3, out, back, group), come_T)
@@ -141,6 +158,26 @@ class BalancedVision:
                 f"Fix: the encoder and vision.tile_size, patch and downsample disagree"
             )
         return features_nC
+
+
+def _share_pixels(pixels_t3: Tensor, holder_T: Tensor, seat_T: Tensor, team: Team) -> tuple[list[Tensor], Tensor]:
+    """Send pixels from where they are to the seats `seat_T`. Returns the tiles of each seat, in the order in which it
+    receives them, and the pixels of this seat's tiles."""
+    here_T = (holder_T == EVERYWHERE) | (holder_T == team.seat)
+    assert int(here_T.sum()) == len(pixels_t3), "the pixels are not those of the tiles that this rank should have"
+    from_T = torch.where(holder_T == EVERYWHERE, seat_T, holder_T)  # what is everywhere need not move
+    size = team.replica.size()
+    way_T = seat_T * size + from_T
+    order = way_T.argsort(stable=True)
+    counts = way_T.bincount(minlength=size * size).view(size, size)  # tiles by (to, from)
+    seats = list(order.split(counts.sum(1).tolist()))
+    moved = not torch.equal(from_T, seat_T)
+    sent = order[from_T[order] == team.seat] if moved else seats[team.seat]
+    rows = (here_T.cumsum(0) - 1)[sent]
+    own_T3 = pixels_t3[rows.to(pixels_t3.device, non_blocking=True)]
+    if moved:
+        own_T3 = exchange(own_T3, counts[:, team.seat].tolist(), counts[team.seat].tolist(), team.replica)
+    return seats, own_T3
 
 
 def _sums(tokens_T: Tensor, counts: Sequence[int]) -> list[int]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nvlm.config.rules import validate
 from nvlm.config.values import Config
+from nvlm.data.batch import Sample
 from nvlm.data.pack import collate
 from nvlm.processes import groups
 from nvlm.train.loop import build_trainer
@@ -94,17 +95,25 @@ def load_weights(trainer: Trainer, folder: Path) -> None:
 def own_batches(case: Case) -> list:
     """This replica's micro-batches: every n-th."""
     rank, size = groups.data_rank()
-    config = case.config
+    config, (seat, seats) = case.config, groups.seat()
     first = [0, *itertools.accumulate(map(len, case.micro_batches))]
     return [
         collate(
-            [[sample_of(s, config) for s in row] for row in rows],
+            [[dealt(sample_of(s, config), seat, seats) for s in row] for row in rows],
             TILE,
             config.row_multiple,
             numbers=range(number, number + len(rows)),
         )
         for rows, number in list(zip(case.micro_batches, first))[rank::size]
     ]
+
+
+def dealt(sample: Sample, seat: int, seats: int) -> Sample:
+    """`sample` as the loader of rank `seat` of its replica makes it: with the pixels of some tiles only."""
+    if not len(sample.pixels):
+        return sample
+    holder = (torch.arange(len(sample.pixels)) // 2 + len(sample.tokens)) % seats
+    return replace(sample, holder=holder, pixels=sample.pixels[holder == seat])
 
 
 @dataclass(frozen=True)

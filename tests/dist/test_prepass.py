@@ -9,10 +9,10 @@ from PIL import Image
 
 from nvlm.arch.pipeline import tile_use_of_rank
 from nvlm.commands.compose import compose_config
-from nvlm.data.outline import build_processor
+from nvlm.data.outline import build_processor, outline
 from nvlm.data.pack import collate
 from nvlm.data.record import Record
-from nvlm.data.samples import encode
+from nvlm.data.samples import Share, fill
 from nvlm.processes import groups
 from nvlm.tiling.placement import Piece, Placement, TileTokens, Words
 from nvlm.vision.prepass import BalancedVision, build_team
@@ -26,8 +26,11 @@ def uneven(plan, tags, tokens):
     return Placement(counts, (Piece(last, Words(tags[last])), tiles[last]), tuple(tiles[:last]))
 
 
-def batch_of(config, replica, number):
-    """One row of two samples; all pictures of all replicas differ. The second replica has many more tiles."""
+def batch_of(config, replica, number, decoded):
+    """One row of two samples; all pictures of all replicas differ. The second replica has many more tiles.
+
+    `decoded`: whether each rank of a replica has only the picture of the sample that falls to its seat.
+    """
     processor = build_processor(config, uneven)
     samples = []
     for name in range(2):
@@ -35,7 +38,10 @@ def batch_of(config, replica, number):
         size = (120, 360, 3) if replica or name else (100, 100, 3)
         picture = Image.fromarray(noise.integers(0, 255, size, dtype=np.uint8))
         talk = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "Yes."}]
-        samples.append(encode(Record(f"{replica}.{number}.{name}", talk, [picture]), processor))
+        record = Record(f"{replica}.{number}.{name}", talk, [picture])
+        seat, seats = groups.seat()
+        share = Share((name % seats,), seat) if decoded else None
+        samples.append(fill(record, outline(record, processor), processor, share))
     return collate([samples], config.vision.tile_size, config.row_multiple)
 
 
@@ -58,18 +64,19 @@ class Encoder:
         return torch.cat([torch.zeros(0, 4, dtype=torch.float64), *parts])
 
 
-def exchanged(overrides):
+def exchanged(decoded, overrides):
     """(tiles encoded here, tiles used here) and whether all features of them are the right ones."""
     config = compose_config("arch=hybrid", "data.seq_length=512", *overrides)
     with joined(config):
         replica, replicas = groups.data_rank()
-        every = [[batch_of(config, r, number) for number in range(3)] for r in range(replicas)]
+        every = [[batch_of(config, r, number, False) for number in range(3)] for r in range(replicas)]
         use = tile_use_of_rank(config, groups.pipeline_rank())
         encoder = Encoder([batch for batches in every for batch in batches])
         vision = BalancedVision(encoder, build_team(use, config.vision.balance))
         used = 0
-        for batch in vision.encode(every[replica]):
-            right = torch.cat([features_of(*pair) for pair in zip(batch.pixels, batch.tile_tokens.tolist())])
+        own = [batch_of(config, replica, number, decoded) for number in range(3)]
+        for whole, batch in zip(every[replica], vision.encode(own), strict=True):
+            right = torch.cat([features_of(*pair) for pair in zip(whole.pixels, whole.tile_tokens.tolist())])
             for rows, uses in ((batch.stream_rows, use.stream), (batch.cross_rows, use.keys)):
                 if uses:
                     assert torch.equal(batch.features_of(rows), right[rows])
@@ -87,8 +94,9 @@ def exchanged(overrides):
     ],
     ids=" ".join,
 )
-def test_features_of_uneven_tiles_reach_who_uses_them(layout):
-    results = run_distributed(exchanged, 2, layout)
+@pytest.mark.parametrize("decoded", [False, True], ids=["pixels everywhere", "pixels shared"])
+def test_features_of_uneven_tiles_reach_who_uses_them(layout, decoded):
+    results = run_distributed(exchanged, 2, decoded, layout)
     encoded = [tiles for tiles, _, _ in results]
     everything = 3 * (1 + 4) + (3 * (4 + 4) if "parallel.data=2" in layout else 0)
     assert sum(encoded) == everything

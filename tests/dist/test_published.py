@@ -66,6 +66,7 @@ def text_batch(config: Config) -> Batch:
             id="text", tokens=row[:length], labels=torch.full((length,), -100), image=torch.full((length,), -1),
             tile=torch.full((length,), -1), stream_rows=none, cross_tokens=none, cross_image=none, cross_tile=none,
             cross_rows=none, cross_lengths=(), cross_tags=(), tile_tokens=none,
+            holder=none,
             pixels=torch.zeros(0, 3, tile, tile, dtype=torch.uint8),
         )  # fmt: skip
         samples.append([sample])

@@ -16,14 +16,15 @@ from PIL import Image
 
 from nvlm.arch import registry
 from nvlm.commands.compose import compose_config
-from nvlm.data.batch import IMAGE, check_placeholders
+from nvlm.data.batch import IGNORE, IMAGE, check_placeholders
 from nvlm.data.images import image_size
 from nvlm.data.loader import Steps, load_steps, plan_window, step_records
-from nvlm.data.outline import build_processor, outline
+from nvlm.data.outline import Pictures, build_processor, outline
 from nvlm.data.pack import deal, pack
 from nvlm.data.record import BadRecord, Record
 from nvlm.data.samples import encode
-from nvlm.tiling import TAG_STYLES
+from nvlm.data.share import decoding_seats
+from nvlm.tiling import TAG_STYLES, plan_tiles
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 120), st.integers(0, 60)), max_size=60)
 
@@ -312,21 +313,104 @@ def illustrated(tmp_path):
 def test_a_bad_record_is_reported_once_wherever_it_is_found(tmp_path, size):
     records = illustrated(tmp_path)
     parts = [steps_of(records, rank, size, steps=3, global_batch=3) for rank in range(size)]
-    done = [part[step] for part in parts for step in range(3)]
+    done = [agreed(part[step]) for part in parts for step in range(3)]
     reasons = dict(bad for data in done for bad in data.skipped)
     assert len([bad for data in done for bad in data.skipped]) == 2
     assert "no such image" in reasons["2"]
     assert "truncated" in reasons["4"]
-    names = sorted(name for data in done for row in rows_of(data) for name in row)
-    assert names == ["0", "1", "3", "5", "6", "7", "8"]
+    assert sorted(name for data in done for name in trained(data)) == ["0", "1", "3", "5", "6", "7", "8"]
     assert sum(data.records for data in done) == 9
 
 
-def test_a_row_of_broken_pixels_alone_leaves_an_empty_micro_batch(tmp_path):
+def agreed(data):
+    """The step of a replica of one rank, as it is trained on."""
+    return data.without(data.failed)
+
+
+def trained(data):
+    """Ids of the samples with loss."""
+    places = [(batch, place) for batch in data.micro_batches for place in (batch.labels != IGNORE).nonzero().tolist()]
+    return {batch.ids[row][batch.sample[row, column]] for batch, (row, column) in places}
+
+
+def test_a_row_of_broken_pixels_alone_learns_nothing(tmp_path):
     records = Given((illustrated(tmp_path)[4],))
-    data = steps_of(records, steps=1, global_batch=1)[0]
+    found = steps_of(records, steps=1, global_batch=1)[0]
+    data = agreed(found)
     assert [name for name, _ in data.skipped] == ["4"]
-    assert [batch.num_tokens for batch in data.micro_batches] == [0]
+    assert [batch.num_trained for batch in data.micro_batches] == [0]
+    assert found.work.outputs > 0 and data.work.outputs == 0
+    assert not data.micro_batches[0].pixels.any()
+
+
+def test_a_record_that_is_gone_by_its_turn_keeps_its_place(tmp_path):
+    """Its row was packed: a sample of the same size stands in, so that all ranks of a replica have the same rows."""
+
+    @dataclass(frozen=True)
+    class Going(Given):
+        gone: list
+
+        def __getitem__(self, index):
+            if index in self.gone:
+                raise BadRecord("gone")
+            return self.records[index]
+
+        __hash__ = Given.__hash__
+
+    pictures = [picture(120 * (1 + i), 120) for i in range(3)]
+    records = Going(tuple(Record(str(i), talk("<image> <image>?"), [pictures[i]] * 2) for i in range(3)), [])
+    for arch in ("decoder", "xattn", "hybrid"):
+        steps = steps_of(records, processor=processor(arch), steps=1, global_batch=3, row_length=900)
+        (whole,) = steps[0].micro_batches
+        records.gone.append(1)
+        found = steps[0]
+        records.gone.clear()
+        (batch,) = found.micro_batches
+        check_placeholders(batch)
+        assert [(one.name, one.reason) for one in found.failed] == [("1", "gone")]
+        assert found.failed[0].number == [name for row in whole.ids for name in row].index("1")
+        for name in ("sample", "cross_tokens", "cross_tile", "cross_tags", "tile_tokens", "holder"):
+            assert torch.equal(getattr(batch, name), getattr(whole, name)), name
+        assert batch.pixels.shape == whole.pixels.shape
+        assert trained(agreed(found)) == {"0", "2"}
+
+
+# --- who decodes what ---
+
+
+SIZES = st.tuples(st.integers(1, 5000), st.integers(1, 5000))
+
+
+@given(st.lists(st.lists(SIZES, max_size=4), max_size=12), st.integers(1, 9))
+def test_images_are_dealt_to_seats_by_their_work(records, seats):
+    known = [Pictures(tuple(sizes), tuple(plan_tiles(*size) for size in sizes), False) for sizes in records]
+    dealt = decoding_seats(known, seats)
+    assert [len(one) for one in dealt] == [len(sizes) for sizes in records]
+    work, single = [0] * seats, [0]
+    for pictures, found in zip(known, dealt):
+        for (width, height), plan, seat in zip(pictures.sizes, pictures.plans, found):
+            single.append(width * height + plan.num_tiles * 448**2)
+            work[seat] += single[-1]
+    assert max(work) - min(work) <= max(single)
+
+
+@pytest.mark.parametrize("seats", [2, 3])
+def test_the_seats_of_a_replica_have_each_picture_once(seats):
+    sizes = [(120 * (1 + i % 4), 120 + i) for i in range(18)]
+    pictures = [picture(*size) for size in sizes]
+    records = Given(tuple(Record(str(i), talk("<image><image>?"), pictures[2 * i : 2 * i + 2]) for i in range(9)))
+    build = dict(steps=1, global_batch=9, row_length=400, processor=processor("decoder", "data.seq_length=1000"))
+    (whole, *parts) = [
+        steps_of(records, **build, **seat)[0] for seat in [{}, *({"seat": n, "seats": seats} for n in range(seats))]
+    ]
+    for number, batch in enumerate(whole.micro_batches):
+        here = [part.micro_batches[number] for part in parts]
+        assert sum(len(one.pixels) for one in here) == len(batch.pixels)
+        for seat, one in enumerate(here):
+            assert torch.equal(one.pixels, batch.pixels[one.holder == seat])
+            assert torch.equal(one.holder, here[0].holder) and torch.equal(one.tokens, batch.tokens)
+    counts = [sum(len(batch.pixels) for batch in part.micro_batches) for part in parts]
+    assert sum(counts) == whole.work.tiles == parts[0].work.tiles and min(counts) > 0
 
 
 def test_an_image_that_changed_since_it_was_planned_stops_the_run(tmp_path):
