@@ -60,7 +60,14 @@ class Llava(Files):
     source: Annotated[str, Choice("llava")]
 
 
-FileSource = Jsonl | Llava
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parquet(Files):
+    """Parquet files, a row per record."""
+
+    source: Annotated[str, Choice("parquet")]
+
+
+FileSource = Jsonl | Llava | Parquet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from nvlm.config.fields import named
 from nvlm.config.values import problem
+from nvlm.data.images import open_regular
+from nvlm.data.record import printable
 
 _WILD = frozenset("*?[")
 
@@ -31,6 +33,20 @@ def files_of(path: str, suffixes: Sequence[str], key: str) -> list[Path]:
     if not found:
         raise problem(key, f"{named(path)}, where there is none", expected, f"{key}=FILE")
     return found
+
+
+def check_begins(path: Path, key: str, beginning: bytes, expected: str, fix: str) -> None:
+    """Raise ConfigError unless `path`, which the setting `key` names, is a regular file with this `beginning`."""
+    try:
+        with open_regular(path) as file:
+            found = file.read(len(beginning))
+    except FileNotFoundError:
+        raise problem(key, named(path), f"{expected} that exists", fix) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise problem(key, f"{printable(repr(str(path)))}: {printable(str(reason))}", expected, fix) from None
+    if found != beginning:
+        raise problem(key, f"{path}, which is {'of another kind' if found else 'empty'}", expected, fix)
 
 
 def is_glob(path: str) -> bool:

@@ -1,0 +1,162 @@
+"""The rows of Parquet files. Imports no torch, and pyarrow only where it is used.
+
+The smallest part of a Parquet file that can be read is a row group, so a row costs the reading of its group. The groups
+that were used last are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nvlm.config.data import Parquet
+from nvlm.config.values import ConfigError, problem
+from nvlm.data.record import BadRecord, First, printable
+from nvlm.data.sources.files import check_begins, files_of, image_root
+from nvlm.data.sources.recent import Recent
+from nvlm.data.sources.rows import Form, Joined, Row, RowRecords, first_records, leading
+
+if TYPE_CHECKING:
+    from pyarrow import Table
+    from pyarrow.parquet import FileMetaData
+
+SUFFIXES = (".parquet",)
+_KEPT = 512 << 20  # bytes of decoded row groups that a process keeps
+_GROUP = 64 << 20  # bytes: larger groups are refused unless all groups can be kept
+_OPEN = 16  # files
+_BATCH = 64  # rows that are decoded at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """What a process keeps of all files of a source: decoded row groups and open files."""
+
+    groups: Recent
+    readers: Recent
+
+
+def new_cache() -> Cache:
+    """An empty cache of the usual size."""
+    return Cache(Recent(_KEPT, _bytes), Recent(_OPEN))
+
+
+def _bytes(table: Table) -> int:
+    return table.nbytes
+
+
+class ParquetFile:
+    """The rows of a file as plain Python values. `key`: the setting that named it. Raises ConfigError.
+
+    Only the file's metadata is read at first, and of that only the lengths of the row groups are kept.
+    """
+
+    def __init__(self, path: str | Path, key: str, cache: Cache) -> None:
+        metadata = _metadata(Path(path), key)
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        self.path, self.cache = Path(path), cache
+        self.ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
+        self.largest = max((group.total_byte_size for group in groups), default=0)  # bytes, decompressed
+        self.bytes = sum(group.total_byte_size for group in groups)
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The file itself."""
+        return (self.path,)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        table = self.cache.groups.get((self.path, number), lambda: self._group(number))
+        start = int(self.ends[number - 1]) if number else 0
+        return plain_row(table, index - start)
+
+    def name(self, index: int) -> str:
+        """FILE[ROW], counted from 0."""
+        return f"{self.path.name}[{index}]"
+
+    def _group(self, number: int) -> Table:
+        """The decoded row group. Raises BadRecord if it is damaged, or larger than the metadata says."""
+        import pyarrow as pa
+
+        found, size = [], 0
+        try:
+            reader = self.cache.readers.get(self.path, lambda: _opened(self.path))
+            for batch in reader.iter_batches(_BATCH, row_groups=[number], use_threads=False):
+                found.append(batch)
+                size += batch.nbytes
+                if size > 2 * _KEPT:
+                    raise BadRecord(f"row group {number} takes more than {2 * _KEPT >> 20} MiB")
+            return pa.Table.from_batches(found, reader.schema_arrow)
+        except (pa.ArrowException, OSError, OverflowError) as error:
+            raise BadRecord(f"row group {number} cannot be read: {printable(str(error))}") from None
+
+
+def plain_row(table: Table, index: int) -> dict[str, Any]:
+    """A row as plain Python values. Raises BadRecord, as for a map with a repeated key."""
+    try:
+        return table.slice(index, 1).to_pylist(maps_as_pydicts="strict")[0]
+    except Exception as error:  # values that Python has no type for, text that is not UTF-8
+        raise BadRecord(f"cannot be read: {type(error).__name__}: {printable(str(error))}") from None
+
+
+def build(source: Parquet, path: str, key: str, form: Form) -> RowRecords:
+    """The records of the files that `path` names. Raises ConfigError."""
+    return RowRecords(rows_of(path, key), form, image_root(path, source.root))
+
+
+def first(source: Parquet, path: str, key: str, form: Form) -> First:
+    """The first records; the metadata of all files is checked."""
+    return first_records(key, path, leading(rows_of(path, key)), form, image_root(path, source.root))
+
+
+def rows_of(path: str, key: str) -> Joined:
+    """The rows of the files that `path` names. Raises ConfigError."""
+    cache = new_cache()
+    files = [ParquetFile(file, key, cache) for file in files_of(path, SUFFIXES, key)]
+    if not any(map(len, files)):
+        raise problem(key, f"{path}, which has no rows", "a row per record", f"{key}=FILE.parquet")
+    if sum(file.bytes for file in files) > _KEPT:
+        for file in files:
+            _check_groups(file, path, key)
+    return Joined(files)
+
+
+def _check_groups(file: ParquetFile, path: str, key: str) -> None:
+    if file.largest > _GROUP:
+        got = (
+            f"{file.path} with a row group of {file.largest >> 20} MiB, all of which is read for a row in random order"
+        )
+        copied = f"python -c \"import datasets; datasets.Dataset.from_parquet('{path}').save_to_disk('copy')\""
+        fix = f"{copied}, then data=datasets {key}=copy; or write it with row_group_size=100"
+        raise problem(key, got, f"row groups of at most {_GROUP >> 20} MiB, or {_KEPT >> 20} MiB in all", fix)
+
+
+def _opened(path: Path) -> Any:
+    from pyarrow.parquet import ParquetFile as Reader
+
+    return Reader(path, pre_buffer=False)
+
+
+def _metadata(path: Path, key: str) -> FileMetaData:
+    import pyarrow as pa
+
+    expected, fix = "a Parquet file", f"{key}=FILE.parquet"
+    check_begins(path, key, b"PAR1", expected, fix)
+    try:
+        with _opened(path) as reader:
+            reader.schema_arrow  # noqa: B018 (raises for types that cannot be read)
+            return reader.metadata
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, key, error, expected, fix) from None
+
+
+def _damaged(path: Path, key: str, error: Exception, expected: str, fix: str) -> ConfigError:
+    return problem(key, f"{path}, which is damaged or cut short ({printable(str(error))})", expected, fix)
