@@ -13,6 +13,7 @@ from typing import Annotated
 from nvlm.config.fields import Choice, Count, FilePath, Location, Natural, Positive, Range, Tag, Take, Text
 
 IMAGE_MARK = "<image>"  # marks the place of an image in a message
+TASKS = ("caption", "vqa", "choice", "ocr", "grounded_ocr", "referring", "transcription", "math")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,14 @@ class Files:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Jsonl(Files):
+class TaskFiles(Files):
+    """Files of rows that are conversations, or with `task` plain columns of which questions are made."""
+
+    task: Annotated[str, Choice(*TASKS)] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Jsonl(TaskFiles):
     """JSON objects, one per line or in one list."""
 
     source: Annotated[str, Choice("jsonl")]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from nvlm.config.data import FileSource
+from nvlm.config.data import FileSource, TaskFiles
 from nvlm.data.forms import dialogue
+from nvlm.data.forms.tasks import task_form
 from nvlm.data.sources.rows import Form
 
 read = dialogue.read
@@ -11,4 +12,5 @@ read = dialogue.read
 
 def form_of(source: FileSource, seed: int = 0) -> Form:
     """The form of the rows of `source`. `seed`: draws what a form leaves open."""
-    return read
+    task = source.task if isinstance(source, TaskFiles) else None
+    return task_form(task, seed) if task else read
