@@ -69,13 +69,20 @@ class Llava(Files):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parquet(Files):
+class Parquet(TaskFiles):
     """Parquet files, a row per record."""
 
     source: Annotated[str, Choice("parquet")]
 
 
-FileSource = Jsonl | Llava | Parquet
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Datasets(TaskFiles):
+    """Folders that `save_to_disk` of the library datasets wrote, a row per record."""
+
+    source: Annotated[str, Choice("datasets")]
+
+
+FileSource = Jsonl | Llava | Parquet | Datasets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

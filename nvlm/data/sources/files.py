@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nvlm.config.fields import named
-from nvlm.config.values import problem
+from nvlm.config.values import ConfigError, problem
 from nvlm.data.images import open_regular
 from nvlm.data.record import printable
 
@@ -26,13 +26,24 @@ def files_of(path: str, suffixes: Sequence[str], key: str) -> list[Path]:
         found = sorted(file for file in below if not any(part[0] == "." for part in file.relative_to(path).parts))
         expected = f"a folder with {' or '.join(f'*{suffix}' for suffix in suffixes)}"
     elif is_glob(path):
-        found = sorted(map(Path, glob.glob(path, recursive=True)))
-        expected = "a glob that matches files"
+        return matching(path, key)
     else:
         return [Path(path)]
     if not found:
-        raise problem(key, f"{named(path)}, where there is none", expected, f"{key}=FILE")
+        raise _none(path, key, expected)
     return found
+
+
+def matching(pattern: str, key: str) -> list[Path]:
+    """The files or folders that match `pattern`, sorted by name. Raises ConfigError if there is none."""
+    found = sorted(map(Path, glob.glob(pattern, recursive=True)))
+    if not found:
+        raise _none(pattern, key, "a glob that matches files")
+    return found
+
+
+def _none(path: str, key: str, expected: str) -> ConfigError:
+    return problem(key, f"{named(path)}, where there is none", expected, f"{key}=FILE")
 
 
 def check_begins(path: Path, key: str, beginning: bytes, expected: str, fix: str) -> None:

@@ -243,3 +243,9 @@ def test_groups_that_are_too_large_to_read_for_each_row_are_refused_with_a_remed
         rows_of(str(path), "data.path")
     write(path, rows(100), row_group_size=10, compression="none")
     rows_of(str(path), "data.path")
+
+
+def test_a_row_of_plain_columns_is_read_by_its_task(tmp_path, configured):
+    path = write(tmp_path / "a.parquet", [{"question": "What?", "answer": "A cat.", "image": {"bytes": picture()}}])
+    records = build_records(configured("data=parquet", "data.task=vqa", f"data.path={path}").data, seed=0)
+    assert records[0].images == [picture()] and records[0].messages[1]["content"] == "A cat."
