@@ -69,6 +69,13 @@ class Llava(Files):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Texts(Files):
+    """Texts without roles or images, in JSON, Parquet or plain text files."""
+
+    source: Annotated[str, Choice("text")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parquet(TaskFiles):
     """Parquet files, a row per record."""
 
@@ -82,7 +89,7 @@ class Datasets(TaskFiles):
     source: Annotated[str, Choice("datasets")]
 
 
-FileSource = Jsonl | Llava | Parquet | Datasets
+FileSource = Jsonl | Llava | Texts | Parquet | Datasets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -119,8 +119,13 @@ def first(source: Parquet, path: str, key: str, form: Form) -> First:
 
 def rows_of(path: str, key: str) -> Joined:
     """The rows of the files that `path` names. Raises ConfigError."""
+    return rows_in(files_of(path, SUFFIXES, key), path, key)
+
+
+def rows_in(paths: Sequence[Path], path: str, key: str) -> Joined:
+    """The rows of the files `paths`, which `path` names. Raises ConfigError."""
     cache = new_cache()
-    files = [ParquetFile(file, key, cache) for file in files_of(path, SUFFIXES, key)]
+    files = [ParquetFile(file, key, cache) for file in paths]
     if not any(map(len, files)):
         raise problem(key, f"{path}, which has no rows", "a row per record", f"{key}=FILE.parquet")
     if sum(file.bytes for file in files) > _KEPT:

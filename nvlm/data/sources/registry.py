@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from nvlm.config.data import DataConfig, Datasets, Jsonl, Llava, Pages, Parquet, Source
+from nvlm.config.data import DataConfig, Datasets, Jsonl, Llava, Pages, Parquet, Source, Texts
 from nvlm.data.forms.auto import form_of
 from nvlm.data.record import First, Record
-from nvlm.data.sources import json_rows, pages, parquet, saved
+from nvlm.data.sources import documents, json_rows, pages, parquet, saved
 
-_MODULES = {Jsonl: json_rows, Llava: json_rows, Parquet: parquet, Datasets: saved}
+_MODULES = {Jsonl: json_rows, Llava: json_rows, Texts: documents, Parquet: parquet, Datasets: saved}
 
 
 class Records(Protocol):
