@@ -20,7 +20,8 @@ import numpy as np
 
 from nvlm.arch.registry import placement_rule
 from nvlm.commands.compose import compose_config
-from nvlm.data.loader import Steps, step_records
+from nvlm.data.loader import Steps
+from nvlm.data.order import Drawn, Order
 from nvlm.data.outline import build_processor, outline
 from nvlm.data.pack import deal, pack
 from nvlm.data.sources.registry import build_records
@@ -164,8 +165,9 @@ def check() -> None:
     """Fail unless the loader's batches have the number of positions that this file computes."""
     config, shape = compose_config("arch=hybrid"), Shape(window=2, global_batch=32, micro_batch=3, multiple=1)
     processor, records = build_processor(config, placement_rule("hybrid")), build_records(config.data, config.seed)
-    steps = Steps(records, processor, 0, 2, 32, 3, 500, 0, 1, multiple=ROUND, window=2)
-    drawn = [i for step in range(2) for i in step_records(0, step, 32, len(records))]
+    order = Order(0, 32, (Drawn("", len(records)),))
+    steps = Steps(records, processor, order, 2, 3, 500, 0, 1, multiple=ROUND, window=2)
+    drawn = [i for step in range(2) for i in order.step(step)]
     lengths = [outline(records[i], processor).lengths for i in drawn]
     want = ours(Mix("", lengths, 500, config.data.cross_length), shape, 2)
     got = [batch for step in range(2) for batch in steps[step].micro_batches]

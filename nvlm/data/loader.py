@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from nvlm.data.amounts import Work
 from nvlm.data.batch import Batch, Sample
+from nvlm.data.order import Order
 from nvlm.data.outline import Pictures, Processor, outline, unreadable
-from nvlm.data.pack import collate, deal, pack
+from nvlm.data.pack import collate, deal, hand_out, pack
 from nvlm.data.record import BadRecord, ImageChanged, one_record
 from nvlm.data.samples import Share, blank, fill
 from nvlm.data.share import decoding_seats
@@ -71,6 +71,7 @@ class Planned:
     """A record, its lengths in text tokens and cross-attended tokens, and the tile plans of its images."""
 
     index: int
+    source: int  # the number of its source in the order
     lengths: tuple[int, int]
     pictures: Pictures
 
@@ -83,26 +84,14 @@ class StepPlan:
     skipped: tuple[tuple[str, str], ...]  # (name, reason)
 
 
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
-
-
-def step_records(seed: int, step: int, global_batch: int, count: int) -> list[int]:
-    """Indices of the records of `step` (from 0). Each epoch is a permutation of all records."""
-    numbers = range(step * global_batch, (step + 1) * global_batch)
-    return [int(_permutation(seed, n // count, count)[n % count]) for n in numbers]
-
-
 @dataclass(frozen=True)
 class Steps(Dataset):
     """All steps as a map-style dataset whose index is the step."""
 
     records: Records
     processor: Processor
-    seed: int
+    order: Order
     steps: int
-    global_batch: int
     micro_batch: int  # packed rows
     row_length: int  # tokens
     data_rank: int
@@ -129,7 +118,9 @@ class Steps(Dataset):
     def __getitem__(self, step: int) -> StepData:
         window = self.window_of(step)
         plan = plan_window(self, window)[step - window.start]
-        planned = plan.rows[self.data_rank :: self.data_size]
+        kinds = [[one.source for one in row] for row in plan.rows]
+        mine = hand_out(kinds, self.data_size, self.order.seed, step)[self.data_rank]
+        planned = [plan.rows[number] for number in mine]
         skipped = plan.skipped[self.data_rank :: self.data_size]
         every = [one for row in planned for one in row]
         dealt = decoding_seats([one.pictures for one in every], self.seats)
@@ -138,10 +129,7 @@ class Steps(Dataset):
             self._decode(number, one, Share(dealt[number], self.seat), failed) for number, one in enumerate(every)
         ]
         samples = iter(decoded)
-        rows = [
-            (self.data_rank + number * self.data_size, [next(samples) for _ in row])
-            for number, row in enumerate(planned)
-        ]
+        rows = [(number, [next(samples) for _ in row]) for number, row in zip(mine, planned, strict=True)]
         batches = tuple(self._collate(step, part) for part in self._micro_batches(rows))
         return StepData(
             batches,
@@ -188,15 +176,25 @@ class Steps(Dataset):
 @lru_cache(maxsize=2)
 def plan_window(steps: Steps, numbers: range) -> tuple[StepPlan, ...]:
     """Plans of the steps `numbers`, which form a window; the same on all replicas."""
-    drawn = [step_records(steps.seed, step, steps.global_batch, len(steps.records)) for step in numbers]
-    measured = [_measure(steps, indices) for indices in drawn]
-    good = [planned for found, _ in measured for planned in found]
-    lengths = [planned.lengths for planned in good]
-    # Every step gets a row if there are enough: a step without one learns nothing.
-    rows = pack(lengths, steps.row_length, steps.processor.cross_length, at_least=len(numbers))
-    seed = (steps.seed, numbers.start // steps.window, len(numbers))
-    hands = deal([tuple(good[i] for i in row) for row in rows], len(numbers), seed)
-    return tuple(StepPlan(tuple(hand), bad) for hand, (_, bad) in zip(hands, measured))
+    plans: dict[int, StepPlan] = {}
+    for together in _packed_together(steps.order, numbers):
+        measured = [_measure(steps, steps.order.step(step)) for step in together]
+        good = [planned for found, _ in measured for planned in found]
+        lengths = [planned.lengths for planned in good]
+        # Every step gets a row if there are enough: a step without one learns nothing.
+        rows = pack(lengths, steps.row_length, steps.processor.cross_length, at_least=len(together))
+        seed = (steps.order.seed, together[0] // steps.window, len(together))
+        hands = deal([tuple(good[i] for i in row) for row in rows], len(together), seed)
+        plans |= {step: StepPlan(tuple(hand), bad) for step, hand, (_, bad) in zip(together, hands, measured)}
+    return tuple(plans[step] for step in numbers)
+
+
+def _packed_together(order: Order, numbers: range) -> list[list[int]]:
+    """The steps of a window in groups whose records may share rows: all of them, or those with the same source."""
+    groups: dict[int | None, list[int]] = {}
+    for step in numbers:
+        groups.setdefault(order.source_of(step), []).append(step)
+    return list(groups.values())
 
 
 def _measure(steps: Steps, indices: Sequence[int]) -> tuple[list[Planned], tuple[tuple[str, str], ...]]:
@@ -206,7 +204,7 @@ def _measure(steps: Steps, indices: Sequence[int]) -> tuple[list[Planned], tuple
         try:
             with one_record():
                 found = outline(steps.records[index], steps.processor)
-            good.append(Planned(index, found.lengths, found.pictures))
+            good.append(Planned(index, steps.order.source(index), found.lengths, found.pictures))
         except BadRecord as reason:
             bad.append((steps.records.name(index), str(reason)))
     return good, tuple(bad)

@@ -21,14 +21,13 @@ def check_data(config: Config, placement: PlacementRule) -> None:
 
     Held-out records must also have an answer. Reads image headers, but no pixels. A dry run reads no data.
     """
-    training = None if config.dry_run else first_records(config.data.source)
-    if training is None:
+    if config.dry_run:
         return
     processor = build_processor(config, placement)
-    _check(training, _MOST, lambda record: outline(record, processor))
-    heldout = first_records(config.data.source, heldout=True) if config.evaluate.questions else None
-    if heldout is not None:
-        asked = min(_MOST, config.evaluate.questions)
+    for training in first_records(config.data.source):
+        _check(training, _MOST, lambda record: outline(record, processor))
+    asked = min(_MOST, config.evaluate.questions)
+    for heldout in first_records(config.data.source, heldout=True) if asked else ():
         _check(heldout, asked, lambda record: _question(record, processor))
 
 

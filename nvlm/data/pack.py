@@ -81,6 +81,30 @@ def deal[Row](rows: Sequence[Row], steps: int, seed: Sequence[int]) -> list[list
     return hands
 
 
+def hand_out(kinds: Sequence[Sequence[int]], replicas: int, seed: int, step: int) -> list[list[int]]:
+    """The rows of `step` that each replica gets: of every `replicas` rows, longest first, each gets one.
+
+    `kinds`: for each row, the number of each record's source. Each row goes to the replica with the fewest records of
+    its sources so far, so that every replica sees every source in proportion. Ties are broken by a random order, which
+    is turned by one replica from step to step, so that what does not come out even does over `replicas` steps.
+    """
+    count = 1 + max((kind for row in kinds for kind in row), default=0)
+    rows = [np.bincount(row, minlength=count) for row in kinds]
+    held = np.zeros((replicas, count), dtype=np.int64)
+    hands: list[list[int]] = [[] for _ in range(replicas)]
+    turns = np.random.Generator(np.random.PCG64([seed, step // replicas])).permutation(replicas)
+    lottery = (turns + step) % replicas
+    for start in range(0, len(rows), replicas):
+        chunk = range(start, min(start + replicas, len(rows)))
+        for number in sorted(chunk, key=lambda number: tuple(rows[number])):
+            ranked = held @ rows[number] * replicas + lottery
+            full = [len(hand) > start // replicas for hand in hands]
+            chosen = int(np.where(full, np.iinfo(np.int64).max, ranked).argmin())
+            hands[chosen].append(number)
+            held[chosen] += rows[number]
+    return hands
+
+
 def collate(
     rows: Sequence[Sequence[Sample]],
     tile_size: int,

@@ -15,8 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from nvlm.config.values import Config, problem
+from nvlm.data.blend import Blended
+from nvlm.data.order import Order
 from nvlm.data.sources.registry import Records
 from nvlm.data.tokenizer import tokenizer_file
+from nvlm.inputs import mix
 from nvlm.inputs.sources import model_source
 from nvlm.runs.folder import find_checkpoint
 from nvlm.runs.record import Identity, read, write
@@ -26,6 +29,7 @@ from nvlm.weights.published import VISION, Source, Stored
 _WHOLE = 1 << 26  # bytes: files up to this size are read completely
 _BLOCK = 1 << 16  # bytes
 _BLOCKS = 64  # in a larger file, evenly spaced, including the first and the last
+_BLENDED = "records."  # before the name of a source of a blend
 _PIECE = 1 << 12  # bytes of a tensor, at its start, middle and end
 
 
@@ -60,8 +64,17 @@ def of_files(files: Sequence[Path], records: int) -> Identity:
     return Identity(folder, sum(one.bytes for one in found), hashlib.sha256(names.encode()).hexdigest(), records)
 
 
-def of_records(config: Config, records: Records) -> Identity:
-    """The training records: by their files, or by the first and the last record if they are generated."""
+def of_records(config: Config, records: Records) -> dict[str, Identity]:
+    """The training records of each source: by their files, or by the first and the last if they are generated."""
+    if not isinstance(records, Blended):
+        return {"records": _of_source_records(records, config.data.source.source)}
+    parts = config.data.source.sources
+    return {
+        f"{_BLENDED}{name}": _of_source_records(part, parts[name].source.source) for name, part in records.parts.items()
+    }
+
+
+def _of_source_records(records: Records, source: str) -> Identity:
     if len(records.files) == 1:
         return of_file(records.files[0], len(records))
     if records.files:
@@ -71,7 +84,7 @@ def of_records(config: Config, records: Records) -> Identity:
         found.update(json.dumps(record.messages).encode())
         for image in record.images:
             found.update(image)
-    return Identity(config.data.source.source, 0, found.hexdigest(), len(records))
+    return Identity(source, 0, found.hexdigest(), len(records))
 
 
 def of_encoder(config: Config) -> Identity:
@@ -109,17 +122,35 @@ def check_model(config: Config, step: Path, key: str = "init.vision", resumed: b
         _compare("tokenizer", before, of_tokenizer(config), run_dir, "llm.tokenizer", resumed)
 
 
-def check_records(config: Config, run_dir: Path, records: Records) -> None:
-    """Raise ConfigError if the run in `run_dir` was trained with other records."""
+def check_records(config: Config, run_dir: Path, records: Records, order: Order) -> None:
+    """Raise ConfigError if the run in `run_dir` was trained with other records, or drew them in another order."""
     before = read(run_dir)
-    if "records" in before:
-        _compare("records", before, of_records(config, records), run_dir, "data.path", resumed=True)
+    if not before:
+        return
+    found = of_records(config, records)
+    for name, now in found.items():
+        if name in before:
+            key = f"data.sources.{name.removeprefix(_BLENDED)}.path" if name != "records" else "data.path"
+            _compare(name, before, now, run_dir, key, resumed=True)
+    if "order" not in before or not before["order"].same(of_order(order)):
+        got = "a run whose records were drawn in another order, by another version of this trainer"
+        fix = f"name=OTHER init.checkpoint={run_dir}, a new run from its weights"
+        raise problem(f"resume of {run_dir}", got, "a run of this version", fix)
 
 
-def record(config: Config, run_dir: Path, records: Records) -> None:
-    """Save the identities of a new run's inputs."""
+def of_order(order: Order) -> Identity:
+    """The order of the records: what it is computed from, and the first records of the first epochs."""
+    found = hashlib.sha256(json.dumps(mix.described(order)).encode()).hexdigest()
+    return Identity(mix.FILE, 0, found, sum(source.records for source in order.sources))
+
+
+def record(config: Config, run_dir: Path, records: Records, order: Order) -> None:
+    """Save the identities of a new run's inputs, and its mix of records."""
+    found = of_records(config, records)
+    mix.write(run_dir, order, records, found)
     inputs = {
-        "records": of_records(config, records),
+        **found,
+        "order": of_order(order),
         "encoder": of_encoder(config),
         "tokenizer": of_tokenizer(config),
         "weights": of_first_weights(config),

@@ -9,8 +9,6 @@ _ADDED = {
 }
 # Keys that are no longer written. They were only tables of defaults; the chosen values are under data and train.
 _DROPPED = {"llm": ("seq_length", "cross_length", "steps")}
-# Keys of a data source that earlier versions did not write.
-_ADDED_TO_SOURCE = {"jsonl": {"root": None}}
 # Keys of other data sources, which earlier versions wrote with every source.
 _OF_OTHERS = {"pages": ("path", "heldout_path"), "jsonl": ("records", "heldout_records", "questions")}
 
@@ -24,6 +22,6 @@ def _converted(group: str, keys: object) -> object:
     if not isinstance(keys, dict):
         return keys
     source = keys.get("source") if group == "data" else None
-    added = _ADDED_TO_SOURCE.get(source, {}) if group == "data" else _ADDED.get(group, {})
+    added = _ADDED.get(group, {})
     dropped = _OF_OTHERS.get(source, ()) if group == "data" else _DROPPED.get(group, ())
     return added | {key: value for key, value in keys.items() if key not in dropped}

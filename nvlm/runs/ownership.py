@@ -11,6 +11,7 @@ import fcntl
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -24,9 +25,8 @@ from omegaconf import OmegaConf
 
 from nvlm.config.mapping import to_mapping
 from nvlm.config.values import Config, ConfigError, problem
-from nvlm.runs.earlier import as_written_now
 from nvlm.runs.files import write_whole
-from nvlm.runs.folder import INPUTS, has_run, latest, steps_done
+from nvlm.runs.folder import INPUTS, has_run, latest, read_run_config, steps_done
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = ".lock"
@@ -45,8 +45,8 @@ PACKAGES = (
 )
 # Files and folders that a run writes into its folder.
 _OURS = (
-    "config.yaml", "environment.json", "inputs.json", "metrics.jsonl", "skipped.jsonl", "tensorboard", "checkpoints",
-    "profile", "heldout.json", "answers.jsonl", "wandb_id", "report.html", "curves.png", "gallery",
+    "config.yaml", "environment.json", "inputs.json", "mix.json", "metrics.jsonl", "skipped.jsonl", "tensorboard",
+    "checkpoints", "profile", "heldout.json", "answers.jsonl", "wandb_id", "report.html", "curves.png", "gallery",
 )  # fmt: skip
 _ENDING = 10.0  # seconds to wait for the workers of a killed launcher to end
 
@@ -122,6 +122,7 @@ _FREE = ("name", "resume", "dry_run", "profile", "gpu", "init.llm", "init.checkp
 
 # Inputs that are compared with the run's record by content, so their paths may change.
 _IDENTIFIED = ("data.path", "data.root", "init.vision", "llm.tokenizer")
+_OF_BLEND = re.compile(r"data\.sources\.[^.]+\.")  # a source's keys are treated like those of a single source
 
 
 def _check_ours(run_dir: Path) -> None:
@@ -140,13 +141,13 @@ def _check_resume(config: Config, run_dir: Path) -> None:
     if config.resume == "never":
         fix = "resume=auto continues it, name=OTHER starts another run, deleting the folder starts over"
         raise problem(f"run folder {run_dir}", "a folder that holds a run", "a new folder with resume=never", fix)
-    before = flat(as_written_now(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))))
+    before, now = flat(to_mapping(read_run_config(run_dir / "checkpoints" / "latest"))), flat(to_mapping(config))
     free = (*_FREE, *_IDENTIFIED) if (run_dir / INPUTS).is_file() else _FREE
-    for key, value in flat(to_mapping(config)).items():
-        old = before.get(key)
+    for key in dict.fromkeys((*now, *before)):
+        value, old = now.get(key), before.get(key)
         if key == "train.steps" and isinstance(old, int) and value >= old:  # a run may be extended
             continue
-        if old != value and not key.startswith(free):
+        if old != value and not _OF_BLEND.sub("data.", key).startswith(free):
             expected = f"{old}, as at the start of the run" + (", or more" if key == "train.steps" else "")
             raise problem(f"resume of {run_dir}: {key}", value, expected, f"{key}={old}, or name=OTHER for another run")
 

@@ -13,6 +13,7 @@ from nvlm.arch import registry
 from nvlm.arch.pipeline import build_parts, build_pipeline, tile_use_of_rank
 from nvlm.config.rules import check_world
 from nvlm.config.values import Config, ConfigError
+from nvlm.data.blend import build_order
 from nvlm.data.loader import StepData, Steps, load_steps
 from nvlm.data.outline import build_processor
 from nvlm.data.sources.registry import build_records
@@ -63,7 +64,7 @@ def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: E
         steps = build_steps(config)
         resumed = config.resume == "auto" and latest(run_dir) is not None
         if resumed:
-            groups.raised_together(lambda: identity.check_records(config, run_dir, steps.records))
+            groups.raised_together(lambda: identity.check_records(config, run_dir, steps.records, steps.order))
         trainer = build_trainer(config, device, begins=not resumed)
         loaded = resume(trainer, config, run_dir)
         steps = replace(steps, ends=loaded.ends)
@@ -74,7 +75,7 @@ def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: E
             begin_folder(config, run_dir, fresh=not resumed)
             tracker = opened.enter_context(contextlib.closing(build_tracker(config, run_dir, resumed=resumed)))
             if not resumed:
-                identity.record(config, run_dir, steps.records)
+                identity.record(config, run_dir, steps.records, steps.order)
             print_groups(counts, config.stage.name, config.optim.lr, trainer.origins)
             print(describe(config))
             if line := training_note(config):
@@ -172,12 +173,12 @@ def build_steps(config: Config) -> Steps:
     check_vocabulary(config)
     rank, size = groups.data_rank()
     seat, seats = groups.seat()
+    records = build_records(config.data, config.seed)
     return Steps(
-        records=build_records(config.data, config.seed),
+        records=records,
+        order=build_order(config.data.source, records, config.seed, config.train.global_batch),
         processor=build_processor(config, registry.placement_rule(config.arch.name)),
-        seed=config.seed,
         steps=config.train.steps,
-        global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         row_length=config.data.row_length,
         window=config.data.window,

@@ -7,11 +7,12 @@ that holds `path`, for messages; `form` makes records of its rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from nvlm.config.data import DataConfig, Datasets, Jsonl, Llava, Pages, Parquet, Source, Texts
+from nvlm.config.data import Blend, DataConfig, Datasets, Jsonl, Llava, Pages, Parquet, Source, Texts
+from nvlm.data.blend import Blended, Interleaved
 from nvlm.data.forms.auto import form_of
 from nvlm.data.record import First, Record
 from nvlm.data.sources import documents, json_rows, pages, parquet, saved
@@ -40,7 +41,13 @@ class Records(Protocol):
 
 def build_records(data: DataConfig, seed: int, heldout: bool = False) -> Records | None:
     """The training or held-out records of `data`; None if the source has no held-out part. Raises ConfigError."""
-    return _build(data.source, seed, heldout, "data.")
+    if not isinstance(data.source, Blend):
+        return _build(data.source, seed, heldout, "data.")
+    parts = data.source.sources
+    built = {name: _build(part.source, seed, heldout, f"data.sources.{name}.") for name, part in parts.items()}
+    found = {name: records for name, records in built.items() if records is not None}
+    texts = frozenset(name for name, part in parts.items() if part.text_only)
+    return (Interleaved(Blended(found, texts)) if heldout else Blended(found, texts)) if found else None
 
 
 def _build(source: Source, seed: int, heldout: bool, prefix: str) -> Records | None:
@@ -50,12 +57,14 @@ def _build(source: Source, seed: int, heldout: bool, prefix: str) -> Records | N
     return _MODULES[type(source)].build(source, path, key, form_of(source, seed)) if path else None
 
 
-def first_records(source: Source, heldout: bool = False) -> First | None:
-    """The first records of `source`, read one by one; None if there is nothing to check."""
-    if isinstance(source, Pages):
-        return None
-    key, path = _place(source, heldout, "data.")
-    return _MODULES[type(source)].first(source, path or "", key, form_of(source)) if path or not heldout else None
+def first_records(source: Source, heldout: bool = False) -> Iterator[First]:
+    """The first records of each source of files, read one by one."""
+    named = source.sources.items() if isinstance(source, Blend) else ()
+    parts = {f"data.sources.{name}.": part.source for name, part in named} or {"data.": source}
+    for prefix, one in parts.items():
+        key, path = (None, None) if isinstance(one, Pages) else _place(one, heldout, prefix)
+        if key and (path or not heldout):
+            yield _MODULES[type(one)].first(one, path or "", key, form_of(one))
 
 
 def _place(source: Source, heldout: bool, prefix: str) -> tuple[str, str | None]:

@@ -34,7 +34,7 @@ class Rows(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RowRecords:
     """The records of `rows`, written in `form`. `root`: the folder of their images, resolved."""
 

@@ -18,7 +18,8 @@ from nvlm.arch import registry
 from nvlm.commands.compose import compose_config
 from nvlm.data.batch import IGNORE, IMAGE, check_placeholders
 from nvlm.data.images import image_size
-from nvlm.data.loader import Steps, load_steps, plan_window, step_records
+from nvlm.data.loader import Steps, load_steps, plan_window
+from nvlm.data.order import Drawn, Order
 from nvlm.data.outline import Pictures, build_processor, outline
 from nvlm.data.pack import deal, pack
 from nvlm.data.record import BadRecord, Record
@@ -83,7 +84,8 @@ class Given:
 def steps_of(records, rank=0, size=1, **changes):
     settings = dict(seed=1, steps=7, global_batch=6, micro_batch=2, row_length=90, window=3) | changes
     chosen = settings.pop("processor", processor())
-    return Steps(records, chosen, data_rank=rank, data_size=size, **settings)
+    order = Order(settings.pop("seed"), settings.pop("global_batch"), (Drawn("", len(records)),))
+    return Steps(records, chosen, order=order, data_rank=rank, data_size=size, **settings)
 
 
 def rows_of(data):
@@ -185,7 +187,7 @@ def test_windows_hold_each_drawn_record_once_and_alike_on_all_replicas(count, ba
     for start in range(0, steps, window):
         seen, drawn = Counter(), Counter()
         for step in range(start, min(start + window, steps)):
-            drawn.update(str(i) for i in step_records(seed, step, batch, count))
+            drawn.update(str(i) for i in whole.order.step(step))
             alone, dealt = whole[step], [part[step] for part in parts]
             seen.update(name for row in rows_of(alone) for name in row)
             seen.update(name for name, _ in alone.skipped)
@@ -220,8 +222,7 @@ def test_a_run_that_is_made_longer_keeps_its_finished_steps_and_leaves_nothing_o
     for run in runs:
         assert all(same(run[step], longest[step]) for step in range(len(run)))
     seen = Counter(name for step in range(12) for row in rows_of(longest[step]) for name in row)
-    batch = longest.global_batch
-    assert seen == Counter(str(i) for step in range(12) for i in step_records(longest.seed, step, batch, 60))
+    assert seen == Counter(str(i) for step in range(12) for i in longest.order.step(step))
 
 
 def test_loader_workers_agree_with_this_process():
@@ -231,12 +232,12 @@ def test_loader_workers_agree_with_this_process():
 
 def test_a_window_mixes_its_steps_and_another_seed_mixes_otherwise():
     steps = steps_of(Words(1000, spoilt=1001), steps=4, global_batch=32, window=4, row_length=200)
-    steps_in = [{step for step in range(4) if i in step_records(1, step, 32, 1000)} for i in range(1000)]
+    steps_in = [{step for step in range(4) if i in steps.order.step(step)} for i in range(1000)]
     held = [{s for row in rows_of(steps[step]) for name in row for s in steps_in[int(name)]} for step in range(4)]
     assert held == [{0, 1, 2, 3}] * 4
     tokens = [sum(batch.num_tokens for batch in steps[step].micro_batches) for step in range(4)]
     assert max(tokens) - min(tokens) <= 200
-    assert rows_of(steps[0]) != rows_of(replace(steps, seed=2)[0])
+    assert rows_of(steps[0]) != rows_of(replace(steps, order=replace(steps.order, seed=2))[0])
 
 
 def test_every_step_of_a_window_gets_a_row_where_the_records_suffice():

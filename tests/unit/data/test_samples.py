@@ -15,8 +15,9 @@ from nvlm.arch import registry
 from nvlm.data import chat
 from nvlm.data.batch import IGNORE, IMAGE
 from nvlm.data.images import decode_image
-from nvlm.data.loader import Steps, load_steps, step_records
+from nvlm.data.loader import Steps, load_steps
 from nvlm.data.messages import read_turns
+from nvlm.data.order import Drawn, Order
 from nvlm.data.outline import build_processor, outline
 from nvlm.data.pack import collate, pack
 from nvlm.data.record import BadRecord, Record
@@ -156,19 +157,11 @@ def test_jsonl_paths_stay_inside_the_folder(tmp_path):
     records = records_of(str(file))
     assert len(records) == 6
     for index, reason in enumerate(
-        ["leaves the data folder", "leaves the data folder", "not JSON", "no list", "expected text"]
+        ["leaves the data folder", "leaves the data folder", "not JSON", "no list", "expected a path"]
     ):
         with pytest.raises(BadRecord, match=reason):
             records[index]
     assert records[5].id == "records.jsonl:6"
-
-
-def test_order_is_a_function_of_seed_and_step():
-    seen = [i for step in range(10) for i in step_records(7, step, 4, 20)]
-    assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20))
-    assert seen[:20] != seen[20:]
-    assert [i for step in range(5) for i in step_records(7, step, 8, 20)] == seen
-    assert step_records(8, 0, 20, 20) != step_records(7, 0, 20, 20)
 
 
 def test_first_fit_keeps_both_budgets_and_every_sample():
@@ -201,9 +194,8 @@ def test_steps_skip_and_name_bad_records_and_replicas_share_the_work(processor):
         return Steps(
             _Some(),
             processor(),
-            seed=1,
+            order=Order(1, 10, (Drawn("", 10),)),
             steps=5,
-            global_batch=10,
             micro_batch=2,
             row_length=40,
             data_rank=rank,
@@ -242,7 +234,7 @@ class _Spoilt(Image.Image):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_whatever_a_record_raises_names_it_and_the_others_go_on(processor, workers):
-    settings = {"seed": 1, "steps": 1, "global_batch": 10, "micro_batch": 2, "row_length": 40}
+    settings = {"order": Order(1, 10, (Drawn("", 10),)), "steps": 1, "micro_batch": 2, "row_length": 40}
     steps = Steps(_Raises(), processor(), data_rank=0, data_size=1, **settings)
     (found,) = load_steps(steps, 0, workers)
     step = found.without(found.failed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nvlm.config.values import Config, ConfigError
+from nvlm.data.blend import build_order
+from nvlm.data.order import Order
 from nvlm.data.sources.registry import build_records
 from nvlm.inputs import identity
 from nvlm.vision.encoders.internvit.description import TINY
@@ -94,6 +97,10 @@ def test_several_files_are_the_same_in_another_folder_and_not_with_another_conte
     assert found["one"].bytes == found["three"].bytes == 2
 
 
+def order(config: Config) -> Order:
+    return build_order(config.data.source, records(config), config.seed, config.train.global_batch)
+
+
 @pytest.fixture
 def begun(tmp_path, configured):
     """A run folder with recorded inputs, and a function that returns a run's configuration with other files."""
@@ -109,16 +116,44 @@ def begun(tmp_path, configured):
         return replace(base, llm=replace(base.llm, tokenizer=str(found["tokenizer"])))
 
     (tmp_path / "run").mkdir()
-    identity.record(config(), tmp_path / "run", records(config()))
+    identity.record(config(), tmp_path / "run", records(config()), order(config()))
     return tmp_path / "run", config
 
 
 def test_what_a_run_began_with_is_recorded(begun):
     run, _ = begun
     found = identity.read(run)
-    assert found.keys() == {"records", "encoder", "tokenizer"}  # the first weights are random
+    assert found.keys() == {"records", "order", "encoder", "tokenizer"}  # the first weights are random
     assert found["records"].records == 1 and found["records"].bytes == 17 and found["encoder"].bytes > 900_000
     assert identity.read(run / "elsewhere") == {}
+
+
+def blend(folder, **weights) -> str:
+    """The override for a blend of FILE.jsonl in `folder`, by name."""
+    parts = ", ".join(
+        f"{name}: {{source: jsonl, path: {folder}/{name}.jsonl, weight: {w}}}" for name, w in weights.items()
+    )
+    return f"data.sources={{{parts}}}"
+
+
+def test_the_mix_is_recorded_and_a_source_that_changes_is_named(tmp_path, configured):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name, count in (("a", 3), ("b", 5)):
+        (tmp_path / f"{name}.jsonl").write_text('{"messages": []}\n' * count)
+    config = configured("data=blend", blend(tmp_path, a=1, b=3))
+    identity.record(config, run, records(config), order(config))
+    a, b = json.loads((run / "mix.json").read_text())["sources"].values()
+    assert (a["records"], a["share"], b["records"], b["share"]) == (3, 0.25, 5, 0.75)
+    assert len(b["first"]) == 3 and all(name.startswith("b/b.jsonl:") for name in b["first"])
+    identity.check_records(config, run, records(config), order(config))
+    other = replace(config, seed=config.seed + 1)
+    with pytest.raises(ConfigError, match="drawn in another order.*init.checkpoint="):
+        identity.check_records(other, run, records(other), order(other))
+    with open(tmp_path / "b.jsonl", "a") as file:
+        file.write('{"messages": []}\n')
+    with pytest.raises(ConfigError, match=r"data.sources.b.path: got .*b.jsonl .6 records"):
+        identity.check_records(config, run, records(config), order(config))
 
 
 def test_files_that_were_moved_are_taken(begun, tmp_path):
@@ -127,7 +162,7 @@ def test_files_that_were_moved_are_taken(begun, tmp_path):
     for key, name in (("data", "records.jsonl"), ("tokenizer", "tokenizer.json"), ("encoder", "encoder.safetensors")):
         moved[key] = (tmp_path / name).rename(tmp_path / f"moved-{name}")
     identity.check_model(config(**moved), run / "checkpoints/step_00000002")
-    identity.check_records(config(**moved), run, records(config(**moved)))
+    identity.check_records(config(**moved), run, records(config(**moved)), order(config(**moved)))
 
 
 def test_files_that_were_replaced_are_refused_by_name(begun, tmp_path):
@@ -135,7 +170,7 @@ def test_files_that_were_replaced_are_refused_by_name(begun, tmp_path):
     with open(tmp_path / "records.jsonl", "a") as file:
         file.write('{"messages": []}\n')
     with pytest.raises(ConfigError, match=r"data.path: got .*2 records, 34 bytes.*1 records, 17 bytes.*name=OTHER"):
-        identity.check_records(config(), run, records(config()))
+        identity.check_records(config(), run, records(config()), order(config()))
     identity.check_model(config(), run / "checkpoints/step_00000002")
     (tmp_path / "tokenizer.json").write_text("[]")
     for resumed in (True, False):
