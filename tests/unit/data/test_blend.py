@@ -78,7 +78,7 @@ def test_shares_by_weight_by_epochs_and_by_text(blended):
         ({"a": "weight: 1, epochs: 1"}, (), "data.sources.a: got both weight and epochs"),
         ({"a": "weight: .nan"}, (), "data.sources.a.weight: got"),
         ({"a": "weight: 0"}, (), "data.sources.a.weight: got 0"),
-        ({"a": "weight: 1, tak: all"}, (), "data.sources.a.tak: got a key that does not exist, expected one of take"),
+        ({"a": "weigth: 1"}, (), "data.sources.a.weigth: got a key that does not exist, expected one of weight"),
         ({"a": "weight: 1"}, ("data.text_share=0.5",), "no source with text_only=true"),
         ({"a": "weight: 1, text_only: true"}, ("data.text_share=0.5",), "no other source"),
         ({"a/b": "weight: 1"}, (), "data.sources: got 'a/b'"),
