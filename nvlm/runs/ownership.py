@@ -141,7 +141,12 @@ def _check_resume(config: Config, run_dir: Path) -> None:
     if config.resume == "never":
         fix = "resume=auto continues it, name=OTHER starts another run, deleting the folder starts over"
         raise problem(f"run folder {run_dir}", "a folder that holds a run", "a new folder with resume=never", fix)
-    before, now = flat(to_mapping(read_run_config(run_dir / "checkpoints" / "latest"))), flat(to_mapping(config))
+    begun = to_mapping(read_run_config(run_dir / "checkpoints" / "latest"))
+    before, now = flat(begun), flat(to_mapping(config))
+    first, names = (sorted(one["data"].get("sources") or ()) for one in (begun, to_mapping(config)))
+    if first and names and first != names:
+        expected = f"{', '.join(first)}, as at the start of the run"
+        raise problem(f"resume of {run_dir}: data.sources", ", ".join(names), expected, "these, or name=OTHER")
     free = (*_FREE, *_IDENTIFIED) if (run_dir / INPUTS).is_file() else _FREE
     for key in dict.fromkeys((*now, *before)):
         value, old = now.get(key), before.get(key)

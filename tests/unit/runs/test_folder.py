@@ -130,6 +130,25 @@ def test_a_resume_may_change_what_no_step_depends_on(tmp_path, config):
         check_folder(config, tmp_path)
 
 
+def test_a_resume_keeps_its_blend(tmp_path, configured):
+    def blended(**sources):
+        parts = (f"{name}: {{source: jsonl, {keys}}}" for name, keys in sources.items())
+        return configured("data=blend", f"data.sources={{{', '.join(parts)}}}", "resume=auto")
+
+    run = blended(a="path: a.jsonl, weight: 1", b="path: b.jsonl, weight: 1")
+    with_checkpoint(tmp_path, run)
+    (tmp_path / "inputs.json").write_text("{}")  # records are compared by content, so their paths may change
+    check_folder(
+        blended(a="path: x.jsonl, weight: 1, heldout_path: h", b="path: b.jsonl, root: r, weight: 1"), tmp_path
+    )
+    with pytest.raises(ConfigError, match="data.sources.a.weight: got 2.0, expected 1.0, as at the start"):
+        check_folder(blended(a="path: a.jsonl, weight: 2", b="path: b.jsonl, weight: 1"), tmp_path)
+    with pytest.raises(ConfigError, match="data.sources: got a, expected a, b, as at the start"):
+        check_folder(blended(a="path: a.jsonl, weight: 1"), tmp_path)
+    with pytest.raises(ConfigError, match="data.sources: got a, b, c, expected a, b"):
+        check_folder(blended(**dict.fromkeys("abc", "path: a.jsonl, weight: 1")), tmp_path)
+
+
 def with_steps(config, steps: int):
     """The same run with another number of steps, to be resumed."""
     return dataclasses.replace(config, resume="auto", train=dataclasses.replace(config.train, steps=steps))
