@@ -18,6 +18,7 @@ setup(
         "datasets",
         "einops",  # Megatron's groups for two-dimensional context parallelism
         "hydra-core>=1.3",
+        "jinja2",
         "matplotlib",
         "omegaconf>=2.3",
         "pillow",

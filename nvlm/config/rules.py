@@ -18,6 +18,9 @@ def _data(config: Config) -> None:
     if data.tokenize == "vllm" and (config.tiling.tag != "1d" or config.tiling.max_tiles > 9):
         got = f"vllm with tiling.tag={config.tiling.tag} tiling.max_tiles={config.tiling.max_tiles}"
         raise problem("data.tokenize", got, "tiling.tag=1d and at most 9 tiles, as vLLM has", "data.tokenize=apart")
+    if data.tokenize != "apart" and config.llm.chat != "chatml":
+        got = f"{data.tokenize} with llm.chat={config.llm.chat}"
+        raise problem("data.tokenize", got, "apart: the others are ways to tokenize ChatML", "data.tokenize=apart")
     if isinstance(data.source, Blend):
         _blend(data.source, config.dry_run)
     elif not config.dry_run:

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from nvlm.config.values import Config
 from nvlm.data import chat
-from nvlm.data.chat import Run
+from nvlm.data.assemble import Run
 from nvlm.data.images import image_size
 from nvlm.data.messages import Turn, check_learns, place_images, read_turns
 from nvlm.data.record import BadRecord, ImageChanged, Record
@@ -36,12 +36,13 @@ class Processor:
     max_pixels: int
     bos: str | None
     tokenize: str  # apart, joined or vllm: nvlm.data.chat
+    chat: str = "chatml"  # the chat format: nvlm.data.formats
     limit: str = "data.seq_length"  # the setting behind seq_length, for messages
 
     @property
     def tokenizer(self) -> ChatTokenizer:
         """Loaded once per process."""
-        return load_tokenizer(self.tokenizer_path, self.bos)
+        return load_tokenizer(self.tokenizer_path, self.bos, chat=self.chat)
 
     @property
     def joined(self) -> bool:
@@ -80,6 +81,7 @@ def build_processor(config: Config, placement: PlacementRule, resize: str | None
         max_pixels=config.data.max_pixels,
         bos=config.llm.bos,
         tokenize=config.data.tokenize,
+        chat=config.llm.chat,
     )
 
 
@@ -159,8 +161,7 @@ def _outline(
 
 
 def _runs(turns: Sequence[Turn], processor: Processor, generate: bool, first_tags: Sequence[str]) -> list[Run]:
-    form = chat.prompt if generate else chat.chatml
-    return form(turns, processor.tokenizer, processor.system, processor.tokenize, first_tags)
+    return chat.runs(turns, processor.tokenizer, processor.system, processor.tokenize, first_tags, generate)
 
 
 def _plan(sizes: Sequence[tuple[int, int]], room: int, processor: Processor) -> tuple[TilePlan, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from nvlm.arch.registry import placement_rule
 from nvlm.config.values import Config, problem
 from nvlm.data.amounts import Work
-from nvlm.data.tokenizer import load_tokenizer
+from nvlm.data.tokenizer import tokenizer_of
 from nvlm.tiling.grid import TilePlan, ratios
 from nvlm.tiling.placement import Placement
 from nvlm.tiling.tags import tile_tags
@@ -21,7 +21,7 @@ def tag_ids(config: Config, plan: TilePlan) -> list[tuple[int, ...]]:
     names = tile_tags(plan, config.tiling.tag, config.tiling.max_tiles, config.llm.thumbnail_tag)
     if config.llm.tokenizer is None:
         return [(0,) * (config.llm.tag_tokens if name else 0) for name in names]
-    tokenizer = load_tokenizer(config.llm.tokenizer)
+    tokenizer = tokenizer_of(config.llm)
     return [tokenizer.encode(name) for name in names]
 
 
@@ -87,6 +87,6 @@ def check_lengths(config: Config) -> Config:
 
 def check_vocabulary(config: Config) -> None:
     """Raise ConfigError if the tokenizer is missing, or has tokens without an embedding in the model."""
-    vocab = load_tokenizer(config.llm.tokenizer or "", config.llm.bos).vocab
+    vocab = tokenizer_of(config.llm).vocab
     if vocab > config.llm.vocab:
         raise problem("llm.vocab", config.llm.vocab, f"at least the tokenizer's {vocab}", f"llm.vocab={vocab}")

@@ -14,6 +14,7 @@ from nvlm.arch import registry
 from nvlm.arch.pipeline import Pipeline
 from nvlm.config.values import Config
 from nvlm.data.batch import Sample
+from nvlm.data.chat import answer_ids
 from nvlm.data.messages import NoAnswer, first_question, read_turns
 from nvlm.data.outline import Processor, build_processor, outline
 from nvlm.data.record import BadRecord, one_record
@@ -21,6 +22,7 @@ from nvlm.data.samples import fill
 from nvlm.data.sources.registry import Records
 from nvlm.evaluate.answer import answer
 from nvlm.evaluate.report import Shown, draw_pictures, write_report
+from nvlm.generate.text import words
 from nvlm.processes import groups
 from nvlm.runs.files import write_whole
 from nvlm.runs.sinks import spared
@@ -118,7 +120,7 @@ def _write(score: Score, rows: Sequence[dict], run_dir: Path) -> None:
 def _ask(records: Records, index: int, processor: Processor) -> _Asked:
     record, expected = first_question(records[index])
     sketch = outline(record, processor, generate=True)
-    expected = processor.tokenizer.decode(processor.tokenizer.encode(expected))
+    expected = words(answer_ids(expected, processor.tokenizer), processor.tokenizer)
     question, sample = "".join(read_turns(record.messages)[-1].texts), fill(record, sketch, processor)
     return _Asked(record.id, records.kind(index), question, expected, sketch.pictures.plans, sample)
 

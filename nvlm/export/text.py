@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvlm.arch.registry import description
-from nvlm.config.values import Config
+from nvlm.config.values import Config, problem
 from nvlm.data.ends import read_json, token_texts
-from nvlm.data.tokenizer import ChatTokenizer, load_tokenizer, tokenizer_file
+from nvlm.data.tokenizer import ChatTokenizer, tokenizer_file, tokenizer_of
 
 VISION_PAD = "<|vision_pad|>"  # the placeholder of vLLM and NVLM-D-72B's own class for tile tokens
 # Qwen2.5's tokens after the last one of Qwen2; NVLM-D-72B's tokenizer has them too.
@@ -31,9 +31,13 @@ class Text:
 
 def exported_text(config: Config) -> Text | None:
     """The files for the run's tokenizer; None if the run has no tokenizer. Raises ConfigError."""
+    if config.llm.chat != "chatml":
+        raise problem(
+            "llm.chat", f"{config.llm.chat} in this run", "chatml: an export has no other format", "train in it"
+        )
     if not config.llm.tokenizer:
         return None
-    tokenizer = load_tokenizer(config.llm.tokenizer, config.llm.bos, "tokenizer")
+    tokenizer = tokenizer_of(config.llm, "tokenizer")
     path = tokenizer_file(config.llm.tokenizer)
     folder = path.parent if path.name == "tokenizer.json" else None  # a file of another name has no companions
     there, generation, model = (
@@ -42,7 +46,7 @@ def exported_text(config: Config) -> Text | None:
     )
     added = missing_tokens(config, tokenizer)
     begin = _begin(tokenizer, there, (generation, model))
-    ends = [tokenizer.im_end, *sorted(tokenizer.others - {tokenizer.im_end})]
+    ends = [tokenizer.end, *sorted(tokenizer.others - {tokenizer.end})]
     template = chat_template(config.data.system, config.llm.bos)
     copied = {name: folder / name for name in _COPIED if (folder / name).is_file()} if folder else {}
     return Text(
@@ -54,7 +58,7 @@ def exported_text(config: Config) -> Text | None:
             "generation_config.json": _dump({**generation, "bos_token_id": begin, "eos_token_id": ends}),
         },
         begin=begin,
-        end=tokenizer.im_end,
+        end=tokenizer.end,
     )
 
 
@@ -76,13 +80,16 @@ def places_images(config: Config) -> bool:
     """Whether the exported tokenizer has the placeholder that other libraries use for images."""
     if not config.llm.tokenizer:
         return False
-    tokenizer = load_tokenizer(config.llm.tokenizer, config.llm.bos)
+    tokenizer = tokenizer_of(config.llm)
     return tokenizer.tokenizer.token_to_id(VISION_PAD) is not None or bool(missing_tokens(config, tokenizer))
 
 
 def training_note(config: Config) -> str | None:
-    """One line if an NVLM-D run's tokenizer lacks the placeholder that other libraries need; else None."""
-    tokenizer = load_tokenizer(config.llm.tokenizer or "", config.llm.bos)
+    """One line if the run cannot be exported, or if an NVLM-D run's tokenizer lacks the placeholder that other
+    libraries need; else None."""
+    if config.llm.chat != "chatml":
+        return f"llm.chat={config.llm.chat}: this model cannot be exported, which needs llm.chat=chatml"
+    tokenizer = tokenizer_of(config.llm)
     if not description(config.arch.name).release_code or tokenizer.tokenizer.token_to_id(VISION_PAD) is not None:
         return None
     lacks = f"llm.tokenizer={config.llm.tokenizer} has no {VISION_PAD}, which vLLM needs to place images"
@@ -115,7 +122,7 @@ def _begin(tokenizer: ChatTokenizer, there: Mapping, configs: tuple[Mapping, ...
         return tokenizer.bos
     numbers = [values.get("bos_token_id") for values in configs]
     named = [tokenizer.tokenizer.token_to_id(text) for text in (*token_texts(there.get("bos_token")), "<|endoftext|>")]
-    return next((number for number in (*numbers, *named) if isinstance(number, int)), tokenizer.im_end)
+    return next((number for number in (*numbers, *named) if isinstance(number, int)), tokenizer.end)
 
 
 def _tokenizer_config(config: Config, there: Mapping, added: Mapping[str, int], template: str) -> dict:

@@ -17,6 +17,7 @@ class TextStream:
         self.ids: list[int] = []
         # Some decoders treat a text's first token differently, so each piece is decoded after the previous one.
         self.context, self.done = 0, 0
+        self.lead = tokenizer.form.lead  # what the chat format puts before an answer
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty for the token that ends an answer."""
@@ -38,9 +39,11 @@ class TextStream:
         before = self.tokenizer.decode(self.ids[self.context : self.done])
         piece = self._text()[len(before) :]
         self.context, self.done = self.done, len(self.ids)
-        return piece
+        self.lead, lead = self.lead if not piece else "", self.lead
+        return piece.removeprefix(lead)
 
 
 def words(ids: Sequence[int], tokenizer: ChatTokenizer) -> str:
-    """The text of an answer, without the token that ends it."""
-    return tokenizer.decode(ids[:-1] if ids and ids[-1] in tokenizer.ends else ids)
+    """The text of an answer, without the token that ends it and what the chat format puts before an answer."""
+    text = tokenizer.decode(ids[:-1] if ids and ids[-1] in tokenizer.ends else ids)
+    return text.removeprefix(tokenizer.form.lead)

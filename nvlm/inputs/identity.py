@@ -18,7 +18,7 @@ from nvlm.config.values import Config, problem
 from nvlm.data.blend import Blended
 from nvlm.data.order import Order
 from nvlm.data.sources.registry import Records
-from nvlm.data.tokenizer import tokenizer_file
+from nvlm.data.tokenizer import tokenizer_file, tokenizer_of
 from nvlm.inputs import mix
 from nvlm.inputs.sources import model_source
 from nvlm.runs.folder import find_checkpoint
@@ -97,6 +97,15 @@ def of_tokenizer(config: Config) -> Identity:
     return of_file(tokenizer_file(config.llm.tokenizer))
 
 
+def of_template(config: Config) -> Identity | None:
+    """The tokenizer's chat template, and the texts of the tokens that it names; None if the run does not use it."""
+    if config.llm.chat != "template":
+        return None
+    template = tokenizer_of(config.llm).form
+    content = json.dumps([template.source, dict(template.values)]).encode()
+    return Identity(str(tokenizer_file(config.llm.tokenizer)), len(content), hashlib.sha256(content).hexdigest())
+
+
 def of_first_weights(config: Config) -> Identity | None:
     """The initial weights of the language model and the new modules; None if they are random."""
     if config.init.checkpoint:
@@ -120,6 +129,8 @@ def check_model(config: Config, step: Path, key: str = "init.vision", resumed: b
         _compare("encoder", before, now, run_dir, "init.release" if config.init.release else key, resumed)
     if "tokenizer" in before and config.llm.tokenizer:
         _compare("tokenizer", before, of_tokenizer(config), run_dir, "llm.tokenizer", resumed)
+        if "template" in before and (now := of_template(config)) is not None:
+            _compare("template", before, now, run_dir, "llm.tokenizer", resumed)
 
 
 def check_records(config: Config, run_dir: Path, records: Records, order: Order) -> None:
@@ -153,6 +164,7 @@ def record(config: Config, run_dir: Path, records: Records, order: Order) -> Non
         "order": of_order(order),
         "encoder": of_encoder(config),
         "tokenizer": of_tokenizer(config),
+        "template": of_template(config),
         "weights": of_first_weights(config),
     }
     write(run_dir, inputs)

@@ -6,6 +6,7 @@ from __future__ import annotations
 _ADDED = {
     "logging": {"name": "none", "project": None, "entity": None, "mode": "online"},
     "vision": {"encoder": "internvit"},
+    "llm": {"chat": "chatml"},
 }
 # Keys that are no longer written. They were only tables of defaults; the chosen values are under data and train.
 _DROPPED = {"llm": ("seq_length", "cross_length", "steps")}

@@ -28,7 +28,7 @@ def folders(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("published")
     model = language_model(compose_config())
     with torch.no_grad():  # so that it does not end at once: of random logits, zero is never the largest
-        model.lm_head.weight[load_tokenizer("tiny").im_end] = 0
+        model.lm_head.weight[load_tokenizer("tiny").end] = 0
     model.save_pretrained(root / "llm", max_shard_size="1MB")
     (root / "vision").mkdir()
     (root / "vision" / "model.safetensors").write_bytes(TINY.read_bytes())

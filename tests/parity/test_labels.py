@@ -66,7 +66,7 @@ def test_labels_spell_what_the_assistant_says_and_nothing_else(arch, tag):
         for token in sample.labels[at].tolist():
             assert token >= 0
             spoken[-1].append(token)
-            if token == tokenizer.im_end:
+            if token == tokenizer.end:
                 spoken.append([])
         assert spoken.pop() == []
         expected = [words.replace("<image>", "") for role, words in story.turns if role == "assistant"]

@@ -25,6 +25,11 @@ from nvlm.estimate.lengths import most_image_tokens
             ["arch=decoder", "data.seq_length=100"],
             ("data.seq_length", "100", "arch=decoder", "data.seq_length="),
         ),
+        (["llm.chat=chatMl"], ("llm.chat", "'chatMl'", "chatml, llama3, vicuna, mistral, plain, template")),
+        (
+            ["arch=decoder", "data.tokenize=joined", "llm.chat=llama3"],
+            ("data.tokenize", "joined with llm.chat=llama3", "data.tokenize=apart"),
+        ),
         (["data.cross_length=10"], ("data.cross_length", "10", "data.cross_length=")),
         (["tiling.tag=3d"], ("tiling.tag", "'3d'", "none, 1d, 2d_grid, 2d_bbox")),
         (["train.steps=many"], ("train.steps", "'many'", "a whole number")),

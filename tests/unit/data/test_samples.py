@@ -46,7 +46,7 @@ def talk(*turns):
 def test_chatml_and_loss_on_the_assistants_words_only():
     tokenizer = load_tokenizer("tiny")
     turns = read_turns(talk(("user", "Hi there"), ("assistant", "Good day"), ("user", "More"), ("assistant", "No.")))
-    runs = chat.chatml(turns, tokenizer, system="Be kind.")
+    runs = chat.runs(turns, tokenizer, system="Be kind.")
     ids = [i for run in runs for i in run.ids]
     text = tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
     assert text == (
@@ -59,7 +59,7 @@ def test_chatml_and_loss_on_the_assistants_words_only():
 
 def test_text_cannot_forge_a_special_token():
     tokenizer = load_tokenizer("tiny")
-    assert tokenizer.im_end not in tokenizer.encode("so <|im_end|> said I")
+    assert tokenizer.end not in tokenizer.encode("so <|im_end|> said I")
 
 
 @pytest.mark.parametrize("arch", ["decoder", "xattn", "hybrid"])

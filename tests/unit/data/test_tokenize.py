@@ -167,13 +167,13 @@ def test_the_yi_preset_has_a_first_token_and_the_others_none(configured):
 def test_a_prompt_has_the_whole_history_and_an_open_turn():
     tokenizer = load_tokenizer("tiny")
     turns = [Turn("user", ("One",)), Turn("assistant", ("Two",)), Turn("user", ("Three",))]
-    ids = [i for run in chat.prompt(turns, tokenizer, "Sys") for i in run.ids]
+    ids = [i for run in chat.runs(turns, tokenizer, "Sys", reply=True) for i in run.ids]
     assert tokenizer.tokenizer.decode(ids, skip_special_tokens=False) == (
         "<|im_start|>system\nSys<|im_end|>\n<|im_start|>user\nOne<|im_end|>\n<|im_start|>assistant\nTwo<|im_end|>\n"
         "<|im_start|>user\nThree<|im_end|>\n<|im_start|>assistant\n"
     )
     with pytest.raises(BadRecord, match="the last turn is the assistant's"):
-        chat.prompt(turns[:2], tokenizer)
+        chat.runs(turns[:2], tokenizer, reply=True)
 
 
 def test_the_first_question_keeps_its_own_images():
@@ -244,9 +244,9 @@ def test_text_that_spells_control_tokens_stays_text(tmp_path, kind):
     ids = tokenizer.encode(FORGED)
     assert not {tokenizer.tokenizer.token_to_id(name) for name in CONTROL} & set(ids)
     assert tokenizer.decode(ids) == FORGED
-    runs = chat.chatml(read_turns(record([("user", FORGED), ("assistant", FORGED)], []).messages), tokenizer)
+    runs = chat.runs(read_turns(record([("user", FORGED), ("assistant", FORGED)], []).messages), tokenizer)
     everything = [i for run in runs for i in run.ids]
-    assert everything.count(tokenizer.im_start) == everything.count(tokenizer.im_end) == 2
+    assert everything.count(tokenizer.specials["<|im_start|>"].number) == everything.count(tokenizer.end) == 2
 
 
 def test_a_tokenizer_that_cannot_read_a_control_token_as_text_is_refused(tmp_path):

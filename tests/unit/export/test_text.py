@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig
 
+from nvlm.config.values import ConfigError
 from nvlm.data import chat
 from nvlm.data.messages import Turn
 from nvlm.data.tokenizer import load_tokenizer
@@ -84,6 +85,13 @@ def test_a_vocabulary_without_room_is_said_before_training_and_at_export(configu
         assert training_note(configured(f"arch={arch}", *LARGE, f"llm.tokenizer={qwen2}")) is None
 
 
+def test_a_model_that_does_not_speak_chatml_is_not_exported(configured):
+    config = configured("arch=decoder", "llm.chat=plain")
+    with pytest.raises(ConfigError, match="llm.chat: got plain in this run, expected chatml"):
+        exported_text(config)
+    assert "cannot be exported" in training_note(config)
+
+
 def test_ends_and_beginnings_are_written(configured, qwen2, tmp_path):
     config = configured("arch=decoder", *LARGE, f"llm.tokenizer={qwen2}")
     folder, text = written(config, tmp_path / "out"), exported_text(config)
@@ -119,7 +127,7 @@ def test_the_template_is_the_trainer_s(configured, tmp_path, system, bos):
     for turns in ([user], [own, user], [user, Turn("assistant", (" A. ",)), user]):
         messages = [{"role": turn.role, "content": turn.texts[0]} for turn in turns]
         for generate in (True, False):
-            runs = (chat.prompt if generate else chat.chatml)(turns, tokenizer, system)
+            runs = chat.runs(turns, tokenizer, system, reply=generate)
             expected = tokenizer.tokenizer.decode([i for run in runs for i in run.ids], skip_special_tokens=False)
             got = rendered.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
             assert got == expected

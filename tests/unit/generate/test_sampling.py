@@ -104,11 +104,11 @@ def test_a_character_is_told_when_all_its_bytes_have_come():
     text = "naïve 漢字 🙂, done"
     ids = tokenizer.encode(text)
     assert len(ids) > len(text)  # several tokens a character
-    pieces, rest = pieces_of(tokenizer, [*ids, tokenizer.im_end])
+    pieces, rest = pieces_of(tokenizer, [*ids, tokenizer.end])
     assert "".join(pieces) == text and rest == ""
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
     assert "🙂" in [piece.strip() for piece in pieces]
-    assert words([*ids, tokenizer.im_end], tokenizer) == words(ids, tokenizer) == text
+    assert words([*ids, tokenizer.end], tokenizer) == words(ids, tokenizer) == text
 
 
 def test_broken_bytes_are_told_at_the_end_or_with_what_follows():
@@ -127,5 +127,5 @@ def test_a_decoder_that_strips_the_first_space_keeps_the_others():
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    pieces, rest = pieces_of(ChatTokenizer(tokenizer, 8, 9), [0, 1, 2])
+    pieces, rest = pieces_of(ChatTokenizer(tokenizer, 9), [0, 1, 2])
     assert (pieces, rest) == (["one", " two", " three"], "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from nvlm.config.values import Config, ConfigError
 from nvlm.data.blend import build_order
 from nvlm.data.order import Order
 from nvlm.data.sources.registry import build_records
+from nvlm.data.tokenizer import load_tokenizer, tokenizer_file
 from nvlm.inputs import identity
 from nvlm.vision.encoders.internvit.description import TINY
 from nvlm.weights.published import read_headers
@@ -183,3 +185,21 @@ def test_files_that_were_replaced_are_refused_by_name(begun, tmp_path):
     save_file(weights, tmp_path / "encoder.safetensors")
     with pytest.raises(ConfigError, match=r"init.vision: got .*encoder.safetensors"):
         identity.check_model(config(), run / "checkpoints/step_00000002")
+
+
+TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+def test_another_chat_template_is_noticed(configured, tmp_path):
+    """If the run uses it: a resumed run would otherwise learn from other prompts."""
+    shutil.copy(tokenizer_file("tiny"), tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE + PROMPT)
+    config = configured("arch=decoder", f"llm.tokenizer={tmp_path}", "llm.chat=template")
+    before = identity.of_template(config)
+    load_tokenizer.cache_clear()
+    assert identity.of_template(config).same(before)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE.replace("<|im_end|>", "<|im_end|>\n") + PROMPT)
+    load_tokenizer.cache_clear()
+    assert not identity.of_template(config).same(before)
+    assert identity.of_template(configured("arch=decoder")) is None

@@ -37,10 +37,15 @@ def without_an_image_folder(values: dict) -> None:
     values["data"].pop("root", None)
 
 
+def without_a_chat_format(values: dict) -> None:
+    del values["llm"]["chat"]
+
+
 EARLIER = (
     without_logging,
     without_an_image_folder,
     without_an_encoder_s_name,
+    without_a_chat_format,
     with_lengths_of_the_language_model,
     with_the_keys_of_all_sources,
 )
