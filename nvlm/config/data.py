@@ -89,7 +89,14 @@ class Datasets(TaskFiles):
     source: Annotated[str, Choice("datasets")]
 
 
-FileSource = Jsonl | Llava | Texts | Parquet | Datasets
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Webdataset(TaskFiles):
+    """Tar files in WebDataset's layout, a sample per record."""
+
+    source: Annotated[str, Choice("webdataset")]
+
+
+FileSource = Jsonl | Llava | Texts | Parquet | Datasets | Webdataset
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,25 +1,21 @@
-"""Gzip files. They are read from their start to look at first records, and unpacked once into a cache to read any.
-
-The cache is $XDG_CACHE_HOME/nvlm, by default ~/.cache/nvlm. The name of an unpacked file is a digest of the path, size
-and time of its gzip file, so that a changed file is unpacked again. Imports no torch.
-"""
+"""Gzip files. They are read from their start to look at first records, and unpacked once into the cache to read any.
+Imports no torch."""
 
 from __future__ import annotations
 
-import fcntl
 import gzip
-import hashlib
 import os
 import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
-from nvlm.config.values import ConfigError, problem
+from nvlm.config.values import problem
 from nvlm.data.images import open_regular
+from nvlm.data.sources.cached import cached, make_once
 
 _MAGIC = b"\x1f\x8b"
 _CHUNK = 1 << 20  # bytes
@@ -50,43 +46,19 @@ def plain_file(path: Path, key: str) -> Path:
         if not _is_gzip(file):
             return path
         status = os.fstat(file.fileno())
-    told = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-    target = cache_folder() / hashlib.sha256(os.fsencode(told)).hexdigest()[:32]
+    target = cached(path, status)
+
+    def unpack(file: BinaryIO) -> None:
+        with readable(path, key) as plain:
+            shutil.copyfileobj(plain, file, _CHUNK)
+
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(target.parent):  # or every process of a node would unpack the file
-            if not target.exists():
-                _unpack(path, target, key)
+        make_once(target, unpack)
     except OSError as error:
         got = f"{path}, which cannot be unpacked into {target.parent} ({error.strerror or error})"
         raise problem(key, got, "room for the unpacked file", f"unpack it: gunzip {path}") from None
     return target
 
 
-def cache_folder() -> Path:
-    """The folder of unpacked files."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nvlm"
-
-
 def _is_gzip(file: BufferedReader) -> bool:
     return file.peek(len(_MAGIC)).startswith(_MAGIC)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    with open(folder / "lock", "w") as lock:
-        with suppress(OSError):  # some network file systems have no locks; then the file is unpacked several times
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _unpack(path: Path, target: Path, key: str) -> None:
-    """Write the content of `path` to `target`, which appears only when it is whole."""
-    aside = target.with_name(f".{target.name}.{os.uname().nodename}.{os.getpid()}")
-    try:
-        with readable(path, key) as plain, open(aside, "wb") as file:
-            shutil.copyfileobj(plain, file, _CHUNK)
-        os.replace(aside, target)
-    except (OSError, ConfigError):
-        aside.unlink(missing_ok=True)
-        raise

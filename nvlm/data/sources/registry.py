@@ -11,13 +11,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from nvlm.config.data import Blend, DataConfig, Datasets, Jsonl, Llava, Pages, Parquet, Source, Texts
+from nvlm.config.data import Blend, DataConfig, Datasets, Jsonl, Llava, Pages, Parquet, Source, Texts, Webdataset
 from nvlm.data.blend import Blended, Interleaved
 from nvlm.data.forms.auto import form_of
 from nvlm.data.record import First, Record
-from nvlm.data.sources import documents, json_rows, pages, parquet, saved
+from nvlm.data.sources import documents, json_rows, pages, parquet, saved, tars
 
-_MODULES = {Jsonl: json_rows, Llava: json_rows, Texts: documents, Parquet: parquet, Datasets: saved}
+_MODULES = {
+    Jsonl: json_rows,
+    Llava: json_rows,
+    Texts: documents,
+    Parquet: parquet,
+    Datasets: saved,
+    Webdataset: tars,
+}
 
 
 class Records(Protocol):

@@ -1,0 +1,63 @@
+"""The tars of a folder that energon prepared: its .nv-meta/split.yaml says which are for training. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nvlm.config.values import problem
+from nvlm.data.sources.files import files_of
+
+_SPLITS = Path(".nv-meta") / "split.yaml"
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*))\}")
+_MOST = 1_000_000  # files
+
+
+def shards_of(path: str, suffixes: Sequence[str], key: str) -> list[Path]:
+    """The tars that `path` names. Of a folder with splits: those of `train`, or of `val` if `key` is the setting of
+    held-out records. Raises ConfigError."""
+    splits = Path(path) / _SPLITS
+    if not splits.is_file():
+        return files_of(path, suffixes, key)
+    values = _read(splits, key)
+    part = "val" if key.endswith("heldout_path") else "train"
+    names = _names(values["split_parts"].get(part) or [])
+    left_out = set(_names(values.get("exclude") or []))
+    if single := [name for name in left_out if not name.endswith(tuple(suffixes))]:
+        got = f"{splits} with single samples to exclude, such as {single[0]}"
+        raise problem(key, got, "whole tars to exclude", f"{key}='{path}/*.tar', which ignores the splits")
+    chosen = [name for name in names if name not in left_out]
+    if not chosen or any(Path(name).is_absolute() or ".." in Path(name).parts for name in chosen):
+        raise problem(key, f"{splits} with no tars of {part} in its folder", "names of tars", f"{key}='{path}/*.tar'")
+    return [Path(path) / name for name in chosen]
+
+
+def _read(file: Path, key: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(file.read_text())
+        if all(isinstance(names, list) for names in values["split_parts"].values()):
+            return values
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        pass
+    got = f"{file}, which cannot be read"
+    raise problem(key, got, "split_parts with lists of tars", f"{key}='{file.parents[1]}/*.tar', which ignores it")
+
+
+def _names(patterns: Sequence[str]) -> list[str]:
+    return [name for pattern in patterns for name in expanded(str(pattern))]
+
+
+def expanded(pattern: str) -> Iterator[str]:
+    """The names of a pattern with braces: a_{000..012}.tar, {a,b}.tar."""
+    found = _BRACES.search(pattern)
+    if not found:
+        yield pattern
+        return
+    first, last, words = found.groups()
+    numbers = range(int(first), min(int(last), int(first) + _MOST) + 1) if first else ()
+    for word in words.split(",") if first is None else (f"{number:0{len(first)}}" for number in numbers):
+        yield from expanded(pattern[: found.start()] + word + pattern[found.end() :])
