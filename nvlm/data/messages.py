@@ -130,16 +130,16 @@ def _turn(message: Any) -> Turn:
 
 def _texts_of_parts(parts: Sequence[Any]) -> tuple[str, ...]:
     """The texts around the images of a content list: those of its parts and of the marks in its texts."""
-    texts = [""]
+    texts: list[list[str]] = [[]]
     for part in parts:
         if is_image(part):
             image_of(part)
             first, *others = "", ""
         else:
             first, *others = split_marks(text_of(part))
-        texts[-1] += first
-        texts += others
-    return tuple(texts)
+        texts[-1].append(first)
+        texts += [[text] for text in others]
+    return tuple("".join(pieces) for pieces in texts)
 
 
 def _learned(role: str, message: Mapping[str, Any]) -> bool:
