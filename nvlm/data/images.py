@@ -43,7 +43,10 @@ def image_path(root: Path, path: Any) -> Path:
         raise BadRecord(f"image path is {type(path).__name__}, expected text")
     if "\0" in path:
         raise BadRecord(f"image path {path!r} contains a NUL character")
-    full = Path(os.path.realpath(root / path))
+    try:
+        full = Path(os.path.realpath(root / path))
+    except UnicodeEncodeError:
+        raise BadRecord(f"image path {path!r} contains half of a surrogate pair") from None
     if full.is_relative_to(root):
         return full
     link = _link_that_leaves(root, path)
@@ -118,6 +121,8 @@ def _opened(source: bytes | Path, max_pixels: int) -> Iterator[Image.Image]:
         file = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
         # Pillow's own limit only warns up to twice its value.
         with file, Image.open(file) as image:
+            if image.format == "EPS":
+                raise BadRecord("EPS, a program that Ghostscript would have to run")
             if image.width * image.height > max_pixels:
                 raise BadRecord(f"{image.width} x {image.height} px, more than data.max_pixels={max_pixels}")
             yield image

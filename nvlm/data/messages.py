@@ -16,7 +16,7 @@ from itertools import takewhile
 from typing import Any
 
 from nvlm.config.data import IMAGE_MARK
-from nvlm.data.parts import image_of, is_image, kind_of, refuse_others, says, text_of
+from nvlm.data.parts import image_of, is_image, kind_of, refuse_others, says, shown, text_of
 from nvlm.data.record import BadRecord, Record
 
 DOCUMENT = "document"  # the role of a record's only message if it is a text without roles
@@ -114,7 +114,7 @@ def _turn(message: Any) -> Turn:
         raise BadRecord(f"a message is {kind_of(message)}, expected an object")
     role = message.get("role")
     if role not in ROLES:
-        raise BadRecord(f"role {role!r}, expected one of {', '.join(ROLES)}")
+        raise BadRecord(f"role {shown(role)}, expected one of {', '.join(ROLES)}")
     refuse_others(message, MESSAGE_KEYS, f"message of role {role}")
     content = message.get("content")
     if isinstance(content, list):
@@ -150,7 +150,7 @@ def _learned(role: str, message: Mapping[str, Any]) -> bool:
         if value is None:
             continue
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise BadRecord(f"{key} {value!r} of a message of role {role}, expected true, false, 1 or 0")
+            raise BadRecord(f"{key} {shown(value)} of a message of role {role}, expected true, false, 1 or 0")
         said[key] = bool(value)
     if len(set(said.values())) > 1:
         raise BadRecord(f"loss and weight of a message of role {role} contradict each other")

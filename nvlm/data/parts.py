@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ def text_of(part: Any) -> str:
     if not isinstance(part, Mapping):
         raise BadRecord(f"a part of a content list is {kind_of(part)}, expected an object")
     if part.get("type") != "text":
-        raise BadRecord(f"a part of type {part.get('type')!r}, expected text or image")
+        raise BadRecord(f"a part of type {shown(part.get('type'))}, expected text or image")
     refuse_others(part, ("type", "text"), "part of type text")
     if not isinstance(part.get("text"), str):
         raise BadRecord(f"the text of a part is {kind_of(part.get('text'))}, expected text")
@@ -93,12 +94,17 @@ def refuse_others(values: Mapping[Any, Any], known: Sequence[str], what: str) ->
     """Raise BadRecord for a key outside `known` that has a value."""
     for key, value in values.items():
         if key not in known and says(value):
-            raise BadRecord(f"key {key!r} of a {what} is not supported, expected only {', '.join(known)}")
+            raise BadRecord(f"key {shown(key)} of a {what} is not supported, expected only {', '.join(known)}")
 
 
 def says(value: Any) -> bool:
     """False for null and anything empty, with which table formats fill unused columns."""
     return value is not None and value != "" and value != [] and value != {}
+
+
+def shown(value: Any) -> str:
+    """A value for a message, shortened; it may be nested too deeply for `repr`."""
+    return reprlib.repr(value)
 
 
 def kind_of(value: Any) -> str:

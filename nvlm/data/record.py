@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +44,9 @@ class First:
 def identity_of(row: Mapping[str, Any], name: str) -> str:
     """A record's own id, or `name` if it has none."""
     given = row.get("id")
-    return name if given is None else printable(str(given))
+    if given is None:
+        return name
+    return printable(reprlib.repr(given) if isinstance(given, list | tuple | dict) else str(given))
 
 
 @contextmanager

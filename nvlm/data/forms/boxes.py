@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+from nvlm.data.parts import shown
 from nvlm.data.record import BadRecord
 
 _MAX = 999
@@ -36,7 +37,7 @@ def _corners(box: Any, what: str) -> list[tuple[float, float]]:
     if values and all(isinstance(pair, Sequence) and len(pair) == 2 for pair in values):
         values = list(chain.from_iterable(values))
     if len(values) not in (4, 8) or not all(map(_is_number, values)):
-        raise BadRecord(f"{what} is {str(box)[:80]}, expected 4 numbers (two corners) or 8 (four corners)")
+        raise BadRecord(f"{what} is {shown(box)}, expected 4 numbers (two corners) or 8 (four corners)")
     return list(zip(values[::2], values[1::2]))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from nvlm.data.forms.pictures import IMAGE_KEYS, found, row_images
 from nvlm.data.messages import check_keys
-from nvlm.data.parts import says
+from nvlm.data.parts import says, shown
 from nvlm.data.record import BadRecord, Record, identity_of
 
 TURNS = ("messages", "conversations")  # the keys of a row that may hold its turns
@@ -43,6 +43,6 @@ def _message(turn: Any) -> Any:
         return turn
     sender = turn["from"]
     if not isinstance(sender, str) or sender not in _ROLES:
-        raise BadRecord(f"a turn from {sender!r}, expected one of {', '.join(_ROLES)}")
+        raise BadRecord(f"a turn from {shown(sender)}, expected one of {', '.join(_ROLES)}")
     others = {key: value for key, value in turn.items() if key not in ("from", "value", "role")}
     return others | {"role": _ROLES[sender], "content": turn.get("value", turn.get("content"))}

@@ -20,7 +20,7 @@ from nvlm.data.forms.boxes import box_text
 from nvlm.data.forms.pictures import IMAGE_KEYS, found, row_images
 from nvlm.data.images import image_size
 from nvlm.data.messages import check_keys, literal
-from nvlm.data.parts import kind_of
+from nvlm.data.parts import kind_of, shown
 from nvlm.data.record import BadRecord, Record, identity_of
 from nvlm.data.sources.rows import Form
 
@@ -120,7 +120,7 @@ def _right(answer: Any, options: list[str]) -> int:
         places = {place for place, option in enumerate(options) if said in (option, letters[place])}
     if len(places) != 1:
         which = "several" if places else "none"
-        raise BadRecord(f"`answer` {str(answer)[:80]!r} is {which} of the {len(options)} options")
+        raise BadRecord(f"`answer` {shown(answer)} is {which} of the {len(options)} options")
     return places.pop()
 
 

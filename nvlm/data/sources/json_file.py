@@ -67,6 +67,8 @@ def parsed(text: bytes) -> object:
         return json.loads(text)
     except ValueError as error:
         raise BadRecord(f"not JSON: {error}") from None
+    except RecursionError:
+        raise BadRecord("not JSON that can be read: nested too deeply") from None
 
 
 def first_rows(path: str, key: str) -> Iterator[FirstRow]:

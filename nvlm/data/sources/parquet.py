@@ -159,7 +159,7 @@ def _metadata(path: Path, key: str) -> FileMetaData:
         with _opened(path) as reader:
             reader.schema_arrow  # noqa: B018 (raises for types that cannot be read)
             return reader.metadata
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
         raise _damaged(path, key, error, expected, fix) from None
 
 

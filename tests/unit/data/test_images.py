@@ -82,6 +82,14 @@ def test_a_decoder_that_raises_anything_names_the_image(tmp_path):
             read(path, 10**6)
 
 
+def test_a_program_in_place_of_an_image_is_not_run(tmp_path):
+    """Pillow would call Ghostscript."""
+    STORED.save(tmp_path / "a.eps")
+    for read in (image_size, decode_image):
+        with pytest.raises(BadRecord, match="a.eps: EPS, a program"):
+            read(tmp_path / "a.eps", 10**6)
+
+
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(
     ("make", "reason"),
@@ -117,7 +125,10 @@ def test_a_link_out_of_the_data_folder_is_called_one(tmp_path):
         assert " is a link to " not in str(caught.value)
 
 
-@pytest.mark.parametrize(("path", "reason"), [("a\0.png", "NUL"), (7, "int, expected text"), (None, "expected text")])
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("a\0.png", "NUL"), ("\ud800.png", "surrogate"), (7, "int, expected text"), (None, "expected text")],
+)
 def test_a_path_that_is_none_is_refused(tmp_path, path, reason):
     with pytest.raises(BadRecord, match=reason):
         image_path(tmp_path, path)

@@ -125,7 +125,7 @@ def test_columns_are_text_without_marks_and_braces_mean_nothing(folder):
         ("choice", {"options": ["red"]}, "not a list of 2 to 26 options"),
         ("choice", {"options": ["red"] * 27}, "not a list of 2 to 26 options"),
         ("choice", {"options": ["red", ""]}, "option 2 of 2 is empty"),
-        ("choice", {"answer": 2}, "`answer` '2' is none of the 2 options"),
+        ("choice", {"answer": 2}, "`answer` 2 is none of the 2 options"),
         ("choice", {"answer": -1}, "is none of the 2 options"),
         ("choice", {"answer": True}, "`answer` is true or false"),
         ("choice", {"options": ["B", "A"], "answer": "A"}, "`answer` 'A' is several of the 2 options"),
