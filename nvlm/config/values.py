@@ -113,7 +113,7 @@ class TilingConfig:
 
     max_tiles: Annotated[int, Range(1, 256)]
     tag: Annotated[str, Choice(*TAG_STYLES)]
-    resize: Annotated[str, Choice("fast", "exact")]
+    resize: Annotated[str, Choice("fast", "exact", "draft")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from nvlm.data.record import BadRecord
+from nvlm.data.record import BadRecord, ImageChanged
 
 _ORIENTATION, _WIDTH, _HEIGHT = 274, 256, 257  # TIFF tags
 _TURN_BACK = {
@@ -83,13 +83,61 @@ def image_size(source: bytes | Path | Image.Image, max_pixels: int) -> tuple[int
         return _stored_size(image)
 
 
-def decode_image(source: bytes | Path | Image.Image, max_pixels: int) -> Image.Image:
-    """The decoded image. Raises BadRecord if it is missing, broken or larger than `max_pixels` px."""
+def decode_image(
+    source: bytes | Path | Image.Image, max_pixels: int, planned: tuple[int, int] | None = None
+) -> Image.Image:
+    """The decoded image. Raises BadRecord if it is missing, broken or larger than `max_pixels` px, and ImageChanged if
+    its header does not have the size `planned` (width, height)."""
     if isinstance(source, Image.Image):
+        _check_planned(source, planned)
         return _as_stored(source)
     with _opened(source, max_pixels) as image:
-        decoded = _as_stored(image)
-        return decoded.copy() if decoded.mode == "P" else decoded
+        _check_planned(image, planned)
+        return _loaded(image)
+
+
+def decode_draft[Pixels](
+    source: bytes | Path | Image.Image,
+    max_pixels: int,
+    enough: tuple[int, int],
+    jpeg: Callable[[bytes, tuple[int, int]], Pixels | None],
+    planned: tuple[int, int] | None = None,
+) -> Image.Image | Pixels:
+    """As `decode_image`, but for a JPEG file in RGB the quickest way that keeps (width, height) of at least `enough`.
+
+    It is decoded at 1/2, 1/4 or 1/8 of its size, or if it is too small for that, by `jpeg`, a function of the file's
+    bytes and size that returns None for what it cannot decode. `max_pixels` counts the full size.
+    """
+    if isinstance(source, Image.Image):
+        return decode_image(source, max_pixels, planned)
+    with _opened(source, max_pixels) as image:
+        _check_planned(image, planned)
+        if image.format == "JPEG" and image.mode == "RGB":
+            whole = image.size
+            image.draft(None, enough)
+            if image.size == whole:
+                found = jpeg(_bytes_of(source, image), whole)
+                if found is not None:
+                    return found
+        return _loaded(image)
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    decoded = _as_stored(image)
+    return decoded.copy() if decoded.mode == "P" else decoded
+
+
+def _bytes_of(source: bytes | Path, image: Image.Image) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    image.fp.seek(0)  # Pillow finds its own place again
+    return image.fp.read()
+
+
+def _check_planned(image: Image.Image, planned: tuple[int, int] | None) -> None:
+    size = _stored_size(image)
+    if planned not in (None, size):
+        raise ImageChanged(f"{planned[0]} x {planned[1]} px when it was planned, {size[0]} x {size[1]} px now")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -126,7 +174,7 @@ def _opened(source: bytes | Path, max_pixels: int) -> Iterator[Image.Image]:
             if image.width * image.height > max_pixels:
                 raise BadRecord(f"{image.width} x {image.height} px, more than data.max_pixels={max_pixels}")
             yield image
-    except MemoryError:
+    except (MemoryError, ImageChanged):
         raise
     except FileNotFoundError:
         raise BadRecord(f"{name}: no such image") from None

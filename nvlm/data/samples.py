@@ -12,10 +12,10 @@ from itertools import accumulate
 import torch
 
 from nvlm.data.batch import ALL_TILES, EVERYWHERE, IGNORE, IMAGE, PAD, ROW_END, Sample
-from nvlm.data.images import decode_image
+from nvlm.data.images import decode_draft, decode_image
 from nvlm.data.outline import Outline, Processor, outline
-from nvlm.data.record import ImageChanged, Record
-from nvlm.tiling.pixels import tile_image
+from nvlm.data.record import Record
+from nvlm.tiling.pixels import decode_jpeg, draft_size, tile_image
 from nvlm.tiling.placement import Piece, Words
 
 
@@ -60,11 +60,10 @@ def _tiles(record: Record, sketch: Outline, processor: Processor, share: Share) 
     for source, size, plan, seat in zip(record.images, pictures.sizes, pictures.plans, share.seats, strict=True):
         if seat not in share.here:
             continue
-        image = decode_image(source, processor.max_pixels)
-        if image.size != size:
-            raise ImageChanged(
-                f"{size[0]} x {size[1]} px when it was planned, {image.width} x {image.height} px decoded"
-            )
+        if processor.resize == "draft":
+            image = decode_draft(source, processor.max_pixels, draft_size(plan), decode_jpeg, size)
+        else:
+            image = decode_image(source, processor.max_pixels, size)
         parts.append(tile_image(image, plan, processor.resize))
     return torch.cat(parts)
 

@@ -6,23 +6,28 @@ Shape legend: T tiles, thumbnail last; 3 channels RGB; tile_size px per side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import PIL
 import torch
 from PIL import Image
+from torchvision.io import ImageReadMode
+from torchvision.io import decode_jpeg as decode_file
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from nvlm.tiling.grid import TilePlan
+
+_DRAFT = 4 / 3  # least size of a reduced source, relative to the grid
 
 # Since version 13, Pillow resizes vertically first if the height shrinks by more than twice as many pixels as the width
 # (Pillow pull request 9549), as for the thumbnail of a portrait photograph.
 _PILLOW_ORDERS_PASSES = int(PIL.__version__.split(".")[0]) >= 13
 
 
-def tile_image(image: Image.Image, plan: TilePlan, resize: str = "exact") -> torch.Tensor:
+def tile_image(image: Image.Image | torch.Tensor, plan: TilePlan, resize: str = "exact") -> torch.Tensor:
     """The tiles of an image: uint8 [T, 3, tile_size, tile_size] with T = plan.num_tiles (NVLM section 4.1).
 
     The image is resized to the grid of `plan` and cut into tiles; the thumbnail comes last. `plan` is the result of
@@ -30,8 +35,10 @@ def tile_image(image: Image.Image, plan: TilePlan, resize: str = "exact") -> tor
 
     resize="exact" is the bicubic filter of the installed Pillow, byte for byte the same as the published preprocessing.
     "fast" is torch's antialiased bicubic on uint8: several times faster, and off by one or two levels in under 1% of
-    the values. Pillow 13 changed its results for images that shrink much more in height than in width, so machines
-    agree on the pixels only if all use an older version or all use 13 or later.
+    the values. "draft" is the same, but makes the thumbnail from the resized grid where that is smaller than the image;
+    the image may have been decoded at a reduced size (see `draft_size`), and may be a tensor, uint8 [3, h, w].
+    Pillow 13 changed its results for images that shrink much more in height than in width, so machines agree on the
+    pixels only if all use an older version or all use 13 or later.
 
     Any Pillow mode is converted to RGB first. Alpha is dropped, not blended, as in the published code. Greyscale of 16
     or 32 bits is scaled so that white is the smallest of 255 and 65535 (for floats also 1) that is not below the
@@ -45,7 +52,7 @@ def tile_image(image: Image.Image, plan: TilePlan, resize: str = "exact") -> tor
     tile_size = plan.tile_size
     grid_size, thumbnail_size = (plan.width, plan.height), (tile_size, tile_size)
     sizes = [grid_size, thumbnail_size] if plan.num_regular else [thumbnail_size]
-    *grid, thumbnail = _RESIZERS[resize](to_rgb(image), sizes)
+    *grid, thumbnail = _RESIZERS[resize](to_rgb(image) if isinstance(image, Image.Image) else image, sizes)
 
     pixels = torch.empty((plan.num_tiles, 3, tile_size, tile_size), dtype=torch.uint8)
     pixels[-1] = thumbnail
@@ -53,6 +60,27 @@ def tile_image(image: Image.Image, plan: TilePlan, resize: str = "exact") -> tor
         cells = grid[0].unflatten(1, (plan.rows, tile_size)).unflatten(3, (plan.cols, tile_size))
         pixels[:-1].unflatten(0, (plan.rows, plan.cols)).copy_(cells.permute(1, 3, 0, 2, 4))
     return pixels
+
+
+def draft_size(plan: TilePlan) -> tuple[int, int]:
+    """(width, height) in px that is enough for a source that is cut with resize="draft": 4/3 of the grid's.
+
+    JPEG's reduced sizes are block averages. The closer they are to the grid's size, the more they blur thin lines;
+    below 4/3 of it, twice as many values are off as at 3/2 (benchmarks/loader.py).
+    """
+    return math.ceil(plan.width * _DRAFT), math.ceil(plan.height * _DRAFT)
+
+
+def decode_jpeg(data: bytes, size: tuple[int, int]) -> torch.Tensor | None:
+    """uint8 [3, h, w] of a JPEG file of `size` (width, height) in RGB; None if torchvision cannot decode it.
+
+    The same pixels as Pillow's, but not by way of Pillow's four bytes per pixel.
+    """
+    try:
+        pixels = decode_file(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    except RuntimeError:  # Pillow accepts some files that torchvision refuses, and explains what is wrong with others
+        return None
+    return pixels if pixels.shape[1:] == (size[1], size[0]) else None
 
 
 def normalize(
@@ -112,6 +140,17 @@ def _resize_fast(rgb: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[tor
     return [_bicubic(_order_passes(source, *size), *size) for size in sizes]
 
 
+def _resize_draft(rgb: Image.Image | torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """Each (width, height) px as uint8 [3, height, width], by torch, from the one before if that was made smaller."""
+    source = _to_tensor(rgb) if isinstance(rgb, Image.Image) else rgb
+    resized: list[torch.Tensor] = []
+    for width, height in sizes:
+        resized.append(_bicubic(_order_passes(source, width, height), width, height))
+        if width <= source.shape[2] and height <= source.shape[1]:
+            source = resized[-1]
+    return resized
+
+
 def _order_passes(source: torch.Tensor, width: int, height: int) -> torch.Tensor:
     """Do the vertical pass first if Pillow does; torch always starts with the horizontal pass."""
     # Values are rounded and clipped to bytes between the passes, so the order matters: on photographs, a quarter of the
@@ -132,4 +171,4 @@ def _to_tensor(rgb: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
-_RESIZERS = {"exact": _resize_exact, "fast": _resize_fast}
+_RESIZERS = {"exact": _resize_exact, "fast": _resize_fast, "draft": _resize_draft}

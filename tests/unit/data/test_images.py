@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nvlm.data.images import decode_image, image_path, image_size
-from nvlm.data.record import BadRecord
+from nvlm.data.images import decode_draft, decode_image, image_path, image_size
+from nvlm.data.record import BadRecord, ImageChanged
 from nvlm.export.modeling_nvlm import open_rgb
 
 STORED = Image.fromarray(np.arange(40 * 24 * 3, dtype=np.uint8).reshape(24, 40, 3) // 3 * 5)  # 40 x 24 px
@@ -132,3 +132,51 @@ def test_a_link_out_of_the_data_folder_is_called_one(tmp_path):
 def test_a_path_that_is_none_is_refused(tmp_path, path, reason):
     with pytest.raises(BadRecord, match=reason):
         image_path(tmp_path, path)
+
+
+def saved(kind: str, mode: str = "RGB", size: tuple[int, int] = (801, 600), **options) -> bytes:
+    data = io.BytesIO()
+    Image.linear_gradient("L").resize(size).convert(mode).save(data, kind, **options)
+    return data.getvalue()
+
+
+def never(data, size):
+    raise AssertionError("not a case for the quick decoder")
+
+
+@pytest.mark.parametrize(
+    ("enough", "size"), [((800, 600), None), ((400, 301), None), ((400, 300), (401, 300)), ((90, 75), (101, 75))]
+)
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_jpeg_is_decoded_reduced_but_large_enough(tmp_path, enough, size, as_file):
+    source = saved("JPEG")
+    if as_file:
+        (tmp_path / "a.jpg").write_bytes(source)
+    given = tmp_path / "a.jpg" if as_file else source
+    image = decode_draft(given, 10**6, enough, lambda data, size: (data, size), planned=(801, 600))
+    if size is None:  # too small to be reduced: its bytes go to the quick decoder
+        assert image == (source, (801, 600))
+        assert decode_draft(given, 10**6, enough, lambda data, size: None).size == (801, 600)  # which may refuse them
+    else:
+        assert image.size == size and image.width >= enough[0] and image.height >= enough[1]
+        whole = decode_image(given, 10**6).resize(size, Image.Resampling.BOX)
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(whole)).max() <= 4
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGB"), ("WEBP", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK")])
+def test_other_files_are_decoded_as_always(kind, mode):
+    data = saved(kind, mode)
+    assert np.array_equal(decode_draft(data, 10**6, (100, 75), never), decode_image(data, 10**6))
+
+
+def test_a_reduced_image_passes_the_checks_of_a_whole_one(tmp_path):
+    data = saved("JPEG")
+    with pytest.raises(BadRecord, match="801 x 600 px, more than data.max_pixels=400000"):
+        decode_draft(data, 400_000, (100, 75), never)
+    with pytest.raises(ImageChanged, match="800 x 600 px when it was planned, 801 x 600 px now"):
+        decode_draft(data, 10**6, (100, 75), never, planned=(800, 600))
+    (tmp_path / "cut.jpg").write_bytes(data[:2000])
+    for enough in ((100, 75), (800, 600)):
+        with pytest.raises(BadRecord, match="cut.jpg: .*truncated"):
+            decode_draft(tmp_path / "cut.jpg", 10**6, enough, lambda data, size: None)
+    assert decode_draft(STORED, 10**6, (1, 1), never, planned=STORED.size).size == STORED.size

@@ -20,7 +20,7 @@ from nvlm.data.messages import read_turns
 from nvlm.data.order import Drawn, Order
 from nvlm.data.outline import build_processor, outline
 from nvlm.data.pack import collate, pack
-from nvlm.data.record import BadRecord, Record
+from nvlm.data.record import BadRecord, ImageChanged, Record
 from nvlm.data.samples import encode, fill
 from nvlm.data.sources.json_rows import records_of
 from nvlm.data.tokenizer import load_tokenizer
@@ -142,8 +142,22 @@ def test_an_image_of_another_size_than_its_header_said_is_refused(processor, tmp
     sketch = outline(record, processor("decoder"))
     assert sketch.pictures.sizes == ((300, 100),)
     picture(290, 100).save(tmp_path / "a.png")
-    with pytest.raises(BadRecord, match="300 x 100 px when it was planned, 290 x 100 px decoded"):
+    with pytest.raises(BadRecord, match="300 x 100 px when it was planned, 290 x 100 px now"):
         fill(record, sketch, processor("decoder"))
+
+
+@pytest.mark.parametrize("size", [(1400, 900), (300, 200)])  # reduced, and by the quick decoder
+def test_draft_changes_pixels_a_little_and_nothing_else(processor, tmp_path, size):
+    smooth = Image.radial_gradient("L").resize(size).convert("RGB")
+    smooth.save(tmp_path / "a.jpg")
+    record = Record("r", talk(("user", "What?"), ("assistant", "A.")), [tmp_path / "a.jpg"])
+    exact, draft = (encode(record, processor("decoder", f"tiling.resize={name}")) for name in ("exact", "draft"))
+    assert torch.equal(draft.tokens, exact.tokens) and draft.pixels.shape == exact.pixels.shape
+    assert (draft.pixels.int() - exact.pixels.int()).abs().float().mean() < 1
+    sketch = outline(record, processor("decoder", "tiling.resize=draft"))
+    picture(1200, 900).save(tmp_path / "a.jpg")
+    with pytest.raises(ImageChanged, match=f"{size[0]} x {size[1]} px when it was planned, 1200 x 900 px now"):
+        fill(record, sketch, processor("decoder", "tiling.resize=draft"))
 
 
 def test_jsonl_paths_stay_inside_the_folder(tmp_path):
