@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
+from typing import Any
 
 from nvlm.config.values import Config
 from nvlm.data import chat
 from nvlm.data.assemble import Run
+from nvlm.data.cut import cut
 from nvlm.data.images import image_size
-from nvlm.data.messages import Turn, check_learns, place_images, read_turns
+from nvlm.data.messages import DOCUMENT, Turn, check_learns, place_images, read_turns
 from nvlm.data.record import BadRecord, ImageChanged, Record
 from nvlm.data.tokenizer import ChatTokenizer, load_tokenizer
 from nvlm.tiling.grid import TilePlan, fit_max_tiles, plan_tiles
@@ -104,6 +107,7 @@ class Outline:
     runs: tuple[Run, ...]
     pictures: Pictures
     placements: tuple[Placement, ...]
+    cut: bool = False  # a document of which only the beginning fits
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -116,26 +120,70 @@ class Outline:
 def outline(record: Record, processor: Processor, generate: bool = False, pictures: Pictures | None = None) -> Outline:
     """Outline a conversation, with `generate` as a prompt. Reads only image headers. Raises BadRecord.
 
+    A document that is longer than a sample is cut, unless it is a prompt; the images behind the cut are left out.
+
     `pictures`: from an earlier outline of the same record; if given, no header is read and nothing is planned.
     """
     turns = place_images(read_turns(record.messages), len(record.images))
     if not generate:
         check_learns(turns)
+    if turns[0].role == DOCUMENT and not generate:
+        return _document(turns, record.images, processor, pictures)
     if pictures is not None:
         if len(pictures.plans) != len(record.images):
             raise ImageChanged(f"{len(record.images)} images, {len(pictures.plans)} when they were planned")
         return _outline(turns, pictures, processor, generate)
     sizes = tuple(image_size(image, processor.max_pixels) for image in record.images)
     text = _runs(turns, processor, generate, [""] * len(sizes))
-    room = processor.seq_length - sum(len(run.ids) for run in text)
-    wanted = tuple(plan_tiles(*size, processor.max_tiles, processor.tile_size) for size in sizes)
+    words = text_tokens(text)
     while True:
-        plans = _plan(sizes, room, processor)
-        sketch = _outline(turns, Pictures(sizes, plans, plans != wanted), processor, generate, text)
+        sketch = _outline(turns, plan_pictures(sizes, words, processor), processor, generate, text)
         over = sketch.lengths[0] - processor.seq_length
         if over <= 0:
             return sketch
-        room -= over  # if joined, the text contains the first tags, which are known only after planning
+        words += over  # if joined, the text contains the first tags, which are known only after planning
+
+
+def text_tokens(runs: Sequence[Run]) -> int:
+    """Number of tokens of a record's text, its images' marks included."""
+    return sum(len(run.ids) for run in runs)
+
+
+def plan_pictures(sizes: Sequence[tuple[int, int]], words: int, processor: Processor) -> Pictures:
+    """The tiles of images of these `sizes` (width and height, px), beside `words` tokens of text.
+
+    Raises BadRecord if they do not fit with one tile each.
+    """
+    wanted = tuple(plan_tiles(*size, processor.max_tiles, processor.tile_size) for size in sizes)
+    plans = _plan(sizes, processor.seq_length - words, processor)
+    return Pictures(tuple(sizes), plans, plans != wanted)
+
+
+def _document(turns: Sequence[Turn], images: Sequence[Any], processor: Processor, pictures: Pictures | None) -> Outline:
+    """A document, or as much of it as fits: images get fewer tiles before text is cut."""
+    text = _runs(turns, processor, False, [""] * len(images))
+    if pictures is None:
+        sizes = tuple(image_size(image, processor.max_pixels) for image in images)
+        pictures = _pictures_of_beginning(text, sizes, processor)
+    elif len(pictures.plans) > len(images):
+        raise ImageChanged(f"{len(images)} images, {len(pictures.plans)} when they were planned")
+    placements = tuple(place(processor, plan) for plan in pictures.plans)
+    kept = cut(text, [placement.lengths[0] for placement in placements], processor.seq_length)
+    if sum(len(run.ids) for run in kept if run.trained) - (bool(kept) and kept[0].trained) < 1:  # the first is given
+        raise BadRecord(f"no text of the document fits {processor.limit}={processor.seq_length} beside its first image")
+    return Outline(tuple(kept), pictures, placements, cut=kept != text)
+
+
+def _pictures_of_beginning(text: Sequence[Run], sizes: Sequence[tuple[int, int]], processor: Processor) -> Pictures:
+    """The images of a document that fit: all, with as many tiles as fit, or with one tile each the first of them."""
+    least = [plan_tiles(*size, 1, processor.tile_size) for size in sizes]
+    lengths = [place(processor, plan).lengths for plan in least]
+    seen = sum(total <= processor.cross_length for total in accumulate(cross for _, cross in lengths))
+    stream = [stream for stream, _ in lengths[:seen]]
+    if seen == len(sizes) and text_tokens(text) + sum(stream) <= processor.seq_length:
+        return plan_pictures(sizes, text_tokens(text), processor)
+    kept = sum(run.image is not None for run in cut(text, stream, processor.seq_length))
+    return Pictures(tuple(sizes[:kept]), tuple(least[:kept]), fewer_tiles=processor.max_tiles > 1 and kept > 0)
 
 
 def unreadable(lengths: tuple[int, int], pictures: Pictures, processor: Processor) -> Outline:

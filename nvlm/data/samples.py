@@ -57,7 +57,8 @@ def whole(sketch: Outline) -> Share:
 def _tiles(record: Record, sketch: Outline, processor: Processor, share: Share) -> torch.Tensor:
     """uint8 [t, 3, px, px] for the images of `share`, tiled as planned from their headers."""
     parts, pictures = [_no_pixels(processor)], sketch.pictures
-    for source, size, plan, seat in zip(record.images, pictures.sizes, pictures.plans, share.seats, strict=True):
+    images = record.images[: len(pictures.plans)]  # those behind a document's cut are left out
+    for source, size, plan, seat in zip(images, pictures.sizes, pictures.plans, share.seats, strict=True):
         if seat not in share.here:
             continue
         if processor.resize == "draft":
