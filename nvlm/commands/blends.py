@@ -13,11 +13,23 @@ _KEY = "data.sources"
 
 
 def sources_by_name(given: object) -> object:
-    """`given` as a mapping by name; unchanged if it has none of these forms. Raises ConfigError."""
+    """`given` as a mapping by name, without sources and keys that are null; unchanged if it has none of these forms.
+
+    Raises ConfigError.
+    """
     if isinstance(given, str):
         given = _read(given)
-    if not isinstance(given, list):
-        return given
+    found = _named(given) if isinstance(given, list) else given
+    if not isinstance(found, dict):
+        return found
+    return {name: _filled(source) for name, source in found.items() if source is not None}
+
+
+def _filled(source: object) -> object:
+    return {key: value for key, value in source.items() if value is not None} if isinstance(source, dict) else source
+
+
+def _named(given: list) -> dict[str, dict]:
     found: dict[str, dict] = {}
     for place, source in enumerate(given):
         name = source.get("name") if isinstance(source, dict) else None

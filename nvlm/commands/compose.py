@@ -178,11 +178,18 @@ def _effective(arguments: Sequence[str]) -> list[str]:
     file = CONF / "data" / f"{chosen[-1].partition('=')[2]}.yaml" if chosen else None
     if file is None or not file.is_file():
         return list(arguments)
-    foreign = {f"data.{key}" for other in file.parent.glob("*.yaml") for key in OmegaConf.load(other)}
-    foreign -= {f"data.{key}" for key in OmegaConf.load(file)}
+    foreign = {f"data.{key}" for other in file.parent.glob("*.yaml") for key in _keys(other)}
+    foreign -= {f"data.{key}" for key in _keys(file)}
     for word in (found := [word for word in arguments if word.partition("=")[0] in foreign]):
         print(f"{word}: ignored, {chosen[-1]} does not have it", file=sys.stderr)
     return [word for word in arguments if word not in found]
+
+
+def _keys(file: Path) -> set[str]:
+    """The keys of a file in conf/data, with those of the files that it begins with."""
+    values = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    bases = [base for base in values.pop("defaults", ()) if base != "_self_"]
+    return set(values).union(*(_keys(file.with_name(f"{base}.yaml")) for base in bases))
 
 
 def _runs(arguments: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -262,4 +269,4 @@ def _files_with(key: str) -> list[tuple[str, str]]:
     """(group, name) of the files in the key's group that contain the key."""
     group, _, leaf = key.partition(".")
     files = sorted((CONF / group).glob("*.yaml"))
-    return [(group, file.stem) for file in files if leaf in OmegaConf.load(file)]
+    return [(group, file.stem) for file in files if leaf in OmegaConf.load(file) and leaf != "defaults"]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from nvlm.config.data import Blend
 from nvlm.config.hardware import GPUS
+from nvlm.config.rules import without_path
 from nvlm.config.values import Config, cross_layers
 from nvlm.estimate.lengths import image_tokens
 from nvlm.estimate.memory import gib, memory
 from nvlm.estimate.parameters import parameters
+from nvlm.inputs.drawn import known_counts, told
 from nvlm.inputs.sources import model_source
 from nvlm.tiling.grid import TilePlan
 from nvlm.vision.encoders.registry import description_of
@@ -18,7 +21,7 @@ from nvlm.weights.published import Source
 
 
 def dry_run(config: Config) -> None:
-    """Print parameters by module group, tokens per image, layers with cross-attention, and the layout."""
+    """Print parameters by module group, tokens per image, layers with cross-attention, the layout, and samples."""
     console = Console(width=100)
     console.print(f"[bold]{config.name}[/]  {config.arch.name}, {config.llm.name}, {config.vision.name}")
     console.print(_parameters(config))
@@ -41,6 +44,10 @@ def dry_run(config: Config) -> None:
     )
     if config.gpu:
         console.print(_memory(config))
+    for one in told(config, known_counts(config)):
+        console.print(one)
+    if isinstance(config.data.source, Blend) and (lacking := without_path(config.data.source)):
+        console.print(f"sources without a path, which a run needs: {', '.join(lacking)}")
 
 
 def _memory(config: Config) -> str:

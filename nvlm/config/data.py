@@ -18,9 +18,10 @@ TASKS = ("caption", "vqa", "choice", "ocr", "grounded_ocr", "referring", "transc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pages:
-    """The built-in task: pages of handwritten digits."""
+    """The built-in task: pages of handwritten digits, as pictures or written out as text."""
 
     source: Annotated[str, Choice("pages")]
+    form: Annotated[str, Choice("picture", "text")] = "picture"
     records: Count
     heldout_records: Count
     questions: Annotated[int, Range(1, 12)]  # per page

@@ -42,8 +42,10 @@ def _blend(blend: Blend, dry_run: bool) -> None:
         if (part.weight is None) == (part.epochs is None):
             got = "both weight and epochs" if part.weight else "neither weight nor epochs"
             raise problem(f"{key}.{name}", got, "one of them", f"{key}.{name}.weight=1")
-        if not dry_run:
-            _needed(part.source, f"{key}.{name}.")
+    if not dry_run and (lacking := without_path(blend)):
+        expected = f"a path for each of the {len(parts)} sources"
+        fix = f"{key}.{lacking[0]}.path=FILE, or {key}.{lacking[0]}=null, which leaves it out"
+        raise problem(key, f"no path for {', '.join(lacking)}", expected, fix)
     if len({part.weight is None for part in parts.values()}) > 1:
         counted = ", ".join(name for name, part in parts.items() if part.weight is None)
         raise problem(key, f"epochs for {counted}, a weight for others", "the same for all", "weights, or epochs")
@@ -53,6 +55,11 @@ def _blend(blend: Blend, dry_run: bool) -> None:
             "no source with text_only=true" if not any(part.text_only for part in parts.values()) else "no other source"
         )
         raise problem("data.text_share", got, "sources of both kinds", "data.text_share=null")
+
+
+def without_path(blend: Blend) -> list[str]:
+    """The names of the sources whose files are not named yet."""
+    return [name for name, part in (blend.sources or {}).items() if not getattr(part.source, "path", "-")]
 
 
 def _needed(source: Source, path: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from nvlm.arch.registry import description
 from nvlm.config.values import Config, ConfigError, problem
 from nvlm.inputs import identity
 from nvlm.inputs.sources import model_source
@@ -31,10 +32,10 @@ def check_weights(config: Config, run_dir: Path | None = None) -> None:
         identity.check_model(config, folder)
 
 
-# Fields that change the computation but no tensor name or shape; the encoder's description adds more.
-_UNSEEN = (
-    "llm.heads llm.kv_heads llm.head_dim llm.vocab llm.rope_theta llm.rope_scaling llm.norm_eps "
-    "vision.name vision.encoder vision.downsample"
+# Fields that make another model. Some change no tensor's name or shape; the encoder's description adds more.
+_OF_A_MODEL = (
+    "llm.layers llm.hidden llm.heads llm.kv_heads llm.head_dim llm.ffn llm.vocab llm.rope_theta llm.rope_scaling "
+    "llm.norm_eps llm.qkv_bias llm.tied vision.name vision.encoder vision.downsample"
 ).split()
 
 
@@ -43,16 +44,27 @@ def check_same_model(config: Config, folder: Path) -> None:
     before = read_run_config(folder)
     if lost := [group for group in before.adapted if group not in config.adapted]:
         raise _adapters_lost(folder, lost, before.adapted)
-    names = [*_UNSEEN, *(f"vision.{name}" for name in description_of(config.vision).unseen)]
+    compare_models(config, before, f"init.checkpoint={folder}")
+
+
+def compare_models(config: Config, before: Config, where: str) -> None:
+    """Raise ConfigError if the model of the run `before`, which `where` names, is another one than `config`'s.
+
+    A decoder-only model may go on as one with cross-attention, whose new layers are then random.
+    """
+    names = [*_OF_A_MODEL, *(f"vision.{name}" for name in description_of(config.vision).unseen)]
+    if set(description(before.arch.name).groups) >= set(description(config.arch.name).groups):
+        names = ["arch.name", *names]
     if before.arch.name == config.arch.name:
-        names = [*names, "arch.bind_tags"]
+        names = [*names, "arch.cross_every", "arch.bind_tags"]
     if before.adapted and config.adapted:
         names = [*names, "peft.alpha"]
     for name in names:
         group, key = name.split(".")
         old, new = (getattr(getattr(one, group), key) for one in (before, config))
         if old != new:
-            raise problem(f"init.checkpoint={folder}: {name}", old, f"{new}, as in this run", f"{name}={old}")
+            fix = f"arch={old}" if name == "arch.name" else f"{name}={old}"
+            raise problem(f"{where}: {name}", old, f"{new}, as in this run", fix)
 
 
 def _adapters_lost(folder: Path, lost: Sequence[str], adapted: Sequence[str]) -> ConfigError:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Console
+
 from nvlm.arch import registry
 from nvlm.arch.pipeline import build_parts, build_pipeline, tile_use_of_rank
 from nvlm.config.rules import check_world
@@ -20,6 +22,7 @@ from nvlm.data.sources.registry import build_records
 from nvlm.estimate.lengths import check_vocabulary
 from nvlm.export.text import training_note
 from nvlm.inputs import identity
+from nvlm.inputs.drawn import counts_of, told
 from nvlm.llm.backend import check_precision, describe
 from nvlm.processes import groups
 from nvlm.processes.workers import Signals
@@ -77,6 +80,8 @@ def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: E
             if not resumed:
                 identity.record(config, run_dir, steps.records, steps.order)
             print_groups(counts, config.stage.name, config.optim.lr, trainer.origins)
+            for one in told(config, counts_of(steps.records, config)):
+                Console().print(one, highlight=False)
             print(describe(config))
             if line := training_note(config):
                 print(f"note: {line}")

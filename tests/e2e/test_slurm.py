@@ -256,4 +256,4 @@ def test_interrupted_and_requeued_it_trains_as_if_nothing_had_been(tmp_path):
 @pytest.mark.parametrize("nodes", [8, 16, 32, 64])
 def test_the_recipe_of_the_script_fits_its_nodes(configured, nodes):
     overrides = "+experiment=nvlm_h_72b_sft resume=auto name=job init.checkpoint=RUN init.vision=DIR"
-    check_world(configured(*overrides.split(), "data.path=FILE.jsonl"), 8 * nodes)
+    check_world(configured(*overrides.split(), "data=jsonl", "data.path=FILE.jsonl"), 8 * nodes)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 TILE = 112  # the tile side for which pages are laid out, px
 CELLS = 4  # cells per tile side: one visual token covers one cell of 28 px
 GRIDS = tuple((c, r) for c in range(1, 7) for r in range(1, 7) if c * r <= 6)  # (cols, rows), 14 of them
+FORMS = ("picture", "text")
 KINDS = ("tile", "row", "page", "count")
 SHARES = (0.4, 0.25, 0.25, 0.1)  # of each kind, where the page allows it
 MAX_QUESTIONS = 12  # a one-tile page has only these: its row, the page, ten counts
@@ -104,9 +105,7 @@ def draw_page(split: str, grid: tuple[int, int], rng: np.random.Generator) -> tu
         zoom[:] = zoom[0]  # only for a square do 1:1 and 2:2 tie, so that the area decides
     width, height = round(cols * TILE * zoom[0]), round(rows * TILE * zoom[1])
     ink = np.zeros((height, width), np.float32)
-    # Some pages have few different digits, so that counts other than 0 and 1 occur.
-    palette = rng.permutation(10)[: rng.integers(2, 11)]
-    digits = rng.choice(palette, (rows, cols))
+    digits = draw_digits(grid, rng)
     cell = TILE / CELLS
     for row in range(rows):
         line = rng.integers(CELLS)  # the digits of a row are on one line
@@ -117,6 +116,18 @@ def draw_page(split: str, grid: tuple[int, int], rng: np.random.Generator) -> tu
             scan = scans[rng.choice(np.flatnonzero(labels == digits[row, col]))]
             draw_digit(ink, scan, tuple(at), tuple(size), rng)
     return on_paper(ink, rng), digits
+
+
+def draw_digits(grid: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """The digits [rows, cols] of a page for grid = (cols, rows)."""
+    # Some pages have few different digits, so that counts other than 0 and 1 occur.
+    palette = rng.permutation(10)[: rng.integers(2, 11)]
+    return rng.choice(palette, grid[::-1])
+
+
+def write_out(digits: np.ndarray) -> str:
+    """The digits [rows, cols] as text, such as "row 1: 35" and "row 2: 41" on lines of their own."""
+    return "".join(f"row {number}: {''.join(map(str, row))}\n" for number, row in enumerate(digits, start=1))
 
 
 def ask(kind: str, digits: np.ndarray, rng: np.random.Generator) -> tuple[str, str]:
@@ -135,40 +146,58 @@ def ask(kind: str, digits: np.ndarray, rng: np.random.Generator) -> tuple[str, s
     return f"How many times is there a {digit}?", str(np.count_nonzero(digits == digit))
 
 
-def make_page(split: str, seed: int, index: int, questions: int) -> dict[str, Any]:
-    """Record number index with a page (PIL image) and that many distinct questions, in random order."""
+def make_page(split: str, seed: int, index: int, questions: int, form: str = "picture") -> dict[str, Any]:
+    """Record number `index`: a page (PIL image), or in the form "text" no image, and so many distinct questions."""
     if not 1 <= questions <= MAX_QUESTIONS:
         raise ValueError(f"questions per page, got {questions}, expected 1 to {MAX_QUESTIONS}")
-    rng = np.random.default_rng([_SPLITS[split], seed, index])
-    page, digits = draw_page(split, GRIDS[rng.integers(len(GRIDS))], rng)
-    # A one-tile page has no numbered tag, so nothing is asked about its tile 1.
-    weights = np.array(SHARES) * (digits.size > 1, 1, 1, 1)
-    turns: dict[str, tuple[str, str]] = {}  # question -> answer, kind
-    while len(turns) < questions:
-        kind = str(rng.choice(KINDS, p=weights / weights.sum()))
-        question, answer = ask(kind, digits, rng)
-        turns.setdefault(question, (answer, kind))
+    textual = FORMS.index(form)
+    rng = np.random.default_rng([_SPLITS[split], seed, index, *([textual] if textual else [])])
+    grid = GRIDS[rng.integers(len(GRIDS))]
+    if textual:
+        images, digits = [], draw_digits(grid, rng)
+        before = write_out(digits)
+    else:
+        page, digits = draw_page(split, grid, rng)
+        images, before = [page], "<image>\n"
+    # Neither a one-tile page nor a text has numbered tags, so nothing is asked about their tiles.
+    turns = _turns(digits, questions, np.array(SHARES) * (digits.size > 1 and not textual, 1, 1, 1), rng)
     messages = [
         {"role": role, "content": content}
         for question, (answer, _) in turns.items()
         for role, content in (("user", question), ("assistant", answer))
     ]
-    messages[0]["content"] = "<image>\n" + messages[0]["content"]
+    messages[0]["content"] = before + messages[0]["content"]
     return {
-        "id": f"{split}-{seed}-{index}",
+        "id": f"{split}-{seed}-{index}" + ("-text" if textual else ""),
         "messages": messages,
-        "images": [page],
+        "images": images,
         "kinds": [kind for _, kind in turns.values()],
     }
 
 
-def _records(split: str, indices: list[int], seed: int, questions: int, version: int) -> Iterator[dict[str, Any]]:
+def _turns(digits: np.ndarray, count: int, weights: np.ndarray, rng: np.random.Generator) -> dict[str, tuple[str, str]]:
+    """`count` distinct questions in random order, each with its answer and kind. `weights`: of the kinds."""
+    turns: dict[str, tuple[str, str]] = {}
+    while len(turns) < count:
+        kind = str(rng.choice(KINDS, p=weights / weights.sum()))
+        question, answer = ask(kind, digits, rng)
+        turns.setdefault(question, (answer, kind))
+    return turns
+
+
+def _records(
+    split: str, indices: list[int], seed: int, questions: int, form: str, version: int
+) -> Iterator[dict[str, Any]]:
     """The records with these indices, their pages as JPEG bytes; version is only part of the cache key."""
     for index in indices:
-        record = make_page(split, seed, index, questions)
-        data = io.BytesIO()
-        record["images"][0].save(data, "JPEG", quality=90)
-        yield record | {"images": [{"bytes": data.getvalue(), "path": None}]}
+        record = make_page(split, seed, index, questions, form)
+        yield record | {"images": [{"bytes": _jpeg(page), "path": None} for page in record["images"]]}
+
+
+def _jpeg(page: Image.Image) -> bytes:
+    data = io.BytesIO()
+    page.save(data, "JPEG", quality=90)
+    return data.getvalue()
 
 
 def build(source: Pages, seed: int, heldout: bool) -> PageRecords:
@@ -177,8 +206,8 @@ def build(source: Pages, seed: int, heldout: bool) -> PageRecords:
 
     datasets.disable_progress_bars()
     if heldout:
-        return PageRecords(build_pages("heldout", source.heldout_records, seed, questions_per_page=1))
-    return PageRecords(build_pages("train", source.records, seed, questions_per_page=source.questions))
+        return PageRecords(build_pages("heldout", source.heldout_records, seed, 1, source.form))
+    return PageRecords(build_pages("train", source.records, seed, source.questions, source.form))
 
 
 def first(source: Pages, heldout: bool) -> None:
@@ -210,11 +239,11 @@ class PageRecords:
         return Record(str(row["id"]), row["messages"], [image["bytes"] or image["path"] for image in row["images"]])
 
 
-def build_pages(split: str, count: int, seed: int = 0, questions_per_page: int = 4) -> Dataset:
+def build_pages(split: str, count: int, seed: int = 0, questions_per_page: int = 4, form: str = "picture") -> Dataset:
     """Pages 0..count-1 of a split ("train" or "heldout") with columns id, messages, images and kinds.
 
-    kinds holds the kind of each question, in the order of the turns. Record i depends only on (split, seed, i) and
-    questions_per_page. Built once (about 2.5 ms and 10 kB per page), then read from the datasets cache.
+    kinds holds the kind of each question, in the order of the turns. Record i depends only on (split, seed, i),
+    questions_per_page and form. Built once (about 2.5 ms and 10 kB per page), then read from the datasets cache.
     """
     from datasets import Dataset, Features, Image, Sequence, Value
 
@@ -231,6 +260,7 @@ def build_pages(split: str, count: int, seed: int = 0, questions_per_page: int =
         "indices": list(range(count)),
         "seed": seed,
         "questions": questions_per_page,
+        "form": form,
         "version": VERSION,
     }
     return Dataset.from_generator(_records, features=features, gen_kwargs=arguments)
