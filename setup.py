@@ -18,11 +18,11 @@ setup(
         "datasets",
         "einops",  # Megatron's groups for two-dimensional context parallelism
         "hydra-core>=1.3",
-        "jinja2",
+        "Jinja2",
         "matplotlib",
         "omegaconf>=2.3",
         "pillow",
-        "pyyaml",
+        "PyYAML",
         "rich",
         "safetensors",
         "tensorboard",

@@ -13,7 +13,13 @@ from nvlm.doctor.rows import COSTS, OK, STOPS, Row
 from nvlm.doctor.versions import ROOT, install, installed, pinned, satisfies
 
 # Import names that differ from the package's name.
-MODULES = {"hydra-core": "hydra", "pillow": "PIL", "megatron-core": "megatron.core"}
+MODULES = {
+    "hydra-core": "hydra",
+    "Jinja2": "jinja2",
+    "megatron-core": "megatron.core",
+    "pillow": "PIL",
+    "PyYAML": "yaml",
+}
 COSTS_OF = {
     "psutil": "Megatron's checkpoints hang without it",
     "pillow": "images cannot be read",

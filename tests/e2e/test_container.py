@@ -53,7 +53,7 @@ def test_what_the_image_has_is_pinned_and_what_it_lacks_comes_from_our_constrain
     for name, version in IMAGE.items():
         assert written[name.replace("_", "-")] == version
     missing = [name for name in requirements() if name not in IMAGE]
-    assert {name: written[name] for name in missing} == {name: pinned()[name] for name in missing}
+    assert {name: written[name.lower()] for name in missing} == {name: pinned()[name] for name in missing}
     assert len(written) == len(IMAGE) + len(missing)
 
 

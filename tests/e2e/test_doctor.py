@@ -64,7 +64,13 @@ class Machine:
 
     def everything(self, cuda: str | None = "13.0", usable: bool = True) -> None:
         """All packages that setup.py requires, at constraints.txt's versions."""
-        modules = {"hydra-core": "hydra", "pillow": "PIL", "megatron-core": "megatron.core"}
+        modules = {
+            "hydra-core": "hydra",
+            "pillow": "PIL",
+            "megatron-core": "megatron.core",
+            "Jinja2": "jinja2",
+            "PyYAML": "yaml",
+        }
         for name in requirements():
             self.package(name, pinned()[name], modules.get(name, name))
         self.package("torch", "2.13.0", "torch", TORCH.format(cuda=cuda, usable=usable))
