@@ -140,6 +140,8 @@ class DataConfig:
     row_length: Count  # tokens: rows are filled up to this length; a longer sample gets a row of its own
     system: Annotated[str, Text(without=IMAGE_MARK)] | None
     tokenize: Annotated[str, Choice("apart", "joined", "vllm")]  # how text and tags become tokens: nvlm.data.chat
+    # The share of records with several images that all go in front, words standing in at their places:
+    images_first: Annotated[float, Range(0, 1)] = 0.0
     workers: Natural
     max_skipped: Annotated[float, Range(0, 1)]
     max_pixels: Annotated[int, Range(1, example=50_000_000)]

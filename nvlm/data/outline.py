@@ -12,6 +12,8 @@ from nvlm.config.values import Config
 from nvlm.data import chat
 from nvlm.data.assemble import Run
 from nvlm.data.cut import cut
+from nvlm.data.draw import happens
+from nvlm.data.front import images_in_front
 from nvlm.data.images import image_size
 from nvlm.data.messages import DOCUMENT, Turn, check_learns, place_images, read_turns
 from nvlm.data.record import BadRecord, ImageChanged, Record
@@ -40,6 +42,8 @@ class Processor:
     bos: str | None
     tokenize: str  # apart, joined or vllm: nvlm.data.chat
     chat: str = "chatml"  # the chat format: nvlm.data.formats
+    images_first: float = 0.0  # the share of records whose images all go in front: nvlm.data.front
+    seed: int = 0  # draws these
     limit: str = "data.seq_length"  # the setting behind seq_length, for messages
 
     @property
@@ -85,6 +89,8 @@ def build_processor(config: Config, placement: PlacementRule, resize: str | None
         bos=config.llm.bos,
         tokenize=config.data.tokenize,
         chat=config.llm.chat,
+        images_first=config.data.images_first,
+        seed=config.seed,
     )
 
 
@@ -124,7 +130,7 @@ def outline(record: Record, processor: Processor, generate: bool = False, pictur
 
     `pictures`: from an earlier outline of the same record; if given, no header is read and nothing is planned.
     """
-    turns = place_images(read_turns(record.messages), len(record.images))
+    turns = _turns(record, processor, generate)
     if not generate:
         check_learns(turns)
     if turns[0].role == DOCUMENT and not generate:
@@ -184,6 +190,15 @@ def _pictures_of_beginning(text: Sequence[Run], sizes: Sequence[tuple[int, int]]
         return plan_pictures(sizes, text_tokens(text), processor)
     kept = sum(run.image is not None for run in cut(text, stream, processor.seq_length))
     return Pictures(tuple(sizes[:kept]), tuple(least[:kept]), fewer_tiles=processor.max_tiles > 1 and kept > 0)
+
+
+def _turns(record: Record, processor: Processor, generate: bool) -> list[Turn]:
+    """The record's turns with its images at their places, which for training may all be in front."""
+    turns = place_images(read_turns(record.messages), len(record.images))
+    share = 0 if generate else processor.images_first
+    if share and happens(processor.seed, record.id, "images first", share):
+        return images_in_front(turns)
+    return turns
 
 
 def unreadable(lengths: tuple[int, int], pictures: Pictures, processor: Processor) -> Outline:

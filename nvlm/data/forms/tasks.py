@@ -6,7 +6,6 @@ wording.yaml. What is drawn, a wording or the region that is asked for, depends 
 
 from __future__ import annotations
 
-import hashlib
 import string
 import sys
 from collections import Counter
@@ -16,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nvlm.data.draw import drawn
 from nvlm.data.forms.boxes import box_text
 from nvlm.data.forms.pictures import IMAGE_KEYS, found, row_images
 from nvlm.data.images import image_size
@@ -59,12 +59,6 @@ def task_form(task: str, seed: int) -> Form:
         return Record(identity_of(row, name), messages, images)
 
     return read
-
-
-def drawn(seed: int, name: str, what: str, count: int) -> int:
-    """A number below `count` that depends only on the arguments, on any machine."""
-    told = "\0".join((str(seed), name, what)).encode(errors="backslashreplace")
-    return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest()) % count
 
 
 @cache
