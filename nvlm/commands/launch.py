@@ -60,7 +60,7 @@ def _look(config: Config, run_dir: Path) -> None:
 
 def _has_work(config: Config, run_dir: Path) -> bool:
     """Whether a step or an evaluation remains to be done."""
-    asked = config.evaluate.questions and config.data.source.has_heldout
+    asked = (config.evaluate.questions or config.evaluate.losses) and config.data.source.has_heldout
     return steps_done(run_dir) < config.train.steps or bool(asked)
 
 
@@ -103,10 +103,10 @@ def work(config: Config, run_dir: Path, started: float, refusal: str | None = No
     quiet()
     steady_streams()
     take_forks_along()
-    from nvlm.evaluate.closing import closing_evaluation
+    from nvlm.evaluate.closing import evaluation_of
     from nvlm.train.loop import run
 
-    run(config, run_dir, refusal, closing_evaluation(config, run_dir, started))
+    run(config, run_dir, refusal, evaluation_of(config, run_dir, started))
 
 
 def quiet() -> None:

@@ -200,8 +200,10 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateConfig:
-    """Exact match on held-out questions after training; 0 questions: none."""
+    """Exact match on held-out questions after training, and the mean loss on held-out records of each source before and
+    after it; 0: none."""
 
+    losses: Natural = 0  # records of each source
     questions: Natural
     batch: Count
     max_new_tokens: Count

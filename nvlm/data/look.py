@@ -26,9 +26,9 @@ def check_data(config: Config, placement: PlacementRule) -> None:
     processor = build_processor(config, placement)
     for training in first_records(config.data.source):
         _check(training, _MOST, lambda record: outline(record, processor))
-    asked = min(_MOST, config.evaluate.questions)
-    for heldout in first_records(config.data.source, heldout=True) if asked else ():
-        _check(heldout, asked, lambda record: _question(record, processor))
+    asked, measured = (min(_MOST, count) for count in (config.evaluate.questions, config.evaluate.losses))
+    for heldout in first_records(config.data.source, heldout=True) if asked or measured else ():
+        _check(heldout, asked or measured, lambda record: (_question if asked else outline)(record, processor))
 
 
 def _question(record: Record, processor: Processor) -> None:

@@ -21,6 +21,7 @@ from nvlm.data.record import BadRecord, one_record
 from nvlm.data.samples import fill
 from nvlm.data.sources.registry import Records
 from nvlm.evaluate.answer import answer
+from nvlm.evaluate.losses import read_losses
 from nvlm.evaluate.report import Shown, draw_pictures, write_report
 from nvlm.generate.text import words
 from nvlm.processes import groups
@@ -106,7 +107,7 @@ def evaluate(
     if groups.is_first_rank():
         with spared(f"{run_dir}: the evaluation's files"):
             _write(score, rows, run_dir)
-            write_report(run_dir, config, shown, score.exact_match, score.by_kind)
+            write_report(run_dir, config, shown, score.exact_match, score.by_kind, read_losses(run_dir))
     return score
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nvlm.config.values import Config
 from nvlm.data.outline import Processor
+from nvlm.evaluate.losses import Loss, shown_loss
 from nvlm.runs.files import write_whole
 from nvlm.tiling.grid import TilePlan
 
@@ -51,8 +52,9 @@ def write_report(
     shown: Sequence[Shown],
     exact_match: float,
     by_kind: Mapping[str, float],
+    losses: Mapping[int, Mapping[str, Loss]],
 ) -> None:
-    """Write curves.png, gallery/*.png and report.html into `run_dir`."""
+    """Write curves.png, gallery/*.png and report.html into `run_dir`. `losses`: by step and source."""
     gallery = run_dir / "gallery"
     gallery.mkdir(exist_ok=True)
     draw_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
@@ -73,10 +75,26 @@ def write_report(
         name=html.escape(config.name),
         score=f"{exact_match:.0%}",
         kinds=kinds,
+        losses=_losses(losses),
         cards="".join(cards),
         arch=config.arch.name,
     )
     write_whole(run_dir / "report.html", page)
+
+
+def _losses(measured: Mapping[int, Mapping[str, Loss]]) -> str:
+    """A table of the losses, a row per source and a column per step; nothing if none were measured."""
+    if not measured:
+        return ""
+    names = dict.fromkeys(name for losses in measured.values() for name in losses)
+    head = "".join(f"<th>step {step}</th>" for step in measured)
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td>"
+        + "".join(f"<td>{shown_loss(losses.get(name))}</td>" for losses in measured.values())
+        + "</tr>"
+        for name in names
+    )
+    return f"<p>Mean loss per trained token on held-out records:</p><table><tr><th></th>{head}</tr>{rows}</table>"
 
 
 def draw_page(plan: TilePlan, tiles: Sequence[Image.Image], tags: Sequence[str]) -> Image.Image:
@@ -143,11 +161,12 @@ body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72re
 img {{ max-width: 100%; border: 1px solid #ddd; vertical-align: top; margin: 0 .5rem .5rem 0; }}
 article {{ border-left: 4px solid #2a8; padding: .5rem 1rem; margin: 1rem 0; background: #fafafa; }}
 article.wrong {{ border-color: #c33; }} .mark {{ color: #2a8; }} .wrong .mark {{ color: #c33; }}
-td {{ padding: 0 1rem 0 0; }} code {{ font-size: 1.1em; }}
+td, th {{ padding: 0 1rem 0 0; text-align: left; }} code {{ font-size: 1.1em; }}
 </style></head><body>
 <h1>{name}</h1>
 <p>Architecture <b>{arch}</b>. Exact match over the held-out questions: <b>{score}</b>.</p>
 <table>{kinds}</table>
+{losses}
 <p><img src="curves.png" alt="training curves"></p>
 <h2>Held-out samples</h2>
 <p>Each page as the encoder saw it, assembled from its tiles, then the tiles side by side, the thumbnail last.</p>

@@ -46,7 +46,8 @@ PACKAGES = (
 # Files and folders that a run writes into its folder.
 _OURS = (
     "config.yaml", "environment.json", "inputs.json", "mix.json", "metrics.jsonl", "skipped.jsonl", "tensorboard",
-    "checkpoints", "profile", "heldout.json", "answers.jsonl", "wandb_id", "report.html", "curves.png", "gallery",
+    "checkpoints", "profile", "losses.json", "heldout.json", "answers.jsonl", "wandb_id", "report.html", "curves.png",
+    "gallery",
 )  # fmt: skip
 _ENDING = 10.0  # seconds to wait for the workers of a killed launcher to end
 
@@ -100,7 +101,7 @@ def begin(config: Config, run_dir: Path, fresh: bool) -> None:
         write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_mapping(config))))
         write_whole(run_dir / "environment.json", json.dumps(_environment(), indent=1) + "\n")
         if fresh:
-            for stale in ("metrics.jsonl", "skipped.jsonl"):
+            for stale in ("metrics.jsonl", "skipped.jsonl", "losses.json"):
                 (run_dir / stale).unlink(missing_ok=True)
             shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
     except OSError as error:

@@ -46,12 +46,12 @@ from nvlm.train.watch import Watchdog
 from nvlm.vision.path import build_vision
 from nvlm.vision.prepass import BalancedVision, build_team
 
-Evaluation = Callable[[Trainer, Callable[[], None]], dict[str, float]]
-"""(trained model, heartbeat for the watchdog) -> scores by name. A collective call: all ranks make it."""
+Evaluation = Callable[[Trainer, int, Callable[[], None]], dict[str, float]]
+"""(model, step, heartbeat for the watchdog) -> scores by name. A collective call: all ranks make it."""
 
 
 def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: Evaluation | None = None) -> None:
-    """Train, then evaluate, unless a signal ends the run.
+    """Train, then evaluate, unless a signal ends the run. `evaluation` is also called before the first step.
 
     `refusal`: the first rank's reason not to start, which all ranks raise as a ConfigError.
     """
@@ -85,11 +85,16 @@ def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: E
             print(describe(config))
             if line := training_note(config):
                 print(f"note: {line}")
-        if not train(trainer, config, steps, loaded, run_dir, watch.mark, tracker):
-            return
-        if evaluation is not None:
-            scores = evaluation(trainer, functools.partial(watch.mark, config.train.steps, "evaluate"))
-            tracker.log({"step": config.train.steps} | scores)
+
+        def evaluate(step: int) -> None:
+            if evaluation is not None:
+                scores = evaluation(trainer, step, functools.partial(watch.mark, step, "evaluate"))
+                tracker.log({"step": step} | scores)
+
+        if not resumed:
+            evaluate(0)
+        if train(trainer, config, steps, loaded, run_dir, watch.mark, tracker):
+            evaluate(config.train.steps)
 
 
 def train(

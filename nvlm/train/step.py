@@ -87,6 +87,23 @@ def forward_backward(
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()  # fp32 parameters alias the buffers, yet both calls are needed
+    return _pass(trainer, micro_batches, mark, forward_only=False)
+
+
+@torch.no_grad()
+def forward(trainer: Trainer, micro_batches: Sequence[Batch]) -> float:
+    """This rank's part of the sum of losses of `micro_batches`, without gradients and dropout. A collective call."""
+    for chunk in trainer.chunks:
+        chunk.eval()
+    try:
+        return _pass(trainer, micro_batches, lambda phase: None, forward_only=True)
+    finally:
+        trainer.pipeline.borrowed = None  # without gradients, it has nothing to return
+        for chunk in trainer.chunks:
+            chunk.train()
+
+
+def _pass(trainer: Trainer, micro_batches: Sequence[Batch], mark: Callable[[str], None], forward_only: bool) -> float:
     mark("vision")
     batches = trainer.vision.encode([batch.to(trainer.device) for batch in micro_batches])
     mark("forward-backward")
@@ -99,7 +116,7 @@ def forward_backward(
         num_microbatches=len(batches),
         seq_length=batches[0].tokens.shape[1],
         micro_batch_size=batches[0].tokens.shape[0],
-        forward_only=False,
+        forward_only=forward_only,
     )
     return sum(float(loss["loss"]) for loss in losses)
 
@@ -119,7 +136,7 @@ def train_step(
     mark("optimizer")
     grad_norm = prepare(trainer.optimizer)
     own = {"broken": not math.isfinite(part + grad_norm), "stop": bool(stop), "loss": part * groups.is_loss_rank()}
-    sums = _summed(own | _counts(data), trainer.device)
+    sums = summed(own | _counts(data), trainer.device)
     count = {name: int(total) for name, total in sums.items() if name not in own}
     loss = sums["loss"] / max(count["trained_tokens"], 1)
     # Without a gradient Adam would still move weights.
@@ -141,7 +158,7 @@ def train_step(
     )
 
 
-def _summed(own: dict[str, float], device: torch.device) -> dict[str, float]:
+def summed(own: Mapping[str, float], device: torch.device) -> dict[str, float]:
     """Each value summed over all ranks, whose `own` have the same names in the same order. One collective call."""
     values = torch.tensor(list(own.values()), dtype=torch.float64, device=device)
     return dict(zip(own, groups.sum_over_ranks(values).tolist()))

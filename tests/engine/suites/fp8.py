@@ -17,7 +17,7 @@ from nvlm.commands.compose import compose_config
 from nvlm.data.loader import load_steps
 from nvlm.estimate.load import step_load
 from nvlm.estimate.memory import rank_memory
-from nvlm.evaluate.closing import closing_evaluation
+from nvlm.evaluate.closing import evaluation_of
 from nvlm.export.trained import TrainedWeights
 from nvlm.train import loop
 from nvlm.train.checkpoint import restore
@@ -212,7 +212,7 @@ def whole_run(overrides: tuple[str, ...], run: Path) -> list[dict]:
     run.mkdir(exist_ok=True)
     try:
         config = compose_config(*overrides)
-        loop.run(config, run, None, closing_evaluation(config, run, time.time()))
+        loop.run(config, run, None, evaluation_of(config, run, time.time()))
     finally:
         loop.check_precision = check
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

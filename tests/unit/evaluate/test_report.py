@@ -9,6 +9,7 @@ from nvlm.arch import registry
 from nvlm.data.outline import build_processor, outline
 from nvlm.data.record import Record
 from nvlm.data.samples import fill
+from nvlm.evaluate.losses import InTurn, Loss, add_losses, read_losses, told
 from nvlm.evaluate.report import Shown, draw_pictures, write_report
 
 
@@ -46,7 +47,7 @@ def test_a_question_without_pictures_has_a_card(configured, tmp_path):
     config = configured("arch=decoder")
     processor = build_processor(config, registry.placement_rule("decoder"))
     assert draw_pictures((), fill(*_text(processor)).pixels, processor) == ()
-    write_report(tmp_path, config, [Shown("1 < 2?", (), "yes", "no")], 0.0, {"all": 0.0})
+    write_report(tmp_path, config, [Shown("1 < 2?", (), "yes", "no")], 0.0, {"all": 0.0}, {})
     page = (tmp_path / "report.html").read_text()
     assert "1 &lt; 2?" in page and 'class="wrong"' in page
 
@@ -54,3 +55,26 @@ def test_a_question_without_pictures_has_a_card(configured, tmp_path):
 def _text(processor):
     record = Record("r", [{"role": "user", "content": "hi"}], [])
     return record, outline(record, processor, generate=True), processor
+
+
+def test_losses_are_kept_by_step_and_shown_by_source(configured, tmp_path):
+    first = {"text": Loss(2.5, 10, 3, 0), "pages": Loss(None, 0, 1, 1)}
+    add_losses(tmp_path, 0, first)
+    measured = add_losses(tmp_path, 700, {"text": Loss(0.25, 10, 3, 0)})
+    assert measured == read_losses(tmp_path) == {0: first, 700: {"text": Loss(0.25, 10, 3, 0)}}
+    assert told(first, 0) == "heldout loss at step 0: text 2.5000  pages -  skipped 1"
+    write_report(tmp_path, configured("arch=decoder"), [], 0.0, {}, measured)
+    page = (tmp_path / "report.html").read_text()
+    assert "<tr><th></th><th>step 0</th><th>step 700</th></tr>" in page
+    assert "<td>text</td><td>2.5000</td><td>0.2500</td>" in page and "<td>pages</td><td>-</td><td>-</td>" in page
+
+
+def test_a_run_that_measured_nothing_shows_no_losses(configured, tmp_path):
+    assert read_losses(tmp_path) == {}
+    write_report(tmp_path, configured("arch=decoder"), [], 0.0, {}, {})
+    assert "loss per trained token" not in (tmp_path / "report.html").read_text()
+
+
+def test_each_record_is_measured_once():
+    order = InTurn(records=7, global_batch=3)
+    assert [order.step(step) for step in range(4)] == [[0, 1, 2], [3, 4, 5], [6], []]
