@@ -77,6 +77,27 @@ class Texts(Files):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Documents(Files):
+    """Documents of texts and images in order, in JSON or Parquet files. `most_images`: of each, the first ones."""
+
+    most_images: Count = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Obelics(Documents):
+    """Documents in OBELICS' form."""
+
+    source: Annotated[str, Choice("obelics")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mmc4(Documents):
+    """Documents in MMC4's form."""
+
+    source: Annotated[str, Choice("mmc4")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parquet(TaskFiles):
     """Parquet files, a row per record."""
 
@@ -97,7 +118,7 @@ class Webdataset(TaskFiles):
     source: Annotated[str, Choice("webdataset")]
 
 
-FileSource = Jsonl | Llava | Texts | Parquet | Datasets | Webdataset
+FileSource = Jsonl | Llava | Texts | Obelics | Mmc4 | Parquet | Datasets | Webdataset
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nvlm.config.data import FileSource, TaskFiles, Texts
-from nvlm.data.forms import dialogue, text
+from nvlm.config.data import Documents, FileSource, Obelics, TaskFiles, Texts
+from nvlm.data.forms import dialogue, mmc4, obelics, text
 from nvlm.data.forms.tasks import task_form
 from nvlm.data.parts import says
 from nvlm.data.record import Record
@@ -29,5 +30,8 @@ def form_of(source: FileSource, seed: int = 0) -> Form:
     """The form of the rows of `source`. `seed`: draws what a form leaves open."""
     if isinstance(source, Texts):
         return text.read
+    if isinstance(source, Documents):
+        form = obelics if isinstance(source, Obelics) else mmc4
+        return functools.partial(form.read, most_images=source.most_images)
     task = source.task if isinstance(source, TaskFiles) else None
     return task_form(task, seed) if task else read

@@ -11,7 +11,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from nvlm.config.data import Blend, DataConfig, Datasets, Jsonl, Llava, Pages, Parquet, Source, Texts, Webdataset
+from nvlm.config.data import (
+    Blend,
+    DataConfig,
+    Datasets,
+    Jsonl,
+    Llava,
+    Mmc4,
+    Obelics,
+    Pages,
+    Parquet,
+    Source,
+    Texts,
+    Webdataset,
+)
 from nvlm.data.blend import Blended, Interleaved
 from nvlm.data.forms.auto import form_of
 from nvlm.data.record import First, Record
@@ -21,6 +34,8 @@ _MODULES = {
     Jsonl: json_rows,
     Llava: json_rows,
     Texts: documents,
+    Obelics: documents,
+    Mmc4: documents,
     Parquet: parquet,
     Datasets: saved,
     Webdataset: tars,

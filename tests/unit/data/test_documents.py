@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 from pyarrow import parquet
 
 from nvlm.arch.registry import placement_rule
 from nvlm.config.values import ConfigError
 from nvlm.data.batch import IGNORE
-from nvlm.data.forms import auto, text
+from nvlm.data.forms import auto, mmc4, obelics, text
 from nvlm.data.look import check_data
+from nvlm.data.messages import place_images, read_turns
 from nvlm.data.outline import build_processor
 from nvlm.data.record import BadRecord
 from nvlm.data.samples import encode
@@ -100,3 +103,112 @@ def test_text_files_that_are_missing_or_no_text_are_named(tmp_path, configured):
     (tmp_path / "a.txt").write_text("word " * 9000)
     with pytest.raises(ConfigError, match="a.txt: the text takes .* tokens, data.seq_length is"):
         records_of(configured, "data=text", f"data.path={tmp_path / '*.txt'}")
+
+
+# Interleaved documents
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder with images of different shapes."""
+    for name, size in (("a.png", (60, 40)), ("b.png", (20, 70)), ("c.png", (30, 30))):
+        Image.new("RGB", size).save(tmp_path / name)
+    return tmp_path
+
+
+def in_bytes(path) -> dict:
+    return {"bytes": path.read_bytes(), "path": None}
+
+
+OBELICS = {
+    "images": ["a.png", None, "b.png", None, "c.png"],
+    "texts": [None, "About <image> a.", None, "About b.", None],
+    "metadata": json.dumps([{"src": "http://a.b/a.png"}, None, None, None, None]),
+    "general_metadata": "{}",
+}
+MMC4 = {
+    "text_list": ["First.", "About <image> b.", "More.", "About a."],
+    "image_info": [
+        {"image_name": "a.png", "raw_url": "http://a.b/a.png", "matched_text_index": 3, "matched_sim": 0.2},
+        {"image_name": "b.png", "raw_url": "http://a.b/b.png", "matched_text_index": 1, "matched_sim": 0.3},
+    ],
+    "similarity_matrix": [[0.1] * 4] * 2,
+    "url": "http://a.b",
+}
+
+
+def said(record, processor) -> str:
+    """What is learned, with a star for each image."""
+    turns = place_images(read_turns(record.messages), len(record.images))
+    assert learned(record, processor).endswith("<|endoftext|>")
+    return "*".join(turns[0].texts)
+
+
+def test_obelics_documents_have_their_images_in_place(images, processor):
+    record = obelics.read(OBELICS, "r:1", images, 6)
+    assert said(record, processor) == "*About <image> a.*About b."  # the last image has no text after it
+    assert record.images == [images / "a.png", images / "b.png"]
+    assert said(obelics.read(OBELICS, "r:1", images, 1), processor) == "*About <image> a.\n\nAbout b."
+    stored = OBELICS | {"images": [image and in_bytes(images / image) for image in OBELICS["images"]]}
+    assert obelics.read(stored, "r:1", images, 6).images == [
+        (images / name).read_bytes() for name in ("a.png", "b.png")
+    ]
+
+
+def test_mmc4_documents_have_each_image_before_its_sentence(images, processor):
+    record = mmc4.read(MMC4, "r:1", images, 6)
+    assert said(record, processor) == "First.*About <image> b. More.*About a."
+    assert record.images == [images / "b.png", images / "a.png"]
+    assert mmc4.read(MMC4, "r:1", images, 1).images == [images / "b.png"]
+    text_alone = mmc4.read(MMC4 | {"image_info": None}, "r:1", images, 6)
+    assert text_alone.images == [] and said(text_alone, processor) == "First. About <image> b. More. About a."
+    data = (images / "a.png").read_bytes()
+    stored = {"image_base64": base64.b64encode(data).decode(), "image_name": "gone.png", "matched_text_index": 0}
+    assert mmc4.read(MMC4 | {"image_info": [stored]}, "r:1", images, 6).images == [data]
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "reason"),
+    [
+        (obelics, OBELICS | {"texts": ["a"]}, "not two lists of the same length"),
+        (obelics, OBELICS | {"images": None}, "not two lists of the same length"),
+        (obelics, {"images": ["a.png"], "texts": ["a"]}, "place 1 has both an image and a text"),
+        (obelics, {"images": [None, None], "texts": ["a", None]}, "place 2 has neither an image and a text"),
+        (obelics, {"images": ["http://a.b/c.png", None], "texts": [None, "a"]}, "is a URL, expected a path"),
+        (obelics, {"images": ["../a.png", None], "texts": [None, "a"]}, "leaves the data folder"),
+        (obelics, {"images": [7], "texts": [None]}, "image at place 1 is a number"),
+        (obelics, {"images": [None], "texts": [7]}, "the text at place 1 is a number"),
+        (mmc4, MMC4 | {"text_list": "a"}, "`text_list` is not a list of texts"),
+        (mmc4, MMC4 | {"text_list": ["a", None]}, "`text_list` is not a list of texts"),
+        (mmc4, MMC4 | {"image_info": ["a.png"]}, "image 1 of 1 in `image_info` is text, expected an object"),
+        (
+            mmc4,
+            MMC4 | {"text_list": ["a", "b"]},
+            "`matched_text_index` of image 1 of 2 is no number of a sentence, 0 to 1",
+        ),
+        (
+            mmc4,
+            MMC4 | {"image_info": [{"image_name": None, "matched_text_index": 0}]},
+            "`image_name` of image 1 of 1 is null",
+        ),
+        (mmc4, MMC4 | {"image_info": [{"image_name": "../a.png", "matched_text_index": 0}]}, "leaves the data folder"),
+        (mmc4, ["a"], "a list, expected an object"),
+    ],
+)
+def test_documents_that_cannot_be_read_are_refused_by_name(images, form, row, reason):
+    with pytest.raises(BadRecord, match=reason):
+        form.read(row, "r:1", images, 6)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_documents_come_from_json_and_parquet_files_and_train(images, configured, processor, kind):
+    for name, row in (("obelics", OBELICS), ("mmc4", MMC4)):
+        path = images / f"{name}.{kind}"
+        if kind == "jsonl":
+            path.write_text(json.dumps(row) + "\n" + json.dumps({"other": 1}) + "\n")
+        else:
+            parquet.write_table(pa.Table.from_pylist([row, dict.fromkeys(row)]), path)
+        records = records_of(configured, f"data={name}", f"data.path={path}", "data.most_images=1")
+        assert len(records[0].images) == 1 and len(encode(records[0], processor).pixels) > 0
+        with pytest.raises(BadRecord, match="not two lists of the same length|`text_list` is not a list of texts"):
+            records[1]

@@ -24,7 +24,7 @@ from PIL import Image
 from nvlm.arch.registry import placement_rule
 from nvlm.config.data import TASKS
 from nvlm.config.values import ConfigError
-from nvlm.data.forms import auto, text
+from nvlm.data.forms import auto, mmc4, obelics, text
 from nvlm.data.forms.tasks import task_form
 from nvlm.data.messages import NoAnswer, first_question
 from nvlm.data.outline import build_processor, outline
@@ -98,8 +98,11 @@ ROWS = [
     {"image": {"bytes": None, "path": "a.png"}, "question": "What?", "answer": "red", "caption": "A square."},
     {"image": "a.png", "question": "What?", "options": ["red", "blue"], "answer": "B"},
     REGIONS,
+    {"images": ["a.png", None, {"bytes": None, "path": "sub/b.png"}, None], "texts": [None, "a", None, "b"]},
+    {"text_list": ["a", "b"], "image_info": [{"image_name": "a.png", "matched_text_index": 1}]},
 ]
-FORMS = {"auto": auto.read, "text": text.read, **{task: task_form(task, 0) for task in TASKS}}
+DOCUMENTS = {form.__name__: functools.partial(form.read, most_images=2) for form in (obelics, mmc4)}
+FORMS = {"auto": auto.read, "text": text.read, **DOCUMENTS, **{task: task_form(task, 0) for task in TASKS}}
 
 
 def nested(depth: int) -> list:
@@ -116,7 +119,24 @@ VALUES = [
 ]
 TEXTS = [value for value in VALUES if isinstance(value, str)]
 KEYS = ["messages", "conversations", "images", "image", "text", "boxes", "options", "answer", "id", "role", "content"]
-KEYS += ["from", "value", "type", "path", "bytes", "loss", "weight", "video", "tools", "", "\ud800"]
+KEYS += [
+    "texts",
+    "text_list",
+    "image_info",
+    "image_name",
+    "matched_text_index",
+    "from",
+    "value",
+    "type",
+    "path",
+    "bytes",
+    "loss",
+    "weight",
+    "video",
+    "tools",
+    "",
+    "\ud800",
+]
 
 
 def places(value, path=()):
