@@ -44,8 +44,10 @@ def test_a_number_just_outside_its_range_is_refused_and_one_at_its_end_is_not(co
     if key.startswith("data.") and key not in flat(values):
         names = ("source", "form", "records", "heldout_records", "questions")
         pages = {name: values["data"].pop(name) for name in names}
-        sources = {"*": pages | {"weight": 1.0, "epochs": 1.0}}
-        values["data"] |= {"source": "blend", "sources": sources, "text_share": 0.5, "mixing": "records"}
+        own = {"source": "obelics", "most_images": 6} if key.endswith(".most_images") else pages
+        sources = {"*": own | {"weight": 1.0, "epochs": 1.0}}
+        blend = {"source": "blend", "sources": sources, "text_share": 0.5, "mixing": "records"}
+        values["data"] |= own if key == "data.most_images" else blend
     for value in outside:
         message = refused(values, key, value)
         assert message.startswith(f"{key}") and "\n" not in message, message
