@@ -9,7 +9,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["nvlm", "nvlm.*"]),
-    package_data={"nvlm.data": ["tiny_tokenizer/*.json", "forms/*.yaml"], "nvlm.vision": ["*.safetensors"]},
+    package_data={
+        "nvlm.data": ["tiny_tokenizer/*.json", "forms/*.yaml"],
+        "nvlm.inspect": ["page.*"],
+        "nvlm.vision": ["*.safetensors"],
+    },
     install_requires=[
         "torch>=2.11,<2.16",
         "torchvision",

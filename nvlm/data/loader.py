@@ -115,11 +115,16 @@ class Steps(Dataset):
         at = bisect_right(cuts, step)
         return range(cuts[at - 1], cuts[at])
 
-    def __getitem__(self, step: int) -> StepData:
+    def planned(self, step: int) -> tuple[StepPlan, list[list[int]]]:
+        """The plan of `step`, and the numbers of its rows that each replica gets."""
         window = self.window_of(step)
         plan = plan_window(self, window)[step - window.start]
         kinds = [[one.source for one in row] for row in plan.rows]
-        mine = hand_out(kinds, self.data_size, self.order.seed, step)[self.data_rank]
+        return plan, hand_out(kinds, self.data_size, self.order.seed, step)
+
+    def __getitem__(self, step: int) -> StepData:
+        plan, hands = self.planned(step)
+        mine = hands[self.data_rank]
         planned = [plan.rows[number] for number in mine]
         skipped = plan.skipped[self.data_rank :: self.data_size]
         every = [one for row in planned for one in row]
@@ -130,7 +135,7 @@ class Steps(Dataset):
         ]
         samples = iter(decoded)
         rows = [(number, [next(samples) for _ in row]) for number, row in zip(mine, planned, strict=True)]
-        batches = tuple(self._collate(step, part) for part in self._micro_batches(rows))
+        batches = tuple(self._collate(step, part) for part in self.micro_batches(rows))
         return StepData(
             batches,
             records=len(every) + len(skipped),
@@ -166,7 +171,7 @@ class Steps(Dataset):
         samples, numbers = [row for _, row in rows], [number for number, _ in rows]
         return collate(samples, self.processor.tile_size, self.multiple, step=step, numbers=numbers)
 
-    def _micro_batches(self, rows: list) -> list[list]:
+    def micro_batches(self, rows: list) -> list[list]:
         """Groups of `rows`, at least one; the last ones may be short or empty."""
         count = max(1, math.ceil(len(rows) / self.micro_batch))
         count = math.ceil(count / self.groups) * self.groups

@@ -16,7 +16,7 @@ from nvlm.data.draw import happens
 from nvlm.data.front import images_in_front
 from nvlm.data.images import image_size
 from nvlm.data.messages import DOCUMENT, Turn, check_learns, place_images, read_turns
-from nvlm.data.record import BadRecord, ImageChanged, Record
+from nvlm.data.record import ImageChanged, Record, TooLong
 from nvlm.data.tokenizer import ChatTokenizer, load_tokenizer
 from nvlm.tiling.grid import TilePlan, fit_max_tiles, plan_tiles
 from nvlm.tiling.placement import Placement, PlacementRule
@@ -130,7 +130,7 @@ def outline(record: Record, processor: Processor, generate: bool = False, pictur
 
     `pictures`: from an earlier outline of the same record; if given, no header is read and nothing is planned.
     """
-    turns = _turns(record, processor, generate)
+    turns = turns_of(record, processor, generate)
     if not generate:
         check_learns(turns)
     if turns[0].role == DOCUMENT and not generate:
@@ -176,7 +176,7 @@ def _document(turns: Sequence[Turn], images: Sequence[Any], processor: Processor
     placements = tuple(place(processor, plan) for plan in pictures.plans)
     kept = cut(text, [placement.lengths[0] for placement in placements], processor.seq_length)
     if sum(len(run.ids) for run in kept if run.trained) - (bool(kept) and kept[0].trained) < 1:  # the first is given
-        raise BadRecord(f"no text of the document fits {processor.limit}={processor.seq_length} beside its first image")
+        raise TooLong(f"no text of the document fits {processor.limit}={processor.seq_length} beside its first image")
     return Outline(tuple(kept), pictures, placements, cut=kept != text)
 
 
@@ -192,8 +192,8 @@ def _pictures_of_beginning(text: Sequence[Run], sizes: Sequence[tuple[int, int]]
     return Pictures(tuple(sizes[:kept]), tuple(least[:kept]), fewer_tiles=processor.max_tiles > 1 and kept > 0)
 
 
-def _turns(record: Record, processor: Processor, generate: bool) -> list[Turn]:
-    """The record's turns with its images at their places, which for training may all be in front."""
+def turns_of(record: Record, processor: Processor, generate: bool = False) -> list[Turn]:
+    """The record's turns with its images at their places, which for training may all be in front. Raises BadRecord."""
     turns = place_images(read_turns(record.messages), len(record.images))
     share = 0 if generate else processor.images_first
     if share and happens(processor.seed, record.id, "images first", share):
@@ -230,7 +230,7 @@ def _runs(turns: Sequence[Turn], processor: Processor, generate: bool, first_tag
 def _plan(sizes: Sequence[tuple[int, int]], room: int, processor: Processor) -> tuple[TilePlan, ...]:
     """Tile plans that fit the text stream and the cross-attention budget."""
     if room < 0:
-        raise BadRecord(
+        raise TooLong(
             f"the text takes {processor.seq_length - room} tokens, {processor.limit} is {processor.seq_length}"
         )
     max_tiles, plans = processor.max_tiles, ()
@@ -243,6 +243,6 @@ def _plan(sizes: Sequence[tuple[int, int]], room: int, processor: Processor) -> 
         try:
             plans = fit_max_tiles(sizes, tokens, tokens_of, max_tiles, processor.tile_size)
         except ValueError as error:
-            raise BadRecord(f"images do not fit the {name}: {error}") from None
+            raise TooLong(f"images do not fit the {name}: {error}") from None
         max_tiles = max(1, *(plan.num_regular for plan in plans))
     return plans

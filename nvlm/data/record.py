@@ -17,6 +17,10 @@ class BadRecord(ValueError):
     """A record that cannot be used; the message is the reason for skipped.jsonl."""
 
 
+class TooLong(BadRecord):
+    """A record whose text or images do not fit the sequence, or whose tiles do not fit the cross-attended keys."""
+
+
 class ImageChanged(BadRecord):
     """A record whose images are no longer those for which tiles were planned."""
 

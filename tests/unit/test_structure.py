@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 ROOMS = (
     "tiling", "config", "runs", "processes", "data", "weights", "attention", "llm", "vision", "arch", "inputs",
-    "estimate", "export", "train", "generate", "evaluate", "commands",
+    "estimate", "export", "train", "generate", "evaluate", "inspect", "commands",
 )  # fmt: skip
 """From the ground up: a room imports only rooms before it."""
 
@@ -99,6 +99,7 @@ def test_no_import_goes_up(room):
         ("train", NO_ARCHITECTURE),
         ("generate", NO_ARCHITECTURE),
         ("evaluate", NO_ARCHITECTURE),
+        ("inspect", ("megatron", "nvlm.arch.base", "nvlm.llm", "nvlm.train", *VISION_MODULES)),
         ("commands/compose", ("torch", "megatron")),
         ("doctor", (*NO_TORCH, "omegaconf", "numpy")),
     ],

@@ -1,0 +1,82 @@
+"""Pictures inside the page: small JPEG files as data URLs, each of a limited size."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+from torch import Tensor
+
+from nvlm.data.images import decode_image
+from nvlm.data.outline import Processor
+from nvlm.data.record import Record
+from nvlm.tiling.grid import TilePlan
+from nvlm.tiling.pixels import to_rgb
+
+_PICTURE, _TILE = (800, 60_000), (144, 8_000)  # the longest side in px, and the most bytes
+_QUALITIES = (85, 70, 50, 30)
+MOST_IMAGES, MOST_TILES = 4, 13  # shown of a record and of an image
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A tile as the encoder sees it. `number`: of the image's tiles, from 1; None: the thumbnail."""
+
+    url: str
+    tag: str
+    number: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image and its tiles, of which at most MOST_TILES are shown. `size`: px; `columns`, `rows`: of the grid."""
+
+    url: str
+    size: tuple[int, int]
+    columns: int
+    rows: int
+    tiles: tuple[Tile, ...]
+    hidden: int  # tiles that are not shown
+
+
+def pictures(record: Record, plans: Sequence[TilePlan], pixels: Tensor, processor: Processor) -> list[Picture]:
+    """The first images of `record`, with their tiles; `pixels`: uint8 [T, 3, px, px], of all its tiles."""
+    parts = pixels.split([plan.num_tiles for plan in plans]) if plans else ()
+    shown = zip(record.images[:MOST_IMAGES], plans, parts)
+    return [_picture(source, plan, tiles, processor) for source, plan, tiles in shown]
+
+
+def _picture(source, plan: TilePlan, pixels: Tensor, processor: Processor) -> Picture:
+    image = to_rgb(decode_image(source, processor.max_pixels))
+    tags, last = processor.tags(plan), plan.num_tiles - 1
+    # The thumbnail is always among the tiles that are shown.
+    shown = [*range(min(plan.num_regular, MOST_TILES - 1)), last]
+    tiles = tuple(
+        Tile(
+            data_url(Image.fromarray(pixels[number].permute(1, 2, 0).numpy()), *_TILE),
+            tags[number],
+            None if number == last else number + 1,
+        )
+        for number in shown
+    )
+    return Picture(
+        data_url(image, *_PICTURE), image.size, plan.cols, plan.rows, tiles, hidden=plan.num_tiles - len(shown)
+    )
+
+
+def data_url(image: Image.Image, side: int, most: int) -> str:
+    """`image` as a JPEG of at most `side` px and about `most` bytes: of the best quality that fits, else smaller."""
+    small = image.copy()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    for quality in _QUALITIES:
+        file = io.BytesIO()
+        small.save(file, "JPEG", quality=quality, optimize=True)
+        if file.tell() <= most:
+            break
+    else:
+        if side > 64:
+            return data_url(image, side // 2, most)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
