@@ -189,7 +189,7 @@ def _keys(file: Path) -> set[str]:
     """The keys of a file in conf/data, with those of the files that it begins with."""
     values = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     bases = [base for base in values.pop("defaults", ()) if base != "_self_"]
-    return set(values).union(*(_keys(file.with_name(f"{base}.yaml")) for base in bases))
+    return set(values).union(*(_keys(file.parent / f"{base.partition('@')[0]}.yaml") for base in bases))
 
 
 def _runs(arguments: Sequence[str]) -> Iterator[tuple[str, ...]]:
