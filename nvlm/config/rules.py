@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from nvlm.config.compute import FP8_RECIPES
-from nvlm.config.data import Blend, Source
+from nvlm.config.data import Blend, Pages, Source
 from nvlm.config.fields import FileName, FilePath
 from nvlm.config.mapping import kinds_of
 from nvlm.config.values import Config, problem
@@ -21,6 +21,10 @@ def _data(config: Config) -> None:
     if data.tokenize != "apart" and config.llm.chat != "chatml":
         got = f"{data.tokenize} with llm.chat={config.llm.chat}"
         raise problem("data.tokenize", got, "apart: the others are ways to tokenize ChatML", "data.tokenize=apart")
+    if config.llm.chat == "plain" and isinstance(data.source, Pages) and data.source.questions > 1:
+        raise problem(
+            "data.questions", data.source.questions, "1 with llm.chat=plain, which has no turns", "data.questions=1"
+        )
     if isinstance(data.source, Blend):
         _blend(data.source, config.dry_run)
     elif not config.dry_run:

@@ -66,9 +66,10 @@ class Template:
     def rendered(self, roles: Sequence[str], contents: Sequence[str], reply: bool) -> str:
         """The text of a conversation. Raises BadRecord for whatever the template raises."""
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
+        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": reply}
         text, size = [], 0
         try:
-            for part in self.compiled.generate(messages=messages, add_generation_prompt=reply, **self.values):
+            for part in self.compiled.generate(**given, **self.values):
                 text.append(part)
                 size += len(part)
                 if size > _MOST_OUTPUT:
@@ -111,8 +112,8 @@ def read_template(folder: Path, added: Mapping[str, Mapping[str, Any]], key: str
     except UnicodeDecodeError:
         source = None
     if source is None or len(source) > _LONGEST:
-        got = f"no chat_template of at most {_LONGEST} characters in {folder}"
-        raise problem("llm.chat=template", got, "a tokenizer folder with one", fix)
+        got = f"{'no chat_template' if source is None else f'one of {len(source)} characters'} in {folder}"
+        raise problem("llm.chat=template", got, f"a chat_template of at most {_LONGEST} characters", fix)
     values = {name: text for name in _NAMED for text in token_texts(config.get(name) or special.get(name))}
     try:
         tokens = tuple(name for name in added if _is_control(added[name], (source, *values.values())))

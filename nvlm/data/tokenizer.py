@@ -126,7 +126,8 @@ def load_tokenizer(
     for name in needed:
         if number(name) is None:
             expected = "a ChatML tokenizer" if chat == "chatml" else f"a tokenizer for llm.chat={chat}"
-            raise problem(f"{key}={where}", f"no token {name}", expected, "use a chat model's, or another llm.chat")
+            fix = f"{key}=DIR of such a model, or llm.chat=template for the format of this one"
+            raise problem(f"{key}={where}", f"no token {name}", expected, fix)
     if bos is not None and number(bos) is None:
         raise problem("llm.bos", repr(bos), f"a token of {path}", "llm.bos=null for none")
     for name in control:

@@ -30,6 +30,7 @@ from nvlm.estimate.lengths import most_image_tokens
             ["arch=decoder", "data.tokenize=joined", "llm.chat=llama3"],
             ("data.tokenize", "joined with llm.chat=llama3", "data.tokenize=apart"),
         ),
+        (["llm.chat=plain"], ("data.questions", "4", "1 with llm.chat=plain", "data.questions=1")),
         (["data.cross_length=10"], ("data.cross_length", "10", "data.cross_length=")),
         (["tiling.tag=3d"], ("tiling.tag", "'3d'", "none, 1d, 2d_grid, 2d_bbox")),
         (["train.steps=many"], ("train.steps", "'many'", "a whole number")),

@@ -86,7 +86,7 @@ def test_a_vocabulary_without_room_is_said_before_training_and_at_export(configu
 
 
 def test_a_model_that_does_not_speak_chatml_is_not_exported(configured):
-    config = configured("arch=decoder", "llm.chat=plain")
+    config = configured("arch=decoder", "llm.chat=plain", "data.questions=1")
     with pytest.raises(ConfigError, match="llm.chat: got plain in this run, expected chatml"):
         exported_text(config)
     assert "cannot be exported" in training_note(config)
