@@ -127,3 +127,12 @@ def test_cross_attention_is_not_dropped_but_may_be_new(configured):
         compare_models(decoder, hybrid, "parent")
     with pytest.raises(ConfigError, match="llm.hidden: got 64"):
         compare_models(hybrid, replace(hybrid, llm=replace(hybrid.llm, hidden=64)), "parent")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "data").glob("*.yaml")))
+def test_every_source_has_all_of_its_keys(name):
+    """Each file in conf/data is the configuration of a schema in nvlm/config/data.py."""
+    words = [f"data={name}", "dry_run=true"]
+    if name == "blend":
+        words.append("data.sources={a: {source: jsonl, weight: 1}}")
+    assert compose_config(*words).data.source.source == (name if not name.startswith("nvlm_") else "blend")
