@@ -162,10 +162,11 @@ def waiting(steps: int) -> str:
             config = compose_config(f"data.path={path}", f"train.steps={steps}", f"data.workers={workers}", *TRAINING)
             waited, computed = one_run(config)
             share = statistics.median(w / (w + c) for w, c in zip(waited, computed, strict=True))
+            wait, images = statistics.median(waited), config.train.global_batch
             lines.append(
-                f"data.workers={workers}: {config.train.global_batch} images a step, "
-                f"{statistics.median(computed):.2f} s computing, {1000 * statistics.median(waited):.1f} ms waiting for "
-                f"data ({share:.1%} of the step)\n"
+                f"data.workers={workers}: {images / statistics.median(computed):.0f} images/s are used, "
+                + (f"one core prepares {images / wait:.0f}; " if workers == 0 else "")
+                + f"{1000 * wait:.1f} ms waiting for data, {share:.1%} of a step\n"
             )
     return "".join(lines)
 

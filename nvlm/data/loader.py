@@ -19,6 +19,7 @@ from nvlm.data.batch import Batch, Sample
 from nvlm.data.order import Order
 from nvlm.data.outline import Pictures, Processor, outline, unreadable
 from nvlm.data.pack import collate, deal, hand_out, pack
+from nvlm.data.parcel import Parcel, close
 from nvlm.data.record import BadRecord, ImageChanged, one_record
 from nvlm.data.samples import Share, blank, fill
 from nvlm.data.share import decoding_seats
@@ -215,14 +216,18 @@ def _measure(steps: Steps, indices: Sequence[int]) -> tuple[list[Planned], tuple
     return good, tuple(bad)
 
 
-def load_steps(steps: Steps, first: int, workers: int) -> Iterator[StepData]:
-    """Steps `first`, `first` + 1, ... up to the end, prepared by `workers` processes (0: in this process)."""
-    return iter(
-        DataLoader(
-            steps,
-            batch_size=None,
-            sampler=range(first, len(steps)),
-            num_workers=workers,
-            prefetch_factor=2 if workers else None,
-        )
+def load_steps(steps: Steps, first: int, workers: int, pinned: bool = False) -> Iterator[StepData]:
+    """Steps `first`, `first` + 1, ... up to the end, prepared by `workers` processes (0: in this process).
+
+    `pinned`: in page-locked memory, for a GPU.
+    """
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(first, len(steps)),
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        collate_fn=close,
+        pin_memory=pinned,
     )
+    return map(Parcel.opened, iter(loader))  # workers start now, not with the first step that is asked for

@@ -25,6 +25,7 @@ from nvlm.inputs import identity
 from nvlm.inputs.drawn import counts_of, told
 from nvlm.llm.backend import check_precision, describe
 from nvlm.processes import groups
+from nvlm.processes.device import has_cuda
 from nvlm.processes.workers import Signals
 from nvlm.runs.folder import latest
 from nvlm.runs.ownership import begin as begin_folder
@@ -122,7 +123,8 @@ def train(
         Phases(on_phase, profiler) as mark,
     ):
         mark(first + 1, "data")
-        loader = impatient(load_steps(steps, first, config.data.workers), signals.came, settings.stop_seconds / 4)
+        coming = load_steps(steps, first, config.data.workers, pinned=has_cuda())
+        loader = impatient(coming, signals.came, settings.stop_seconds / 4)
         for step, found in enumerate(loader, start=first + 1):
             data = agreed(found, trainer.vision.team.replica, trainer.device)
             if groups.is_replica_writer():
