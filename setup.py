@@ -11,7 +11,8 @@ setup(
     packages=find_packages(include=["nvlm", "nvlm.*"]),
     package_data={
         "nvlm.data": ["tiny_tokenizer/*.json", "forms/*.yaml"],
-        "nvlm.inspect": ["page.*"],
+        "nvlm.evaluate": ["*.jinja"],
+        "nvlm.inspect": ["*.css", "*.jinja"],
         "nvlm.vision": ["*.safetensors"],
     },
     install_requires=[

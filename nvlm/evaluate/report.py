@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 from nvlm.config.values import Config
 from nvlm.data.outline import Processor
 from nvlm.evaluate.losses import Loss, shown_loss
+from nvlm.inspect.document import environment
 from nvlm.runs.files import write_whole
 from nvlm.tiling.grid import TilePlan
 
@@ -60,41 +60,22 @@ def write_report(
     draw_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
     cards = []
     for number, one in enumerate(shown):
-        pictures = []
-        for which, (page, strip) in enumerate(one.pictures):
-            name = f"{number:02d}_{which}"
+        names = [f"{number:02d}_{which}" for which in range(len(one.pictures))]
+        for name, (page, strip) in zip(names, one.pictures):
             page.save(gallery / f"{name}_page.png")
             strip.save(gallery / f"{name}_tiles.png")
-            pictures.append(
-                f'<img src="gallery/{name}_page.png" alt="page with its tiles">'
-                f'<img src="gallery/{name}_tiles.png" alt="tiles as the encoder sees them">'
-            )
-        cards.append(_card(one, "".join(pictures)))
-    kinds = "".join(f"<tr><td>{html.escape(kind)}</td><td>{score:.0%}</td></tr>" for kind, score in by_kind.items())
-    page = _PAGE.format(
-        name=html.escape(config.name),
-        score=f"{exact_match:.0%}",
-        kinds=kinds,
-        losses=_losses(losses),
-        cards="".join(cards),
-        arch=config.arch.name,
+        cards.append((one, names))
+    templates = environment("nvlm.evaluate")
+    templates.filters["shown_loss"] = shown_loss
+    page = templates.get_template("report.html.jinja").render(
+        config=config,
+        score=exact_match,
+        by_kind=by_kind,
+        losses=losses,
+        sources=list(dict.fromkeys(name for measured in losses.values() for name in measured)),
+        cards=cards,
     )
     write_whole(run_dir / "report.html", page)
-
-
-def _losses(measured: Mapping[int, Mapping[str, Loss]]) -> str:
-    """A table of the losses, a row per source and a column per step; nothing if none were measured."""
-    if not measured:
-        return ""
-    names = dict.fromkeys(name for losses in measured.values() for name in losses)
-    head = "".join(f"<th>step {step}</th>" for step in measured)
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td>"
-        + "".join(f"<td>{shown_loss(losses.get(name))}</td>" for losses in measured.values())
-        + "</tr>"
-        for name in names
-    )
-    return f"<p>Mean loss per trained token on held-out records:</p><table><tr><th></th>{head}</tr>{rows}</table>"
 
 
 def draw_page(plan: TilePlan, tiles: Sequence[Image.Image], tags: Sequence[str]) -> Image.Image:
@@ -142,34 +123,3 @@ def draw_curves(metrics: Path, out: Path) -> None:
         axis.grid(alpha=0.3)
     figure.savefig(out, dpi=110)
     plt.close(figure)
-
-
-def _card(one: Shown, pictures: str) -> str:
-    mark = "right" if one.answer == one.expected else "wrong"
-    return (
-        f'<article class="{mark}"><div class="pictures">{pictures}</div>'
-        f"<p><b>{html.escape(one.question.strip())}</b></p>"
-        f"<p>model <code>{html.escape(one.answer)}</code> &nbsp; truth <code>{html.escape(one.expected)}</code>"
-        f' &nbsp; <span class="mark">{mark}</span></p></article>'
-    )
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{name}: {score} exact match</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }}
-img {{ max-width: 100%; border: 1px solid #ddd; vertical-align: top; margin: 0 .5rem .5rem 0; }}
-article {{ border-left: 4px solid #2a8; padding: .5rem 1rem; margin: 1rem 0; background: #fafafa; }}
-article.wrong {{ border-color: #c33; }} .mark {{ color: #2a8; }} .wrong .mark {{ color: #c33; }}
-td, th {{ padding: 0 1rem 0 0; text-align: left; }} code {{ font-size: 1.1em; }}
-</style></head><body>
-<h1>{name}</h1>
-<p>Architecture <b>{arch}</b>. Exact match over the held-out questions: <b>{score}</b>.</p>
-<table>{kinds}</table>
-{losses}
-<p><img src="curves.png" alt="training curves"></p>
-<h2>Held-out samples</h2>
-<p>Each page as the encoder saw it, assembled from its tiles, then the tiles side by side, the thumbnail last.</p>
-{cards}
-</body></html>
-"""

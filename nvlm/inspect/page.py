@@ -13,6 +13,7 @@ from nvlm.arch.registry import placement_rule
 from nvlm.config.values import Config
 from nvlm.inspect.charts import Histogram, histogram
 from nvlm.inspect.count import Tally, added
+from nvlm.inspect.document import environment
 from nvlm.inspect.rows import Packed
 from nvlm.inspect.samples import Shown
 from nvlm.inspect.sight import Stretch
@@ -21,7 +22,7 @@ from nvlm.tiling.grid import TilePlan
 from nvlm.tiling.placement import Piece, PlacementRule
 from nvlm.tiling.tags import tile_tags
 
-MOST_BOXES = 1000  # of a record
+_MOST_BOXES = 1000  # of a record
 _MOST_ROWS, _MOST_REPLICAS, _MOST_STRETCHES = 24, 4, 40
 _MOST_GRIDS = 9
 _HISTOGRAMS = (
@@ -60,26 +61,22 @@ def page(config: Config, kind: Description, found: Found) -> str:
     """The whole page as HTML."""
     total = added(list(found.tallies.values()))
     return (
-        _environment()
+        _templates()
         .get_template("page.html.jinja")
-        .render(
-            config=config,
-            kind=kind,
-            found=found,
-            total=total,
-            sources=[*found.tallies.items(), *([(None, total)] if len(found.tallies) > 1 else [])],
-            example=_example(config, placement_rule(config.arch.name)),
-            histograms=_histograms(total),
-            grids=total.by_grid.most_common(_MOST_GRIDS),
-            other_grids=max(0, len(total.by_grid) - _MOST_GRIDS),
-            limits={
-                "boxes": MOST_BOXES,
-                "rows": _MOST_ROWS,
-                "replicas": _MOST_REPLICAS,
-                "stretches": _MOST_STRETCHES,
-            },
-        )
+        .render(config=config, kind=kind, found=found, total=total, **_parts(config, found, total))
     )
+
+
+def _parts(config: Config, found: Found, total: Tally) -> dict[str, object]:
+    """What the page shows besides what was found."""
+    return {
+        "sources": [*found.tallies.items(), *([(None, total)] if len(found.tallies) > 1 else [])],
+        "example": _example(config, placement_rule(config.arch.name)),
+        "histograms": _histograms(total),
+        "grids": total.by_grid.most_common(_MOST_GRIDS),
+        "other_grids": max(0, len(total.by_grid) - _MOST_GRIDS),
+        "limits": {"boxes": _MOST_BOXES, "rows": _MOST_ROWS, "replicas": _MOST_REPLICAS, "seen": _MOST_STRETCHES},
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,18 +111,12 @@ def _histograms(total: Tally) -> list[Histogram]:
 
 
 @cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("nvlm.inspect", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": "{:,}".format, "percent": percent, "ordinal": ordinal, "bands": bands}
-    environment.filters |= {"fitted": fitted, "tile_name": tile_name, "query_name": query_name}
-    environment.filters["lines"] = lambda text: text.split("\n")
-    return environment
+def _templates() -> jinja2.Environment:
+    templates = environment("nvlm.inspect")
+    templates.filters |= {"number": "{:,}".format, "percent": percent, "ordinal": ordinal, "bands": bands}
+    templates.filters |= {"fitted": fitted, "tile_name": tile_name, "query_name": query_name}
+    templates.filters["lines"] = lambda text: text.split("\n")
+    return templates
 
 
 def percent(share: float) -> str:

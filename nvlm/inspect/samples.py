@@ -24,10 +24,11 @@ _TRIED = 20  # for each that is shown, so that different shapes are among them
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One record of `source`. `labels`: tokens with a label; `hidden`: images that are not shown."""
+    """One record. `id`: its own, if it has one, else its name in its source; `labels`: tokens with a label; `hidden`:
+    images that are not shown."""
 
     name: str
-    source: str
+    id: str
     lengths: tuple[int, int]
     labels: int
     boxes: tuple[Box, ...]  # of the text stream
@@ -54,7 +55,7 @@ def chosen(records: Records, order: Order, processor: Processor, count: int) -> 
     for index in turns[:count]:
         try:
             with one_record():
-                yield _shown(records[index], records.name(index), order.sources[order.source(index)].name, processor)
+                yield _shown(records[index], records.name(index), processor)
         except BadRecord:
             continue
 
@@ -74,13 +75,13 @@ def _different(records: Records, indices: list[int], processor: Processor, count
     return [index for _, _, index in sorted(ranked)[:count]]
 
 
-def _shown(record: Record, name: str, source: str, processor: Processor) -> Shown:
+def _shown(record: Record, name: str, processor: Processor) -> Shown:
     sketch = outline(record, processor)
     sample = fill(record, sketch, processor)
     found = pictures(record, sketch.pictures.plans, sample.pixels, processor)
     return Shown(
         name=name,
-        source=source,
+        id=record.id,
         lengths=sketch.lengths,
         labels=int((sample.labels != IGNORE).sum()),
         boxes=tuple(boxes(sketch, all_turns(record, processor), processor.tokenizer)),
