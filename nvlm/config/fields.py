@@ -167,6 +167,7 @@ class Tag:
         self.key = key
 
 
-def named(path: str | os.PathLike) -> str:
-    """A path for a message; if relative, with the folder that it is relative to."""
-    return repr(str(path)) + ("" if os.path.isabs(path) else f" in {os.getcwd()}")
+def named(path: object) -> str:
+    """A path or a URL for a message; a relative path with the folder that it is relative to."""
+    text = str(path)
+    return repr(text) + ("" if os.path.isabs(text) or "://" in text else f" in {os.getcwd()}")

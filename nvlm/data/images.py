@@ -1,13 +1,14 @@
 """Images of records: looked up in the data folder, opened only if they are regular files, decoded as stored.
 
-Input is untrusted: no URL is fetched, paths must stay inside the folder of the records file, and an image's header is
-checked before its pixels are read. Orientation tags are ignored in every format. Imports no torch.
+Input is untrusted: no URL in a record is fetched, paths must stay inside the folder of the records file, and an image's
+header is checked before its pixels are read. Orientation tags are ignored in every format. Imports no torch.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import posixpath
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from nvlm.data.record import BadRecord, ImageChanged
+from nvlm.data.remote import Remote
 
 _ORIENTATION, _WIDTH, _HEIGHT = 274, 256, 257  # TIFF tags
 _TURN_BACK = {
@@ -37,12 +39,14 @@ _KINDS = {
 }
 
 
-def image_path(root: Path, path: Any) -> Path:
+def image_path(root: Path | Remote, path: Any) -> Path | Remote:
     """The file that a record's `path` refers to, inside the data folder `root` (resolved). Raises BadRecord."""
     if not isinstance(path, str):
         raise BadRecord(f"image path is {type(path).__name__}, expected text")
     if "\0" in path:
         raise BadRecord(f"image path {path!r} contains a NUL character")
+    if isinstance(root, Remote):
+        return _remote_path(root, path)
     try:
         full = Path(os.path.realpath(root / path))
     except UnicodeEncodeError:
@@ -58,6 +62,13 @@ def image_path(root: Path, path: Any) -> Path:
     )
 
 
+def _remote_path(root: Remote, path: str) -> Remote:
+    plain = posixpath.normpath(path)
+    if "://" in path or plain.startswith(("/", "..")):
+        raise BadRecord(f"image path leaves the data folder: {path}")
+    return root / plain
+
+
 def _link_that_leaves(root: Path, path: str) -> Path | None:
     """The first part of `path` that is a link out of `root`; None if the path leaves it without a link."""
     if not Path(os.path.normpath(root / path)).is_relative_to(root):
@@ -67,15 +78,17 @@ def _link_that_leaves(root: Path, path: str) -> Path | None:
     return next((p for p in prefixes if not Path(os.path.realpath(root / p)).is_relative_to(root)), None)
 
 
-def open_regular(path: Path) -> io.BufferedReader:
+def open_regular(path: Path | Remote) -> io.BufferedReader:
     """Open a regular file for reading. Raises OSError for anything else: reading a pipe or a device could hang."""
+    if isinstance(path, Remote):
+        return path.open()
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         raise OSError(f"{_KINDS.get(stat.S_IFMT(mode), 'something')}, not a regular file")
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
-def image_size(source: bytes | Path | Image.Image, max_pixels: int) -> tuple[int, int]:
+def image_size(source: bytes | Path | Remote | Image.Image, max_pixels: int) -> tuple[int, int]:
     """(width, height) in px from an image's header, without its pixels. Raises BadRecord like `decode_image`."""
     if isinstance(source, Image.Image):
         return _stored_size(source)
@@ -84,7 +97,7 @@ def image_size(source: bytes | Path | Image.Image, max_pixels: int) -> tuple[int
 
 
 def decode_image(
-    source: bytes | Path | Image.Image, max_pixels: int, planned: tuple[int, int] | None = None
+    source: bytes | Path | Remote | Image.Image, max_pixels: int, planned: tuple[int, int] | None = None
 ) -> Image.Image:
     """The decoded image. Raises BadRecord if it is missing, broken or larger than `max_pixels` px, and ImageChanged if
     its header does not have the size `planned` (width, height)."""
@@ -97,7 +110,7 @@ def decode_image(
 
 
 def decode_draft[Pixels](
-    source: bytes | Path | Image.Image,
+    source: bytes | Path | Remote | Image.Image,
     max_pixels: int,
     enough: tuple[int, int],
     jpeg: Callable[[bytes, tuple[int, int]], Pixels | None],
@@ -127,7 +140,7 @@ def _loaded(image: Image.Image) -> Image.Image:
     return decoded.copy() if decoded.mode == "P" else decoded
 
 
-def _bytes_of(source: bytes | Path, image: Image.Image) -> bytes:
+def _bytes_of(source: bytes | Path | Remote, image: Image.Image) -> bytes:
     if isinstance(source, bytes):
         return source
     image.fp.seek(0)  # Pillow finds its own place again
@@ -164,7 +177,7 @@ def _as_stored(image: Image.Image) -> Image.Image:
 def _opened(source: bytes | Path, max_pixels: int) -> Iterator[Image.Image]:
     """An image of which only the header has been read. Anything that Pillow raises, even within the block, becomes
     BadRecord with the image's name."""
-    name = source.name if isinstance(source, Path) else "embedded image"
+    name = "embedded image" if isinstance(source, bytes) else source.name
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else open_regular(source)
         # Pillow's own limit only warns up to twice its value.

@@ -17,6 +17,7 @@ from pathlib import Path
 from nvlm.config.values import Config, problem
 from nvlm.data.blend import Blended
 from nvlm.data.order import Order
+from nvlm.data.remote import Remote
 from nvlm.data.sources.registry import Records
 from nvlm.data.tokenizer import tokenizer_file, tokenizer_of
 from nvlm.inputs import mix
@@ -33,11 +34,14 @@ _BLENDED = "records."  # before the name of a source of a blend
 _PIECE = 1 << 12  # bytes of a tensor, at its start, middle and end
 
 
-def of_file(path: Path, records: int | None = None) -> Identity:
-    """A file by its size and bytes, sampled if larger than 64 MiB; `records`: how many it holds."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256") if size <= _WHOLE else _sampled(file, size)
+def of_file(path: Path | Remote, records: int | None = None) -> Identity:
+    """A file by its size and bytes, sampled if larger than 64 MiB or in object storage; `records`: how many it has."""
+    size, remote = path.stat().st_size, isinstance(path, Remote)
+    with path.open("rb") as file:
+        if size <= _WHOLE and not remote:
+            found = hashlib.file_digest(file, "sha256")
+        else:
+            found = _sampled(file, size, 2 if remote else _BLOCKS)
     return Identity(str(path.resolve()), size, found.hexdigest(), records)
 
 
@@ -192,10 +196,10 @@ def _of_source(source: Source, groups: Iterable[str]) -> Identity:
     return of_tensors(source.folder, {name: one for name, one in source.stored.items() if name in names}, VISION)
 
 
-def _sampled(file, size: int):
+def _sampled(file, size: int, blocks: int):
     found = hashlib.sha256()
-    for number in range(_BLOCKS):
-        file.seek(number * (size - _BLOCK) // (_BLOCKS - 1))
+    for number in range(blocks):
+        file.seek(number * max(0, size - _BLOCK) // (blocks - 1))
         found.update(file.read(_BLOCK))
     return found
 

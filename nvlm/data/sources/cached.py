@@ -10,13 +10,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from nvlm.data.remote import Remote, Status
+
 
 def cache_folder() -> Path:
     """The folder of cached files."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nvlm"
 
 
-def cached(path: Path, status: os.stat_result, suffix: str = "") -> Path:
+def cached(path: Path | Remote, status: os.stat_result | Status, suffix: str = "") -> Path:
     """Where the cache holds what is made from `path`: another place if its path, size or time changes."""
     told = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
     return cache_folder() / (hashlib.sha256(os.fsencode(told)).hexdigest()[:32] + suffix)
@@ -27,7 +29,7 @@ def make_once(target: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Of several processes of a node, one makes it and the others wait.
     """
-    if target.exists():
+    if target.is_file():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     with _alone():

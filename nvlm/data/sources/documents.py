@@ -22,14 +22,14 @@ def build(source: FileSource, path: str, key: str, form: Form) -> RowRecords:
     ConfigError."""
     others, files = _sorted(source, path, key)
     rows = [*others, *(JsonFile(str(file), key) for file in files)]
-    return RowRecords(Joined(rows), form, image_root(path, source.root))
+    return RowRecords(Joined(rows), form, image_root(path, source.root, key))
 
 
 def first(source: FileSource, path: str, key: str, form: Form) -> First:
     """The first records, in the same order."""
     others, files = _sorted(source, path, key)
     rows = chain(*map(leading, others), *(first_rows(str(file), key) for file in files))
-    return first_records(key, path, rows, form, image_root(path, source.root))
+    return first_records(key, path, rows, form, image_root(path, source.root, key))
 
 
 def _sorted(source: FileSource, path: str, key: str) -> tuple[list[Rows], Sequence[Path]]:

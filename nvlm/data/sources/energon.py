@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nvlm.config.values import problem
+from nvlm.data.record import printable
+from nvlm.data.remote import Remote, place
 from nvlm.data.sources.files import files_of
 
 _SPLITS = Path(".nv-meta") / "split.yaml"
@@ -15,11 +17,12 @@ _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*))\}")
 _MOST = 1_000_000  # files
 
 
-def shards_of(path: str, suffixes: Sequence[str], key: str) -> list[Path]:
+def shards_of(path: str, suffixes: Sequence[str], key: str) -> list[Path | Remote]:
     """The tars that `path` names. Of a folder with splits: those of `train`, or of `val` if `key` is the setting of
     held-out records. Raises ConfigError."""
-    splits = Path(path) / _SPLITS
-    if not splits.is_file():
+    folder = place(path, key)
+    splits = folder / _SPLITS
+    if not _is_file(splits, key):
         return files_of(path, suffixes, key)
     values = _read(splits, key)
     part = "val" if key.endswith("heldout_path") else "train"
@@ -31,20 +34,27 @@ def shards_of(path: str, suffixes: Sequence[str], key: str) -> list[Path]:
     chosen = [name for name in names if name not in left_out]
     if not chosen or any(Path(name).is_absolute() or ".." in Path(name).parts for name in chosen):
         raise problem(key, f"{splits} with no tars of {part} in its folder", "names of tars", f"{key}='{path}/*.tar'")
-    return [Path(path) / name for name in chosen]
+    return [folder / name for name in chosen]
 
 
-def _read(file: Path, key: str) -> dict[str, Any]:
+def _is_file(file: Path | Remote, key: str) -> bool:
+    try:
+        return file.is_file()
+    except OSError as error:
+        raise problem(key, f"{file}: {printable(str(error))}", "a URL that can be read", f"{key}=PATH") from None
+
+
+def _read(file: Path | Remote, key: str) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(file.read_bytes())
         if all(isinstance(names, list) for names in values["split_parts"].values()):
             return values
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         pass
     got = f"{file}, which cannot be read"
-    raise problem(key, got, "split_parts with lists of tars", f"{key}='{file.parents[1]}/*.tar', which ignores it")
+    raise problem(key, got, "split_parts with lists of tars", f"{key}='{file.parent.parent}/*.tar', which ignores it")
 
 
 def _names(patterns: Sequence[str]) -> list[str]:

@@ -9,18 +9,22 @@ from pathlib import Path
 
 from nvlm.config.fields import named
 from nvlm.config.values import ConfigError, problem
+from nvlm.data import remote
 from nvlm.data.images import open_regular
 from nvlm.data.record import printable
+from nvlm.data.remote import Remote, is_remote, place
 
 _WILD = frozenset("*?[")
 
 
-def files_of(path: str, suffixes: Sequence[str], key: str) -> list[Path]:
+def files_of(path: str, suffixes: Sequence[str], key: str) -> list[Path | Remote]:
     """The files that `path` names, sorted by name; in a folder, those below it that end in one of `suffixes`, but not
     hidden ones, such as an editor's copies.
 
     A file is taken whatever its name is. `key`: the setting that holds `path`. Raises ConfigError if there is none.
     """
+    if is_remote(path):
+        return _remote(place(path, key), suffixes, key)
     if os.path.isdir(path):
         below = (file for file in Path(path).rglob("*") if file.name.endswith(tuple(suffixes)) and not file.is_dir())
         found = sorted(file for file in below if not any(part[0] == "." for part in file.relative_to(path).parts))
@@ -31,6 +35,22 @@ def files_of(path: str, suffixes: Sequence[str], key: str) -> list[Path]:
         return [Path(path)]
     if not found:
         raise _none(path, key, expected)
+    return found
+
+
+def _remote(path: Remote, suffixes: Sequence[str], key: str) -> list[Path | Remote]:
+    try:
+        if is_glob(path.url):
+            found, expected = remote.matching(path), "a glob that matches files"
+        elif path.is_dir():
+            found = [file for file in path.below() if file.name.endswith(tuple(suffixes))]
+            expected = f"a folder with {' or '.join(f'*{suffix}' for suffix in suffixes)}"
+        else:
+            return [path]
+    except OSError as error:
+        raise problem(key, f"{path}: {printable(str(error))}", "a URL that can be read", f"{key}=PATH") from None
+    if not found:
+        raise _none(path.url, key, expected)
     return found
 
 
@@ -46,7 +66,7 @@ def _none(path: str, key: str, expected: str) -> ConfigError:
     return problem(key, f"{named(path)}, where there is none", expected, f"{key}=FILE")
 
 
-def check_begins(path: Path, key: str, beginning: bytes, expected: str, fix: str) -> None:
+def check_begins(path: Path | Remote, key: str, beginning: bytes, expected: str, fix: str) -> None:
     """Raise ConfigError unless `path`, which the setting `key` names, is a regular file with this `beginning`."""
     try:
         with open_regular(path) as file:
@@ -65,15 +85,26 @@ def is_glob(path: str) -> bool:
     return bool(_WILD & set(path)) and not os.path.exists(path)
 
 
-def image_root(path: str, root: str | None) -> Path:
+def image_root(path: str, root: str | None, key: str) -> Path | Remote:
     """The folder that image paths are relative to and may not leave, resolved: `root`, or else the folder of `path`.
 
     The folder of a glob is the part of it before the first pattern.
     """
     if root:
-        return Path(root).resolve()
+        return place(root, f"{key.rpartition('.')[0]}.root").resolve()
+    if is_remote(path):
+        return _remote_root(place(path, key))
     if os.path.isdir(path):
         return Path(path).resolve()
     parts = Path(path).parts
     fixed = next((place for place, part in enumerate(parts) if is_glob(path) and _WILD & set(part)), len(parts) - 1)
     return Path(*parts[:fixed]).resolve()
+
+
+def _remote_root(path: Remote) -> Remote:
+    """The folder of a URL; one that does not end in a file's suffix is a folder itself."""
+    parts = path.url.rstrip("/").split("/")
+    end = next((number for number, part in enumerate(parts) if _WILD & set(part)), None)
+    if end is None:
+        end = len(parts) - 1 if "." in parts[-1] and len(parts) > 3 else len(parts)
+    return Remote("/".join(parts[:end]))

@@ -4,7 +4,6 @@ Imports no torch."""
 from __future__ import annotations
 
 import gzip
-import os
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import BinaryIO
 
 from nvlm.config.values import problem
 from nvlm.data.images import open_regular
+from nvlm.data.remote import Remote
 from nvlm.data.sources.cached import cached, make_once
 
 _MAGIC = b"\x1f\x8b"
@@ -22,7 +22,7 @@ _CHUNK = 1 << 20  # bytes
 
 
 @contextmanager
-def readable(path: Path, key: str) -> Iterator[BinaryIO]:
+def readable(path: Path | Remote, key: str) -> Iterator[BinaryIO]:
     """`path` opened for reading, unpacked if it is a gzip file. `key`: the setting that names it.
 
     Raises OSError for anything but a regular file, and ConfigError for a damaged gzip file, even within the block.
@@ -40,13 +40,16 @@ def readable(path: Path, key: str) -> Iterator[BinaryIO]:
             ) from None
 
 
-def plain_file(path: Path, key: str) -> Path:
-    """`path`, or if it is a gzip file, what it holds as a file in the cache. Raises OSError and ConfigError."""
-    with open_regular(path) as file:
-        if not _is_gzip(file):
-            return path
-        status = os.fstat(file.fileno())
-    target = cached(path, status)
+def plain_file(path: Path | Remote, key: str) -> Path:
+    """`path`, or if it is a gzip file or in object storage, its plain content as a file in the cache.
+
+    Raises OSError and ConfigError.
+    """
+    if isinstance(path, Path):
+        with open_regular(path) as file:
+            if not _is_gzip(file):
+                return path
+    target = cached(path, path.stat())
 
     def unpack(file: BinaryIO) -> None:
         with readable(path, key) as plain:
@@ -56,7 +59,8 @@ def plain_file(path: Path, key: str) -> Path:
         make_once(target, unpack)
     except OSError as error:
         got = f"{path}, which cannot be unpacked into {target.parent} ({error.strerror or error})"
-        raise problem(key, got, "room for the unpacked file", f"unpack it: gunzip {path}") from None
+        fix = f"unpack it: gunzip {path}" if isinstance(path, Path) else "XDG_CACHE_HOME=DIR with more room"
+        raise problem(key, got, "room for the plain file", fix) from None
     return target
 
 

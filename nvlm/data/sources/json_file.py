@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from nvlm.config.fields import named
 from nvlm.config.values import ConfigError, problem
 from nvlm.data.images import open_regular
 from nvlm.data.record import BadRecord, printable
+from nvlm.data.remote import Remote, place
 from nvlm.data.sources.gzipped import plain_file, readable
 from nvlm.data.sources.rows import FirstRow
 
@@ -33,14 +35,14 @@ class JsonFile:
 
     def __init__(self, path: str, key: str) -> None:
         check_file(path, key)
-        self.path = Path(path)
+        self.path = place(path, key)
         self.plain = plain_file(self.path, key)
         self.is_list = _is_list(self.path, key)
         # Where each object starts and ends, bytes from the file's start; and its line, or its place in the list.
         self.starts, self.ends, self.numbers = (_elements if self.is_list else _lines)(self, key)
 
     @property
-    def files(self) -> Sequence[Path]:
+    def files(self) -> Sequence[Path | Remote]:
         """The file itself."""
         return (self.path,)
 
@@ -74,16 +76,16 @@ def parsed(text: bytes) -> object:
 def first_rows(path: str, key: str) -> Iterator[FirstRow]:
     """The first rows of a file, of which no more is read than is needed. Raises ConfigError."""
     check_file(path, key)
-    file = Path(path)
+    file = place(path, key)
     texts = _first_elements(file, key) if _is_list(file, key) else _first_lines(file, key)
     return ((name, functools.partial(parsed, text)) for name, text in texts)
 
 
-def _name(path: Path, is_list: bool, number: int) -> str:
+def _name(path: Path | Remote, is_list: bool, number: int) -> str:
     return f"{path.name}[{number}]" if is_list else f"{path.name}:{number}"
 
 
-def _is_list(path: Path, key: str) -> bool:
+def _is_list(path: Path | Remote, key: str) -> bool:
     with readable(path, key) as file:
         return file.read(1 << 16).removeprefix(_BOM).lstrip(_BLANK.encode()).startswith(b"[")
 
@@ -122,7 +124,7 @@ def _elements(of: JsonFile, key: str) -> tuple[np.ndarray, np.ndarray, Sequence[
     return starts, ends, range(len(spans))
 
 
-def _decoded(data: bytes, path: Path, key: str) -> str:
+def _decoded(data: bytes, path: Path | Remote, key: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -134,7 +136,7 @@ def _bytes(text: str, start: int, end: int) -> int:
     return end - start if text.isascii() else len(text[start:end].encode())
 
 
-def _spans(text: str, path: Path, key: str) -> Iterator[tuple[int, int]]:
+def _spans(text: str, path: Path | Remote, key: str) -> Iterator[tuple[int, int]]:
     """Where each element of the list `text` starts and ends, characters."""
     at = _GAP.match(text, text.index("[") + 1).end()
     count = 0
@@ -154,13 +156,13 @@ def _spans(text: str, path: Path, key: str) -> Iterator[tuple[int, int]]:
         raise problem(key, got, "one list of JSON objects", "join the lists: jq -s add FILES")
 
 
-def _damaged(key: str, path: Path, count: int) -> ConfigError:
+def _damaged(key: str, path: Path | Remote, count: int) -> ConfigError:
     return problem(
         key, f"{path}, damaged or cut short after {count} elements", "a whole list of JSON objects", "write it again"
     )
 
 
-def _first_elements(path: Path, key: str) -> Iterator[tuple[str, bytes]]:
+def _first_elements(path: Path | Remote, key: str) -> Iterator[tuple[str, bytes]]:
     with readable(path, key) as file:
         data = file.read(_LONGEST)
         whole = not file.read(1)
@@ -184,7 +186,7 @@ def _first_elements(path: Path, key: str) -> Iterator[tuple[str, bytes]]:
         raise problem(key, got, "a list of JSON objects", f"{key}=FILE")
 
 
-def _first_lines(path: Path, key: str) -> Iterator[tuple[str, bytes]]:
+def _first_lines(path: Path | Remote, key: str) -> Iterator[tuple[str, bytes]]:
     count = 0
     with readable(path, key) as file:
         for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):
@@ -195,11 +197,11 @@ def _first_lines(path: Path, key: str) -> Iterator[tuple[str, bytes]]:
         raise _blank(key, path)
 
 
-def _empty(key: str, path: Path) -> ConfigError:
+def _empty(key: str, path: Path | Remote) -> ConfigError:
     return problem(key, f"{path}, which is an empty list", "one JSON object per record", f"{key}=FILE")
 
 
-def _blank(key: str, path: str | Path) -> ConfigError:
+def _blank(key: str, path: str | Path | Remote) -> ConfigError:
     return problem(key, f"{path}, which has only blank lines", "one JSON object per line", f"{key}=FILE")
 
 
@@ -207,11 +209,10 @@ def check_file(path: str, key: str) -> None:
     """Raise ConfigError if `path`, which the setting `key` names, cannot be a file of JSON objects."""
     lines, fix = "a text file of one JSON object per line, or of one list of them", f"{key}=FILE"
     try:
-        with readable(Path(path), key) as file:
+        with readable(place(path, key), key) as file:
             first = file.read(64)
     except FileNotFoundError:
-        missing = repr(path) if Path(path).is_absolute() else f"{path!r} in {Path.cwd()}"
-        raise problem(key, missing, "a .jsonl or .json file that exists", fix) from None
+        raise problem(key, named(path), "a .jsonl or .json file that exists", fix) from None
     except ConfigError:
         raise
     except (OSError, ValueError) as error:

@@ -23,10 +23,10 @@ def first(source: FileSource, path: str, key: str, form: Form) -> First:
     """The first records, of which no more is read than is used."""
     files = files_of(path, SUFFIXES, key)
     rows = chain.from_iterable(first_rows(str(file), key) for file in files)
-    return first_records(key, path, rows, form, image_root(path, source.root))
+    return first_records(key, path, rows, form, image_root(path, source.root, key))
 
 
 def records_of(path: str, key: str = "data.path", form: Form = auto.read, root: str | None = None) -> RowRecords:
     """The records of the files that `path` names, which the setting `key` holds. Raises ConfigError."""
     files = [JsonFile(str(file), key) for file in files_of(path, SUFFIXES, key)]
-    return RowRecords(files[0] if len(files) == 1 else Joined(files), form, image_root(path, root))
+    return RowRecords(files[0] if len(files) == 1 else Joined(files), form, image_root(path, root, key))

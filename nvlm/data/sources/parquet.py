@@ -16,6 +16,7 @@ import numpy as np
 from nvlm.config.data import Parquet
 from nvlm.config.values import ConfigError, problem
 from nvlm.data.record import BadRecord, First, printable
+from nvlm.data.remote import Remote
 from nvlm.data.sources.files import check_begins, files_of, image_root
 from nvlm.data.sources.recent import Recent
 from nvlm.data.sources.rows import Form, Joined, Row, RowRecords, first_records, leading
@@ -54,16 +55,16 @@ class ParquetFile:
     Only the file's metadata is read at first, and of that only the lengths of the row groups are kept.
     """
 
-    def __init__(self, path: str | Path, key: str, cache: Cache) -> None:
-        metadata = _metadata(Path(path), key)
+    def __init__(self, path: Path | Remote, key: str, cache: Cache) -> None:
+        metadata = _metadata(path, key)
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-        self.path, self.cache = Path(path), cache
+        self.path, self.cache = path, cache
         self.ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
         self.largest = max((group.total_byte_size for group in groups), default=0)  # bytes, decompressed
         self.bytes = sum(group.total_byte_size for group in groups)
 
     @property
-    def files(self) -> Sequence[Path]:
+    def files(self) -> Sequence[Path | Remote]:
         """The file itself."""
         return (self.path,)
 
@@ -109,12 +110,12 @@ def plain_row(table: Table, index: int) -> dict[str, Any]:
 
 def build(source: Parquet, path: str, key: str, form: Form) -> RowRecords:
     """The records of the files that `path` names. Raises ConfigError."""
-    return RowRecords(rows_of(path, key), form, image_root(path, source.root))
+    return RowRecords(rows_of(path, key), form, image_root(path, source.root, key))
 
 
 def first(source: Parquet, path: str, key: str, form: Form) -> First:
     """The first records; the metadata of all files is checked."""
-    return first_records(key, path, leading(rows_of(path, key)), form, image_root(path, source.root))
+    return first_records(key, path, leading(rows_of(path, key)), form, image_root(path, source.root, key))
 
 
 def rows_of(path: str, key: str) -> Joined:
@@ -122,7 +123,7 @@ def rows_of(path: str, key: str) -> Joined:
     return rows_in(files_of(path, SUFFIXES, key), path, key)
 
 
-def rows_in(paths: Sequence[Path], path: str, key: str) -> Joined:
+def rows_in(paths: Sequence[Path | Remote], path: str, key: str) -> Joined:
     """The rows of the files `paths`, which `path` names. Raises ConfigError."""
     cache = new_cache()
     files = [ParquetFile(file, key, cache) for file in paths]
@@ -144,13 +145,15 @@ def _check_groups(file: ParquetFile, path: str, key: str) -> None:
         raise problem(key, got, f"row groups of at most {_GROUP >> 20} MiB, or {_KEPT >> 20} MiB in all", fix)
 
 
-def _opened(path: Path) -> Any:
+def _opened(path: Path | Remote) -> Any:
     from pyarrow.parquet import ParquetFile as Reader
 
+    if isinstance(path, Remote):
+        return Reader(path.native(), pre_buffer=True)  # few requests of large ranges
     return Reader(path, pre_buffer=False)
 
 
-def _metadata(path: Path, key: str) -> FileMetaData:
+def _metadata(path: Path | Remote, key: str) -> FileMetaData:
     import pyarrow as pa
 
     expected, fix = "a Parquet file", f"{key}=FILE.parquet"
@@ -163,5 +166,5 @@ def _metadata(path: Path, key: str) -> FileMetaData:
         raise _damaged(path, key, error, expected, fix) from None
 
 
-def _damaged(path: Path, key: str, error: Exception, expected: str, fix: str) -> ConfigError:
+def _damaged(path: Path | Remote, key: str, error: Exception, expected: str, fix: str) -> ConfigError:
     return problem(key, f"{path}, which is damaged or cut short ({printable(str(error))})", expected, fix)

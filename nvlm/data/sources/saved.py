@@ -12,6 +12,7 @@ from nvlm.config.data import Datasets
 from nvlm.config.fields import named
 from nvlm.config.values import problem
 from nvlm.data.record import First, printable
+from nvlm.data.remote import is_remote, place
 from nvlm.data.sources.files import image_root, is_glob, matching
 from nvlm.data.sources.parquet import plain_row
 from nvlm.data.sources.rows import Form, Joined, Row, RowRecords, first_records, leading
@@ -51,16 +52,19 @@ class SavedDataset:
 
 def build(source: Datasets, path: str, key: str, form: Form) -> RowRecords:
     """The records of the folders that `path` names. Raises ConfigError."""
-    return RowRecords(rows_of(path, key), form, image_root(path, source.root))
+    return RowRecords(rows_of(path, key), form, image_root(path, source.root, key))
 
 
 def first(source: Datasets, path: str, key: str, form: Form) -> First:
     """The first records; all folders are opened."""
-    return first_records(key, path, leading(rows_of(path, key)), form, image_root(path, source.root))
+    return first_records(key, path, leading(rows_of(path, key)), form, image_root(path, source.root, key))
 
 
 def rows_of(path: str, key: str) -> Joined:
     """The rows of the folders that `path`, a folder or a glob, names. Raises ConfigError."""
+    if is_remote(path):
+        got = f"{place(path, key)}, a folder that is mapped into memory"
+        raise problem(key, got, "a folder on a disk", f"copy it, or use its Parquet files: data=parquet {key}={path}")
     folders = matching(path, key) if is_glob(path) else [Path(path)]
     found = Joined([SavedDataset(folder, key) for folder in folders])
     if not len(found):

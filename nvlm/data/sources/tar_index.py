@@ -6,7 +6,6 @@ sample is a run of members with the same key, as in WebDataset. Only headers are
 
 from __future__ import annotations
 
-import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import numpy as np
 from nvlm.config.values import ConfigError, problem
 from nvlm.data.images import open_regular
 from nvlm.data.record import printable
+from nvlm.data.remote import Remote
 from nvlm.data.sources.cached import cached, make_once
 
 BLOCK = 512  # bytes: all offsets are multiples of it
@@ -70,26 +70,27 @@ class _Headers:
         return self.file.read(size)
 
 
-def offsets_of(path: Path, key: str) -> np.ndarray:
+def offsets_of(path: Path | Remote, key: str) -> np.ndarray:
     """The index of the tar file `path` [N + 1], int64: read if there is one that fits, else built and kept.
 
     `key`: the setting that named the file. Raises ConfigError if the tar is damaged, or its index is that of another.
     """
     with _open(path, key) as file:
-        status, beside = os.fstat(file.fileno()), index_path(path)
-        for index in (beside, cached(path, status, ".tar.idx")):
+        status, beside = path.stat(), index_path(path)
+        here = [beside] if isinstance(beside, Path) or beside.is_file() else []  # nothing is written to object storage
+        for index in (*here, cached(path, status, ".tar.idx")):
             with suppress(OSError):  # a folder that cannot be written
                 make_once(index, lambda target: target.write(_scanned(file, path, key).astype("<u8").tobytes()))
                 return _checked(index, file, status.st_size, path, key)
         return _scanned(file, path, key)
 
 
-def index_path(path: Path) -> Path:
+def index_path(path: Path | Remote) -> Path | Remote:
     """Where energon keeps the index of a tar file."""
     return path.with_suffix(".tar.idx")
 
 
-def _scanned(file: BinaryIO, path: Path, key: str) -> np.ndarray:
+def _scanned(file: BinaryIO, path: Path | Remote, key: str) -> np.ndarray:
     offsets, last = [], None
     try:
         file.seek(0)
@@ -105,24 +106,25 @@ def _scanned(file: BinaryIO, path: Path, key: str) -> np.ndarray:
         raise problem(key, got, "a whole tar file", "copy or write it again") from None
 
 
-def _checked(index: Path, file: BinaryIO, size: int, path: Path, key: str) -> np.ndarray:
-    found = np.fromfile(index, dtype="<u8").astype(np.int64)
-    if index.stat().st_size == 8 * len(found) and len(found) and found[-1] > size:
+def _checked(index: Path | Remote, file: BinaryIO, size: int, path: Path | Remote, key: str) -> np.ndarray:
+    data = index.read_bytes()
+    found = np.frombuffer(data[: len(data) // 8 * 8], dtype="<u8").astype(np.int64)
+    if len(data) == 8 * len(found) and len(found) and found[-1] > size:
         got = f"{path} with {size} bytes, less than the {found[-1]} in {index.name}: cut short, or another tar"
         raise problem(key, got, "the tar of its index", f"copy the tar again, or remove the index: rm {index}")
     try:
-        _check(index, found, file)
+        _check(len(data), found, file)
     except (tarfile.TarError, ValueError, IndexError) as error:
         got = f"{path} with an index that is not its own ({printable(str(error))})"
         raise problem(key, got, "the index of this tar", f"rm {index}, and it is built again") from None
     return found
 
 
-def _check(index: Path, found: np.ndarray, file: BinaryIO) -> None:
-    """Raise tarfile.TarError or ValueError unless the index is one, with headers at its first, middle and last sample
-    and nothing after its end."""
-    if index.stat().st_size != 8 * len(found) or not len(found):
-        raise ValueError(f"{index.stat().st_size} bytes")
+def _check(size: int, found: np.ndarray, file: BinaryIO) -> None:
+    """Raise tarfile.TarError or ValueError unless the index of `size` bytes is one, with headers at its first, middle
+    and last sample and nothing after its end."""
+    if size != 8 * len(found) or not len(found):
+        raise ValueError(f"{size} bytes")
     if found[0] < 0 or (found % BLOCK).any() or (np.diff(found) <= 0).any():
         raise ValueError("offsets that do not increase by whole blocks")
     samples = found[:-1]
@@ -132,7 +134,7 @@ def _check(index: Path, found: np.ndarray, file: BinaryIO) -> None:
     check_end(file, int(found[-1]))
 
 
-def _open(path: Path, key: str) -> BinaryIO:
+def _open(path: Path | Remote, key: str) -> BinaryIO:
     expected, fix = "a tar file", f"{key}=FILE.tar"
     try:
         file = open_regular(path)
@@ -161,6 +163,6 @@ def _wrong(start: bytes) -> str | None:
     return None
 
 
-def _of_another_kind(path: Path, key: str, wrong: str) -> ConfigError:
+def _of_another_kind(path: Path | Remote, key: str, wrong: str) -> ConfigError:
     fix = f"unpack it: gunzip {path}" if "gzip" in wrong else f"{key}=FILE.tar"
     return problem(key, f"{path}, {wrong}", "a tar file that is not compressed", fix)

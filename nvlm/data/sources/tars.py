@@ -4,7 +4,6 @@ a path. Imports no torch."""
 from __future__ import annotations
 
 import io
-import os
 import re
 import sys
 import tarfile
@@ -18,6 +17,7 @@ from nvlm.config.values import problem
 from nvlm.data.forms.dialogue import TURNS
 from nvlm.data.images import open_regular
 from nvlm.data.record import BadRecord, First, Record
+from nvlm.data.remote import Remote, spans
 from nvlm.data.sources.energon import shards_of
 from nvlm.data.sources.files import image_root
 from nvlm.data.sources.json_file import parsed
@@ -35,12 +35,12 @@ _OTHERS = frozenset("mp4 avi mov mkv webm mpeg mp3 wav flac ogg m4a".split())  #
 class TarFile:
     """The samples of a tar file as rows. `key`: the setting that named it. Raises ConfigError."""
 
-    def __init__(self, path: Path, key: str, opened: Recent) -> None:
+    def __init__(self, path: Path | Remote, key: str, opened: Recent) -> None:
         self.offsets = offsets_of(path, key)
         self.path, self.opened = path, opened
 
     @property
-    def files(self) -> Sequence[Path]:
+    def files(self) -> Sequence[Path | Remote]:
         """The tar."""
         return (self.path,)
 
@@ -53,8 +53,7 @@ class TarFile:
         start, end = (int(self.offsets[index + step]) for step in (0, 1))
         if end - start > _LARGEST:
             raise BadRecord(f"a sample of {end - start >> 20} MiB, more than {_LARGEST >> 20}")
-        file = self.opened.get(self.path, lambda: open_regular(self.path))
-        data = os.pread(file.fileno(), end - start, start)
+        data = self.opened.get(self.path, lambda: spans(self.path, open_regular))(start, end - start)
         if len(data) < end - start:
             raise BadRecord("the tar is cut short within this sample")
         return row_of(*parts_of(data))
@@ -132,12 +131,14 @@ def _decoded(key: str, text: bytes) -> str:
 
 def build(source: Webdataset, path: str, key: str, form: Form) -> RowRecords:
     """The records of the files that `path` names. Raises ConfigError."""
-    return RowRecords(rows_of(path, key), _form(source, form), image_root(path, source.root))
+    return RowRecords(rows_of(path, key), _form(source, form), image_root(path, source.root, key))
 
 
 def first(source: Webdataset, path: str, key: str, form: Form) -> First:
     """The first records; all tars get an index."""
-    return first_records(key, path, leading(rows_of(path, key)), _form(source, form), image_root(path, source.root))
+    return first_records(
+        key, path, leading(rows_of(path, key)), _form(source, form), image_root(path, source.root, key)
+    )
 
 
 def rows_of(path: str, key: str) -> Joined:
@@ -155,11 +156,11 @@ def rows_of(path: str, key: str) -> Joined:
 def _form(source: Webdataset, form: Form) -> Form:
     """`form`, with all images from the tar unless a folder of images is named."""
 
-    def read(row: Any, name: str, root: Path) -> Record:
+    def read(row: Any, name: str, root: Path | Remote) -> Record:
         if "caption" in row and not source.task and not any(row.get(key) for key in TURNS):
             raise BadRecord("a txt without messages in a json: data.task=caption makes a conversation of it")
         record = form(row, name, root)
-        outside = [image for image in record.images if isinstance(image, Path)]
+        outside = [image for image in record.images if isinstance(image, Path | Remote)]
         if outside and not source.root:
             raise BadRecord(f"image {outside[0].name} is not in the sample: data.root=DIR names a folder of images")
         return record

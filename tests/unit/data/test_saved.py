@@ -116,3 +116,9 @@ def test_a_file_and_a_missing_folder_are_called_by_name(tmp_path):
     for path, reason in (("f.arrow", "f.arrow', a file, expected a folder that save_to_disk"), ("gone", "gone', exp")):
         with pytest.raises(ConfigError, match=reason):
             rows_of(str(tmp_path / path), "data.path")
+
+
+def test_a_url_is_refused_with_what_to_do(configured):
+    data = configured("data=datasets", "data.path=s3://bucket/d").data
+    with pytest.raises(ConfigError, match="expected a folder on a disk. Fix: copy it, or use its Parquet files"):
+        build_records(data, seed=0)
