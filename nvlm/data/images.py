@@ -174,7 +174,7 @@ def _as_stored(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _opened(source: bytes | Path, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(source: bytes | Path | Remote, max_pixels: int) -> Iterator[Image.Image]:
     """An image of which only the header has been read. Anything that Pillow raises, even within the block, becomes
     BadRecord with the image's name."""
     name = "embedded image" if isinstance(source, bytes) else source.name
