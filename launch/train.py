@@ -10,7 +10,7 @@ import time
 
 STARTED = time.time()
 
-from nvlm.commands.compose import main  # noqa: E402
+from nvlm.commands.train import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main(STARTED))

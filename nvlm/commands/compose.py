@@ -1,22 +1,15 @@
-"""The command line: compose and check all runs, then start them one by one.
-
-Imports no torch, so that mistakes are reported immediately.
-"""
+"""Command-line words as validated configurations. Imports no torch, so that mistakes are reported immediately."""
 
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-import hydra
 from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -24,17 +17,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nvlm.arch.registry import check_architecture, description
 from nvlm.commands.blends import sources_by_name
-from nvlm.commands.mistakes import answered
 from nvlm.commands.words import SWEEP_FLAGS, parse, plain_words
 from nvlm.config.keys import near_keys
 from nvlm.config.mapping import from_mapping
 from nvlm.config.rules import validate
 from nvlm.config.values import Config, ConfigError, problem
 from nvlm.estimate.lengths import check_lengths
-from nvlm.processes.requeue import in_job, requeued
-from nvlm.runs.folder import steps_done
-from nvlm.runs.ownership import ROOT, check_folder, flat
-from nvlm.runs.place import check_place, sweep_folder
+from nvlm.runs.ownership import ROOT, flat
+from nvlm.runs.place import sweep_folder
 from nvlm.vision.encoders.registry import check_encoder
 
 CONF = ROOT / "conf"
@@ -54,95 +44,11 @@ OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)  # f
 OmegaConf.register_new_resolver("by_arch", _by_arch, replace=True)  # for conf/lengths
 
 
-def main(started: float) -> int:
-    """Run the command line and return the exit status. `started`: time.time() at the start of the command."""
-    return answered(lambda: _answer(started))
-
-
-def _answer(started: float) -> int:
-    sys.argv[1:] = _effective(plain_words(sys.argv[1:]))  # Hydra parses them again
-    configs = check_overrides(sys.argv[1:])
-    # These import what reads weights, text and images; a mistyped key need not wait for it.
-    from nvlm.commands import launch
-    from nvlm.inputs.check import check_weights
-
-    sweep = any(word in SWEEP_FLAGS for word in sys.argv)
-    if len(configs) > 1 and not sweep:
-        raise problem("command line", f"{len(configs)} runs", "one, or -m for a sweep", "add -m")
-    elsewhere = any(word.startswith("hydra/launcher=") for word in sys.argv[1:])  # as jobs on other machines
-    for config in configs:
-        if not elsewhere:
-            launch.check_machine(config)
-        if config.resume == "never":  # otherwise the run folder decides what is needed
-            check_weights(config)
-    if configs and all(config.dry_run for config in configs):
-        launch.quiet()
-        from nvlm.commands.dryrun import dry_run
-
-        for config in configs:
-            dry_run(config)
-        return 0
-    if configs and not elsewhere:
-        _check_place(sys.argv[1:], sweep)
-        for config, folder in zip(configs, _folders(sys.argv[1:], sweep)):
-            check_folder(config, folder)
-            if config.resume == "auto":
-                check_weights(config, folder)
-    _through_hydra(started)
-    return 0
-
-
-def _check_place(arguments: Sequence[str], sweep: bool) -> None:
-    """Raise ConfigError if the folder of the run, or of the sweep, cannot be created."""
-    key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
-    own = [word for word in arguments if word.startswith("hydra.") or word.startswith("name=")] if sweep else arguments
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("config", overrides=[*own], return_hydra_config=True)
-    check_place(Path(OmegaConf.select(composed, key)), key)
-
-
-def _folders(arguments: Sequence[str], sweep: bool) -> Iterator[Path]:
-    """The folder of each run, as Hydra will name it."""
-    for number, combination in enumerate(_runs(arguments)):
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose("config", overrides=[*combination], return_hydra_config=True)
-        composed.hydra.job.num, composed.hydra.job.id = number, str(number)
-        HydraConfig.instance().set_config(composed)  # folder names may refer to it
-        hydra_config = composed.hydra
-        yield Path(hydra_config.sweep.dir, hydra_config.sweep.subdir) if sweep else Path(hydra_config.run.dir)
-
-
-def _through_hydra(started: float) -> None:
-    """Start each run through Hydra, in the folder that Hydra names. Also handles --help and similar flags."""
-    begins = iter([started])  # only the first run of a sweep starts with the command
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its own traceback and exits
-
-    @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
-    def job(composed: DictConfig) -> None:
-        run_dir = Path(HydraConfig.get().runtime.output_dir)
-        if status := answered(lambda: _start(composed, run_dir, next(begins, time.time()))):
-            sys.exit(status)
-
-    try:
-        job()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise _explain(error) from None
-
-
-def _start(composed: DictConfig, run_dir: Path, started: float) -> int:
-    from nvlm.commands import launch
-
-    config = to_config(composed)
-    if in_job():
-        launch.check_machine(config)
-    with requeued(lambda: steps_done(run_dir) < config.train.steps):
-        launch.start(config, run_dir, started)
-    return 0
-
-
 def to_config(composed: DictConfig) -> Config:
     """Hydra's composed configuration as a validated value."""
     values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    if names := values.get("stages"):
+        raise problem("stages", ", ".join(names), "one of them, for this command", f"+experiment={names[-1]}")
     if "sources" in values["data"]:
         values["data"]["sources"] = sources_by_name(values["data"]["sources"])
     return check_lengths(check_encoder(check_architecture(validate(from_mapping(Config, values)))))
@@ -162,17 +68,17 @@ def check_overrides(arguments: list[str], also: Sequence[str] = ()) -> list[Conf
     if any(word.startswith("-") and word not in SWEEP_FLAGS for word in arguments):
         return []
     configs = []
-    for combination in _runs(_effective(arguments)):
+    for combination in runs(effective(arguments)):
         try:
             configs.append(compose_config(*combination))
         except ConfigError:
             raise
         except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
-            raise _explain(error, also, combination) from None
+            raise explain(error, also, combination) from None
     return configs
 
 
-def _effective(arguments: Sequence[str]) -> list[str]:
+def effective(arguments: Sequence[str]) -> list[str]:
     """`arguments` without keys that belong only to other data sources than the chosen one; warns on stderr."""
     chosen = [word for word in arguments if word.startswith("data=")]
     file = CONF / "data" / f"{chosen[-1].partition('=')[2]}.yaml" if chosen else None
@@ -192,7 +98,7 @@ def _keys(file: Path) -> set[str]:
     return set(values).union(*(_keys(file.parent / f"{base.partition('@')[0]}.yaml") for base in bases))
 
 
-def _runs(arguments: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def runs(arguments: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """The overrides of each run requested by `arguments`."""
     overrides = [parse(word) for word in plain_words(arguments) if not word.startswith("-")]
     for override in overrides:
@@ -229,7 +135,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(".")
 
 
-def _explain(error: Exception, also: Sequence[str] = (), words: Sequence[str] = ()) -> ConfigError:
+def explain(error: Exception, also: Sequence[str] = (), words: Sequence[str] = ()) -> ConfigError:
     """An error of Hydra or OmegaConf about `words`, in this project's form."""
     text = str(error)
     if match := re.search(r"ConfigError raised while resolving interpolation: (.+)", text):

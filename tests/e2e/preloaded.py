@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvlm.commands import compose, launch
+from nvlm.commands import launch, train
 from nvlm.processes import workers
 from nvlm.train import loop, watch
 from tests.server import CONTEXT
@@ -138,7 +138,7 @@ def _launch(where: Path, overrides, change) -> None:
     if change:
         change()
     sys.argv = ["train.py", *overrides]
-    _exit(lambda: compose.main(time.time()))
+    _exit(lambda: train.main(time.time()))
 
 
 def _tell(text: str) -> None:

@@ -101,6 +101,8 @@ def test_no_import_goes_up(room):
         ("evaluate", NO_ARCHITECTURE),
         ("inspect", ("megatron", "nvlm.arch.base", "nvlm.llm", "nvlm.train", *VISION_MODULES)),
         ("commands/compose", ("torch", "megatron")),
+        ("commands/stages", ("torch", "megatron")),
+        ("commands/train", ("torch", "megatron")),
         ("doctor", (*NO_TORCH, "omegaconf", "numpy")),
     ],
 )

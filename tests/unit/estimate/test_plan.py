@@ -330,7 +330,7 @@ def test_the_launcher_refuses_by_what_the_driver_tells(tmp_path):
                  "llm.tokenizer=tiny",
                  "init.vision=nowhere", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
     code = (
-        "import sys, time; from nvlm.commands.compose import main\n"
+        "import sys, time; from nvlm.commands.train import main\n"
         f"sys.argv[1:] = {arguments!r}\n"
         "status = main(time.time())\n"
         "assert not any(m == 'torch' or m.startswith('megatron') for m in sys.modules)\n"

@@ -1,0 +1,182 @@
+"""launch/train.py: check all runs that the command line asks for, then start them one by one.
+
+Imports no torch, so that mistakes are reported immediately.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nvlm.commands.compose import CONF, check_overrides, effective, explain, runs, to_config
+from nvlm.commands.mistakes import answered
+from nvlm.commands.stages import Stage, check_sequence, stages_of
+from nvlm.commands.words import SWEEP_FLAGS, plain_words
+from nvlm.config.values import Config, problem
+from nvlm.processes.requeue import in_job, requeued
+from nvlm.runs.folder import has_run, latest, steps_done
+from nvlm.runs.ownership import check_folder
+from nvlm.runs.place import check_place
+
+_LATE = 30.0  # seconds until a shared file system shows on all machines what one of them wrote
+
+
+def main(started: float) -> int:
+    """Run the command line and return the exit status. `started`: time.time() at the start of the command."""
+    return answered(lambda: _answer(started))
+
+
+def _answer(started: float) -> int:
+    words = plain_words(sys.argv[1:])
+    if stages := stages_of(words):
+        return _through_stages(stages, started)
+    sys.argv[1:] = effective(words)  # Hydra parses them again
+    configs = check_overrides(sys.argv[1:])
+    sweep = any(word in SWEEP_FLAGS for word in sys.argv)
+    if len(configs) > 1 and not sweep:
+        raise problem("command line", f"{len(configs)} runs", "one, or -m for a sweep", "add -m")
+    elsewhere = any(word.startswith("hydra/launcher=") for word in sys.argv[1:])  # as jobs on other machines
+    for config in configs:
+        _check(config, elsewhere)
+    if configs and all(config.dry_run for config in configs):
+        return _dry_run(configs)
+    if configs and not elsewhere:
+        _check_place(sys.argv[1:], sweep)
+        for config, folder in zip(configs, _folders(sys.argv[1:], sweep)):
+            _check_run(config, folder)
+    _through_hydra(started)
+    return 0
+
+
+# These import what reads weights, text and images; a mistyped key need not wait for it.
+
+
+def _check(config: Config, elsewhere: bool = False) -> None:
+    from nvlm.commands import launch
+    from nvlm.inputs.check import check_weights
+
+    if not elsewhere:
+        launch.check_machine(config)
+    if config.resume == "never":  # otherwise the run folder decides what is needed
+        check_weights(config)
+
+
+def _check_run(config: Config, folder: Path) -> None:
+    from nvlm.inputs.check import check_weights
+
+    check_folder(config, folder)
+    if config.resume == "auto":
+        check_weights(config, folder)
+
+
+def _dry_run(configs: Sequence[Config]) -> int:
+    from nvlm.commands import launch
+    from nvlm.commands.dryrun import dry_run
+
+    launch.quiet()
+    for config in configs:
+        dry_run(config)
+    return 0
+
+
+def _through_stages(stages: Sequence[Stage], started: float) -> int:
+    """Check all stages, then run them one after the other; one that ends early is the last.
+
+    With resume=auto, stages that are done are passed over.
+    """
+    given = [effective(stage.words) for stage in stages]
+    configs = [config for words in given for config in check_overrides(words)]
+    if len(configs) > len(stages):
+        raise problem(
+            "command line", f"{len(configs)} runs", f"one for each of {len(stages)} stages", "one value a key"
+        )
+    check_sequence(stages, configs)
+    for number, (stage, config) in enumerate(zip(stages, configs)):
+        begun = number == 0 or latest(stages[number - 1].folder)
+        own = config if begun else replace(config, init=replace(config.init, checkpoint=None))
+        _check(own)
+        if not config.dry_run:
+            _check_place(given[number], sweep=False)
+            _check_run(own, stage.folder)
+    if configs[0].dry_run:
+        return _dry_run(configs)
+    for number, (stage, config) in enumerate(zip(stages, configs)):
+        if number + 1 < len(stages) and has_run(stages[number + 1].folder):
+            continue
+        print(f"stage {number + 1} of {len(stages)}: {stage.name}, in {stage.folder}", flush=True)
+        sys.argv[1:] = given[number]
+        _through_hydra(started if number == 0 else time.time())
+        if not _done(config, stage.folder):
+            return 0  # a signal ended it
+    return 0
+
+
+def _done(config: Config, folder: Path) -> bool:
+    """Whether the run that just ended in `folder` has done all its steps, which another machine may have written."""
+    from nvlm.commands.launch import launched
+
+    over = time.monotonic() + (_LATE if launched() else 0)
+    while steps_done(folder) < config.train.steps:
+        if time.monotonic() > over:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def _check_place(arguments: Sequence[str], sweep: bool) -> None:
+    """Raise ConfigError if the folder of the run, or of the sweep, cannot be created."""
+    key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
+    own = [word for word in arguments if word.startswith("hydra.") or word.startswith("name=")] if sweep else arguments
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("config", overrides=[*own], return_hydra_config=True)
+    check_place(Path(OmegaConf.select(composed, key)), key)
+
+
+def _folders(arguments: Sequence[str], sweep: bool) -> Iterator[Path]:
+    """The folder of each run, as Hydra will name it."""
+    for number, combination in enumerate(runs(arguments)):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("config", overrides=[*combination], return_hydra_config=True)
+        composed.hydra.job.num, composed.hydra.job.id = number, str(number)
+        HydraConfig.instance().set_config(composed)  # folder names may refer to it
+        hydra_config = composed.hydra
+        yield Path(hydra_config.sweep.dir, hydra_config.sweep.subdir) if sweep else Path(hydra_config.run.dir)
+
+
+def _through_hydra(started: float) -> None:
+    """Start each run through Hydra, in the folder that Hydra names. Also handles --help and similar flags."""
+    begins = iter([started])  # only the first run of a sweep starts with the command
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its own traceback and exits
+
+    @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+    def job(composed: DictConfig) -> None:
+        run_dir = Path(HydraConfig.get().runtime.output_dir)
+        if status := answered(lambda: _start(composed, run_dir, next(begins, time.time()))):
+            sys.exit(status)
+
+    try:
+        job()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from None
+
+
+def _start(composed: DictConfig, run_dir: Path, started: float) -> int:
+    from nvlm.commands import launch
+
+    config = to_config(composed)
+    if in_job():
+        launch.check_machine(config)
+    with requeued(lambda: steps_done(run_dir) < config.train.steps):
+        launch.start(config, run_dir, started)
+    return 0
