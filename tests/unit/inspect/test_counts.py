@@ -16,6 +16,7 @@ from nvlm.data.outline import build_processor, outline
 from nvlm.data.record import Record
 from nvlm.data.samples import fill
 from nvlm.data.sources.registry import build_records
+from nvlm.data.tokenizer import TINY
 from nvlm.inspect.charts import histogram, quantile
 from nvlm.inspect.count import learned
 from nvlm.inspect.rows import packed
@@ -79,6 +80,16 @@ def processor(config):
 def test_fewer_tiles_are_counted(config, folder):
     (tally,) = found(config("xattn", "data.cross_length=112"), folder).tallies.values()
     assert (tally.fewer_tiles, tally.tiles, tally.tiles_lost) == (1, 7, 2)  # 2 x 2 and a thumbnail in place of 3 x 2
+
+
+def test_documents_that_are_cut_are_counted(configured, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": "once upon a time " * count}) + "\n" for count in (1, 300)))
+    made = configured("arch=decoder", "data=text", f"data.path={file}", "data.workers=0", "evaluate=none")
+    seen = found(made, tmp_path)
+    (tally,) = seen.tallies.values()
+    assert (tally.records, tally.bad, tally.cut, tally.images) == (2, 0, 1, 0)
+    assert max(tally.by_length) == made.data.seq_length and {one.cut for one in seen.shown} == {False, True}
 
 
 def test_damaged_pixels_are_found_on_request(folder, configured, tmp_path):
@@ -227,3 +238,22 @@ def test_histograms_hold_every_value():
         assert bar.count == sum(count for value, count in values.items() if bar.low <= value <= bar.high)
     assert [quantile(values, share) for share in (0, 0.5, 0.9, 1)] == [0, 99, 1000, 1000]
     assert histogram("a", "b", Counter({5: 2})).bars[0].count == 2
+
+
+@pytest.mark.parametrize("chat", ["llama3", "vicuna", "mistral"])
+def test_words_are_told_from_a_chat_format_that_is_tokenised_together_with_them(tmp_path, config, chat):
+    names = "<s> </s> [INST] [/INST] <|start_header_id|> <|end_header_id|> <|eot_id|>".split()
+    values = json.loads(TINY.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    values["added_tokens"] += [{"id": 512 + i, "content": n, "special": True, **flags} for i, n in enumerate(names)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    words = (f"llm.tokenizer={tmp_path}", "llm.vocab=600", "llm.bos='<s>'", f"llm.chat={chat}", "data.system=Be kind.")
+    made = config("decoder", *words)
+    one = record(made, 2)
+    processor, sketch = sketched(made, one)
+    found = boxes(sketch, all_turns(one, processor), processor.tokenizer)
+    assert [number for box in found for number in box.ids] == fill(one, sketch, processor).tokens.tolist()
+    spelled = {kind: "".join(box.text for box in found if box.kind == kind).strip() for kind in ("system", "user")}
+    assert spelled == {"system": "Be kind.", "user": "no picture"}
+    answer = "".join(box.text for box in found if box.kind == LEARNED)
+    assert answer.strip().startswith(one.messages[1]["content"]) and answer.endswith(("</s>", "<|eot_id|>"))
