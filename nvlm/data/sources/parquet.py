@@ -22,7 +22,7 @@ from nvlm.data.sources.recent import Recent
 from nvlm.data.sources.rows import Form, Joined, Row, RowRecords, first_records, leading
 
 if TYPE_CHECKING:
-    from pyarrow import Table
+    from pyarrow import RecordBatch, Table
     from pyarrow.parquet import FileMetaData
 
 SUFFIXES = (".parquet",)
@@ -100,7 +100,7 @@ class ParquetFile:
             raise BadRecord(f"row group {number} cannot be read: {printable(str(error))}") from None
 
 
-def plain_row(table: Table, index: int) -> dict[str, Any]:
+def plain_row(table: Table | RecordBatch, index: int) -> dict[str, Any]:
     """A row as plain Python values. Raises BadRecord, as for a map with a repeated key."""
     try:
         return table.slice(index, 1).to_pylist(maps_as_pydicts="strict")[0]

@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvlm.config.data import Datasets
 from nvlm.config.fields import named
 from nvlm.config.values import problem
-from nvlm.data.record import First, printable
+from nvlm.data.record import BadRecord, First, printable
 from nvlm.data.remote import is_remote, place
 from nvlm.data.sources.files import image_root, is_glob, matching
 from nvlm.data.sources.parquet import plain_row
-from nvlm.data.sources.rows import Form, Joined, Row, RowRecords, first_records, leading
+from nvlm.data.sources.rows import Form, Joined, Row, RowRecords, find, first_records, leading
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,21 +30,34 @@ class SavedDataset:
 
     def __init__(self, path: str | Path, key: str) -> None:
         _check_folder(Path(path), key)
-        self.path = Path(path)
-        self.dataset = _loaded(self.path, key)
+        self.path, self.key = Path(path), key
+        dataset = _loaded(self.path, key)
+        self.files: Sequence[Path] = [Path(file["filename"]) for file in dataset.cache_files]
+        self.batches = dataset.data.to_batches()
+        self.ends = tuple(accumulate(batch.num_rows for batch in self.batches))
+        self.whole: set[int] = set()  # the batches that are known to be undamaged
 
-    @property
-    def files(self) -> Sequence[Path]:
-        """The folder's .arrow files."""
-        return [Path(file["filename"]) for file in self.dataset.cache_files]
+    def __reduce__(self) -> tuple:
+        return SavedDataset, (self.path, self.key)  # pickled batches would be copies of the data
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, index: int) -> Row:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return plain_row(self.dataset[index], 0)
+        number, place = find(self.ends, index)
+        if number not in self.whole:
+            self._check(number)
+        return plain_row(self.batches[number], place)
+
+    def _check(self, number: int) -> None:
+        """Raise BadRecord if a batch is damaged: reading it could end the process. Does not read images."""
+        import pyarrow as pa
+
+        try:
+            self.batches[number].validate(full=True)
+        except pa.ArrowException as error:
+            raise BadRecord(f"batch {number} of the rows is damaged: {printable(str(error))}") from None
+        self.whole.add(number)
 
     def name(self, index: int) -> str:
         """FOLDER[ROW], counted from 0."""
@@ -99,7 +113,7 @@ def _loaded(path: Path, key: str) -> Dataset:
     import datasets
 
     try:
-        return datasets.load_from_disk(str(path)).with_format("arrow")
+        return datasets.load_from_disk(str(path))
     except Exception as error:  # of many types, for files that are missing, damaged or of another version
         got = f"{path}, which cannot be opened ({type(error).__name__}: {printable(str(error))})"
         raise problem(key, got, "a folder that save_to_disk wrote, complete", "copy or save it again") from None

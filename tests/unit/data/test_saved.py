@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import random
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from nvlm.arch.registry import placement_rule
 from nvlm.config.values import ConfigError
 from nvlm.data.look import check_data
 from nvlm.data.outline import build_processor
+from nvlm.data.record import BadRecord
 from nvlm.data.samples import encode
 from nvlm.data.sources.registry import build_records
 from nvlm.data.sources.saved import SavedDataset, rows_of
@@ -122,3 +124,33 @@ def test_a_url_is_refused_with_what_to_do(configured):
     data = configured("data=datasets", "data.path=s3://bucket/d").data
     with pytest.raises(ConfigError, match="expected a folder on a disk. Fix: copy it, or use its Parquet files"):
         build_records(data, seed=0)
+
+
+def test_mutated_files_never_end_the_process(tmp_path):
+    """Arrow trusts the offsets in its files, and reads outside them if they are wrong."""
+    table(20).save_to_disk(tmp_path / "d")
+    path = next((tmp_path / "d").glob("*.arrow"))
+    whole, found = path.read_bytes(), set()
+    for seed in range(150):
+        draw = random.Random(seed)
+        data = bytearray(whole)
+        for _ in range(draw.choice((1, 3, 10))):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        path.unlink()  # the old content may still be mapped
+        path.write_bytes(data)
+        found.add(outcome(tmp_path / "d"))
+    assert found == {"refused", "bad", "read"}
+
+
+def outcome(folder) -> str:
+    try:
+        rows = SavedDataset(folder, "data.path")
+    except ConfigError:
+        return "refused"
+    try:
+        for index in range(len(rows)):
+            rows[index]
+    except BadRecord as reason:
+        assert "is damaged: " in str(reason) or "cannot be read: " in str(reason)
+        return "bad"
+    return "read"
