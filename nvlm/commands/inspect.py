@@ -147,7 +147,7 @@ def inspect(config: Config, request: Request) -> Found:
         shown=tuple(chosen(records, order, processor, request.show)) if request.show else (),
         packed=step,
         names={sample.index: records.name(sample.index) for row in step.rows for sample in row.samples},
-        sampled=any(survey.draws(source) < source.records for source in order.sources),
+        sampled=any(survey.draws(source) < source.used for source in order.sources),
         decoded=request.pixels,
         max_bad=request.max_bad,
     )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nvlm.arch.registry import placement_rule
 from nvlm.attention.visibility import sees
@@ -19,6 +23,7 @@ from nvlm.data.sources.registry import build_records
 from nvlm.data.tokenizer import TINY
 from nvlm.inspect.charts import histogram, quantile
 from nvlm.inspect.count import learned
+from nvlm.inspect.pictures import data_url
 from nvlm.inspect.rows import packed
 from nvlm.inspect.samples import all_turns
 from nvlm.inspect.sight import sight
@@ -257,3 +262,13 @@ def test_words_are_told_from_a_chat_format_that_is_tokenised_together_with_them(
     assert spelled == {"system": "Be kind.", "user": "no picture"}
     answer = "".join(box.text for box in found if box.kind == LEARNED)
     assert answer.strip().startswith(one.messages[1]["content"]) and answer.endswith(("</s>", "<|eot_id|>"))
+
+
+def test_embedded_pictures_are_bounded():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (900, 1400, 3), dtype=np.uint8))
+    file, small = (
+        io.BytesIO(base64.b64decode(data_url(image, 800, 20_000).partition(",")[2]))
+        for image in (noise, noise.crop((0, 0, 50, 20)))
+    )
+    assert len(file.getvalue()) <= 20_000 and max(Image.open(file).size) <= 800
+    assert Image.open(small).size == (50, 20)
