@@ -141,11 +141,11 @@ def most_in_flight(chunks: list[float], config: Config, rank: int, micro_batches
 
 
 def _features(config: Config, load: Load, stages: list[int]) -> float:
-    """Features of all tiles in a step that the rank's stages use, and pixels of all tiles of the replica."""
+    """Features of all tiles in a step that the rank's stages use, and pixels of what it decodes."""
     uses = [tile_use(config, pipeline_stage) for pipeline_stage in stages]
     stream, keys = any(use.stream for use in uses), any(use.keys for use in uses)
     tokens = load.stream_from_tiles * stream + load.keys_from_tiles * keys
-    pixels = load.tiles * 3 * config.vision.tile_size**2
+    pixels = -(-load.tiles // config.parallel.replica) * 3 * config.vision.tile_size**2
     return tokens * load.micro_batches * token_bytes(config) + pixels
 
 
