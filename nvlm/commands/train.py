@@ -95,31 +95,39 @@ def _through_stages(stages: Sequence[Stage], started: float) -> int:
 
     With resume=auto, stages that are done are passed over.
     """
+    from nvlm.commands import launch
+
     given = [effective(stage.words) for stage in stages]
-    configs = [config for words in given for config in check_overrides(words)]
-    if len(configs) > len(stages):
-        raise problem(
-            "command line", f"{len(configs)} runs", f"one for each of {len(stages)} stages", "one value a key"
-        )
-    check_sequence(stages, configs)
-    for number, (stage, config) in enumerate(zip(stages, configs)):
-        begun = number == 0 or latest(stages[number - 1].folder)
-        own = config if begun else replace(config, init=replace(config.init, checkpoint=None))
-        _check(own)
-        if not config.dry_run:
-            _check_place(given[number], sweep=False)
-            _check_run(own, stage.folder)
+    configs = _check_stages(stages, given)
     if configs[0].dry_run:
         return _dry_run(configs)
     for number, (stage, config) in enumerate(zip(stages, configs)):
         if number + 1 < len(stages) and has_run(stages[number + 1].folder):
             continue
-        print(f"stage {number + 1} of {len(stages)}: {stage.name}, in {stage.folder}", flush=True)
+        if (task := launch.launched()) is None or task.rank == 0:
+            print(f"stage {number + 1} of {len(stages)}: {stage.name}, in {stage.folder}", flush=True)
         sys.argv[1:] = given[number]
         _through_hydra(started if number == 0 else time.time())
         if not _done(config, stage.folder):
             return 0  # a signal ended it
     return 0
+
+
+def _check_stages(stages: Sequence[Stage], given: Sequence[list[str]]) -> list[Config]:
+    """The configuration of each stage, whose words are `given`. Raises ConfigError if one cannot run."""
+    configs = [config for words in given for config in check_overrides(words)]
+    if len(configs) > len(stages):
+        expected = f"one for each of the {len(stages)} stages"
+        raise problem("command line", f"{len(configs)} runs", expected, "one value for each key")
+    check_sequence(stages, configs)
+    for number, (stage, config) in enumerate(zip(stages, configs)):
+        if number and not latest(stages[number - 1].folder):  # what it will start from does not exist yet
+            config = replace(config, init=replace(config.init, checkpoint=None))
+        _check(config)
+        if not config.dry_run:
+            _check_place(given[number], sweep=False)
+            _check_run(config, stage.folder)
+    return configs
 
 
 def _done(config: Config, folder: Path) -> bool:
