@@ -50,6 +50,14 @@ def test_good_files_and_runs_without_files_pass(look, configured):
     looked_at(configured())
 
 
+def test_held_out_records_whose_loss_is_measured_need_no_question_but_something_to_learn(look):
+    measured = ("evaluate=none", "evaluate.losses=1")
+    document = {"messages": [{"role": "document", "content": "text"}]}
+    look((GOOD,), (document,), *measured)
+    with pytest.raises(ConfigError, match="data.heldout_path: got .*h.jsonl: its first record is unusable"):
+        look((GOOD,), (ASKED, GOOD), *measured)
+
+
 @pytest.mark.parametrize(
     ("heldout", "reason"),
     [
