@@ -13,6 +13,7 @@ import json
 import random
 import resource
 import signal
+import tarfile
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -215,8 +216,8 @@ def test_mutated_rows_are_used_or_refused_in_every_form(root, processor, count):
 # Files
 
 
-def file_of(kind: str, rows: list[dict], folder: Path) -> Path:
-    """A file of a source with `rows`."""
+def file_of(kind: str, rows: list[dict], folder: Path) -> tuple[Path, Path]:
+    """What a source with `rows` is named by, and the file of it that is damaged."""
     path = folder / f"r.{kind}"
     if kind == "jsonl":
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -226,13 +227,31 @@ def file_of(kind: str, rows: list[dict], folder: Path) -> Path:
         path.write_text("Some words, é.\n", encoding="utf-8")
     elif kind == "jsonl.gz":
         path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    elif kind == "tar":
+        image = (folder / "a.png").read_bytes()
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number, row in enumerate(rows):
+                for name, data in ((f"{number}.json", json.dumps(row).encode()), (f"{number}.png", image)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
     else:
-        import pyarrow as pa
-        from pyarrow import parquet
+        return table_of(kind, rows, path)
+    return path, path
 
-        table = pa.Table.from_pylist([{"messages": row["messages"], "images": row["images"]} for row in rows])
-        parquet.write_table(table, path, row_group_size=2)
-    return path
+
+def table_of(kind: str, rows: list[dict], path: Path) -> tuple[Path, Path]:
+    import datasets
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = [{"messages": row["messages"], "images": row["images"]} for row in rows]
+    if kind == "parquet":
+        parquet.write_table(pa.Table.from_pylist(columns), path, row_group_size=2)
+        return path, path
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(columns).save_to_disk(path)
+    return path, next(path.glob("*.arrow"))
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
@@ -258,16 +277,26 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     return bytes(found)
 
 
-SOURCES = {"jsonl": "jsonl", "json": "llava", "jsonl.gz": "jsonl", "txt": "text", "parquet": "parquet"}
+SOURCES = {
+    "jsonl": "jsonl",
+    "json": "llava",
+    "jsonl.gz": "jsonl",
+    "txt": "text",
+    "parquet": "parquet",
+    "tar": "webdataset",
+}
+SOURCES["saved"] = "datasets"
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(4000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 @pytest.mark.parametrize("kind", SOURCES)
 def test_damaged_files_are_refused_or_give_records_that_are_used_or_refused(root, processor, configured, kind, count):
     good = [ROWS[0] | {"id": str(number)} for number in range(4)]
-    path = file_of(kind, good, root)
+    if kind == "tar":
+        good = [{key: row[key] for key in ("messages", "id")} for row in good]
+    place, path = file_of(kind, good, root)
     whole = path.read_bytes()
-    data = configured(f"data={SOURCES[kind]}", f"data.path={path}").data
+    data = configured(f"data={SOURCES[kind]}", f"data.path={place}", f"data.root={root}").data
     outcomes = Counter()
     with bounded() as begin:
         for seed in range(count):
