@@ -160,7 +160,8 @@ def _visible(rows: list[list[str]], wanted: list[str]) -> list[list[str]]:
 def check_machine(config: Config) -> None:
     """Raise ConfigError if this machine cannot run `config` or, for a dry run, if the GPU in config.gpu cannot."""
     if not config.dry_run:
-        check_data(config, placement_rule(config.arch.name))
+        words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+        check_data(config, placement_rule(config.arch.name), f"python launch/prepare.py {shlex.join(words)}")
         check_launcher(config)
         check_logging(config)
         check_devices(config)

@@ -167,3 +167,4 @@ class DataConfig:
     max_skipped: Annotated[float, Range(0, 1)]
     max_pixels: Annotated[int, Range(1, example=50_000_000)]
     window: Count  # number of steps whose records are packed together
+    index: Location | None = None  # a folder that launch/prepare.py wrote for these records

@@ -25,6 +25,9 @@ def _data(config: Config) -> None:
         raise problem(
             "data.questions", data.source.questions, "1 with llm.chat=plain, which has no turns", "data.questions=1"
         )
+    if data.tokenize != "apart" and data.index is not None:
+        got = f"one with data.tokenize={data.tokenize}, whose number of text tokens depends on the tiles"
+        raise problem("data.index", got, "data.tokenize=apart", "data.index=null")
     if isinstance(data.source, Blend):
         _blend(data.source, config.dry_run)
     elif not config.dry_run:

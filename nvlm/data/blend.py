@@ -33,8 +33,8 @@ class Blended:
     def __getitem__(self, index: int) -> Record:
         name, place = self._find(index)
         record = self.parts[name][place]
-        if name in self.texts and record.images:
-            raise BadRecord(f"{len(record.images)} images, but data.sources.{name}.text_only=true")
+        if name in self.texts:
+            check_text_only(name, len(record.images))
         return record
 
     def name(self, index: int) -> str:
@@ -49,6 +49,12 @@ class Blended:
     def _find(self, index: int) -> tuple[str, int]:
         number, place = find(self._ends, index)
         return self._names[number], place
+
+
+def check_text_only(name: str, images: int) -> None:
+    """Raise BadRecord if a record of the source `name`, which may have no image, has some."""
+    if images:
+        raise BadRecord(f"{images} images, but data.sources.{name}.text_only=true")
 
 
 class Interleaved:

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from nvlm.data.amounts import Work
 from nvlm.data.batch import Batch, Sample
+from nvlm.data.index.opened import PREPARE, Index
+from nvlm.data.measure import lengths
 from nvlm.data.order import Order
 from nvlm.data.outline import Pictures, Processor, outline, unreadable
 from nvlm.data.pack import collate, deal, hand_out, pack
@@ -26,7 +28,7 @@ from nvlm.data.share import decoding_seats
 from nvlm.data.sources.registry import Records
 from nvlm.data.work import count_work
 
-_FIX = "Fix: do not change records or images while a run reads them"
+_FIX = "do not change records or images while a run reads them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ class Steps(Dataset):
     ends: tuple[int, ...] = ()  # former values of `steps` of a run that was extended
     seat: int = 0  # this process's rank within the replica
     seats: int = 1  # ranks of the replica, among which a step's images are divided
+    index: Index | None = None  # of the records
 
     def __len__(self) -> int:
         return self.steps
@@ -146,6 +149,10 @@ class Steps(Dataset):
             failed=tuple(failed),
         )
 
+    @property
+    def _fix(self) -> str:
+        return f"Fix: {_FIX}" + (f"; if they changed before it, the index is stale: {PREPARE}" if self.index else "")
+
     def _decode(self, number: int, planned: Planned, share: Share, failed: list[Failed]) -> Sample:
         """The sample of a record. If it cannot be read or decoded, it is added to `failed`, and its tiles are blank."""
         name, sketch = self.records.name(planned.index), None
@@ -155,7 +162,7 @@ class Steps(Dataset):
                 sketch = outline(record, self.processor, pictures=planned.pictures)
                 sample = fill(record, sketch, self.processor, share)
         except ImageChanged as error:
-            raise ValueError(f"sample {name}: {error}. {_FIX}") from error
+            raise ValueError(f"sample {name}: {error}. {self._fix}") from error
         except BadRecord as reason:
             failed.append(Failed(number, name, str(reason)))
             sketch = sketch or unreadable(planned.lengths, planned.pictures, self.processor)
@@ -164,7 +171,7 @@ class Steps(Dataset):
         if got != planned.lengths:
             raise ValueError(
                 f"sample {sample.id}: got {got[0]} text tokens and {got[1]} cross-attended ones, expected "
-                f"{planned.lengths[0]} and {planned.lengths[1]} as measured for packing. {_FIX}"
+                f"{planned.lengths[0]} and {planned.lengths[1]} as measured for packing. {self._fix}"
             )
         return sample
 
@@ -186,9 +193,13 @@ def plan_window(steps: Steps, numbers: range) -> tuple[StepPlan, ...]:
     for together in _packed_together(steps.order, numbers):
         measured = [_measure(steps, steps.order.step(step)) for step in together]
         good = [planned for found, _ in measured for planned in found]
-        lengths = [planned.lengths for planned in good]
         # Every step gets a row if there are enough: a step without one learns nothing.
-        rows = pack(lengths, steps.row_length, steps.processor.cross_length, at_least=len(together))
+        rows = pack(
+            [planned.lengths for planned in good],
+            steps.row_length,
+            steps.processor.cross_length,
+            at_least=len(together),
+        )
         seed = (steps.order.seed, together[0] // steps.window, len(together))
         hands = deal([tuple(good[i] for i in row) for row in rows], len(together), seed)
         plans |= {step: StepPlan(tuple(hand), bad) for step, hand, (_, bad) in zip(together, hands, measured)}
@@ -209,11 +220,18 @@ def _measure(steps: Steps, indices: Sequence[int]) -> tuple[list[Planned], tuple
     for index in indices:
         try:
             with one_record():
-                found = outline(steps.records[index], steps.processor)
-            good.append(Planned(index, steps.order.source(index), found.lengths, found.pictures))
+                found = _lengths(steps, index)
+            good.append(Planned(index, steps.order.source(index), *found))
         except BadRecord as reason:
             bad.append((steps.records.name(index), str(reason)))
     return good, tuple(bad)
+
+
+def _lengths(steps: Steps, record: int) -> tuple[tuple[int, int], Pictures]:
+    if steps.index is not None:
+        return lengths(steps.index.measure(record), steps.processor)
+    found = outline(steps.records[record], steps.processor)
+    return found.lengths, found.pictures
 
 
 def load_steps(steps: Steps, first: int, workers: int, pinned: bool = False) -> Iterator[StepData]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import islice
 
 from nvlm.config.values import Config, problem
+from nvlm.data.index.opened import PREPARE, open_records
 from nvlm.data.messages import first_question
 from nvlm.data.outline import Processor, build_processor, outline
 from nvlm.data.record import BadRecord, First, Record, one_record
@@ -16,14 +17,17 @@ _MOST = 20  # records checked per source
 _SHOWN = 3  # reasons in the message
 
 
-def check_data(config: Config, placement: PlacementRule) -> None:
-    """Raise ConfigError if a file of records is missing or none of its first records can be used.
+def check_data(config: Config, placement: PlacementRule, prepare: str = PREPARE) -> None:
+    """Raise ConfigError if a file of records is missing or none of its first records can be used, or if data.index is
+    not the index of these records. `prepare`: the command that makes one.
 
     Held-out records must also have an answer. Reads image headers, but no pixels. A dry run reads no data.
     """
     if config.dry_run:
         return
     processor = build_processor(config, placement)
+    if config.data.index is not None:
+        open_records(config.data, config.seed, processor, prepare)
     for training in first_records(config.data.source):
         _check(training, _MOST, lambda record: outline(record, processor))
     asked, measured = (min(_MOST, count) for count in (config.evaluate.questions, config.evaluate.losses))

@@ -94,6 +94,10 @@ def build_processor(config: Config, placement: PlacementRule, resize: str | None
     )
 
 
+Sizes = tuple[tuple[int, int], ...]
+"""Width and height of each image of a record, px, from its header."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pictures:
     """How a record's images are cut into tiles. Planned once, from the image headers; later steps follow the plan.
@@ -101,7 +105,7 @@ class Pictures:
     `fewer_tiles`: some image has fewer tiles than `max_tiles` would give it, because they did not fit.
     """
 
-    sizes: tuple[tuple[int, int], ...]  # width and height, px, from the header
+    sizes: Sizes
     plans: tuple[TilePlan, ...]
     fewer_tiles: bool
 
@@ -139,8 +143,7 @@ def outline(record: Record, processor: Processor, generate: bool = False, pictur
         if len(pictures.plans) != len(record.images):
             raise ImageChanged(f"{len(record.images)} images, {len(pictures.plans)} when they were planned")
         return _outline(turns, pictures, processor, generate)
-    sizes = tuple(image_size(image, processor.max_pixels) for image in record.images)
-    text = _runs(turns, processor, generate, [""] * len(sizes))
+    text, sizes = text_and_sizes(record, turns, processor, generate)
     words = text_tokens(text)
     while True:
         sketch = _outline(turns, plan_pictures(sizes, words, processor), processor, generate, text)
@@ -150,29 +153,46 @@ def outline(record: Record, processor: Processor, generate: bool = False, pictur
         words += over  # if joined, the text contains the first tags, which are known only after planning
 
 
+def text_and_sizes(
+    record: Record, turns: Sequence[Turn], processor: Processor, generate: bool = False
+) -> tuple[list[Run], Sizes]:
+    """The runs of a record's text, as they are before images are planned, and the sizes of its images. Raises
+    BadRecord."""
+    sizes = tuple(image_size(image, processor.max_pixels) for image in record.images)
+    return _runs(turns, processor, generate, [""] * len(sizes)), sizes
+
+
 def text_tokens(runs: Sequence[Run]) -> int:
     """Number of tokens of a record's text, its images' marks included."""
     return sum(len(run.ids) for run in runs)
 
 
-def plan_pictures(sizes: Sequence[tuple[int, int]], words: int, processor: Processor) -> Pictures:
-    """The tiles of images of these `sizes` (width and height, px), beside `words` tokens of text.
+def plan_pictures(sizes: Sizes, words: int, processor: Processor) -> Pictures:
+    """The tiles of images of these `sizes`, beside `words` tokens of text.
 
     Raises BadRecord if they do not fit with one tile each.
     """
-    wanted = tuple(plan_tiles(*size, processor.max_tiles, processor.tile_size) for size in sizes)
-    plans = _plan(sizes, processor.seq_length - words, processor)
-    return Pictures(tuple(sizes), plans, plans != wanted)
+    wanted = tuple(_tiles(*size, processor.max_tiles, processor.tile_size) for size in sizes)
+    plans = _plan(sizes, processor.seq_length - words, wanted, processor)
+    return Pictures(sizes, plans, plans != wanted)
 
 
 def _document(turns: Sequence[Turn], images: Sequence[Any], processor: Processor, pictures: Pictures | None) -> Outline:
-    """A document, or as much of it as fits: images get fewer tiles before text is cut."""
     text = _runs(turns, processor, False, [""] * len(images))
     if pictures is None:
-        sizes = tuple(image_size(image, processor.max_pixels) for image in images)
-        pictures = _pictures_of_beginning(text, sizes, processor)
-    elif len(pictures.plans) > len(images):
+        return beginning(text, tuple(image_size(image, processor.max_pixels) for image in images), processor)
+    if len(pictures.plans) > len(images):
         raise ImageChanged(f"{len(images)} images, {len(pictures.plans)} when they were planned")
+    return _cut_document(text, pictures, processor)
+
+
+def beginning(text: Sequence[Run], sizes: Sizes, processor: Processor) -> Outline:
+    """A document, or as much of it as fits: images get fewer tiles before text is cut. Depends only on the lengths of
+    the runs. Raises BadRecord."""
+    return _cut_document(text, _pictures_of_beginning(text, sizes, processor), processor)
+
+
+def _cut_document(text: Sequence[Run], pictures: Pictures, processor: Processor) -> Outline:
     placements = tuple(place(processor, plan) for plan in pictures.plans)
     kept = cut(text, [placement.lengths[0] for placement in placements], processor.seq_length)
     if sum(len(run.ids) for run in kept if run.trained) - (bool(kept) and kept[0].trained) < 1:  # the first is given
@@ -180,16 +200,16 @@ def _document(turns: Sequence[Turn], images: Sequence[Any], processor: Processor
     return Outline(tuple(kept), pictures, placements, cut=kept != text)
 
 
-def _pictures_of_beginning(text: Sequence[Run], sizes: Sequence[tuple[int, int]], processor: Processor) -> Pictures:
+def _pictures_of_beginning(text: Sequence[Run], sizes: Sizes, processor: Processor) -> Pictures:
     """The images of a document that fit: all, with as many tiles as fit, or with one tile each the first of them."""
-    least = [plan_tiles(*size, 1, processor.tile_size) for size in sizes]
-    lengths = [place(processor, plan).lengths for plan in least]
+    least = [_tiles(*size, 1, processor.tile_size) for size in sizes]
+    lengths = [image_lengths(processor, plan) for plan in least]
     seen = sum(total <= processor.cross_length for total in accumulate(cross for _, cross in lengths))
     stream = [stream for stream, _ in lengths[:seen]]
     if seen == len(sizes) and text_tokens(text) + sum(stream) <= processor.seq_length:
         return plan_pictures(sizes, text_tokens(text), processor)
     kept = sum(run.image is not None for run in cut(text, stream, processor.seq_length))
-    return Pictures(tuple(sizes[:kept]), tuple(least[:kept]), fewer_tiles=processor.max_tiles > 1 and kept > 0)
+    return Pictures(sizes[:kept], tuple(least[:kept]), fewer_tiles=processor.max_tiles > 1 and kept > 0)
 
 
 def turns_of(record: Record, processor: Processor, generate: bool = False) -> list[Turn]:
@@ -227,22 +247,34 @@ def _runs(turns: Sequence[Turn], processor: Processor, generate: bool, first_tag
     return chat.runs(turns, processor.tokenizer, processor.system, processor.tokenize, first_tags, generate)
 
 
-def _plan(sizes: Sequence[tuple[int, int]], room: int, processor: Processor) -> tuple[TilePlan, ...]:
-    """Tile plans that fit the text stream and the cross-attention budget."""
+def _plan(sizes: Sizes, room: int, wanted: tuple[TilePlan, ...], processor: Processor) -> tuple[TilePlan, ...]:
+    """Tile plans that fit the text stream and the cross-attention budget; `wanted`: those for processor.max_tiles."""
     if room < 0:
         raise TooLong(
             f"the text takes {processor.seq_length - room} tokens, {processor.limit} is {processor.seq_length}"
         )
-    max_tiles, plans = processor.max_tiles, ()
+    max_tiles, plans = processor.max_tiles, wanted
     budgets = (("text stream", room), ("cross-attention", processor.cross_length))
     for which, (name, tokens) in enumerate(budgets if sizes else ()):
 
         def tokens_of(plan: TilePlan, which: int = which) -> int:
-            return place(processor, plan, first_tag=not processor.joined).lengths[which]
+            return image_lengths(processor, plan)[which]
 
+        if sum(map(tokens_of, plans)) <= tokens:  # as almost always
+            continue
         try:
             plans = fit_max_tiles(sizes, tokens, tokens_of, max_tiles, processor.tile_size)
         except ValueError as error:
             raise TooLong(f"images do not fit the {name}: {error}") from None
         max_tiles = max(1, *(plan.num_regular for plan in plans))
     return plans
+
+
+_tiles = lru_cache(maxsize=1 << 14)(plan_tiles)
+
+
+@lru_cache(maxsize=256)
+def image_lengths(processor: Processor, plan: TilePlan) -> tuple[int, int]:
+    """Number of tokens of an image in the text stream and among the keys, without a first tag that is joined with the
+    text."""
+    return place(processor, plan, first_tag=not processor.joined).lengths

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from nvlm.config.values import Config, problem
 from nvlm.data.blend import Blended
+from nvlm.data.content import content_digest
 from nvlm.data.order import Order
 from nvlm.data.remote import Remote
 from nvlm.data.sources.registry import Records
@@ -27,22 +28,13 @@ from nvlm.runs.record import Identity, read, write
 from nvlm.vision.source import check_frozen, vision_source
 from nvlm.weights.published import VISION, Source, Stored
 
-_WHOLE = 1 << 26  # bytes: files up to this size are read completely
-_BLOCK = 1 << 16  # bytes
-_BLOCKS = 64  # in a larger file, evenly spaced, including the first and the last
 _BLENDED = "records."  # before the name of a source of a blend
 _PIECE = 1 << 12  # bytes of a tensor, at its start, middle and end
 
 
 def of_file(path: Path | Remote, records: int | None = None) -> Identity:
     """A file by its size and bytes, sampled if larger than 64 MiB or in object storage; `records`: how many it has."""
-    size, remote = path.stat().st_size, isinstance(path, Remote)
-    with path.open("rb") as file:
-        if size <= _WHOLE and not remote:
-            found = hashlib.file_digest(file, "sha256")
-        else:
-            found = _sampled(file, size, 2 if remote else _BLOCKS)
-    return Identity(str(path.resolve()), size, found.hexdigest(), records)
+    return Identity(str(path.resolve()), path.stat().st_size, content_digest(path), records)
 
 
 def of_tensors(folder: str, stored: Mapping[str, Stored], prefix: str = "") -> Identity:
@@ -194,14 +186,6 @@ def _told(one: Identity) -> str:
 def _of_source(source: Source, groups: Iterable[str]) -> Identity:
     names = {part.name for group in groups for part in source.parts[group]}
     return of_tensors(source.folder, {name: one for name, one in source.stored.items() if name in names}, VISION)
-
-
-def _sampled(file, size: int, blocks: int):
-    found = hashlib.sha256()
-    for number in range(blocks):
-        file.seek(number * max(0, size - _BLOCK) // (blocks - 1))
-        found.update(file.read(_BLOCK))
-    return found
 
 
 def _places(file: Path) -> dict[str, tuple[int, int]]:

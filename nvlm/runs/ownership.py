@@ -116,10 +116,10 @@ def unwritable(run_dir: Path, error: OSError) -> ConfigError:
 
 # Fields that a resumed run may change; all others affect what its steps compute.
 _FREE = ("name", "resume", "dry_run", "profile", "gpu", "init.llm", "init.checkpoint", "parallel.",
-         "evaluate.", "logging.", "data.heldout_", "data.workers", "data.max_skipped", "train.log_every",
-         "train.save_every", "train.keep", "train.async_save", "train.save_frozen", "train.threads", "train.recompute",
-         "train.stop_seconds", "train.spike_factor", "train.max_bad_steps", "vision.balance",
-         "vision.tiles_per_call", "vision.graph", "train.offload")  # fmt: skip
+         "evaluate.", "logging.", "data.heldout_", "data.workers", "data.max_skipped", "data.index",
+         "train.log_every", "train.save_every", "train.keep", "train.async_save", "train.save_frozen",
+         "train.threads", "train.recompute", "train.stop_seconds", "train.spike_factor", "train.max_bad_steps",
+         "vision.balance", "vision.tiles_per_call", "vision.graph", "train.offload")  # fmt: skip
 
 # Inputs that are compared with the run's record by content, so their paths may change.
 _IDENTIFIED = ("data.path", "data.root", "init.vision", "llm.tokenizer")

@@ -80,6 +80,8 @@ def test_no_import_goes_up(room):
         ("data/amounts", NO_TORCH),
         ("data/outline", NO_TORCH),
         ("data/look", NO_TORCH),
+        ("data/measure", NO_TORCH),
+        ("data/index", NO_TORCH),
         ("attention/choice", NO_TORCH),
         ("weights", ("megatron",)),
         ("inputs", NO_TORCH),
@@ -103,6 +105,7 @@ def test_no_import_goes_up(room):
         ("commands/compose", ("torch", "megatron")),
         ("commands/stages", ("torch", "megatron")),
         ("commands/train", ("torch", "megatron")),
+        ("commands/prepare", ("torch", "megatron")),
         ("doctor", (*NO_TORCH, "omegaconf", "numpy")),
     ],
 )

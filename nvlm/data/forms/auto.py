@@ -35,3 +35,8 @@ def form_of(source: FileSource, seed: int = 0) -> Form:
         return functools.partial(form.read, most_images=source.most_images)
     task = source.task if isinstance(source, TaskFiles) else None
     return task_form(task, seed) if task else read
+
+
+def draws(source: FileSource) -> bool:
+    """Whether the form of the rows of `source` depends on the seed."""
+    return isinstance(source, TaskFiles) and source.task is not None

@@ -8,21 +8,28 @@ from pathlib import Path
 
 from nvlm.config.data import FileSource, Texts
 from nvlm.data.record import First
+from nvlm.data.remote import Remote
 from nvlm.data.sources import json_rows, parquet
 from nvlm.data.sources.files import files_of, image_root
-from nvlm.data.sources.json_file import JsonFile, first_rows
+from nvlm.data.sources.json_file import first_rows
+from nvlm.data.sources.json_places import Places
 from nvlm.data.sources.rows import Form, Joined, RowRecords, Rows, first_records, leading
 from nvlm.data.sources.text_files import TextFiles
 
 _PLAIN = (".txt",)
 
 
-def build(source: FileSource, path: str, key: str, form: Form) -> RowRecords:
-    """The records of the files that `path` names: those of text files, of Parquet files, of JSON files. Raises
-    ConfigError."""
+def build(source: FileSource, path: str, key: str, form: Form, places: Sequence[Places] | None = None) -> RowRecords:
+    """The records of the files that `path` names: those of text files, of Parquet files, of JSON files. `places`: of
+    each JSON file's rows, if known. Raises ConfigError."""
     others, files = _sorted(source, path, key)
-    rows = [*others, *(JsonFile(str(file), key) for file in files)]
+    rows = [*others, *json_rows.json_files(files, key, places)]
     return RowRecords(Joined(rows), form, image_root(path, source.root, key))
+
+
+def searched(source: FileSource, path: str, key: str) -> Sequence[Path | Remote]:
+    """The files, all of which must be read to find their rows."""
+    return _sorted(source, path, key)[1]
 
 
 def first(source: FileSource, path: str, key: str, form: Form) -> First:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import functools
 import json
-import mmap
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,28 +16,25 @@ from nvlm.data.images import open_regular
 from nvlm.data.record import BadRecord, printable
 from nvlm.data.remote import Remote, place
 from nvlm.data.sources.gzipped import plain_file, readable
+from nvlm.data.sources.json_places import BLANK, BOM, Places, blocks, decoded, no_elements, only_blank, places, spans
 from nvlm.data.sources.rows import FirstRow
 
 _LONGEST = 1 << 26  # bytes; no more is read for the first records
-_BOM = b"\xef\xbb\xbf"
-_BLANK = " \t\r\n"
-_GAP = re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")  # between two elements of a list
-_DECODER = json.JSONDecoder()
 
 
 class JsonFile:
     """The rows of a file. A file that begins with a bracket is one list; in any other, blank lines are skipped.
 
-    `key`: the setting that named the file. Raises ConfigError if there is no object in it.
+    `key`: the setting that named the file; `found`: where its rows are, if that is known, so that they need not be
+    looked for. Raises ConfigError if there is no object in it.
     """
 
-    def __init__(self, path: str, key: str) -> None:
+    def __init__(self, path: str, key: str, found: Places | None = None) -> None:
         check_file(path, key)
         self.path = place(path, key)
         self.plain = plain_file(self.path, key)
         self.is_list = _is_list(self.path, key)
-        # Where each object starts and ends, bytes from the file's start; and its line, or its place in the list.
-        self.starts, self.ends, self.numbers = (_elements if self.is_list else _lines)(self, key)
+        self.places = found or places(self.plain, self.path, key, self.is_list)
 
     @property
     def files(self) -> Sequence[Path | Remote]:
@@ -47,20 +42,28 @@ class JsonFile:
         return (self.path,)
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> object:
         return parsed(self.text(index))
 
     def name(self, index: int) -> str:
         """FILE:LINE, or FILE[PLACE] in a list, counted from 0."""
-        return _name(self.path, self.is_list, self.numbers[index])
+        return _name(self.path, self.is_list, self.places[index][2])
 
     def text(self, index: int) -> bytes:
         """The object as it is in the file."""
+        start, size, _ = self.places[index]
         with open_regular(self.plain) as file:
-            file.seek(self.starts[index])
-            return file.read(self.ends[index] - self.starts[index])
+            file.seek(start)
+            return file.read(size)
+
+
+def find_places(path: str, key: str) -> Iterator[np.ndarray]:
+    """The PLACE of each row of the file `path`, some at a time, in memory that does not grow with its lines."""
+    check_file(path, key)
+    file = place(path, key)
+    return blocks(plain_file(file, key), file, key, _is_list(file, key))
 
 
 def parsed(text: bytes) -> object:
@@ -87,90 +90,18 @@ def _name(path: Path | Remote, is_list: bool, number: int) -> str:
 
 def _is_list(path: Path | Remote, key: str) -> bool:
     with readable(path, key) as file:
-        return file.read(1 << 16).removeprefix(_BOM).lstrip(_BLANK.encode()).startswith(b"[")
-
-
-def _lines(of: JsonFile, key: str) -> tuple[np.ndarray, np.ndarray, Sequence[int]]:
-    starts, blank = [0], []
-    with open_regular(of.plain) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        while starts[-1] < len(data):
-            end = data.find(b"\n", starts[-1]) + 1 or len(data)
-            if data[starts[-1]] in _BLANK.encode() and not data[starts[-1] : end].strip():
-                blank.append(len(starts) - 1)
-            starts.append(end)
-    bounds = np.array(starts, dtype=np.int64)
-    if not blank:  # two views of one array
-        return bounds[:-1], bounds[1:], range(1, len(bounds))
-    kept = np.delete(np.arange(len(bounds) - 1, dtype=np.int64), blank)
-    if not len(kept):
-        raise _blank(key, of.path)
-    return bounds[kept], bounds[kept + 1], kept + 1
-
-
-def _elements(of: JsonFile, key: str) -> tuple[np.ndarray, np.ndarray, Sequence[int]]:
-    """The whole text is in memory while the elements are found, and no longer."""
-    with open_regular(of.plain) as file:
-        data = file.read()
-    text = _decoded(data, of.path, key)
-    spans, at, byte = [], 0, len(_BOM) if data.startswith(_BOM) else 0
-    del data
-    for start, end in _spans(text, of.path, key):
-        byte += _bytes(text, at, start)
-        spans.append((byte, byte := byte + _bytes(text, start, end)))
-        at = end
-    if not spans:
-        raise _empty(key, of.path)
-    starts, ends = np.array(spans, dtype=np.int64).T
-    return starts, ends, range(len(spans))
-
-
-def _decoded(data: bytes, path: Path | Remote, key: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        got = f"{path}, which is not UTF-8 at byte {error.start}"
-        raise problem(key, got, "a list of JSON objects in UTF-8", f"{key}=FILE") from None
-
-
-def _bytes(text: str, start: int, end: int) -> int:
-    return end - start if text.isascii() else len(text[start:end].encode())
-
-
-def _spans(text: str, path: Path | Remote, key: str) -> Iterator[tuple[int, int]]:
-    """Where each element of the list `text` starts and ends, characters."""
-    at = _GAP.match(text, text.index("[") + 1).end()
-    count = 0
-    while not text.startswith("]", at):
-        try:
-            end = _DECODER.scan_once(text, at)[1]
-        except (StopIteration, ValueError, RecursionError):
-            raise _damaged(key, path, count) from None
-        yield at, end
-        count += 1
-        gap = _GAP.match(text, end)
-        at = gap.end()
-        if bool(gap[1]) == text.startswith("]", at):  # no comma between elements, or one after the last
-            raise _damaged(key, path, count)
-    if text[at + 1 :].strip(_BLANK):
-        got = f"{path}, with more after the end of its list of {count}"
-        raise problem(key, got, "one list of JSON objects", "join the lists: jq -s add FILES")
-
-
-def _damaged(key: str, path: Path | Remote, count: int) -> ConfigError:
-    return problem(
-        key, f"{path}, damaged or cut short after {count} elements", "a whole list of JSON objects", "write it again"
-    )
+        return file.read(1 << 16).removeprefix(BOM).lstrip(BLANK.encode()).startswith(b"[")
 
 
 def _first_elements(path: Path | Remote, key: str) -> Iterator[tuple[str, bytes]]:
     with readable(path, key) as file:
         data = file.read(_LONGEST)
         whole = not file.read(1)
-    text = _decoded(data, path, key) if whole else data.decode("utf-8-sig", errors="ignore")
-    spans, count = _spans(text, path, key), 0
+    text = decoded(data, path, key) if whole else data.decode("utf-8-sig", errors="ignore")
+    found, count = spans(text, path, key), 0
     while True:
         try:
-            start, end = next(spans)
+            start, end = next(found)
         except StopIteration:
             break
         except ConfigError:
@@ -180,7 +111,7 @@ def _first_elements(path: Path | Remote, key: str) -> Iterator[tuple[str, bytes]
         yield _name(path, True, count), text[start:end].encode()
         count += 1
     if not count and whole:
-        raise _empty(key, path)
+        raise no_elements(key, path)
     if not count:
         got = f"{path}, whose first object does not end within {_LONGEST >> 20} MiB"
         raise problem(key, got, "a list of JSON objects", f"{key}=FILE")
@@ -194,15 +125,7 @@ def _first_lines(path: Path | Remote, key: str) -> Iterator[tuple[str, bytes]]:
                 count += 1
                 yield _name(path, False, number), line
     if not count:
-        raise _blank(key, path)
-
-
-def _empty(key: str, path: Path | Remote) -> ConfigError:
-    return problem(key, f"{path}, which is an empty list", "one JSON object per record", f"{key}=FILE")
-
-
-def _blank(key: str, path: str | Path | Remote) -> ConfigError:
-    return problem(key, f"{path}, which has only blank lines", "one JSON object per line", f"{key}=FILE")
+        raise only_blank(key, path)
 
 
 def check_file(path: str, key: str) -> None:
@@ -221,7 +144,7 @@ def check_file(path: str, key: str) -> None:
     if not first:
         raise problem(key, f"{path}, which is empty", lines, fix)
     for beginning, kind, change in _OTHER_FILES:
-        if first.lstrip(_BLANK.encode() + _BOM).startswith(beginning):
+        if first.lstrip(BLANK.encode() + BOM).startswith(beginning):
             raise problem(key, f"{path}, {kind}", lines, change.format(path=path))
 
 

@@ -2,12 +2,13 @@
 
 The module of a source of files provides `build(schema, path, key, form)`, all records of the files that `path` names,
 and `first(schema, path, key, form)`, the first of them, which are checked before a run starts. `key` is the setting
-that holds `path`, for messages; `form` makes records of its rows.
+that holds `path`, for messages; `form` makes records of its rows. A module whose JSON files must be read whole to find
+their rows also provides `searched(schema, path, key)`, these files, and its `build` takes their `places`, if known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +29,9 @@ from nvlm.config.data import (
 from nvlm.data.blend import Blended, Interleaved
 from nvlm.data.forms.auto import form_of
 from nvlm.data.record import First, Record
+from nvlm.data.remote import Remote
 from nvlm.data.sources import documents, json_rows, pages, parquet, saved, tars
+from nvlm.data.sources.json_places import Places
 
 _MODULES = {
     Jsonl: json_rows,
@@ -61,30 +64,59 @@ class Records(Protocol):
         ...
 
 
-def build_records(data: DataConfig, seed: int, heldout: bool = False) -> Records | None:
-    """The training or held-out records of `data`; None if the source has no held-out part. Raises ConfigError."""
-    if not isinstance(data.source, Blend):
-        return _build(data.source, seed, heldout, "data.")
-    parts = data.source.sources
-    built = {name: _build(part.source, seed, heldout, f"data.sources.{name}.") for name, part in parts.items()}
+def build_records(
+    data: DataConfig, seed: int, heldout: bool = False, places: Mapping[str, Sequence[Places]] | None = None
+) -> Records | None:
+    """The training or held-out records of `data`; None if the source has no held-out part. Raises ConfigError.
+
+    `places`: where the rows of each source's searched files are, by the source's name; by default, they are searched.
+    """
+    known = places or {}
+    parts = named_sources(data.source).items()
+    built = {name: build_source(part, name, seed, heldout, known.get(name)) for name, part in parts}
     found = {name: records for name, records in built.items() if records is not None}
-    texts = frozenset(name for name, part in parts.items() if part.text_only)
-    return (Interleaved(Blended(found, texts)) if heldout else Blended(found, texts)) if found else None
+    if not isinstance(data.source, Blend) or not found:
+        return found.get("")
+    texts = frozenset(name for name, part in data.source.sources.items() if part.text_only)
+    return Interleaved(Blended(found, texts)) if heldout else Blended(found, texts)
 
 
-def _build(source: Source, seed: int, heldout: bool, prefix: str) -> Records | None:
+def named_sources(source: Source) -> dict[str, Source]:
+    """The sources of a blend by name; a single source has the name ""."""
+    return {name: part.source for name, part in source.sources.items()} if isinstance(source, Blend) else {"": source}
+
+
+def prefix_of(name: str) -> str:
+    """What the keys of the source `name` begin with."""
+    return f"data.sources.{name}." if name else "data."
+
+
+def build_source(
+    source: Source, name: str, seed: int, heldout: bool = False, places: Sequence[Places] | None = None
+) -> Records | None:
+    """The records of `source`, whose name is `name`; None if it has no held-out part. Raises ConfigError."""
     if isinstance(source, Pages):
         return pages.build(source, seed, heldout)
-    key, path = _place(source, heldout, prefix)
-    return _MODULES[type(source)].build(source, path, key, form_of(source, seed)) if path else None
+    key, path = _place(source, heldout, prefix_of(name))
+    if not path:
+        return None
+    module, known = _MODULES[type(source)], {"places": places} if places else {}
+    return module.build(source, path, key, form_of(source, seed), **known)
+
+
+def searched_files(source: Source, name: str) -> Sequence[Path | Remote]:
+    """The files of `source` that must be read whole to find their rows. Raises ConfigError."""
+    searched = None if isinstance(source, Pages) else getattr(_MODULES[type(source)], "searched", None)
+    if searched is None:
+        return ()
+    key, path = _place(source, False, prefix_of(name))
+    return searched(source, path, key)
 
 
 def first_records(source: Source, heldout: bool = False) -> Iterator[First]:
     """The first records of each source of files, read one by one."""
-    named = source.sources.items() if isinstance(source, Blend) else ()
-    parts = {f"data.sources.{name}.": part.source for name, part in named} or {"data.": source}
-    for prefix, one in parts.items():
-        key, path = (None, None) if isinstance(one, Pages) else _place(one, heldout, prefix)
+    for name, one in named_sources(source).items():
+        key, path = (None, None) if isinstance(one, Pages) else _place(one, heldout, prefix_of(name))
         if key and (path or not heldout):
             yield _MODULES[type(one)].first(one, path or "", key, form_of(one))
 

@@ -1,0 +1,116 @@
+"""The files of one source's index, and what it says about a record. Imports no torch.
+
+    meta.json     what was indexed: settings and files, and how many records, images and bad records there are
+    records.bin   for each record, its text tokens, and how many images there are before it; one more row at the end
+    pictures.bin  width and height of each image, px, and the text tokens before it if it is in a document
+    places.bin    where each row of the JSON files is
+    bad.bin       for each bad record, its number and where its reason ends in reasons.txt, bytes
+
+Numbers are little-endian. A record takes 12 bytes, an image 12, and a row of JSON 16.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from nvlm.data.measure import Measure
+from nvlm.data.record import BadRecord
+from nvlm.data.sources.json_places import PLACE, Places
+from nvlm.data.table import Table
+from nvlm.runs.files import write_whole
+
+VERSION = 1  # raise it when the files, or what a record's text and images are, change
+RECORD = np.dtype([("text", "<u4"), ("pictures", "<u8")])
+PICTURE = np.dtype([("width", "<u4"), ("height", "<u4"), ("before", "<u4")])
+BAD = np.dtype([("record", "<u8"), ("end", "<u8")])
+IS_BAD = 2**32 - 1  # in place of text tokens
+IS_DOCUMENT = 2**31  # added to text tokens
+META, RECORDS, PICTURES, PLACES, BADS = "meta.json", "records.bin", "pictures.bin", "places.bin", "bad.bin"
+REASONS = "reasons.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """A file as it was indexed. `rows`: of a JSON file, the number of its places."""
+
+    name: str
+    bytes: int
+    modified: int  # ns
+    digest: str = ""
+    rows: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What was indexed. `settings`: all that the counts depend on, by key (nvlm.data.index.state)."""
+
+    settings: dict
+    files: tuple[FileState, ...]
+    records: int
+    pictures: int
+    bad: int
+    tokens: int  # of text, of all records that are not bad
+    version: int = VERSION
+
+    def write(self, folder: Path) -> None:
+        """Write meta.json, which makes the index complete."""
+        write_whole(folder / META, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def read_meta(folder: Path) -> Meta:
+    """The meta.json of an index. Raises OSError, and ValueError for a file that is damaged or of another version."""
+    try:
+        values = json.loads((folder / META).read_text("utf-8"))
+        if values["version"] != VERSION:
+            raise ValueError("of another version of this trainer")
+        return Meta(**{**values, "files": tuple(FileState(**file) for file in values["files"])})
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError("damaged") from None
+
+
+class SourceIndex:
+    """What the index in `folder` says about the records of a source. Raises OSError and ValueError."""
+
+    def __init__(self, folder: Path, meta: Meta) -> None:
+        self.folder, self.meta = folder, meta
+        self.records = Table(folder / RECORDS, RECORD)
+        self.pictures = Table(folder / PICTURES, PICTURE)
+        self.bad = Table(folder / BADS, BAD)
+        rows = [file.rows for file in meta.files if file.rows is not None]
+        self.places = parts_of(folder / PLACES, rows)  # of the rows of each JSON file
+        counts = (len(self.records) - 1, len(self.pictures), len(self.bad))
+        if counts != (meta.records, meta.pictures, meta.bad):
+            raise ValueError("cut short")
+
+    def __len__(self) -> int:
+        return self.meta.records
+
+    def measure(self, index: int) -> Measure:
+        """The measure of a record. Raises BadRecord."""
+        (text, first), (_, end) = self.records.rows(index, 2).tolist()
+        if text == IS_BAD:
+            raise BadRecord(self.reason(index))
+        pictures = self.pictures.rows(first, end - first).tolist() if end > first else ()
+        before = tuple(picture[2] for picture in pictures) if text & IS_DOCUMENT else None
+        return Measure(text & ~IS_DOCUMENT, tuple(picture[:2] for picture in pictures), before)
+
+    def reason(self, index: int) -> str:
+        """Why the record `index` is bad."""
+        place = bisect_left(self.bad, index, key=lambda row: row[0])
+        start = self.bad[place - 1][1] if place else 0
+        with open(self.folder / REASONS, "rb") as file:
+            file.seek(start)
+            return file.read(self.bad[place][1] - start).decode()
+
+
+def parts_of(path: Path, rows: Sequence[int]) -> list[Places]:
+    """The places in the file `path` of files with these numbers of `rows`, one after the other."""
+    ends = list(accumulate(rows))
+    return [Table(path, PLACE, range(end - count, end)) for end, count in zip(ends, rows)]
