@@ -23,7 +23,7 @@ from nvlm.tiling.placement import Piece, PlacementRule
 from nvlm.tiling.tags import tile_tags
 
 _MOST_BOXES = 1000  # of a record
-_MOST_ROWS, _MOST_REPLICAS, _MOST_STRETCHES = 24, 4, 40
+_MOST_ROWS, _MOST_REPLICAS, _MOST_STRETCHES = 16, 4, 40
 _MOST_GRIDS = 9
 _HISTOGRAMS = (
     ("length", "Text stream", "tokens by record, tile tokens included"),
