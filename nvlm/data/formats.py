@@ -53,6 +53,16 @@ class ChatFormat:
     captions: bool = False  # one question, of which only the images are kept, and one answer
 
     @property
+    def frame(self) -> tuple[str, str, str] | None:
+        """What stands before a role's name, between it and the message, and after the message, if that is the same for
+        all roles."""
+        prefix, _, suffix = self.before["user"].partition("user")
+        tail = self.after["user"]
+        headers = {role: f"{prefix}{role}{suffix}" for role in self.before}
+        alike = self.before == headers and not self.lead and f"{self.end}{self.after['assistant']}" == tail
+        return (prefix, suffix, tail) if suffix and alike else None
+
+    @property
     def begins(self) -> bool:
         """Whether llm.bos starts a conversation; a template writes its own begin token."""
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nvlm.arch.registry import description
 from nvlm.config.values import Config, problem
-from nvlm.export.text import Text
+from nvlm.export.text import Text, own_format
 from nvlm.vision.encoders.interface import ExportedEncoder
 from nvlm.vision.encoders.registry import ENCODERS, description_of
 from nvlm.weights.published import Source
@@ -42,7 +42,7 @@ def describe(config: Config, encoder: ExportedEncoder, text: Text | None = None)
         "pad2square": False,
         "ps_version": "v2",
         "select_layer": -1,
-        "template": "chatml",
+        "template": config.llm.chat,
         "use_thumbnail": True,
         "use_backbone_lora": 0,
         "use_llm_lora": 0,
@@ -97,6 +97,7 @@ def _own(config: Config) -> dict:
         "system": config.data.system,
         "bos": config.llm.bos,
         "tokenize": config.data.tokenize,
+        "chat": own_format(config.llm.chat),
         "rope_scaling": dict(config.llm.rope_scaling) if config.llm.rope_scaling else None,
     }
 

@@ -184,6 +184,13 @@ def split_marks(text: str) -> list[str]:
     return [*texts[:-1], texts[-1] + text[start:]]
 
 
+def stripped(texts: Sequence[str]) -> list[str]:
+    """The texts of a message without the white space at its ends."""
+    first, *others = texts
+    *between, last = first.lstrip(), *others
+    return [*between, last.rstrip()]
+
+
 def found_by_vllm(first: str, others: Sequence[str]) -> bool:
     """Whether vLLM finds exactly the images between these texts: each on its own line, with no empty one after it."""
     starts_lines = all(text.endswith("\n") for text in (f"\n{first}", *others)[: len(others)])
@@ -490,10 +497,12 @@ class NVLM(nn.Module):
 
     @cached_property
     def ends(self) -> frozenset[int]:
-        """Tokens that end an answer: `<|im_end|>` and those in generation_config.json."""
+        """Tokens that end an answer: the chat format's and those in generation_config.json."""
         file = self.folder / "generation_config.json"
         listed = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-        return frozenset(listed if isinstance(listed, list) else [listed]) | {self.tokenizer.token_to_id("<|im_end|>")}
+        return frozenset(listed if isinstance(listed, list) else [listed]) | {
+            self.tokenizer.token_to_id(self.config.nvlm.chat.end)
+        }
 
     @property
     def tile_tokens(self) -> int:
@@ -505,25 +514,34 @@ class NVLM(nn.Module):
         """Token ids of plain text."""
         return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def own(self, text: str) -> tuple[int, ...]:
+        """Token ids of the chat format's own text, in which special tokens are written by name."""
+        names = self.config.nvlm.chat.tokens
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
+        ids = ((self.tokenizer.token_to_id(part),) if part in names else self.encode(part) for part in parts)
+        return tuple(number for some in ids for number in some)
+
     def inputs(
         self, messages: Sequence[dict], images: Sequence = (), reply: bool = False, max_tiles: int | None = None
     ) -> Inputs:
-        """Encode a conversation in ChatML; with `reply`, up to the start of the assistant's next turn.
+        """Encode a conversation in the model's chat format; with `reply`, up to the start of the assistant's next turn.
 
         `messages`: {"role", "content"}, content is text with `<image>` marks or a list of {"type": "text" | "image"}
         parts. `images`: paths, bytes or Pillow images. `max_tiles`: fewer tiles per image than config.json allows;
         the trainer does this if a conversation's images do not fit its sequence.
         """
-        c, special, encode = self.config.nvlm, self.tokenizer.token_to_id, self.encode
-        start, end = (special(name) for name in ("<|im_start|>", "<|im_end|>"))
-        stream, keys, tiles, image = [Piece((special(c.bos),))] if c.bos else [], [], [], -1
+        c, chat, encode = self.config.nvlm, self.config.nvlm.chat, self.encode
+        stream = [Piece((self.tokenizer.token_to_id(c.bos),))] if c.bos else []
+        keys, tiles, image = [], [], -1
         for role, texts in turns_of(messages, len(images), c.system):
-            stream.append(Piece((start,), image))
             way = "apart" if role == "assistant" else c.tokenize
-            first, *others = texts
+            first, *others = stripped(texts) if chat.strip else texts
+            stream.append(
+                Piece(self.own(f"{chat.prefix}{role}{chat.suffix}" if way == "apart" else chat.prefix), image)
+            )
             if way == "vllm" and not found_by_vllm(first, others):
                 raise ValueError(f"got {MARK} within a line or before an empty one, which vLLM does not find")
-            words = [f"{role}\n", first] if way == "apart" else [f"{role}\n{first}"]
+            words = [first if way == "apart" else f"{role}{chat.suffix}{first}"]
             for fragment in others:
                 pixels, names = self.tile(images[image + 1], max_tiles)
                 tags = [encode(name) for name in names]
@@ -543,8 +561,8 @@ class NVLM(nn.Module):
                     "joined": [f"</Image>{fragment}"],
                     "vllm": ["</Image>", "\n", fragment[1:]],
                 }[way]
-            stream += [*(Piece(encode(text), image) for text in words), Piece((end, *encode("\n")), image)]
-        stream += [Piece((start, *encode("assistant\n")), image)] if reply else []
+            stream += [*(Piece(encode(text), image) for text in words), Piece(self.own(chat.tail), image)]
+        stream += [Piece(self.own(f"{chat.prefix}assistant{chat.suffix}"), image)] if reply else []
         size = self.config.force_image_size
         return Inputs(stream, keys, torch.cat([torch.zeros(0, 3, size, size, dtype=torch.uint8), *tiles]))
 

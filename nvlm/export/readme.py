@@ -29,6 +29,8 @@ def other_limits(config: Config, encoder: ExportedEncoder) -> list[str]:
     elif config.llm.thumbnail_tag != "<tile_global_thumbnail>":
         limits.append(f"llm.thumbnail_tag={config.llm.thumbnail_tag}: {_TAGS}")
     limits += encoder.limits
+    if config.llm.chat != "chatml":
+        limits.append(f"llm.chat={config.llm.chat}: they write ChatML")
     if not config.llm.qkv_bias:
         limits.append(f"llm={config.llm.name}: configuration_nvlm_d.py, which vLLM runs too, takes Qwen2 alone")
     if not places_images(config):

@@ -10,8 +10,11 @@ from pathlib import Path
 from nvlm.arch.registry import description
 from nvlm.config.values import Config, problem
 from nvlm.data.ends import read_json, token_texts
+from nvlm.data.formats import FORMATS
 from nvlm.data.tokenizer import ChatTokenizer, tokenizer_file, tokenizer_of
 
+# Formats that modeling_nvlm.py writes: their own text and messages may be tokenised apart, with the same tokens.
+EXPORTED = ("chatml", "llama3")
 VISION_PAD = "<|vision_pad|>"  # the placeholder of vLLM and NVLM-D-72B's own class for tile tokens
 # Qwen2.5's tokens after the last one of Qwen2; NVLM-D-72B's tokenizer has them too.
 _QWEN2_SIZE = 151646
@@ -31,10 +34,9 @@ class Text:
 
 def exported_text(config: Config) -> Text | None:
     """The files for the run's tokenizer; None if the run has no tokenizer. Raises ConfigError."""
-    if config.llm.chat != "chatml":
-        raise problem(
-            "llm.chat", f"{config.llm.chat} in this run", "chatml: an export has no other format", "train in it"
-        )
+    if config.llm.chat not in EXPORTED:
+        expected = f"{' or '.join(EXPORTED)}: an export has no other format"
+        raise problem("llm.chat", f"{config.llm.chat} in this run", expected, "train in one of these")
     if not config.llm.tokenizer:
         return None
     tokenizer = tokenizer_of(config.llm, "tokenizer")
@@ -47,7 +49,7 @@ def exported_text(config: Config) -> Text | None:
     added = missing_tokens(config, tokenizer)
     begin = _begin(tokenizer, there, (generation, model))
     ends = [tokenizer.end, *sorted(tokenizer.others - {tokenizer.end})]
-    template = chat_template(config.data.system, config.llm.bos)
+    template = chat_template(config.data.system, config.llm.bos, config.llm.chat)
     copied = {name: folder / name for name in _COPIED if (folder / name).is_file()} if folder else {}
     return Text(
         files={
@@ -87,8 +89,8 @@ def places_images(config: Config) -> bool:
 def training_note(config: Config) -> str | None:
     """One line if the run cannot be exported, or if an NVLM-D run's tokenizer lacks the placeholder that other
     libraries need; else None."""
-    if config.llm.chat != "chatml":
-        return f"llm.chat={config.llm.chat}: this model cannot be exported, which needs llm.chat=chatml"
+    if config.llm.chat not in EXPORTED:
+        return f"llm.chat={config.llm.chat}: this model cannot be exported, which needs {' or '.join(EXPORTED)}"
     tokenizer = tokenizer_of(config.llm)
     if not description(config.arch.name).release_code or tokenizer.tokenizer.token_to_id(VISION_PAD) is not None:
         return None
@@ -98,18 +100,39 @@ def training_note(config: Config) -> str | None:
     return f"{lacks}, and llm.vocab={config.llm.vocab} no row left for it: an export's own code alone can load it"
 
 
-def chat_template(system: str | None, bos: str | None) -> str:
+def chat_template(system: str | None, bos: str | None, chat: str = "chatml") -> str:
     """The run's conversation format in Jinja, with its system message as the default."""
-    default = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    form = FORMATS[chat]
+    prefix, suffix, tail = form.frame
+    default = f"{prefix}system{suffix}{system.strip() if form.strips else system}{tail}" if system else ""
+    content = "message['content']" + (" | trim" if form.strips else "")
     return (
         f"{{{{- {_quoted(bos or '')} }}}}"
         f"{{%- if messages[0]['role'] != 'system' %}}{{{{- {_quoted(default)} }}}}{{%- endif %}}"
         "{%- for message in messages %}"
         "{%- if message['content'] is not string %}{{- raise_exception('expected text as content') }}{%- endif %}"
-        "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        f"{{{{- {_literal(prefix)} + message['role'] + {_literal(suffix)} + {content} + {_literal(tail)} }}}}"
         "{%- endfor %}"
-        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+        f"{{%- if add_generation_prompt %}}{{{{- {_literal(f'{prefix}assistant{suffix}')} }}}}{{%- endif %}}"
     )
+
+
+def own_format(chat: str) -> dict:
+    """A chat format for modeling_nvlm.py."""
+    form = FORMATS[chat]
+    prefix, suffix, tail = form.frame
+    return {
+        "tokens": list(form.tokens),
+        "prefix": prefix,
+        "suffix": suffix,
+        "tail": tail,
+        "end": form.end,
+        "strip": bool(form.strips),
+    }
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("\n", "\\n") + "'"
 
 
 def _quoted(text: str) -> str:
@@ -129,7 +152,7 @@ def _tokenizer_config(config: Config, there: Mapping, added: Mapping[str, int], 
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.llm.max_positions,
-        "eos_token": "<|im_end|>",
+        "eos_token": FORMATS[config.llm.chat].end,
         **({"bos_token": config.llm.bos} if config.llm.bos else {}),
         **{key: value for key, value in there.items() if value is not None},
         "chat_template": template,

@@ -33,7 +33,7 @@ from nvlm.data.outline import build_processor
 from nvlm.data.pack import collate
 from nvlm.data.record import Record
 from nvlm.data.samples import encode
-from nvlm.data.tokenizer import TINY
+from nvlm.data.tokenizer import TINY, load_tokenizer
 from nvlm.export.describe import describe
 from nvlm.export.readback import check_readable
 from nvlm.inputs.sources import whole_model
@@ -207,6 +207,30 @@ def test_it_lays_out_and_computes_as_the_trainer(pair):
     built, model = pair
     for story in STORIES:
         assert_alike(record_of(story), built, model)
+
+
+def test_it_speaks_llama_3_as_the_trainer_does(tmp_path):
+    """Whose messages lose white space at their ends; special tokens in them stay text."""
+    values, names = json.loads(TINY.read_text()), load_tokenizer("tiny").vocab
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    tokens = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    values["added_tokens"] += [{"id": names + n, "content": name, **flags} for n, name in enumerate(tokens)]
+    (tmp_path / "llama3").mkdir()
+    file = tmp_path / "llama3" / "tokenizer.json"
+    file.write_text(json.dumps(values))
+    chosen = (f"llm.tokenizer={file}", "llm.chat=llama3", "llm.bos='<|begin_of_text|>'", "data.system=' Look. '")
+    built = built_of("arch=hybrid", *chosen)
+    (tmp_path / "out").mkdir()
+    folder = write_folder(tmp_path / "out", built)
+    shutil.copy(file, folder / "tokenizer.json")
+    model = loaded(folder)
+    said = Story("said", (("user", " <image>What?\n"), ("assistant", "\n<|eot_id|> It <image> \n")), TWO.grids[:2])
+    for story in (*STORIES, said):
+        assert_alike(record_of(story), built, model)
+    asked = record_of(replace(said, turns=said.turns[:1], grids=said.grids[:1]))
+    ids = ids_of(model.inputs(asked.messages, asked.images, reply=True).stream, model.tile_tokens)
+    header = [names + 1, *model.encode("assistant"), names + 2, *model.encode("\n\n")]
+    assert ids[-len(header) - 1 :] == [names + 3, *header] and names + 3 in model.ends
 
 
 def pictures() -> dict[str, Image.Image]:

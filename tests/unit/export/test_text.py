@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from nvlm.config.values import ConfigError
 from nvlm.data import chat
-from nvlm.data.messages import Turn
+from nvlm.data.formats import FORMATS
+from nvlm.data.messages import Turn, read_turns
 from nvlm.data.tokenizer import load_tokenizer
 from nvlm.export.describe import describe
 from nvlm.export.readme import RELEASE_FILES, note, other_limits, readme, release_limits
@@ -87,7 +88,7 @@ def test_a_vocabulary_without_room_is_said_before_training_and_at_export(configu
 
 def test_a_model_that_does_not_speak_chatml_is_not_exported(configured):
     config = configured("arch=decoder", "llm.chat=plain", "data.questions=1")
-    with pytest.raises(ConfigError, match="llm.chat: got plain in this run, expected chatml"):
+    with pytest.raises(ConfigError, match="llm.chat: got plain in this run, expected chatml or llama3"):
         exported_text(config)
     assert "cannot be exported" in training_note(config)
 
@@ -131,6 +132,24 @@ def test_the_template_is_the_trainer_s(configured, tmp_path, system, bos):
             expected = tokenizer.tokenizer.decode([i for run in runs for i in run.ids], skip_special_tokens=False)
             got = rendered.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
             assert got == expected
+
+
+@pytest.mark.parametrize("system", [None, " You are\nbrief. "])
+def test_the_template_of_llama_3_is_the_trainer_s(system):
+    """Compared as text: what a tokenizer makes of either is the same."""
+    from jinja2 import Environment
+
+    form, bos = FORMATS["llama3"], "<|begin_of_text|>"
+    template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(chat_template(system, bos, "llama3"))
+    user, answer = {"role": "user", "content": " What's <b>?\n"}, {"role": "assistant", "content": "\nA. "}
+    for messages in ([user], [user, answer], [{"role": "system", "content": "Other."}, user, answer, user]):
+        for reply in {messages[-1]["role"] == "user", False}:
+            turns = read_turns(
+                messages if not system or len(messages) > 2 else [{"role": "system", "content": system}, *messages]
+            )
+            layout = form.layout(turns, reply)
+            texts = (p.text if p.turn is None else turns[p.turn].texts[0].strip() for p in layout.pieces)
+            assert template.render(messages=messages, add_generation_prompt=reply) == bos + "".join(texts)
 
 
 def test_a_copied_template_does_not_outlive_the_export(configured, qwen2, tmp_path):
