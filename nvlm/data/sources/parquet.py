@@ -161,7 +161,11 @@ def _metadata(path: Path | Remote, key: str) -> FileMetaData:
     try:
         with _opened(path) as reader:
             reader.schema_arrow  # noqa: B018 (raises for types that cannot be read)
-            return reader.metadata
+            metadata = reader.metadata
+            rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+            if sum(rows) != metadata.num_rows or min(rows, default=0) < 0:
+                raise OSError(f"{metadata.num_rows} rows, and {sum(rows)} in its row groups")
+            return metadata
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
         raise _damaged(path, key, error, expected, fix) from None
 

@@ -249,3 +249,29 @@ def test_a_row_of_plain_columns_is_read_by_its_task(tmp_path, configured):
     path = write(tmp_path / "a.parquet", [{"question": "What?", "answer": "A cat.", "image": {"bytes": picture()}}])
     records = build_records(configured("data=parquet", "data.task=vqa", f"data.path={path}").data, seed=0)
     assert records[0].images == [picture()] and records[0].messages[1]["content"] == "A cat."
+
+
+def test_mutated_files_never_raise_anything_else(tmp_path):
+    path = write(tmp_path / "a.parquet", rows(12), row_group_size=4)
+    whole, found = path.read_bytes(), set()
+    for seed in range(200):
+        draw = random.Random(seed)
+        data = bytearray(whole)
+        for _ in range(draw.choice((1, 3, 10))):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        path.write_bytes(data[: draw.choice((len(data), len(data), draw.randrange(len(data))))])
+        found.add(outcome(path))
+    assert found == {"refused", "bad", "read"}
+
+
+def outcome(path) -> str:
+    try:
+        found = rows_of(str(path), "data.path")
+    except ConfigError:
+        return "refused"
+    try:
+        for index in range(min(len(found), 20)):
+            found[index]
+    except BadRecord:
+        return "bad"
+    return "read"
