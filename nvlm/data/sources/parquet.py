@@ -141,7 +141,7 @@ def _check_groups(file: ParquetFile, path: str, key: str) -> None:
             f"{file.path} with a row group of {file.largest >> 20} MiB, all of which is read for a row in random order"
         )
         copied = f"python -c \"import datasets; datasets.Dataset.from_parquet('{path}').save_to_disk('copy')\""
-        fix = f"{copied}, then data=datasets {key}=copy; or write it with row_group_size=100"
+        fix = f"{copied}, then data=datasets {key}=copy; or write it with row_group_size=10"
         raise problem(key, got, f"row groups of at most {_GROUP >> 20} MiB, or {_KEPT >> 20} MiB in all", fix)
 
 
