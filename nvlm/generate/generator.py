@@ -36,7 +36,8 @@ from nvlm.vision.prepass import BalancedVision, build_team
 class Conversation:
     """Messages of {role, content} up to a user's turn, and its images: paths, encoded bytes or Pillow images.
 
-    `<image>` in the messages marks the images' places; without marks they go before the first user message's text.
+    `<image>` in the messages marks the images' places; without marks they go before the first user message's text. A
+    backslash before it makes it a text.
     """
 
     messages: Sequence[dict[str, Any]]
