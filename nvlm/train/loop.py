@@ -88,8 +88,8 @@ def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: E
                 print(f"note: {line}")
 
         def evaluate(step: int) -> None:
-            if evaluation is not None:
-                scores = evaluation(trainer, step, functools.partial(watch.mark, step, "evaluate"))
+            alive = functools.partial(watch.mark, step, "evaluate")
+            if evaluation is not None and (scores := evaluation(trainer, step, alive)):
                 tracker.log({"step": step} | scores)
 
         if not resumed:
