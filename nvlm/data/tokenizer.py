@@ -121,20 +121,12 @@ def load_tokenizer(
     last = next((name for name in END_OF_TEXT if name in added), None)
     form, needed = _form(chat, path, added, last, key)
     control = tuple(name for name in dict.fromkeys((*needed, bos, last)) if name is not None)
-    tokenizer = _built(stateless(values, control), path, key)
-    number = tokenizer.token_to_id
-    for name in needed:
-        if number(name) is None:
-            expected = "a ChatML tokenizer" if chat == "chatml" else f"a tokenizer for llm.chat={chat}"
-            fix = f"{key}=DIR of such a model, or llm.chat=template for the format of this one"
-            raise problem(f"{key}={where}", f"no token {name}", expected, fix)
-    if bos is not None and number(bos) is None:
+    tokenizer = _built(values, control, path, key)
+    if bos is not None and tokenizer.token_to_id(bos) is None:
         raise problem("llm.bos", repr(bos), f"a token of {path}", "llm.bos=null for none")
-    for name in control:
-        if number(name) in tokenizer.encode(name, add_special_tokens=False).ids:
-            expected = f"a tokenizer that can treat {name} as text"
-            raise problem(f"{key}={where}", f"one that always finds {name} in a text", expected, "use another")
-    prefixed, continuing = without_prefix(stateless(values, control))
+    _check(tokenizer, needed, control, f"{key}={where}", chat)
+    number = tokenizer.token_to_id
+    prefixed, continuing = without_prefix(values)
     return ChatTokenizer(
         tokenizer,
         number(form.end),
@@ -143,7 +135,7 @@ def load_tokenizer(
         None if bos is None else number(bos),
         end_tokens(path.parent, tokenizer, key) if path.name == "tokenizer.json" else frozenset(),
         last,
-        None if prefixed == "never" else _built(continuing, path, key),
+        None if prefixed == "never" else _built(continuing, control, path, key),
         prefixed,
     )
 
@@ -166,10 +158,23 @@ def _form(
     return form, form.tokens
 
 
-def _built(values: Mapping[str, Any], path: Path, key: str) -> Tokenizer:
+def _check(tokenizer: Tokenizer, needed: Sequence[str], control: Sequence[str], what: str, chat: str) -> None:
+    """Raise ConfigError if a special token that the chat format needs is missing or cannot be told from text."""
+    for name in needed:
+        if tokenizer.token_to_id(name) is None:
+            expected = "a ChatML tokenizer" if chat == "chatml" else f"a tokenizer for llm.chat={chat}"
+            fix = "llm.tokenizer=DIR of such a model, or llm.chat=template for the format of this one"
+            raise problem(what, f"no token {name}", expected, fix)
+    for name in control:
+        if tokenizer.token_to_id(name) in tokenizer.encode(name, add_special_tokens=False).ids:
+            expected = f"a tokenizer that can treat {name} as text"
+            raise problem(what, f"one that always finds {name} in a text", expected, "use another")
+
+
+def _built(values: dict[str, Any], control: Sequence[str], path: Path, key: str) -> Tokenizer:
     """The tokenizer of a tokenizer.json's `values`, which reads special tokens in a text as text."""
     try:
-        tokenizer = Tokenizer.from_str(json.dumps(values))
+        tokenizer = Tokenizer.from_str(json.dumps(stateless(values, control)))
     except Exception as error:  # the library's own error type is Exception itself
         raise _unreadable(path, error, key) from None
     tokenizer.encode_special_tokens = True

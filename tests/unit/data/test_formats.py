@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -194,12 +195,11 @@ def without_special(talk):
     return talk
 
 
-@pytest.mark.parametrize("kind", ["bytes", "legacy", "first"])
-@pytest.mark.parametrize("form", list(PUBLISHED))
+@pytest.mark.parametrize(
+    ("form", "kind"), [("chatml", "bytes"), *product(("llama3", "vicuna", "mistral"), ("bytes", "legacy", "first"))]
+)
 def test_tokens_equal_the_published_template_s(folders, form, kind):
     """ChatML's role, line end and message are tokenised apart, which only SentencePiece's tokenizers would notice."""
-    if form == "chatml" and kind != "bytes":
-        pytest.skip("tokenised apart")
     named, own = (
         load_tokenizer(folders(kind, PUBLISHED[form], bos=BEGINS[form] or "<s>"), BEGINS[form], chat=way)
         for way in (form, "template")
@@ -307,3 +307,12 @@ def test_a_document_ends_in_the_end_of_text_in_every_format(folders, form):
         written(tokenizer, turns, system="Be kind.")
         == f"{begin}[[Hi]] [[_there]] < Image > [0] </ Image > [[_see]] [[<|end_of_text|>]]"
     )
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"model": null}', '{"added_tokens": [{}]}', '{"added_tokens": 3}', "\\u0000"]
+)
+def test_a_damaged_tokenizer_is_refused_in_one_line(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ConfigError, match="tokenizer.json, which cannot be read"):
+        load_tokenizer(str(tmp_path))
