@@ -131,17 +131,20 @@ def rows_in(paths: Sequence[Path | Remote], path: str, key: str) -> Joined:
         raise problem(key, f"{path}, which has no rows", "a row per record", f"{key}=FILE.parquet")
     if sum(file.bytes for file in files) > _KEPT:
         for file in files:
-            _check_groups(file, path, key)
+            _check_groups(file, key)
     return Joined(files)
 
 
-def _check_groups(file: ParquetFile, path: str, key: str) -> None:
+def _check_groups(file: ParquetFile, key: str) -> None:
     if file.largest > _GROUP:
         got = (
             f"{file.path} with a row group of {file.largest >> 20} MiB, all of which is read for a row in random order"
         )
-        copied = f"python -c \"import datasets; datasets.Dataset.from_parquet('{path}').save_to_disk('copy')\""
-        fix = f"{copied}, then data=datasets {key}=copy; or write it with row_group_size=10"
+        copy = (
+            f"import pyarrow.parquet as q; f = q.ParquetFile('{file.path}'); w = q.ParquetWriter('{file.path.name}', "
+            "f.schema_arrow); [w.write_batch(b) for b in f.iter_batches(10)]; w.close()"
+        )
+        fix = f'write it with row_group_size=10, or in another folder: python -c "{copy}"'
         raise problem(key, got, f"row groups of at most {_GROUP >> 20} MiB, or {_KEPT >> 20} MiB in all", fix)
 
 
