@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,10 +110,7 @@ def _share(text: str) -> float:
 def inspect(config: Config, request: Request) -> Found:
     """Read the records and measure them."""
     # These import torch; a mistyped key need not wait for it.
-    from nvlm.data.blend import build_order
-    from nvlm.data.loader import Steps
-    from nvlm.data.outline import build_processor
-    from nvlm.data.sources.registry import build_records
+    from nvlm.data.loader import steps_of
     from nvlm.estimate.lengths import check_vocabulary
     from nvlm.inspect.page import Found
     from nvlm.inspect.rows import packed
@@ -121,27 +118,12 @@ def inspect(config: Config, request: Request) -> Found:
     from nvlm.inspect.survey import Survey, tallied
 
     check_vocabulary(config)
-    records = build_records(config.data, config.seed)
-    order = build_order(config.data.source, records, config.seed, config.train.global_batch)
-    processor = build_processor(config, placement_rule(config.arch.name))
+    steps = replace(steps_of(config, placement_rule(config.arch.name)), data_size=config.parallel.data)
+    records, order, processor = steps.records, steps.order, steps.processor
     survey = Survey(records, processor, order, request.records, request.pixels)
     with _progress(survey) as progress:
         tallies = tallied(survey, config.data.workers, progress)
-    step = packed(
-        Steps(
-            records=records,
-            processor=processor,
-            order=order,
-            steps=config.train.steps,
-            micro_batch=config.train.micro_batch,
-            row_length=config.data.row_length,
-            data_rank=0,
-            data_size=config.parallel.data,
-            multiple=config.row_multiple,
-            window=config.data.window,
-            groups=config.parallel.pipeline if config.parallel.virtual > 1 else 1,
-        )
-    )
+    step = packed(steps)
     return Found(
         tallies=tallies,
         shown=tuple(chosen(records, order, processor, request.show)) if request.show else (),

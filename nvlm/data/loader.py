@@ -14,12 +14,14 @@ from functools import lru_cache
 
 from torch.utils.data import DataLoader, Dataset
 
+from nvlm.config.values import Config
 from nvlm.data.amounts import Work
 from nvlm.data.batch import Batch, Sample
-from nvlm.data.index.opened import PREPARE, Index
+from nvlm.data.blend import build_order
+from nvlm.data.index.opened import PREPARE, Index, open_records
 from nvlm.data.measure import lengths
 from nvlm.data.order import Order
-from nvlm.data.outline import Pictures, Processor, outline, unreadable
+from nvlm.data.outline import Pictures, Processor, build_processor, outline, unreadable
 from nvlm.data.pack import collate, deal, hand_out, pack
 from nvlm.data.parcel import Parcel, close
 from nvlm.data.record import BadRecord, ImageChanged, one_record
@@ -27,6 +29,7 @@ from nvlm.data.samples import Share, blank, fill
 from nvlm.data.share import decoding_seats
 from nvlm.data.sources.registry import Records
 from nvlm.data.work import count_work
+from nvlm.tiling.placement import PlacementRule
 
 _FIX = "do not change records or images while a run reads them"
 
@@ -184,6 +187,26 @@ class Steps(Dataset):
         count = max(1, math.ceil(len(rows) / self.micro_batch))
         count = math.ceil(count / self.groups) * self.groups
         return [rows[i * self.micro_batch : (i + 1) * self.micro_batch] for i in range(count)]
+
+
+def steps_of(config: Config, placement: PlacementRule) -> Steps:
+    """The steps of a run with a single rank. Raises ConfigError if its records or their index cannot be opened."""
+    processor = build_processor(config, placement)
+    records, index = open_records(config.data, config.seed, processor)
+    return Steps(
+        records=records,
+        index=index,
+        order=build_order(config.data.source, records, config.seed, config.train.global_batch),
+        processor=processor,
+        steps=config.train.steps,
+        micro_batch=config.train.micro_batch,
+        row_length=config.data.row_length,
+        window=config.data.window,
+        data_rank=0,
+        data_size=1,
+        multiple=config.row_multiple,
+        groups=config.parallel.pipeline if config.parallel.virtual > 1 else 1,  # interleaved stages take turns
+    )
 
 
 @lru_cache(maxsize=2)

@@ -15,10 +15,7 @@ from nvlm.arch import registry
 from nvlm.arch.pipeline import build_parts, build_pipeline, tile_use_of_rank
 from nvlm.config.rules import check_world
 from nvlm.config.values import Config, ConfigError
-from nvlm.data.blend import build_order
-from nvlm.data.index.opened import open_records
-from nvlm.data.loader import StepData, Steps, load_steps
-from nvlm.data.outline import build_processor
+from nvlm.data.loader import StepData, Steps, load_steps, steps_of
 from nvlm.estimate.lengths import check_vocabulary
 from nvlm.export.text import training_note
 from nvlm.inputs import identity
@@ -185,24 +182,8 @@ def build_steps(config: Config) -> Steps:
     check_vocabulary(config)
     rank, size = groups.data_rank()
     seat, seats = groups.seat()
-    processor = build_processor(config, registry.placement_rule(config.arch.name))
-    records, index = open_records(config.data, config.seed, processor)
-    return Steps(
-        records=records,
-        index=index,
-        order=build_order(config.data.source, records, config.seed, config.train.global_batch),
-        processor=processor,
-        steps=config.train.steps,
-        micro_batch=config.train.micro_batch,
-        row_length=config.data.row_length,
-        window=config.data.window,
-        data_rank=rank,
-        data_size=size,
-        seat=seat,
-        seats=seats,
-        multiple=config.row_multiple,
-        groups=config.parallel.pipeline if config.parallel.virtual > 1 else 1,  # interleaved stages take turns
-    )
+    steps = steps_of(config, registry.placement_rule(config.arch.name))
+    return replace(steps, data_rank=rank, data_size=size, seat=seat, seats=seats)
 
 
 def build_trainer(config: Config, device, begins: bool = True) -> Trainer:
