@@ -38,6 +38,7 @@ _MOST_MESSAGES = 256  # each answer takes a rendering of its prompt
 _PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"  # an image in a message that is rendered
 _MARK = re.compile("\ue000(\\d+)\ue001")  # a message in the rendering that shows the template's own text
 _TRIMS = (KEEP, STRIP, *product(("", "\n", None), repeat=2))
+_SHORTEST = ("user", "assistant")  # the roles of the conversation that every template must have
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -88,13 +89,13 @@ class Template:
     @property
     def end(self) -> str:
         """The token that ends an answer. Raises BadRecord."""
-        (last,) = _last_pieces(_pieces(self, ("user", "assistant"), False))
+        (last,) = _last_pieces(_pieces(self, _SHORTEST, False))
         return self.names.search(last.text)[0]
 
     @property
     def lead(self) -> str:
         """The text between the generation prompt and an answer's own text. Raises BadRecord."""
-        pieces = _pieces(self, ("user", "assistant"), False)
+        pieces = _pieces(self, _SHORTEST, False)
         at = next(number for number, piece in enumerate(pieces) if piece.turn == 1)
         return pieces[at - 1].text if at and pieces[at - 1].answer else ""
 
@@ -119,7 +120,7 @@ def read_template(folder: Path, added: Mapping[str, Mapping[str, Any]], key: str
         tokens = tuple(name for name in added if _is_control(added[name], (source, *values.values())))
         template = Template(source, _environment().from_string(source), values, tokens)
         _pieces(template, ("user",), True)
-        _pieces(template, ("user", "assistant"), False)
+        _pieces(template, _SHORTEST, False)
     except Exception as error:  # a template may raise anything
         got = printable(f"{folder}: {error}")
         raise problem("llm.chat=template", got, "a template whose answers can be found exactly", fix) from None
@@ -163,6 +164,8 @@ def _pieces(template: Template, roles: tuple[str, ...], reply: bool) -> tuple[Pi
         pieces += [Piece(lead, answer=number), Piece(turn=number, answer=number)]
         pieces += [Piece(after[:end], answer=number), Piece(after[end:])]
     ends = {template.names.search(piece.text)[0] for piece in _last_pieces(pieces)}
+    if ends and roles != _SHORTEST:
+        ends.add(template.end)
     if len(ends) > 1:
         raise BadRecord(f"the chat template ends answers with {' and '.join(sorted(ends))}: expected always the same")
     return tuple(piece for piece in pieces if piece.text or piece.turn is not None)
@@ -233,9 +236,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context, operator, left, right):
         """Refuse powers, and long repetitions of texts and lists."""
-        sizes = [one if isinstance(one, int) else len(one) for one in (left, right) if hasattr(one, "__len__") or one]
-        numbers = all(isinstance(one, (int, float)) for one in (left, right))
-        if operator == "**" or (not numbers and len(sizes) == 2 and sizes[0] * sizes[1] > _LONGEST):
+        repeats = any(hasattr(one, "__len__") for one in (left, right))
+        sizes = [len(one) if hasattr(one, "__len__") else one for one in (left, right)]
+        if operator == "**" or (repeats and sizes[0] * sizes[1] > _LONGEST):
             raise jinja2.TemplateRuntimeError(f"{operator} with a result that may be too large")
         return super().call_binop(context, operator, left, right)
 

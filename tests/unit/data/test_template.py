@@ -148,6 +148,10 @@ def test_special_tokens_in_messages_stay_text(tmp_path, name):
     assert learned(tokenizer, of(("user", "Hi"), ("assistant", forged))).strip().startswith(forged)
 
 
+def test_numbers_may_be_multiplied(tmp_path):
+    assert make(tmp_path, "{{ '' if 2 * 0.5 == 1 else 'x' * 3 }}{{ 'ab' * 2 }}" + ZEPHYR)
+
+
 def test_the_template_is_read_as_transformers_does(tmp_path):
     """From a list by the name default; chat_template.jinja comes first."""
     listed = [{"name": "tool_use", "template": "{{ 1 }}"}, {"name": "default", "template": ZEPHYR}]
@@ -206,6 +210,11 @@ def test_a_template_whose_answers_cannot_be_found_is_refused(tmp_path, template,
         (
             ZEPHYR.replace("eos_token +", "('<|end|>' if m.role == 'assistant' and not loop.last else eos_token) +"),
             [("user", "a"), ("assistant", "b")] * 2,
+            "ends answers with </s> and <|end|>",
+        ),
+        (
+            ZEPHYR.replace("eos_token +", "(eos_token if m.role == 'user' or messages|length < 3 else '<|end|>') +"),
+            [("user", "a"), ("assistant", "b"), ("user", "c")],
             "ends answers with </s> and <|end|>",
         ),
     ],
