@@ -288,7 +288,7 @@ SOURCES = {
 SOURCES["saved"] = "datasets"
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(4000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 @pytest.mark.parametrize("kind", SOURCES)
 def test_damaged_files_are_refused_or_give_records_that_are_used_or_refused(root, processor, configured, kind, count):
     good = [ROWS[0] | {"id": str(number)} for number in range(4)]

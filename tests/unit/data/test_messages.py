@@ -352,3 +352,12 @@ def test_a_line_has_its_images_in_parts_or_in_a_list(tmp_path):
     assert read(parsed(line(messages=spoken({"type": "image"}), images=["b.png"])), "r:1", tmp_path).images == [
         tmp_path / "b.png"
     ]
+
+
+def test_a_value_that_is_nested_too_deeply_for_a_message_is_named_all_the_same():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    for turn in ({"role": deep, "content": "hi"}, {"role": "user", "content": [{"type": deep}]}):
+        with pytest.raises(BadRecord, match=r"\[\[\[\[\[\[\.\.\.\]+, expected"):
+            read_turns([turn])

@@ -189,8 +189,13 @@ def test_scaled_corners_stay_within_a_cell_of_the_true_ones(corners, size):
 def test_the_task_of_a_source_is_a_key(folder, configured):
     rows = [{"image": "a.png", **ROWS["vqa"]}, {"image": "a.png", "question": "?"}]
     (folder / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    records = build_records(configured("data=jsonl", f"data.path={folder / 'r.jsonl'}", "data.task=vqa").data, seed=5)
-    assert records[0] == task_form("vqa", 5)(rows[0], "r.jsonl:1", folder)
+    data = configured("data=jsonl", f"data.path={folder / 'r.jsonl'}", "data.task=vqa").data
+    asked_with = set()
+    for seed in range(9):
+        records = build_records(data, seed)
+        assert records[0] == task_form("vqa", seed)(rows[0], "r.jsonl:1", folder)
+        asked_with.add(records[0].messages[0]["content"])
+    assert len(asked_with) == len(tasks._wordings()["vqa"])
     with pytest.raises(BadRecord, match="`answer` is null"):
         records[1]
     with pytest.raises(ConfigError, match="data.task"):
