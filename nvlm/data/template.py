@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
@@ -33,7 +33,7 @@ from nvlm.data.record import BadRecord, printable
 
 _LONGEST = 1 << 20  # characters of a template
 _MOST_OUTPUT = 1 << 26  # characters of a conversation
-_MOST_STEPS = 1000  # of a loop over numbers
+_MOST_STEPS = 10_000  # of the loops over numbers of one conversation
 _MOST_MESSAGES = 256  # each answer takes a rendering of its prompt
 _PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"  # an image in a message that is rendered
 _MARK = re.compile("\ue000(\\d+)\ue001")  # a message in the rendering that shows the template's own text
@@ -68,6 +68,7 @@ class Template:
         """The text of a conversation. Raises BadRecord for whatever the template raises."""
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": reply}
+        given |= {"range": _limited_range()}
         text, size = [], 0
         try:
             for part in self.compiled.generate(**given, **self.values):
@@ -258,7 +259,7 @@ def _environment() -> jinja2.Environment:
     """The environment in which transformers renders templates, with limits and without its clock."""
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _raise, "range": _short_range}
+    environment.globals["raise_exception"] = _raise
     return environment
 
 
@@ -266,11 +267,19 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _short_range(*bounds: int) -> range:
-    numbers = range(*bounds)
-    if len(numbers) > _MOST_STEPS:
-        raise OverflowError(f"a loop of {len(numbers)} steps, more than {_MOST_STEPS}")
-    return numbers
+def _limited_range() -> Callable[..., range]:
+    """Python's range, of which one rendering may take so many steps in all."""
+    left = _MOST_STEPS
+
+    def steps(*bounds: int) -> range:
+        nonlocal left
+        numbers = range(*bounds)
+        left -= len(numbers)
+        if left < 0:
+            raise OverflowError(f"loops over numbers of more than {_MOST_STEPS} steps")
+        return numbers
+
+    return steps
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
