@@ -38,7 +38,8 @@ def pytest_collection_finish():
 
 LONGEST = (
     "tests/engine/test_engine.py", "tests/dist/test_checkpoint.py", "tests/e2e/test_kills.py",
-    "tests/dist/test_layouts.py", "tests/unit/data/test_fuzz.py", "tests/dist/test_adapters.py", "tests/e2e/test_faults.py",
+    "tests/dist/test_layouts.py", "tests/unit/data/test_fuzz.py",
+    "tests/dist/test_adapters.py", "tests/e2e/test_faults.py",
     "tests/e2e/test_train.py", "tests/e2e/test_generate.py", "tests/dist/test_nothing_there.py",
     "tests/e2e/test_weights.py", "tests/dist/test_export.py", "tests/dist/test_published.py",
     "tests/e2e/test_checkpoint.py", "tests/e2e/test_slurm.py", "tests/parity/test_models.py",
