@@ -55,19 +55,25 @@ def _place(sizes: np.ndarray, budgets: np.ndarray, order: np.ndarray, count: int
     Picks the row with room in which `weights` x used x size is smallest, the first one on a tie.
     """
     rows: list[list[int]] = [[] for _ in range(count)]
-    used = np.zeros((count + len(order), 2), dtype=np.int64)
-    for index in order:
-        size = sizes[index]
-        filled = used[: len(rows)]
-        room = (filled + size <= budgets).all(axis=1)
-        # Not a matrix product: its rounding depends on the machine, and all machines must get the same rows.
-        crowding = (filled * (weights * size)).sum(axis=1)
-        row = int(np.where(room, crowding, np.inf).argmin())
-        if not room[row]:
+    text, keys, masked = np.zeros((3, count + len(order)))  # what each row holds; floats are exact here
+    places, (most_text, most_keys), (text_weight, key_weight) = order.tolist(), budgets.tolist(), weights.tolist()
+    # Not a matrix product: its rounding depends on the machine, and all machines must get the same rows.
+    for index, (more_text, more_keys) in zip(places, sizes[order].tolist(), strict=True):
+        text_here, keys_here, crowding = (column[: len(rows)] for column in (text, keys, masked))
+        full = (text_here > most_text - more_text) | (keys_here > most_keys - more_keys)
+        if not text_weight and not key_weight:
+            row = int(full.argmin())  # the first with room
+        else:
+            np.multiply(text_here, text_weight * more_text, out=crowding)
+            crowding += keys_here * (key_weight * more_keys)
+            crowding[full] = np.inf
+            row = int(crowding.argmin())
+        if full[row]:
             row = len(rows)
             rows.append([])
-        rows[row].append(int(index))
-        used[row] += size
+        rows[row].append(index)
+        text[row] += more_text
+        keys[row] += more_keys
     return rows
 
 
