@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.table import Table
 
 from nvlm.config.data import Blend, Pages
 from nvlm.config.values import Config
 from nvlm.data.blend import Blended, shares_of
+from nvlm.data.index.files import read_meta
+from nvlm.data.index.opened import folder_name
 from nvlm.data.order import taken
 from nvlm.data.record import Record
+from nvlm.data.sources.registry import named_sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +38,14 @@ def counts_of(records: Sequence[Record], config: Config) -> dict[str, int]:
 
 
 def known_counts(config: Config) -> dict[str, int]:
-    """The numbers of records that the configuration gives: those of the built-in pages."""
-    return {name: one.records for name, one in _sources(config).items() if isinstance(one, Pages)}
+    """The numbers of records that are known without reading any: of the built-in pages, and from data.index."""
+    known = {name: one.records for name, one in _sources(config).items() if isinstance(one, Pages)}
+    if config.data.index:
+        folder = Path(config.data.index)
+        for name in named_sources(config.data.source):
+            with contextlib.suppress(OSError, ValueError):  # there is none yet, or a run will refuse it
+                known[name or config.data.source.source] = read_meta(folder / folder_name(name)).records
+    return known
 
 
 def parts_of(config: Config, counts: Mapping[str, int]) -> list[Part]:

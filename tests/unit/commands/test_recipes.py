@@ -9,9 +9,11 @@ import pytest
 
 from nvlm.commands.compose import CONF, check_overrides, compose_config
 from nvlm.commands.dryrun import dry_run
+from nvlm.commands.prepare import main as prepare
 from nvlm.config.rules import without_path
 from nvlm.config.values import ConfigError
 from nvlm.data.blend import shares_of
+from nvlm.data.sources.registry import build_records
 from nvlm.inputs.check import compare_models
 from nvlm.inputs.drawn import counts_of, known_counts, parts_of, told
 
@@ -91,12 +93,14 @@ def test_shares_by_size_wait_for_the_counts(tmp_path):
     config = compose_config("data=blend", f"data.sources={{{sources}}}", "train.steps=60", "train.global_batch=2")
     assert all(part.share is None for part in parts_of(config, known_counts(config)))
     assert "counted when the run starts" in list(told(config, {}))[1]
-    from nvlm.data.sources.registry import build_records
-
     counts = counts_of(build_records(config.data, config.seed), config)
     parts = parts_of(config, counts)
     assert {part.name: part.share for part in parts} == shares_of(config.data.source, counts) == {"a": 0.75, "b": 0.25}
     assert [part.epochs for part in parts] == [3, 3]
+
+    assert prepare([f"data.index={tmp_path}/index", "data=blend", f"data.sources={{{sources}}}", "workers=1"]) == 0
+    indexed = compose_config("data=blend", f"data.sources={{{sources}}}", f"data.index={tmp_path}/index")
+    assert known_counts(indexed) == counts
 
 
 def test_one_source_says_its_epochs(configured):
