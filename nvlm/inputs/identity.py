@@ -17,6 +17,7 @@ from pathlib import Path
 from nvlm.config.values import Config, problem
 from nvlm.data.blend import Blended
 from nvlm.data.content import content_digest
+from nvlm.data.index.opened import known_digests
 from nvlm.data.order import Order
 from nvlm.data.remote import Remote
 from nvlm.data.sources.registry import Records
@@ -32,9 +33,10 @@ _BLENDED = "records."  # before the name of a source of a blend
 _PIECE = 1 << 12  # bytes of a tensor, at its start, middle and end
 
 
-def of_file(path: Path | Remote, records: int | None = None) -> Identity:
-    """A file by its size and bytes, sampled if larger than 64 MiB or in object storage; `records`: how many it has."""
-    return Identity(str(path.resolve()), path.stat().st_size, content_digest(path), records)
+def of_file(path: Path | Remote, records: int | None = None, known: str | None = None) -> Identity:
+    """A file by its size and bytes, sampled if larger than 64 MiB or in object storage; `records`: how many it has;
+    `known`: the digest of its content, if known."""
+    return Identity(str(path.resolve()), path.stat().st_size, known or content_digest(path), records)
 
 
 def of_tensors(folder: str, stored: Mapping[str, Stored], prefix: str = "") -> Identity:
@@ -52,29 +54,34 @@ def of_tensors(folder: str, stored: Mapping[str, Stored], prefix: str = "") -> I
     return Identity(str(Path(folder).resolve()), total, found.hexdigest())
 
 
-def of_files(files: Sequence[Path], records: int) -> Identity:
-    """Several files by names and contents, independent of their folder's path."""
-    found = [of_file(path) for path in files]
+def of_files(files: Sequence[Path], records: int, known: Mapping[Path, str] | None = None) -> Identity:
+    """Several files by names and contents, independent of their folder's path; `known`: digests of their contents."""
+    found = [of_file(path, known=(known or {}).get(path)) for path in files]
     names = "".join(f"{path.name} {one.bytes} {one.digest}\n" for path, one in zip(files, found, strict=True))
     folder = str(files[0].resolve().parent)
     return Identity(folder, sum(one.bytes for one in found), hashlib.sha256(names.encode()).hexdigest(), records)
 
 
 def of_records(config: Config, records: Records) -> dict[str, Identity]:
-    """The training records of each source: by their files, or by the first and the last if they are generated."""
+    """The training records of each source: by their files, or by the first and the last if they are generated.
+
+    A file that an index has seen at the same size and time is not read again.
+    """
+    known = known_digests(config.data, records)
     if not isinstance(records, Blended):
-        return {"records": _of_source_records(records, config.data.source.source)}
+        return {"records": _of_source_records(records, config.data.source.source, known)}
     parts = config.data.source.sources
     return {
-        f"{_BLENDED}{name}": _of_source_records(part, parts[name].source.source) for name, part in records.parts.items()
+        f"{_BLENDED}{name}": _of_source_records(part, parts[name].source.source, known)
+        for name, part in records.parts.items()
     }
 
 
-def _of_source_records(records: Records, source: str) -> Identity:
+def _of_source_records(records: Records, source: str, known: Mapping[Path, str]) -> Identity:
     if len(records.files) == 1:
-        return of_file(records.files[0], len(records))
+        return of_file(records.files[0], len(records), known.get(records.files[0]))
     if records.files:
-        return of_files(records.files, len(records))
+        return of_files(records.files, len(records), known)
     found = hashlib.sha256()
     for record in (records[0], records[len(records) - 1]):
         found.update(json.dumps(record.messages).encode())

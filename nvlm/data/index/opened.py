@@ -12,9 +12,10 @@ from nvlm.config.fields import named
 from nvlm.config.values import ConfigError, problem
 from nvlm.data.blend import Blended, check_text_only
 from nvlm.data.index.files import META, SourceIndex, read_meta
-from nvlm.data.index.state import changed_file, changed_names, changed_setting, settings_of
+from nvlm.data.index.state import changed_file, changed_names, changed_setting, settings_of, states_of
 from nvlm.data.measure import Measure
 from nvlm.data.outline import Processor
+from nvlm.data.remote import Remote
 from nvlm.data.sources.registry import Records, build_records, named_sources, searched_files
 
 PREPARE = "python launch/prepare.py with the same keys"
@@ -77,6 +78,20 @@ def check_files(index: SourceIndex, records: Records, fix: str = PREPARE) -> Non
     why = changed_file(index.meta.files, records.files)
     if why or len(records) != len(index):
         raise _stale(index.folder, why or f"of {len(index):,} records, now there are {len(records):,}", fix)
+
+
+def known_digests(data: DataConfig, records: Records) -> dict[Path | Remote, str]:
+    """The digests of those files of `records` whose size and time are as the index of `data` has them."""
+    if data.index is None:
+        return {}
+    known = {}
+    for name, part in (records.parts if isinstance(records, Blended) else {"": records}).items():
+        before = read_meta(Path(data.index) / folder_name(name)).files
+        pairs = zip(before, states_of(part.files), part.files, strict=True)
+        known |= {
+            file: old.digest for old, new, file in pairs if (old.bytes, old.modified) == (new.bytes, new.modified)
+        }
+    return known
 
 
 def folder_name(name: str) -> str:

@@ -29,6 +29,7 @@ from nvlm.data.look import check_data
 from nvlm.data.outline import build_processor
 from nvlm.data.sources import json_places
 from nvlm.data.table import Table
+from nvlm.inputs import identity
 
 SIZES = ((448, 448), (900, 100), (100, 900), (1344, 896), (60, 50), (2000, 400))
 
@@ -250,6 +251,18 @@ def test_what_does_not_change_lengths_does_not_make_an_index_stale(folder):
         **before,
         "files": 0,
     }
+
+
+def test_a_start_reads_no_file_that_the_index_has_seen(folder, monkeypatch):
+    prepared(blended(folder, f"data.index={folder}/index"))
+    config, plain = blended(folder, f"data.index={folder}/index"), blended(folder)
+    expected = identity.of_records(plain, steps_of(plain).records)
+    shift_time(folder / "text.jsonl")
+    records, read = steps_of(config).records, []
+    digest = identity.content_digest
+    monkeypatch.setattr(identity, "content_digest", lambda path: read.append(path.name) or digest(path))
+    found = identity.of_records(config, records)
+    assert found == expected and read == ["text.jsonl"]
 
 
 @pytest.mark.parametrize("words", [("data.task=vqa", "data.path={}/vqa.jsonl"), ("data.images_first=0.5",)])
