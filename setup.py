@@ -10,7 +10,7 @@ setup(
     python_requires=">=3.12",
     packages=find_packages(include=["nvlm", "nvlm.*"]),
     package_data={
-        "nvlm.data": ["tiny_tokenizer/*.json", "forms/*.yaml"],
+        "nvlm.data": ["forms/*.yaml", "text/tiny_tokenizer/*.json"],
         "nvlm.evaluate": ["*.jinja"],
         "nvlm.inspect": ["*.css", "*.jinja"],
         "nvlm.vision": ["*.safetensors"],

@@ -1,4 +1,4 @@
-"""Make nvlm/data/tiny_tokenizer/tokenizer.json: a byte-level BPE of a few hundred tokens for the tiny preset.
+"""Make nvlm/data/text/tiny_tokenizer/tokenizer.json: a byte-level BPE of a few hundred tokens for the tiny preset.
 
 Any UTF-8 text round-trips. Digits never merge, and a tile tag is always three tokens: <tile_ 3 >.
 """
@@ -23,7 +23,7 @@ TAGS = [
 ]
 # The start of a tag or of <Image>, a word, one digit, other characters, angle brackets, white space.
 PIECES = r"</?[A-Za-z]+_?| ?[A-Za-z_]+|[0-9]| ?[^\sA-Za-z0-9_<>]+|[<>]|\s+"
-TARGET = Path(__file__).parent.parent / "nvlm" / "data" / "tiny_tokenizer" / "tokenizer.json"
+TARGET = Path(__file__).parent.parent / "nvlm" / "data" / "text" / "tiny_tokenizer" / "tokenizer.json"
 
 
 def corpus() -> list[str]:

@@ -26,7 +26,7 @@ from nvlm.data.outline import build_processor
 from nvlm.data.pack import collate
 from nvlm.data.record import Record
 from nvlm.data.samples import encode
-from nvlm.data.tokenizer import load_tokenizer
+from nvlm.data.text.tokenizer import load_tokenizer
 from nvlm.vision.encoders.internvit import description as internvit
 from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import VisionPath, solo_groups

@@ -65,7 +65,7 @@ class LLMConfig:
     cross_every: Count
     tokenizer: Location | None  # a folder or file with tokenizer.json; "tiny" ships with the package
     bos: Annotated[str, Text()] | None  # the token at the start of every conversation
-    chat: Annotated[str, Choice("chatml", "llama3", "vicuna", "mistral", "plain", "template")]  # nvlm.data.formats
+    chat: Annotated[str, Choice("chatml", "llama3", "vicuna", "mistral", "plain", "template")]  # nvlm.data.text.formats
     tag_tokens: Natural  # tokens per 1-D tile tag, used if no tokenizer is available
     thumbnail_tag: Annotated[str, Text()]
 

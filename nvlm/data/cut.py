@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nvlm.data.assemble import Run
+from nvlm.data.text.assemble import Run
 
 
 def cut(runs: Sequence[Run], image_tokens: Sequence[int], window: int) -> list[Run]:

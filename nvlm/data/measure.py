@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nvlm.data.assemble import Run
 from nvlm.data.messages import DOCUMENT, check_learns
 from nvlm.data.outline import (
     Pictures,
@@ -23,6 +22,7 @@ from nvlm.data.outline import (
     turns_of,
 )
 from nvlm.data.record import Record
+from nvlm.data.text.assemble import Run
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,15 +9,15 @@ from itertools import accumulate
 from typing import Any
 
 from nvlm.config.values import Config
-from nvlm.data import chat
-from nvlm.data.assemble import Run
 from nvlm.data.cut import cut
 from nvlm.data.draw import happens
 from nvlm.data.front import images_in_front
 from nvlm.data.images import image_size
 from nvlm.data.messages import DOCUMENT, Turn, check_learns, place_images, read_turns
 from nvlm.data.record import ImageChanged, Record, TooLong
-from nvlm.data.tokenizer import ChatTokenizer, load_tokenizer
+from nvlm.data.text import chat
+from nvlm.data.text.assemble import Run
+from nvlm.data.text.tokenizer import ChatTokenizer, load_tokenizer
 from nvlm.tiling.grid import TilePlan, fit_max_tiles, plan_tiles
 from nvlm.tiling.placement import Placement, PlacementRule
 from nvlm.tiling.tags import tile_tags
@@ -40,8 +40,8 @@ class Processor:
     system: str | None
     max_pixels: int
     bos: str | None
-    tokenize: str  # apart, joined or vllm: nvlm.data.chat
-    chat: str = "chatml"  # the chat format: nvlm.data.formats
+    tokenize: str  # apart, joined or vllm: nvlm.data.text.chat
+    chat: str = "chatml"  # the chat format: nvlm.data.text.formats
     images_first: float = 0.0  # the share of records whose images all go in front: nvlm.data.front
     seed: int = 0  # draws these
     limit: str = "data.seq_length"  # the setting behind seq_length, for messages

@@ -60,7 +60,7 @@ def library_row(name: str, torch: Probe, key: str, without: str) -> Row:
 
 def tokenizer_row(folder: str | None) -> Row:
     """tokenizer.json of the built-in models and, if given, of `folder`."""
-    built_in = (ROOT / "nvlm/data/tiny_tokenizer/tokenizer.json", ROOT / "nvlm/vision/tiny_encoder.safetensors")
+    built_in = (ROOT / "nvlm/data/text/tiny_tokenizer/tokenizer.json", ROOT / "nvlm/vision/tiny_encoder.safetensors")
     if lost := [str(path) for path in built_in if not path.is_file()]:
         found, costs = f"missing: {', '.join(lost)}", "the built-in models do not run"
         return Row("tokenizer files", COSTS, found, costs, f"git -C {ROOT} checkout .")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from nvlm.arch.registry import placement_rule
 from nvlm.config.values import Config, problem
 from nvlm.data.amounts import Work
-from nvlm.data.tokenizer import tokenizer_of
+from nvlm.data.text.tokenizer import tokenizer_of
 from nvlm.tiling.grid import TilePlan, ratios
 from nvlm.tiling.placement import Placement
 from nvlm.tiling.tags import tile_tags

@@ -9,7 +9,7 @@ import torch
 from nvlm.arch.pipeline import Pipeline
 from nvlm.data.batch import Sample
 from nvlm.data.pack import collate
-from nvlm.data.tokenizer import ChatTokenizer
+from nvlm.data.text.tokenizer import ChatTokenizer
 from nvlm.generate.decode import continue_rows
 from nvlm.generate.sampling import Sampling
 from nvlm.generate.text import words

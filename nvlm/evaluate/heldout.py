@@ -14,12 +14,12 @@ from nvlm.arch import registry
 from nvlm.arch.pipeline import Pipeline
 from nvlm.config.values import Config
 from nvlm.data.batch import Sample
-from nvlm.data.chat import answer_ids
 from nvlm.data.messages import NoAnswer, first_question, read_turns
 from nvlm.data.outline import Processor, build_processor, outline
 from nvlm.data.record import BadRecord, one_record
 from nvlm.data.samples import fill
 from nvlm.data.sources.registry import Records
+from nvlm.data.text.chat import answer_ids
 from nvlm.evaluate.answer import answer
 from nvlm.evaluate.losses import read_losses
 from nvlm.evaluate.report import Shown, draw_pictures, write_report

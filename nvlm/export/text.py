@@ -9,9 +9,9 @@ from pathlib import Path
 
 from nvlm.arch.registry import description
 from nvlm.config.values import Config, problem
-from nvlm.data.ends import read_json, token_texts
-from nvlm.data.formats import FORMATS
-from nvlm.data.tokenizer import ChatTokenizer, tokenizer_file, tokenizer_of
+from nvlm.data.text.ends import read_json, token_texts
+from nvlm.data.text.formats import FORMATS
+from nvlm.data.text.tokenizer import ChatTokenizer, tokenizer_file, tokenizer_of
 
 # Formats that modeling_nvlm.py writes: their own text and messages may be tokenised apart, with the same tokens.
 EXPORTED = ("chatml", "llama3")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nvlm.data.tokenizer import ChatTokenizer
+from nvlm.data.text.tokenizer import ChatTokenizer
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # what an incomplete character decodes to
 

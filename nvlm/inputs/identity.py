@@ -21,7 +21,7 @@ from nvlm.data.index.opened import known_digests
 from nvlm.data.order import Order
 from nvlm.data.remote import Remote
 from nvlm.data.sources.registry import Records
-from nvlm.data.tokenizer import tokenizer_file, tokenizer_of
+from nvlm.data.text.tokenizer import tokenizer_file, tokenizer_of
 from nvlm.inputs import mix
 from nvlm.inputs.sources import model_source
 from nvlm.runs.folder import find_checkpoint

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from nvlm.data.assemble import Run
 from nvlm.data.messages import Turn
 from nvlm.data.outline import Outline
-from nvlm.data.tokenizer import ChatTokenizer
+from nvlm.data.text.assemble import Run
+from nvlm.data.text.tokenizer import ChatTokenizer
 from nvlm.generate.text import TextStream
 from nvlm.tiling.placement import Piece
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from nvlm.commands.compose import compose_config
 from nvlm.commands.export import main
 from nvlm.config.values import ConfigError
-from nvlm.data.tokenizer import TINY
+from nvlm.data.text.tokenizer import TINY
 from nvlm.export.describe import describe
 from nvlm.export.export import export
 from nvlm.export.options import parse

@@ -13,7 +13,7 @@ from PIL import Image
 
 from nvlm.commands import export as export_cli
 from nvlm.commands.compose import compose_config
-from nvlm.data.tokenizer import load_tokenizer
+from nvlm.data.text.tokenizer import load_tokenizer
 from nvlm.vision.encoders.internvit.description import TINY
 from tests.e2e import preloaded
 from tests.published import language_model

@@ -13,7 +13,7 @@ from nvlm.data.batch import IGNORE
 from nvlm.data.messages import first_question
 from nvlm.data.outline import build_processor
 from nvlm.data.samples import encode
-from nvlm.data.tokenizer import load_tokenizer
+from nvlm.data.text.tokenizer import load_tokenizer
 from tests.models import (
     Story,
     record_of,

@@ -33,7 +33,7 @@ from nvlm.data.outline import build_processor
 from nvlm.data.pack import collate
 from nvlm.data.record import Record
 from nvlm.data.samples import encode
-from nvlm.data.tokenizer import TINY, load_tokenizer
+from nvlm.data.text.tokenizer import TINY, load_tokenizer
 from nvlm.export.describe import describe
 from nvlm.export.readback import check_readable
 from nvlm.inputs.sources import whole_model

@@ -16,7 +16,7 @@ from nvlm.data.index.files import FileState, Meta
 from nvlm.data.outline import Processor
 from nvlm.data.remote import Remote
 from nvlm.data.sources.registry import prefix_of
-from nvlm.data.tokenizer import tokenizer_file
+from nvlm.data.text.tokenizer import tokenizer_file
 
 # Fields of a processor that do not change the text tokens of a record or the sizes of its images. Every other field is
 # part of an index's settings. `tokenizer_path` stands for a file, which is compared by its content.

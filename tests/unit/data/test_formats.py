@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from nvlm.config.values import ConfigError
-from nvlm.data import chat
 from nvlm.data.messages import read_turns
 from nvlm.data.record import BadRecord
-from nvlm.data.tokenizer import load_tokenizer
+from nvlm.data.text import chat
+from nvlm.data.text.tokenizer import load_tokenizer
 from nvlm.generate.text import TextStream, words
 
 SPECIAL = """<unk> <s> </s> [INST] [/INST] <|im_start|> <|im_end|> <|begin_of_text|> <|end_of_text|>

@@ -14,7 +14,7 @@ from nvlm.data.messages import check_learns, read_turns
 from nvlm.data.outline import build_processor
 from nvlm.data.record import Record
 from nvlm.data.samples import encode
-from nvlm.data.tokenizer import load_tokenizer
+from nvlm.data.text.tokenizer import load_tokenizer
 
 
 def of(*talk):

@@ -28,7 +28,7 @@ from nvlm.data.parts import images_in_parts
 from nvlm.data.record import BadRecord, Record, one_record, printable
 from nvlm.data.samples import encode
 from nvlm.data.sources.json_file import parsed
-from nvlm.data.tokenizer import load_tokenizer
+from nvlm.data.text.tokenizer import load_tokenizer
 from nvlm.export import modeling_nvlm
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from nvlm.arch import registry
-from nvlm.data import chat
 from nvlm.data.batch import IGNORE, IMAGE
 from nvlm.data.images import decode_image
 from nvlm.data.loader import Steps, load_steps
@@ -23,7 +22,8 @@ from nvlm.data.pack import collate, pack
 from nvlm.data.record import BadRecord, ImageChanged, Record
 from nvlm.data.samples import encode, fill
 from nvlm.data.sources.json_rows import records_of
-from nvlm.data.tokenizer import load_tokenizer
+from nvlm.data.text import chat
+from nvlm.data.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nvlm.config.values import ConfigError
-from nvlm.data import chat
 from nvlm.data.messages import read_turns
 from nvlm.data.record import BadRecord
-from nvlm.data.tokenizer import load_tokenizer
+from nvlm.data.text import chat
+from nvlm.data.text.tokenizer import load_tokenizer
 
 ANSWERED = [("user", "odd a"), ("assistant", "c")]
 LOOP = "{% for m in messages %}"

@@ -13,13 +13,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from nvlm.arch import registry
 from nvlm.config.values import ConfigError
-from nvlm.data import chat
 from nvlm.data.batch import IMAGE
 from nvlm.data.messages import Turn, first_question, read_turns
 from nvlm.data.outline import build_processor
 from nvlm.data.record import BadRecord, Record
 from nvlm.data.samples import encode
-from nvlm.data.tokenizer import TINY, load_tokenizer
+from nvlm.data.text import chat
+from nvlm.data.text.tokenizer import TINY, load_tokenizer
 from nvlm.export.describe import describe
 from nvlm.export.modeling_nvlm import NVLM
 from nvlm.generate.text import words

@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig
 
 from nvlm.config.values import ConfigError
-from nvlm.data import chat
-from nvlm.data.formats import FORMATS
 from nvlm.data.messages import Turn, read_turns
-from nvlm.data.tokenizer import load_tokenizer
+from nvlm.data.text import chat
+from nvlm.data.text.formats import FORMATS
+from nvlm.data.text.tokenizer import load_tokenizer
 from nvlm.export.describe import describe
 from nvlm.export.readme import RELEASE_FILES, note, other_limits, readme, release_limits
 from nvlm.export.text import chat_template, exported_text, training_note

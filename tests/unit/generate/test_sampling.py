@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from nvlm.config.values import ConfigError
-from nvlm.data.tokenizer import ChatTokenizer, load_tokenizer
+from nvlm.data.text.tokenizer import ChatTokenizer, load_tokenizer
 from nvlm.generate.choose import Chooser, draw, nucleus
 from nvlm.generate.sampling import Sampling
 from nvlm.generate.text import TextStream, words

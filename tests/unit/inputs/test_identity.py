@@ -16,7 +16,7 @@ from nvlm.config.values import Config, ConfigError
 from nvlm.data.blend import build_order
 from nvlm.data.order import Order
 from nvlm.data.sources.registry import build_records
-from nvlm.data.tokenizer import load_tokenizer, tokenizer_file
+from nvlm.data.text.tokenizer import load_tokenizer, tokenizer_file
 from nvlm.inputs import identity
 from nvlm.vision.encoders.internvit.description import TINY
 from nvlm.weights.published import read_headers

@@ -20,7 +20,7 @@ from nvlm.data.outline import build_processor, outline
 from nvlm.data.record import Record
 from nvlm.data.samples import fill
 from nvlm.data.sources.registry import build_records
-from nvlm.data.tokenizer import TINY
+from nvlm.data.text.tokenizer import TINY
 from nvlm.inspect.charts import histogram, quantile
 from nvlm.inspect.count import learned
 from nvlm.inspect.pictures import data_url

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
-from nvlm.data.formats import KEEP, Layout, Trim
 from nvlm.data.messages import Turn
 from nvlm.data.record import BadRecord
-from nvlm.data.tokenizer import ChatTokenizer, Special
+from nvlm.data.text.formats import KEEP, Layout, Trim
+from nvlm.data.text.tokenizer import ChatTokenizer, Special
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nvlm.config.data import IMAGE_MARK
-from nvlm.data.assemble import Run
 from nvlm.data.messages import Turn
 from nvlm.data.record import BadRecord
-from nvlm.data.tokenizer import ChatTokenizer
+from nvlm.data.text.assemble import Run
+from nvlm.data.text.tokenizer import ChatTokenizer
 
 
 def with_first_tags(

@@ -13,11 +13,11 @@ from tokenizers import Tokenizer
 
 from nvlm.config.fields import named
 from nvlm.config.values import ConfigError, LLMConfig, problem
-from nvlm.data.ends import end_tokens
-from nvlm.data.formats import CHATML, FORMATS, ChatFormat
+from nvlm.data.text.ends import end_tokens
+from nvlm.data.text.formats import CHATML, FORMATS, ChatFormat
 
 if TYPE_CHECKING:
-    from nvlm.data.template import Template
+    from nvlm.data.text.template import Template
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # Qwen and Yi, Llama 3, Llama 2 and Mistral
 TINY = Path(__file__).parent / "tiny_tokenizer" / "tokenizer.json"
@@ -107,7 +107,7 @@ def load_tokenizer(
 ) -> ChatTokenizer:
     """Read the tokenizer that `where` refers to (see `tokenizer_file`).
 
-    Files in the same folder say which tokens end an answer (`nvlm.data.ends`). `bos`: the token that starts every
+    Files in the same folder say which tokens end an answer (`nvlm.data.text.ends`). `bos`: the token that starts every
     conversation; `key`: the setting that `where` came from; `chat`: the chat format. Raises ConfigError.
     """
     path = tokenizer_file(where)
@@ -145,7 +145,7 @@ def _form(
 ) -> tuple[ChatFormat | Template, Sequence[str]]:
     """The chat format, and the special tokens that the tokenizer must have for it."""
     if chat == "template":
-        from nvlm.data.template import read_template
+        from nvlm.data.text.template import read_template
 
         template = read_template(path.parent, added, key)
         return template, template.tokens

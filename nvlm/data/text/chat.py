@@ -1,11 +1,11 @@
 """A conversation's text stream: messages become runs of token ids, with or without loss, and image slots between them.
 
-The run's chat format (nvlm.data.formats, or nvlm.data.template) lays the conversation out; the loss is on an
+The run's chat format (`formats`, or `template` for the tokenizer's own) lays the conversation out; the loss is on an
 assistant's text and the token that ends it. Special tokens come from the format's own text alone. A document is its
 text, all with loss, and the token that ends a text.
 
 `<Image>`, tags and `</Image>` are tokenised apart from other text, as in NVLM's training, unless data.tokenize says
-otherwise (nvlm.data.joined). An assistant's text is always apart from what stands before it, where generation starts.
+otherwise (`joined`). An assistant's text is always apart from what stands before it, where generation starts.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from nvlm.data.assemble import Run, assembled
-from nvlm.data.formats import KEEP, Layout, Piece
-from nvlm.data.joined import with_first_tags
 from nvlm.data.messages import DOCUMENT, Turn
 from nvlm.data.record import BadRecord
-from nvlm.data.tokenizer import ChatTokenizer
+from nvlm.data.text.assemble import Run, assembled
+from nvlm.data.text.formats import KEEP, Layout, Piece
+from nvlm.data.text.joined import with_first_tags
+from nvlm.data.text.tokenizer import ChatTokenizer
 
 
 def runs(

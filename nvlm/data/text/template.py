@@ -26,10 +26,10 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nvlm.config.values import problem
-from nvlm.data.ends import read_json, token_texts
-from nvlm.data.formats import KEEP, STRIP, Layout, Piece, Trim
 from nvlm.data.messages import Turn
 from nvlm.data.record import BadRecord, printable
+from nvlm.data.text.ends import read_json, token_texts
+from nvlm.data.text.formats import KEEP, STRIP, Layout, Piece, Trim
 
 _LONGEST = 1 << 20  # characters of a template
 _MOST_OUTPUT = 1 << 26  # characters of a conversation

@@ -2,7 +2,7 @@
 
 A format lays the roles of a conversation out as pieces: its own text, in which special tokens are written by name, and
 the places of the messages' contents. Messages are put in as plain text afterwards, so only a format's own text yields
-special tokens. `llm.chat=template` makes the same pieces from a tokenizer's Jinja template (nvlm.data.template).
+special tokens. `llm.chat=template` makes the same pieces from a tokenizer's Jinja template (nvlm.data.text.template).
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Conversations as text, and text as tokens: chat formats, tokenizers, and the two together."""
