@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
+import shutil
 import signal
+import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -171,3 +176,57 @@ def test_a_signal_ends_a_run_that_waits_for_data(where, loaders):
     assert process.exitcode == 1, output
     assert "stopped by SIGTERM while waiting for data, which did not arrive in 2 s: nothing saved" in output
     wait_for(lambda: not alive(where), 5)
+
+
+def picture(number: int) -> bytes:
+    """The JPEG file of a picture of a size and a colour of its own."""
+    data = io.BytesIO()
+    Image.new("RGB", (120 + 60 * number, 300 - 20 * number), (25 * number, 90, 200)).save(data, "JPEG")
+    return data.getvalue()
+
+
+def of_every_kind(where: Path) -> str:
+    """Ten records in each of five kinds of files, and the blend of them for data.sources."""
+    (where / "images").mkdir()
+    for number in range(10):
+        (where / "images" / f"{number}.jpg").write_bytes(picture(number))
+    turns = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "blue"}]
+    write(where / "own.jsonl", *[GOOD | {"images": [f"images/{number}.jpg"]} for number in range(10)])
+    (where / "llava.json").write_text(json.dumps([{"image": f"{n}.jpg", "conversations": turns} for n in range(10)]))
+    columns = {"question": ["Which?"] * 10, "answer": list("abcdefghij"), "image": [picture(n) for n in range(10)]}
+    pq.write_table(pa.table(columns), where / "vqa.parquet")
+    with tarfile.open(where / "captions.tar", "w") as tar:
+        for number in range(10):
+            for suffix, data in (("jpg", picture(number)), ("txt", f"Picture {number}.".encode())):
+                member = tarfile.TarInfo(f"{number:03}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    write(where / "text.jsonl", *[{"text": f"Number {number}, without an <image>."} for number in range(10)])
+    return """{own: {source: jsonl, path: own.jsonl, weight: 1}, text: {source: text, path: text.jsonl, weight: 1},
+        llava: {source: llava, path: llava.json, root: images, weight: 1},
+        vqa: {source: parquet, path: vqa.parquet, task: vqa, weight: 1},
+        captions: {source: webdataset, path: captions.tar, task: caption, weight: 1}}"""
+
+
+def test_a_blend_of_every_kind_trains_and_resumes_with_the_same_losses(where):
+    sources = " ".join(of_every_kind(where).split())
+    blend = [word for word in SMALL if not word.startswith(("data=", "data.path="))]
+    blend += [
+        "data=blend",
+        f"data.sources={sources}",
+        "data.window=3",
+        "train.steps=4",
+        "train.save_every=3",
+        "train.keep=2",
+    ]
+    status, output = run(where, *blend, NO_QUESTIONS)
+    assert status == 0 and "records: 32 drawn, 0 skipped" in output, output
+    losses = [row["loss"] for row in rows(where, "metrics.jsonl")]
+    saved = where / "runs" / "run" / "checkpoints"
+    (saved / "latest").write_text("step_00000003\n")
+    shutil.rmtree(saved / "step_00000004")
+    status, output = run(where, *blend, NO_QUESTIONS, "resume=auto")
+    assert status == 0 and [row["loss"] for row in rows(where, "metrics.jsonl")] == losses, output
+    write(where / "own.jsonl", *[GOOD | {"images": ["images/1.jpg"]}] * 10)
+    status, output = run(where, *blend, NO_QUESTIONS, "resume=auto", "train.steps=5")
+    assert status == 2 and "error: data.sources.own.path: got " in output, output
