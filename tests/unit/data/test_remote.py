@@ -19,7 +19,11 @@ from nvlm.arch.registry import placement_rule
 from nvlm.config.values import ConfigError
 from nvlm.data import remote
 from nvlm.data.images import decode_image, image_path, image_size
+from nvlm.data.index.build import alone, prepare
+from nvlm.data.index.opened import open_records
+from nvlm.data.index.walk import Walk
 from nvlm.data.look import check_data
+from nvlm.data.measure import measure
 from nvlm.data.outline import build_processor
 from nvlm.data.record import BadRecord
 from nvlm.data.remote import Remote, place
@@ -249,3 +253,22 @@ def test_a_remote_file_has_the_parts_of_a_path():
     one = Remote("s3://b/d/x.tar")
     assert (one.name, str(one.parent), str(one.with_suffix(".tar.idx"))) == ("x.tar", "s3://b/d", "s3://b/d/x.tar.idx")
     assert place("d/x.tar", "k") == Path("d/x.tar") and str(Remote("s3://b") / "x") == "s3://b/x"
+
+
+def test_an_index_of_files_in_object_storage_gives_the_same_records_and_notices_changes(folder, tmp_path, configured):
+    lines = [json.dumps({"messages": TURNS, "images": [f"{n}.png"]}) for n in range(5)]
+    for number in range(4):
+        (folder / f"{number}.png").write_bytes(picture(50 + number))
+    (folder / "r.jsonl").write_text("\n".join(lines))
+    config = configured("data=jsonl", f"data.path={url(folder)}/*.jsonl", f"data.index={tmp_path}/index")
+    processor = build_processor(config, placement_rule(config.arch.name))
+    walk = Walk(config.data.source, "", config.seed, processor, tmp_path / "partial")
+    with alone(tmp_path / "index"):
+        assert prepare(walk, tmp_path / "index" / "records", 1, lambda done, whole: None).bad == 1
+    records, index = open_records(config.data, config.seed, processor)
+    plain = build_records(config.data, config.seed)
+    assert [records[n].images for n in range(4)] == [plain[n].images for n in range(4)] and len(records) == 5
+    assert [index.measure(n) for n in range(4)] == [measure(plain[n], processor) for n in range(4)]
+    (folder / "r.jsonl").write_text("\n".join([*lines, lines[0]]))
+    with pytest.raises(ConfigError, match="an index of r.jsonl when it had"):
+        open_records(config.data, config.seed, processor)
