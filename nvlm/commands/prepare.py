@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +20,7 @@ from nvlm.data.index.build import alone, prepare
 from nvlm.data.index.files import Meta
 from nvlm.data.index.opened import folder_name
 from nvlm.data.index.walk import Walk
+from nvlm.data.look import check_data
 from nvlm.data.outline import build_processor
 from nvlm.data.sources.registry import named_sources
 
@@ -58,7 +60,9 @@ def _workers(text: str) -> int:
 
 def _prepared(config: Config, folder: Path, workers: int) -> dict[str, Meta]:
     """The index of each source, by the name of its folder."""
-    processor = build_processor(config, placement_rule(config.arch.name))
+    rule = placement_rule(config.arch.name)
+    check_data(replace(config, data=replace(config.data, index=None)), rule)
+    processor = build_processor(config, rule)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     found = {}
     with alone(folder), Progress(*columns, console=Console(stderr=True)) as progress:

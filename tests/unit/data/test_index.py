@@ -278,6 +278,8 @@ def test_what_is_drawn_belongs_to_its_seed(folder, words):
 def test_a_missing_index_and_text_that_depends_on_tiles_are_refused(folder):
     with pytest.raises(ConfigError, match="^data.index: got '.*/index/records', where no index is, .*prepare.py"):
         check_data(single(folder), placement_rule("hybrid"))
+    with pytest.raises(ConfigError, match="^data.path: got .*none.jsonl', expected a .jsonl"):
+        prepared(single(folder, f"data.path={folder}/none.jsonl"))
     with pytest.raises(ConfigError, match="^data.index: got one with data.tokenize=joined, .* Fix: data.index=null"):
         compose_config("arch=decoder", *single_words(folder), "data.index=x", "data.tokenize=joined")
 
