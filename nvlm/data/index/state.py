@@ -39,11 +39,11 @@ def settings_of(source: Source, name: str, seed: int, processor: Processor) -> d
 
 
 def _tokenizer(processor: Processor) -> str:
-    told = content_digest(tokenizer_file(processor.tokenizer_path))
+    tokenizer = processor.tokenizer
+    told = [content_digest(tokenizer_file(processor.tokenizer_path)), tokenizer.bos]
     if processor.chat == "template":
-        form = processor.tokenizer.form
-        told += json.dumps([form.source, dict(form.values)])
-    return hashlib.sha256(told.encode()).hexdigest()
+        told += [tokenizer.form.source, dict(tokenizer.form.values)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def states_of(files: Sequence[Path | Remote]) -> tuple[FileState, ...]:
@@ -62,8 +62,8 @@ def changed_setting(meta: Meta, settings: dict[str, object]) -> str | None:
     for key in dict.fromkeys((*settings, *meta.settings)):
         before, now = meta.settings.get(key), settings.get(key)
         if before != now:
-            shown = key == "llm.tokenizer"
-            return f"prepared with {'another llm.tokenizer' if shown else f'{key}={before}, not {now}'}"
+            differs = "another llm.tokenizer" if key == "llm.tokenizer" else f"{key}={before}, not {now}"
+            return f"prepared with {differs}"
     return None
 
 
