@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nvlm.arch.registry import check_architecture, description
-from nvlm.commands.blends import sources_by_name
+from nvlm.commands.blends import sources_by_name, with_sources
 from nvlm.commands.words import SWEEP_FLAGS, parse, plain_words
 from nvlm.config.keys import near_keys
 from nvlm.config.mapping import from_mapping
@@ -79,7 +79,12 @@ def check_overrides(arguments: list[str], also: Sequence[str] = ()) -> list[Conf
 
 
 def effective(arguments: Sequence[str]) -> list[str]:
-    """`arguments` without keys that belong only to other data sources than the chosen one; warns on stderr."""
+    """`arguments` as Hydra understands them: without keys that belong only to other data sources than the chosen one,
+    of which it warns on stderr, and with every key of a blend's sources settable."""
+    return with_sources(_of_source(arguments), sorted((CONF / "data").glob("*.yaml")))
+
+
+def _of_source(arguments: Sequence[str]) -> list[str]:
     chosen = [word for word in arguments if word.startswith("data=")]
     file = CONF / "data" / f"{chosen[-1].partition('=')[2]}.yaml" if chosen else None
     if file is None or not file.is_file():

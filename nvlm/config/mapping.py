@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated
 
-from nvlm.config.fields import Choice, FilePath, Tag
+from nvlm.config.fields import Choice, FilePath, Range, Tag
 from nvlm.config.keys import moved
 from nvlm.config.values import ConfigError, problem
 
@@ -180,7 +180,7 @@ def _checked(kind: Kind, value, path: str, form: str = "{}"):
         if not isinstance(value, dict):
             raise problem(path, repr(value), "a group of keys", _typed(f"{path}.{kind.tag or 'KEY'}"))
         return from_mapping(_chosen(kind, value, f"{path}."), value, f"{path}.")
-    value = _as_type(kind.type, value, path)
+    value = _as_type(kind, value, path)
     if kind.type is dict:
         return {key: _checked(kind.inside[1], item, f"{path}.{key}") for key, item in value.items()}
     if kind.type in (list, tuple):
@@ -197,8 +197,9 @@ def _checked(kind: Kind, value, path: str, form: str = "{}"):
     return value
 
 
-def _as_type(wanted: type, value, path: str):
-    """`value` converted to `wanted`, if that is unambiguous."""
+def _as_type(kind: Kind, value, path: str):
+    """`value` converted to the type of `kind`, if that is unambiguous."""
+    wanted = kind.type
     whole = isinstance(value, int) and not isinstance(value, bool)
     if wanted is str and whole:  # name: 20241127
         return str(value)
@@ -213,6 +214,19 @@ def _as_type(wanted: type, value, path: str):
         raise problem(path, value, f"a number of at most {len(str(_LARGEST)) - 1} digits", _typed(path, "1"))
     if not isinstance(value, wanted) or (wanted is int and not whole):
         listed = wanted in (list, tuple) and isinstance(value, str)
-        example = f"[{value.strip('[]')}]" if listed else _EXAMPLES[wanted]
-        raise problem(path, repr(value), _KINDS[wanted], _typed(path, example))
+        example = f"[{value.strip('[]')}]" if listed else _example(kind)
+        path_of = next((limit.needed for limit in kind.limits if isinstance(limit, FilePath)), "")
+        raise problem(path, repr(value), path_of or _KINDS[wanted], _typed(path, example))
     return value
+
+
+def _example(kind: Kind) -> str:
+    """A value that a field of this kind may hold."""
+    for limit in kind.limits:
+        if isinstance(limit, FilePath):
+            return limit.example
+        if isinstance(limit, Range):
+            return limit.instead(1)
+        if isinstance(limit, Choice):
+            return limit.words[0]
+    return _EXAMPLES[kind.type]

@@ -7,6 +7,7 @@ planned from image headers. Pixels are read when a step needs them, and cut as p
 from __future__ import annotations
 
 import math
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -262,13 +263,18 @@ def load_steps(steps: Steps, first: int, workers: int, pinned: bool = False) -> 
 
     `pinned`: in page-locked memory, for a GPU.
     """
-    loader = DataLoader(
-        steps,
-        batch_size=None,
-        sampler=range(first, len(steps)),
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-        collate_fn=close,
-        pin_memory=pinned,
-    )
-    return map(Parcel.opened, iter(loader))  # workers start now, not with the first step that is asked for
+    order = range(first, len(steps))
+    found = in_processes(steps, workers, sampler=order, collate_fn=close, pin_memory=pinned)
+    return map(Parcel.opened, found)  # workers start now, not with the first step that is asked for
+
+
+def in_processes(dataset: Dataset, workers: int, **options) -> Iterator:
+    """The items of `dataset`, read by `workers` processes, which start at once (0: by this process).
+
+    `options`: further ones of torch's DataLoader. Its advice to have no more workers than cores is not printed: workers
+    also wait for disks, and `data.workers` is the user's choice.
+    """
+    ahead = 2 if workers else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        return iter(DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=ahead, **options))

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from nvlm.data.loader import in_processes
 from nvlm.data.order import Drawn, Order
 from nvlm.data.outline import Processor
 from nvlm.data.sources.registry import Records
@@ -67,7 +68,7 @@ class Survey(Dataset):
 def tallied(survey: Survey, workers: int, progress: Callable[[int, int], None]) -> dict[str, Tally]:
     """The tally of each source, by name. `progress`: called with the number of a source and of records done."""
     found: list[list[Tally]] = [[] for _ in survey.order.sources]
-    for number, tally in DataLoader(survey, batch_size=None, num_workers=workers):
+    for number, tally in in_processes(survey, workers):
         found[number].append(tally)
         if len(found[number]) == _CHUNK:
             found[number] = [added(found[number])]

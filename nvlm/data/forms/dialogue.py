@@ -17,6 +17,7 @@ from nvlm.data.parts import says, shown
 from nvlm.data.record import BadRecord, Record, identity_of
 
 TURNS = ("messages", "conversations")  # the keys of a row that may hold its turns
+_PLAIN = ("question", "answer", "caption")  # columns of nvlm.data.forms.tasks
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -33,8 +34,13 @@ def _turns(row: Mapping[str, Any]) -> list:
         raise BadRecord("both `messages` and `conversations`, expected one of them")
     turns = row[given[0]] if given else None
     if not isinstance(turns, list):
-        raise BadRecord(f"no list of {given[0] if given else 'messages or conversations'}")
+        raise BadRecord(f"no list of {given[0] if given else 'messages or conversations'}{_hint(row)}")
     return turns
+
+
+def _hint(row: Mapping[str, Any]) -> str:
+    plain = [key for key in _PLAIN if says(row.get(key))]
+    return f", but {' and '.join(plain)}: data.task=vqa and others make conversations of such columns" if plain else ""
 
 
 def _message(turn: Any) -> Any:

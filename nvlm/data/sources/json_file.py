@@ -133,7 +133,7 @@ def check_file(path: str, key: str) -> None:
     lines, fix = "a text file of one JSON object per line, or of one list of them", f"{key}=FILE"
     try:
         with readable(place(path, key), key) as file:
-            first = file.read(64)
+            first = file.read(512)
     except FileNotFoundError:
         raise problem(key, named(path), "a .jsonl or .json file that exists", fix) from None
     except ConfigError:
@@ -146,6 +146,11 @@ def check_file(path: str, key: str) -> None:
     for beginning, kind, change in _OTHER_FILES:
         if first.lstrip(BLANK.encode() + BOM).startswith(beginning):
             raise problem(key, f"{path}, {kind}", lines, change.format(path=path))
+    for offset, mark, kind, source in _OTHER_SOURCES:
+        if first.startswith(mark, offset):
+            section, _, _ = key.rpartition(".")
+            fix = f"data={source}" if section == "data" else f"{section}.source={source}"
+            raise problem(key, f"{path}, {kind}", lines, f"{fix}, which reads such files")
 
 
 # Files that may be mistaken for JSON: first bytes, name, and what to do.
@@ -153,6 +158,10 @@ _OTHER_FILES = (
     (b"\x1f\x8b", "a gzip file within another", "unpack it once: gunzip {path}"),
     (b"\x28\xb5\x2f\xfd", "a zstd file", "unpack it: unzstd {path}"),
     (b"PK\x03\x04", "a zip file", "unpack it: unzip {path}"),
-    (b"PAR1", "a Parquet file", "write its rows as JSON lines"),
     (b"ARROW1", "an Arrow file", "write its rows as JSON lines"),
+)
+# Files that another source reads: the place of some bytes, these bytes, name, and source.
+_OTHER_SOURCES = (
+    (0, b"PAR1", "a Parquet file", "parquet"),
+    (257, b"ustar", "a tar file", "webdataset"),
 )

@@ -69,7 +69,8 @@ def first_records(key: str, place: str, rows: Iterator[FirstRow], form: Form, ro
         return form(read(), name, root)
 
     found = ((name, functools.partial(record, name, read)) for name, read in rows)
-    return First(key, place, found, f"repair them, {key}=FILE, or data.root=DIR, the folder of the images")
+    folder = f"{key.rpartition('.')[0]}.root"  # of the run's only source, or of this one in a blend
+    return First(key, place, found, f"repair them, {key}=FILE, or {folder}=DIR, the folder of the images")
 
 
 def leading(rows: Rows) -> Iterator[FirstRow]:

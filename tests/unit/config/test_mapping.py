@@ -11,6 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from nvlm.config import data
 from nvlm.config.data import DataConfig
 from nvlm.config.fields import Choice, FilePath, Range, Tag
 from nvlm.config.keys import near_keys
@@ -124,6 +125,21 @@ def test_a_mistake_is_told_with_its_whole_path_and_a_fix(key, value, got, expect
     with pytest.raises(ConfigError) as caught:
         from_mapping(Blend, changed(key, value), "data.")
     assert str(caught.value) == f"data.{place}: got {got}, expected {expected}. Fix: {fix}"
+
+
+@pytest.mark.parametrize(
+    ("cls", "key", "value", "expected", "fix"),
+    [
+        (data.Blend, "text_share", "20%", "a number", "0.2"),
+        (data.Jsonl, "path", ["a", "b"], "a file, a folder or a glob", "FILE"),
+        (data.Jsonl, "task", 1.5, "text", "caption"),
+    ],
+)
+def test_a_value_of_another_type_gets_a_fix_within_the_limits(cls, key, value, expected, fix):
+    values = {"source": cls.__name__.lower(), "sources": None, "text_share": None, "mixing": "steps"}
+    given = {name: value for name, value in values.items() if name in kinds_of(cls)} | {key: value}
+    with pytest.raises(ConfigError, match=re.escape(f"expected {expected}. Fix: data.{key}={fix}") + "$"):
+        from_mapping(cls, given, "data.")
 
 
 @pytest.fixture

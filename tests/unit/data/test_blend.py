@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from nvlm.arch.registry import placement_rule
+from nvlm.commands.compose import check_overrides
 from nvlm.config.values import ConfigError
 from nvlm.data.batch import Batch
 from nvlm.data.blend import Blended, build_order, shares_of
@@ -104,6 +105,44 @@ def test_sources_may_be_a_list_with_names_or_a_file(configured, folder):
     ):
         with pytest.raises(ConfigError, match=reason):
             configured("data=blend", f"data.sources={wrong}")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "fix"),
+    [
+        ("a: {source: jsonl}\nb:\n\tsource: jsonl\n", "cannot start any token", "line 3"),
+        ("a: {source: jsonl}\na: {source: llava}\n", "found duplicate key a", "line 2"),
+    ],
+)
+def test_a_damaged_file_of_sources_is_refused_with_the_line(configured, folder, text, reason, fix):
+    (folder / "damaged.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"{reason}.*Fix: repair its {fix}$"):
+        configured("data=blend", f"data.sources={folder}/damaged.yaml")
+
+
+@pytest.mark.parametrize("form", ["{}/my mix.yaml", "[{{name: a, source: jsonl, path: x}}]"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_key_of_a_source_can_be_typed_beside_a_file_or_list_of_them(form, first, folder):
+    """As the fixes of error messages say it: also a key that the source lacks."""
+    (folder / "my mix.yaml").write_text("a: {source: jsonl, path: 'x, \"y\" = {z}'}\n")
+    words = [f"data.sources={form.format(folder)}", "data.sources.a.weight=3"]
+    added = ["data.sources.a.root=my images", "+data.sources.b={source: text, path: t, weight: 1}"]
+    (config,) = check_overrides(["data=nvlm_sft", *(words if first else words[::-1]), *added])
+    sources = config.data.source.sources
+    assert list(sources) == ["a", "b"], "the template's sources are replaced"
+    assert (sources["a"].weight, sources["a"].source.root) == (3.0, "my images")
+    assert sources["a"].source.path == ("x" if form.startswith("[") else 'x, "y" = {z}')
+
+
+def test_a_source_of_a_file_can_be_left_out_and_a_wrong_name_is_refused(folder):
+    (folder / "two.yaml").write_text("{a1: {source: jsonl, path: x, weight: 1}, b: {source: text, path: y, weight: 1}}")
+    file = f"data.sources={folder}/two.yaml"
+    (config,) = check_overrides(["data=blend", file, "data.sources.b=null"])
+    assert list(config.data.source.sources) == ["a1"]
+    with pytest.raises(ConfigError, match="data.sources.a2: got no source.* a1, b. Fix: data.sources.a1.weight=2, or"):
+        check_overrides(["data=blend", file, "data.sources.a2.weight=2"])
+    with pytest.raises(ConfigError, match="data.sources.b.pth: got a key that does not exist.*data.sources.b.path"):
+        check_overrides(["data=blend", file, "data.sources.b.pth=x"])
 
 
 def test_records_say_which_source_they_are_of(blended):

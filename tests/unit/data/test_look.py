@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 
 import pytest
 from PIL import Image
@@ -91,11 +92,21 @@ def test_training_records_none_of_which_can_be_used_are_refused_at_once(look):
         look(({"messages": [{"role": "user", "content": "word " * 9000}, GOOD["messages"][1]]},))
 
 
+def test_the_fixes_of_unusable_records_name_the_task_and_the_root_of_the_source(tmp_path, configured):
+    plain = write(tmp_path / "plain.jsonl", [{"question": "?", "answer": "2"}])
+    with pytest.raises(ConfigError, match="but question and answer: data.task=vqa"):
+        looked_at(configured("data=jsonl", f"data.path={plain}"))
+    source = f"data.sources={{a: {{source: jsonl, path: '{plain}', weight: 1}}}}"
+    with pytest.raises(ConfigError, match="data.sources.a.path=FILE, or data.sources.a.root=DIR"):
+        looked_at(configured("data=blend", source))
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (gzip.compress(gzip.compress(b"{}", mtime=0), mtime=0), "a gzip file within another, .*gunzip"),
-        (b"PAR1" + bytes(9), "a Parquet file"),
+        (b"PAR1" + bytes(9), "a Parquet file, .*Fix: data=parquet"),
+        (tarfile.TarInfo("0.png").tobuf(), "a tar file, .*Fix: data=webdataset"),
     ],
 )
 def test_other_kinds_of_files_are_called_by_their_name(tmp_path, content, reason):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import warnings
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -18,7 +20,7 @@ from nvlm.arch import registry
 from nvlm.commands.compose import compose_config
 from nvlm.data.batch import IGNORE, IMAGE, check_placeholders
 from nvlm.data.images import image_size
-from nvlm.data.loader import Steps, load_steps, plan_window
+from nvlm.data.loader import Steps, in_processes, load_steps, plan_window
 from nvlm.data.order import Drawn, Order
 from nvlm.data.outline import Pictures, build_processor, outline
 from nvlm.data.pack import deal, pack
@@ -485,3 +487,10 @@ def test_micro_batches_of_rows_with_many_images_keep_tiles_and_placeholders_toge
     tiles = sum(len(encode(record, chosen).pixels) for record in records.records)
     assert seen == tiles * chosen.tile_tokens
     assert max(len(row) for step in range(4) for row in rows_of(steps[step])) > 1
+
+
+def test_more_workers_than_cores_are_no_reason_for_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cores = len(os.sched_getaffinity(0))
+        assert list(in_processes([1, 2, 3], cores + 1)) == [1, 2, 3]
