@@ -104,10 +104,12 @@ def shares_of(blend: Blend, counts: Mapping[str, int]) -> dict[str, float]:
     weights = {
         name: part.weight or part.epochs * taken(_take(part), counts[name]) for name, part in blend.sources.items()
     }
-    texts = {name for name, part in blend.sources.items() if part.text_only}
-    groups = [(weights.keys() - texts, 1 - blend.text_share), (texts, blend.text_share)] if blend.text_share else []
+    # Lists, not sets: sums of floats depend on the order, and that of a set differs between processes.
+    texts = [name for name, part in blend.sources.items() if part.text_only]
+    others = [name for name in weights if name not in texts]
+    groups = [(others, 1 - blend.text_share), (texts, blend.text_share)] if blend.text_share else []
     shares = {}
-    for names, share in groups or [(weights.keys(), 1.0)]:
+    for names, share in groups or [(list(weights), 1.0)]:
         total = sum(weights[name] for name in names)
         shares |= {name: share * weights[name] / total for name in names}
     return {name: shares[name] for name in weights}

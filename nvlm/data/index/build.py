@@ -41,11 +41,12 @@ def prepare(walk: Walk, folder: Path, workers: int, report: Report) -> Meta:
     walk.folder.mkdir(parents=True, exist_ok=True)
     places = walk.places_files()
     _run([(walk.find, one, 1) for one in places.items()], workers, report)
+    walk.join_places()
     records, chunks = opened(walk), walk.chunks()
     before = states_of(records.files)
     _run([(walk.measure, one, len(one[0])) for one in chunks.items()], workers, report)
     joined = walk.folder / "joined"
-    counts = join(joined, list(places.values()), list(chunks.values()))
+    counts = join(joined, walk.joined_places, list(chunks.values()))
     if states_of(records.files) != before:
         raise problem("data.index", "files that changed while they were read", "files that stay", "start it again")
     rows = {file: target.stat().st_size // PLACE.itemsize for file, target in places.items()}

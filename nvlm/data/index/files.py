@@ -1,21 +1,19 @@
 """The files of one source's index, and what it says about a record. Imports no torch.
 
-    meta.json     what was indexed: settings and files, and how many records, images and bad records there are
+    meta.bin      what was indexed, as JSON: settings, files, and numbers of records, images and bad records
     records.bin   for each record, its text tokens, and how many images there are before it; one more row at the end
     pictures.bin  width and height of each image, px, and the text tokens before it if it is in a document
     places.bin    where each row of the JSON files is
-    bad.bin       for each bad record, its number and where its reason ends in reasons.txt, bytes
+    bad.bin       for each bad record, its number and where its reason ends in reasons.bin, bytes
 
-Numbers are little-endian. A record takes 12 bytes, an image 12, and a row of JSON 16.
+Numbers are little-endian, reasons UTF-8. A record takes 12 bytes, an image 12, and a row of JSON 16.
 """
 
 from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +30,9 @@ PICTURE = np.dtype([("width", "<u4"), ("height", "<u4"), ("before", "<u4")])
 BAD = np.dtype([("record", "<u8"), ("end", "<u8")])
 IS_BAD = 2**32 - 1  # in place of text tokens
 IS_DOCUMENT = 2**31  # added to text tokens
-META, RECORDS, PICTURES, PLACES, BADS = "meta.json", "records.bin", "pictures.bin", "places.bin", "bad.bin"
-REASONS = "reasons.txt"
+# No suffix is one of a source's files: an index may lie in the folder of the records.
+META, RECORDS, PICTURES, PLACES, BADS = "meta.bin", "records.bin", "pictures.bin", "places.bin", "bad.bin"
+REASONS = "reasons.bin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +59,12 @@ class Meta:
     version: int = VERSION
 
     def write(self, folder: Path) -> None:
-        """Write meta.json, which makes the index complete."""
+        """Write meta.bin, which makes the index complete."""
         write_whole(folder / META, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def read_meta(folder: Path) -> Meta:
-    """The meta.json of an index. Raises OSError, and ValueError for a file that is damaged or of another version."""
+    """The meta.bin of an index. Raises OSError, and ValueError for a file that is damaged or of another version."""
     try:
         values = json.loads((folder / META).read_text("utf-8"))
         if values["version"] != VERSION:
@@ -84,7 +83,7 @@ class SourceIndex:
         self.pictures = Table(folder / PICTURES, PICTURE)
         self.bad = Table(folder / BADS, BAD)
         rows = [file.rows for file in meta.files if file.rows is not None]
-        self.places = parts_of(folder / PLACES, rows)  # of the rows of each JSON file
+        self.places: list[Places] = Table(folder / PLACES, PLACE).split(rows)  # of the rows of each JSON file
         counts = (len(self.records) - 1, len(self.pictures), len(self.bad))
         if counts != (meta.records, meta.pictures, meta.bad):
             raise ValueError("cut short")
@@ -108,9 +107,3 @@ class SourceIndex:
         with open(self.folder / REASONS, "rb") as file:
             file.seek(start)
             return file.read(self.bad[place][1] - start).decode()
-
-
-def parts_of(path: Path, rows: Sequence[int]) -> list[Places]:
-    """The places in the file `path` of files with these numbers of `rows`, one after the other."""
-    ends = list(accumulate(rows))
-    return [Table(path, PLACE, range(end - count, end)) for end, count in zip(ends, rows)]

@@ -13,17 +13,16 @@ import numpy as np
 from nvlm.data.index.files import BAD, BADS, IS_BAD, IS_DOCUMENT, PICTURES, PLACES, REASONS, RECORD, RECORDS
 
 
-def join(folder: Path, places: Sequence[Path], chunks: Sequence[Path]) -> dict[str, int]:
-    """Write all files of an index but its meta.json into the new `folder`. Returns the counts of its Meta."""
+def join(folder: Path, places: Path, chunks: Sequence[Path]) -> dict[str, int]:
+    """Write all files of an index but its meta.bin into the new `folder`; `places`: the file of its places. Returns the
+    counts of its Meta."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
+    shutil.copyfile(places, folder / PLACES)
     counts = dict.fromkeys(("records", "pictures", "bad", "tokens"), 0)
     with ExitStack() as opened:
-        names = (RECORDS, PICTURES, BADS, REASONS, PLACES)
+        names = (RECORDS, PICTURES, BADS, REASONS)
         files = {name: opened.enter_context(open(folder / name, "wb")) for name in names}
-        for path in places:
-            with open(path, "rb") as file:
-                shutil.copyfileobj(file, files[PLACES], 1 << 20)
         for path in chunks:
             with np.load(path, allow_pickle=False) as chunk:
                 counts = _append(files, chunk, counts)

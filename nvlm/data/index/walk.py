@@ -8,6 +8,7 @@ on where it was. The files do not depend on the number of processes.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from nvlm.config.data import Source
-from nvlm.data.index.files import IS_BAD, IS_DOCUMENT, PICTURE, parts_of
+from nvlm.data.index.files import IS_BAD, IS_DOCUMENT, PICTURE
 from nvlm.data.index.state import settings_of, states_of, told
 from nvlm.data.measure import Measure, measure
 from nvlm.data.outline import Processor
@@ -26,6 +27,7 @@ from nvlm.data.remote import Remote
 from nvlm.data.sources.json_file import find_places
 from nvlm.data.sources.json_places import PLACE
 from nvlm.data.sources.registry import Records, build_source, prefix_of, searched_files
+from nvlm.data.table import Table
 
 _CHUNK = 8192  # records, at most
 _CHUNKS = 512  # at least, unless that makes them smaller than _LEAST records
@@ -53,6 +55,18 @@ class Walk:
             for found in find_places(str(file), f"{prefix_of(self.name)}path"):
                 target.write(found.tobytes())
 
+    @property
+    def joined_places(self) -> Path:
+        """One file with the places of all JSON files: there may be more of these than a process can keep open."""
+        return self.folder / f"places-{told([file.name for file in self.places_files().values()])}"
+
+    def join_places(self) -> None:
+        """Write that file, once the places of each JSON file are found."""
+        with _whole(self.joined_places) as aside, open(aside, "wb") as target:
+            for path in self.places_files().values():
+                with open(path, "rb") as file:
+                    shutil.copyfileobj(file, target, 1 << 20)
+
     def chunks(self) -> dict[range, Path]:
         """Consecutive records, and the file with what is known of them."""
         records = opened(self)
@@ -72,7 +86,7 @@ class Walk:
 def opened(walk: Walk) -> Records:
     """The records, opened with the places that were found."""
     files = list(walk.places_files().values())
-    places = [parts_of(file, [file.stat().st_size // PLACE.itemsize])[0] for file in files]
+    places = Table(walk.joined_places, PLACE).split([file.stat().st_size // PLACE.itemsize for file in files])
     return build_source(walk.source, walk.name, walk.seed, places=places)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -314,6 +315,19 @@ def test_generated_records_can_be_indexed(folder):
     assert plan_window(steps_of(config), range(2)) == plan_window(steps_of(plain), range(2))
 
 
+def test_there_may_be_more_files_than_a_process_can_open(tmp_path):
+    count, (before, most) = 90, resource.getrlimit(resource.RLIMIT_NOFILE)
+    for number in range(count):
+        write_lines(tmp_path / f"{number:02}.jsonl", [{"text": f"text {number}"}])
+    config = cached("data=jsonl", f"data.path={tmp_path}", f"data.index={tmp_path}/index", "data.workers=0")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + count // 2, most))
+    try:
+        prepared(config)
+        assert len(steps_of(config).records) == count
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
+
+
 def test_only_one_process_prepares_an_index_at_a_time(folder):
     with command.alone(folder / "index"), pytest.raises(ConfigError, match="another process prepares an index"):
         prepared(single(folder))
@@ -321,12 +335,12 @@ def test_only_one_process_prepares_an_index_at_a_time(folder):
 
 def test_rows_of_a_table_survive_pickling_and_a_file_cut_short_is_refused(tmp_path):
     np.array([(n, 10 * n) for n in range(9)], dtype=RECORD).tofile(tmp_path / "t")
-    table = pickle.loads(pickle.dumps(Table(tmp_path / "t", RECORD, range(2, 9))))
+    table = pickle.loads(pickle.dumps(Table(tmp_path / "t", RECORD).split([2, 7])[1]))
     assert list(table) == [(n, 10 * n) for n in range(2, 9)] and len(table) == 7
     with pytest.raises(IndexError):
         table[7]
     with pytest.raises(ValueError, match="cut short"):
-        Table(tmp_path / "t", RECORD, range(10))
+        Table(tmp_path / "t", RECORD).split([10])
 
 
 @pytest.mark.parametrize("block", [1, 3, 7, 1 << 20])
