@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from nvlm.data.record import BadRecord, ImageChanged
 from nvlm.data.remote import Remote
 
+_SPARE = 1 << 22  # bytes of a JPEG file beside its pixels
 _ORIENTATION, _WIDTH, _HEIGHT = 274, 256, 257  # TIFF tags
 _TURN_BACK = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -129,7 +130,8 @@ def decode_draft[Pixels](
             whole = image.size
             image.draft(None, enough)
             if image.size == whole:
-                found = jpeg(_bytes_of(source, image), whole)
+                data = _bytes_of(source, image)
+                found = None if data is None else jpeg(data, whole)
                 if found is not None:
                     return found
         return _loaded(image)
@@ -140,9 +142,12 @@ def _loaded(image: Image.Image) -> Image.Image:
     return decoded.copy() if decoded.mode == "P" else decoded
 
 
-def _bytes_of(source: bytes | Path | Remote, image: Image.Image) -> bytes:
+def _bytes_of(source: bytes | Path | Remote, image: Image.Image) -> bytes | None:
+    """The file's bytes; None if there are more than an image of its size takes."""
     if isinstance(source, bytes):
         return source
+    if image.fp.seek(0, io.SEEK_END) > _SPARE + 8 * image.width * image.height:
+        return None
     image.fp.seek(0)  # Pillow finds its own place again
     return image.fp.read()
 

@@ -127,9 +127,13 @@ def _filesystem(scheme: str, host: str, process: int) -> tuple[FileSystem, str]:
 
 
 def place(path: str, key: str) -> Path | Remote:
-    """What `path` names, a local file or one in object storage. Raises ConfigError for a URL with credentials."""
-    if not _URL.fullmatch(path):
+    """What `path` names, a local file or one in object storage. Raises ConfigError for a URL with credentials, and for
+    one of a local file, whose links nobody would check."""
+    found = _URL.fullmatch(path)
+    if not found:
         return Path(path)
+    if found[1] in ("file", "local"):
+        raise problem(key, path, "a path", f"{key}={path.partition('://')[2]}")
     if _SECRET.search(path):
         expected = "a URL without credentials, which belong into the environment (AWS_ACCESS_KEY_ID and others)"
         raise problem(key, "a URL with credentials or settings", expected, f"{key}=s3://BUCKET/PATH")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from nvlm.data.remote import Remote, place
 from nvlm.data.sources.files import files_of
 
 _SPLITS = Path(".nv-meta") / "split.yaml"
-_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*))\}")
-_MOST = 1_000_000  # files
+_BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*))\}")
+_MOST = 100_000  # files
 
 
 def shards_of(path: str, suffixes: Sequence[str], key: str) -> list[Path | Remote]:
@@ -26,8 +27,12 @@ def shards_of(path: str, suffixes: Sequence[str], key: str) -> list[Path | Remot
         return files_of(path, suffixes, key)
     values = _read(splits, key)
     part = "val" if key.endswith("heldout_path") else "train"
-    names = _names(values["split_parts"].get(part) or [])
-    left_out = set(_names(values.get("exclude") or []))
+    names, excluded = (_names(found) for found in (values["split_parts"].get(part, []), values.get("exclude") or []))
+    if max(len(names), len(excluded)) > _MOST:
+        raise problem(
+            key, f"{splits} with more than {_MOST:,} names", "fewer", f"{key}='{path}/*.tar', which ignores it"
+        )
+    left_out = set(excluded)
     if single := [name for name in left_out if not name.endswith(tuple(suffixes))]:
         got = f"{splits} with single samples to exclude, such as {single[0]}"
         raise problem(key, got, "whole tars to exclude", f"{key}='{path}/*.tar', which ignores the splits")
@@ -49,7 +54,8 @@ def _read(file: Path | Remote, key: str) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(file.read_bytes())
-        if all(isinstance(names, list) for names in values["split_parts"].values()):
+        lists = [*values["split_parts"].values(), values.get("exclude") or []]
+        if all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
             return values
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         pass
@@ -58,7 +64,8 @@ def _read(file: Path | Remote, key: str) -> dict[str, Any]:
 
 
 def _names(patterns: Sequence[str]) -> list[str]:
-    return [name for pattern in patterns for name in expanded(str(pattern))]
+    """The names of all patterns, or so many that they are too many."""
+    return list(islice(chain.from_iterable(map(expanded, patterns)), _MOST + 1))
 
 
 def expanded(pattern: str) -> Iterator[str]:
@@ -68,6 +75,6 @@ def expanded(pattern: str) -> Iterator[str]:
         yield pattern
         return
     first, last, words = found.groups()
-    numbers = range(int(first), min(int(last), int(first) + _MOST) + 1) if first else ()
+    numbers = range(int(first), int(last) + 1) if first else ()
     for word in words.split(",") if first is None else (f"{number:0{len(first)}}" for number in numbers):
         yield from expanded(pattern[: found.start()] + word + pattern[found.end() :])

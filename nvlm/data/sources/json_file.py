@@ -19,6 +19,7 @@ from nvlm.data.sources.gzipped import plain_file, readable
 from nvlm.data.sources.json_places import BLANK, BOM, Places, blocks, decoded, no_elements, only_blank, places, spans
 from nvlm.data.sources.rows import FirstRow
 
+_LARGEST = 1 << 28  # bytes of a row, with images as base64 text
 _LONGEST = 1 << 26  # bytes; no more is read for the first records
 
 
@@ -52,8 +53,10 @@ class JsonFile:
         return _name(self.path, self.is_list, self.places[index][2])
 
     def text(self, index: int) -> bytes:
-        """The object as it is in the file."""
+        """The object as it is in the file. Raises BadRecord if it is too large."""
         start, size, _ = self.places[index]
+        if size > _LARGEST:
+            raise BadRecord(f"{size >> 20} MiB of JSON, more than {_LARGEST >> 20}")
         with open_regular(self.plain) as file:
             file.seek(start)
             return file.read(size)

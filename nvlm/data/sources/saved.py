@@ -33,6 +33,9 @@ class SavedDataset:
         self.path, self.key = Path(path), key
         dataset = _loaded(self.path, key)
         self.files: Sequence[Path] = [Path(file["filename"]) for file in dataset.cache_files]
+        if outside := [file for file in self.files if file.parent != self.path]:
+            got = f"{path}, whose {_STATE} names {outside[0]}"
+            raise problem(key, got, "files in the folder itself", "save it again with save_to_disk")
         self.batches = dataset.data.to_batches()
         self.ends = tuple(accumulate(batch.num_rows for batch in self.batches))
         self.whole: set[int] = set()  # the batches that are known to be undamaged

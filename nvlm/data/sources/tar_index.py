@@ -25,6 +25,7 @@ BLOCK = 512  # bytes: all offsets are multiples of it
 _NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)")  # key and part name: up to, and after, the base name's first dot
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own members
 _HEADER = 1 << 14  # bytes: no extended header is longer, or tarfile would take seconds for some of them
+_HEADERS = 1 << 17  # bytes of all headers of a member: long names, extended headers, the map of a file with holes
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -59,14 +60,22 @@ def check_end(file: BinaryIO, offset: int) -> None:
 
 
 class _Headers:
-    """A file from which no large piece is read, whatever a header says of its length."""
+    """A file from which no more is read at one place than a header takes, whatever it says of its length."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.seek, self.tell = file, file.seek, file.tell
+        self.file, self.tell = file, file.tell
+        self.left = _HEADERS
+
+    def seek(self, offset: int) -> int:
+        """Go to `offset`, as tarfile does before each member."""
+        self.left = _HEADERS
+        return self.file.seek(offset)
 
     def read(self, size: int) -> bytes:
-        if not 0 <= size <= _HEADER:
-            raise tarfile.ReadError(f"a header of {size} bytes")
+        """The next `size` bytes."""
+        self.left -= size
+        if not 0 <= size <= _HEADER or self.left < 0:
+            raise tarfile.ReadError(f"a header of {size} bytes" if self.left >= 0 else "a header that is too long")
         return self.file.read(size)
 
 
@@ -107,10 +116,12 @@ def _scanned(file: BinaryIO, path: Path | Remote, key: str) -> np.ndarray:
 
 
 def _checked(index: Path | Remote, file: BinaryIO, size: int, path: Path | Remote, key: str) -> np.ndarray:
-    data = index.read_bytes()
-    found = np.frombuffer(data[: len(data) // 8 * 8], dtype="<u8").astype(np.int64)
-    if len(data) == 8 * len(found) and len(found) and found[-1] > size:
-        got = f"{path} with {size} bytes, less than the {found[-1]} in {index.name}: cut short, or another tar"
+    with open_regular(index) as opened:
+        data = opened.read(min(index.stat().st_size, 8 * (size // BLOCK + 2)))  # no more samples fit the tar
+    offsets = np.frombuffer(data[: len(data) // 8 * 8], dtype="<u8")
+    found = offsets.astype(np.int64)
+    if len(data) == 8 * len(found) and len(found) and offsets.max() > size:
+        got = f"{path} with {size} bytes, less than the {offsets.max()} in {index.name}: cut short, or another tar"
         raise problem(key, got, "the tar of its index", f"copy the tar again, or remove the index: rm {index}")
     try:
         _check(len(data), found, file)

@@ -15,6 +15,7 @@ from nvlm.config.values import ConfigError
 from nvlm.data.look import check_data
 from nvlm.data.record import BadRecord
 from nvlm.data.sources import gzipped
+from nvlm.data.sources.json_file import JsonFile
 from nvlm.data.sources.json_rows import records_of
 from nvlm.data.sources.registry import build_records
 
@@ -179,3 +180,13 @@ def test_a_line_of_a_gzip_file_that_is_no_json_is_named(tmp_path):
     with pytest.raises(BadRecord, match="not JSON"):
         records[1]
     assert records.name(1) == "r.jsonl.gz:2"
+
+
+def test_a_line_of_many_megabytes_is_skipped_and_named(tmp_path):
+    with open(tmp_path / "x.jsonl", "wb") as file:
+        file.write(b'{"text": "a"}\n')
+        file.truncate(300 << 20)  # zeros, which take no room on the disk
+    rows = JsonFile(str(tmp_path / "x.jsonl"), "data.path")
+    assert rows[0] == {"text": "a"}
+    with pytest.raises(BadRecord, match="299 MiB of JSON, more than 256"):
+        rows[1]

@@ -180,3 +180,11 @@ def test_a_reduced_image_passes_the_checks_of_a_whole_one(tmp_path):
         with pytest.raises(BadRecord, match="cut.jpg: .*truncated"):
             decode_draft(tmp_path / "cut.jpg", 10**6, enough, lambda data, size: None)
     assert decode_draft(STORED, 10**6, (1, 1), never, planned=STORED.size).size == STORED.size
+
+
+def test_a_jpeg_file_that_is_far_longer_than_its_image_is_not_read_whole(tmp_path):
+    path = tmp_path / "long.jpg"
+    STORED.save(path)
+    with open(path, "r+b") as file:
+        file.truncate(1 << 40)
+    assert decode_draft(path, 10**6, (40, 24), lambda data, size: pytest.fail("read")).size == STORED.size

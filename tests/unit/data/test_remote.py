@@ -272,3 +272,11 @@ def test_an_index_of_files_in_object_storage_gives_the_same_records_and_notices_
     (folder / "r.jsonl").write_text("\n".join([*lines, lines[0]]))
     with pytest.raises(ConfigError, match="an index of r.jsonl when it had"):
         open_records(config.data, config.seed, processor)
+
+
+def test_the_url_of_a_local_file_is_refused_with_its_path(configured, tmp_path):
+    (tmp_path / "x.jsonl").write_text("{}")
+    words = {"path": ["data.path=file:///d/x.jsonl"], "root": [f"data.path={tmp_path}/x.jsonl", "data.root=file:///d"]}
+    for key in words:
+        with pytest.raises(ConfigError, match=rf"^data.{key}: got file:///d.*, expected a path. Fix: data.{key}=/d"):
+            build_records(configured("data=jsonl", *words[key]).data, seed=0)

@@ -120,6 +120,15 @@ def test_a_file_and_a_missing_folder_are_called_by_name(tmp_path):
             rows_of(str(tmp_path / path), "data.path")
 
 
+def test_a_file_outside_the_folder_is_refused(tmp_path):
+    for name in ("secret", "d"):
+        table(3).save_to_disk(tmp_path / name)
+    state = tmp_path / "d" / "state.json"
+    state.write_text(state.read_text().replace("data-", "../secret/data-"))
+    with pytest.raises(ConfigError, match="state.json names .*secret/data-.*, expected files in the folder itself"):
+        rows_of(str(tmp_path / "d"), "data.path")
+
+
 def test_a_url_is_refused_with_what_to_do(configured):
     data = configured("data=datasets", "data.path=s3://bucket/d").data
     with pytest.raises(ConfigError, match="expected a folder on a disk. Fix: copy it, or use its Parquet files"):

@@ -404,3 +404,51 @@ def test_mutated_tars_never_raise_anything_else(tmp_path):
                 found[place]
             except BadRecord:
                 pass
+
+
+@pytest.mark.timeout(20)
+def test_an_index_that_is_no_regular_file_or_far_too_long_is_not_read(tmp_path):
+    path = write(tmp_path / "a.tar", samples(2))
+    good, index = offsets_of(path, "data.path"), path.with_suffix(".tar.idx")
+    index.unlink()
+    os.mkfifo(index)
+    assert (offsets_of(path, "data.path") == good).all()
+    index.unlink()
+    index.symlink_to("/dev/zero")
+    assert (offsets_of(path, "data.path") == good).all()
+    index.unlink()
+    with open(index, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ConfigError, match="an index that is not its own"):
+        offsets_of(path, "data.path")
+
+
+def test_offsets_above_63_bits_are_noticed(tmp_path):
+    path = write(tmp_path / "a.tar", samples(4))
+    good = energon_index(path)
+    wrapping = struct.pack("<4Q", 0, 2**62, 2**63, 2**63 + 2**62)  # as signed numbers, and their differences too
+    path.with_suffix(".tar.idx").write_bytes(wrapping + good[8:])
+    with pytest.raises(ConfigError, match="cut short, or another tar"):
+        offsets_of(path, "data.path")
+
+
+@pytest.mark.timeout(20)
+def test_the_map_of_a_file_with_holes_is_not_read_to_its_end(tmp_path):
+    numbers = b"1000000\n" + b"1\n" * 1_000_000
+    holes = member("0.png", numbers, pax_headers={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"})
+    path = write(tmp_path / "a.tar", [*samples(1), holes], format=tarfile.PAX_FORMAT)
+    with pytest.raises(ConfigError, match="after 1 samples .a header that is too long"):
+        offsets_of(path, "data.path")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "names",
+    ["['{0..999999}{0..999999}.tar']", f"['{{0..{'9' * 5000}}}.tar']", f"['{{{'0' * 10**5}..1}}.tar']", "[[a.tar]]"],
+    ids=["product", "number", "width", "list"],
+)
+def test_splits_that_stand_for_too_many_names_or_none_are_refused(tmp_path, names):
+    folder = prepared(tmp_path / "d")
+    (folder / ".nv-meta" / "split.yaml").write_text(f"split_parts: {{train: {names}}}")
+    with pytest.raises(ConfigError, match="cannot be read|No such file|too long|more than 100,000 names"):
+        rows_of(str(folder), "data.path")
