@@ -155,7 +155,9 @@ class Steps(Dataset):
 
     @property
     def _fix(self) -> str:
-        return f"Fix: {_FIX}" + (f"; if they changed before it, the index is stale: {PREPARE}" if self.index else "")
+        # An index is only compared with the files of records, so preparing it again would keep what it says of images.
+        stale = f"; if they changed before it, remove the folder of data.index, then {PREPARE}" if self.index else ""
+        return f"Fix: {_FIX}{stale}"
 
     def _decode(self, number: int, planned: Planned, share: Share, failed: list[Failed]) -> Sample:
         """The sample of a record. If it cannot be read or decoded, it is added to `failed`, and its tiles are blank."""

@@ -289,8 +289,12 @@ def test_an_image_that_changed_since_it_was_indexed_stops_the_run_and_names_the_
     prepared(single(folder))
     for number in range(len(SIZES)):
         Image.new("RGB", (33, 44)).save(folder / f"{number}.png")
-    with pytest.raises(ValueError, match="when it was planned, 33 x 44 px .*the index is stale: python launch"):
+    fix = "remove the folder of data.index, then python launch/prepare.py"
+    with pytest.raises(ValueError, match=f"when it was planned, 33 x 44 px .*{fix}"):
         steps_of(single(folder))[0]
+    shutil.rmtree(folder / "index")  # as it says
+    prepared(single(folder))
+    assert steps_of(single(folder))[0].micro_batches
 
 
 def test_the_launcher_refuses_without_torch(folder):
