@@ -146,7 +146,8 @@ def is_remote(path: str) -> bool:
 
 
 def matching(pattern: Remote) -> list[Remote]:
-    """The files whose URLs match `pattern`, where * does not match a slash and ** matches folders, sorted."""
+    """The files whose URLs match `pattern`, sorted. As on a disk, * does not match a slash, ** matches folders, and
+    neither matches hidden names."""
     parts = pattern.url.split("/")
     fixed = next(number for number, part in enumerate(parts) if set("*?[") & set(part))
     base = Remote("/".join(parts[:fixed]))
@@ -156,9 +157,10 @@ def matching(pattern: Remote) -> list[Remote]:
 def _matches(names: list[str], patterns: list[str]) -> bool:
     if not patterns or not names:
         return not patterns and not names
+    hidden = names[0].startswith(".") and not patterns[0].startswith(".")
     if patterns[0] == "**":
-        return any(_matches(names[start:], patterns[1:]) for start in range(len(names)))
-    return fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:])
+        return _matches(names, patterns[1:]) or (not hidden and _matches(names[1:], patterns))
+    return not hidden and fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:])
 
 
 def spans(path: Path | Remote, opened: Callable[[Any], Any]) -> Callable[[int, int], bytes]:

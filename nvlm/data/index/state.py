@@ -40,10 +40,10 @@ def settings_of(source: Source, name: str, seed: int, processor: Processor) -> d
 
 def _tokenizer(processor: Processor) -> str:
     tokenizer = processor.tokenizer
-    told = [content_digest(tokenizer_file(processor.tokenizer_path)), tokenizer.bos]
+    parts = [content_digest(tokenizer_file(processor.tokenizer_path)), tokenizer.bos]
     if processor.chat == "template":
-        told += [tokenizer.form.source, dict(tokenizer.form.values)]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        parts += [tokenizer.form.source, dict(tokenizer.form.values)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def states_of(files: Sequence[Path | Remote]) -> tuple[FileState, ...]:
@@ -91,6 +91,6 @@ def changed_names(before: Sequence[str], files: Sequence[Path | Remote]) -> str 
     return next((f"of {old}, in whose place there is {now} now" for old, now in others), None)
 
 
-def told(values: object) -> str:
-    """A digest of plain values, as a name for a file."""
+def digest_of(values: object) -> str:
+    """A digest of plain values, for the name of a file."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=asdict).encode()).hexdigest()[:24]

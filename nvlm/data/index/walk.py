@@ -19,7 +19,7 @@ import numpy as np
 
 from nvlm.config.data import Source
 from nvlm.data.index.files import IS_BAD, IS_DOCUMENT, PICTURE
-from nvlm.data.index.state import settings_of, states_of, told
+from nvlm.data.index.state import digest_of, settings_of, states_of
 from nvlm.data.measure import Measure, measure
 from nvlm.data.outline import Processor
 from nvlm.data.record import BadRecord, one_record
@@ -47,7 +47,9 @@ class Walk:
     def places_files(self) -> dict[Path | Remote, Path]:
         """For each JSON file, the file with the places of its rows."""
         files = searched_files(self.source, self.name)
-        return {file: self.folder / f"places-{number}-{told(states_of([file]))}" for number, file in enumerate(files)}
+        return {
+            file: self.folder / f"places-{number}-{digest_of(states_of([file]))}" for number, file in enumerate(files)
+        }
 
     def find(self, file: Path | Remote, target: Path) -> None:
         """Write the places of the rows of the JSON file `file` to `target`."""
@@ -58,7 +60,7 @@ class Walk:
     @property
     def joined_places(self) -> Path:
         """One file with the places of all JSON files: there may be more of these than a process can keep open."""
-        return self.folder / f"places-{told([file.name for file in self.places_files().values()])}"
+        return self.folder / f"places-{digest_of([file.name for file in self.places_files().values()])}"
 
     def join_places(self) -> None:
         """Write that file, once the places of each JSON file are found."""
@@ -72,7 +74,7 @@ class Walk:
         records = opened(self)
         settings = settings_of(self.source, self.name, self.seed, self.processor)
         size = min(_CHUNK, max(_LEAST, len(records) // _CHUNKS))
-        key = told([settings, states_of(records.files), len(records)])
+        key = digest_of([settings, states_of(records.files), len(records)])
         starts = range(0, len(records), size)
         return {range(at, min(at + size, len(records))): self.folder / f"chunk-{key}-{at}.npz" for at in starts}
 

@@ -27,7 +27,7 @@ def files_of(path: str, suffixes: Sequence[str], key: str) -> list[Path | Remote
         return _remote(place(path, key), suffixes, key)
     if os.path.isdir(path):
         below = (file for file in Path(path).rglob("*") if file.name.endswith(tuple(suffixes)) and not file.is_dir())
-        found = sorted(file for file in below if not any(part[0] == "." for part in file.relative_to(path).parts))
+        found = sorted(file for file in below if not _is_hidden(file.relative_to(path).parts))
         expected = f"a folder with {' or '.join(f'*{suffix}' for suffix in suffixes)}"
     elif is_glob(path):
         return matching(path, key)
@@ -43,7 +43,9 @@ def _remote(path: Remote, suffixes: Sequence[str], key: str) -> list[Path | Remo
         if is_glob(path.url):
             found, expected = remote.matching(path), "a glob that matches files"
         elif path.is_dir():
-            found = [file for file in path.below() if file.name.endswith(tuple(suffixes))]
+            base = f"{path.url.rstrip('/')}/"
+            below = [file for file in path.below() if file.name.endswith(tuple(suffixes))]
+            found = [file for file in below if not _is_hidden(file.url.removeprefix(base).split("/"))]
             expected = f"a folder with {' or '.join(f'*{suffix}' for suffix in suffixes)}"
         else:
             return [path]
@@ -52,6 +54,10 @@ def _remote(path: Remote, suffixes: Sequence[str], key: str) -> list[Path | Remo
     if not found:
         raise _none(path.url, key, expected)
     return found
+
+
+def _is_hidden(parts: Sequence[str]) -> bool:
+    return any(part.startswith(".") for part in parts)
 
 
 def matching(pattern: str, key: str) -> list[Path]:

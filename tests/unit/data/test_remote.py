@@ -280,3 +280,14 @@ def test_the_url_of_a_local_file_is_refused_with_its_path(configured, tmp_path):
     for key in words:
         with pytest.raises(ConfigError, match=rf"^data.{key}: got file:///d.*, expected a path. Fix: data.{key}=/d"):
             build_records(configured("data=jsonl", *words[key]).data, seed=0)
+
+
+def test_hidden_files_are_left_out_as_on_a_disk(folder):
+    for name in ("a.jsonl", ".b.jsonl", ".old/c.jsonl", "sub/d.jsonl", "sub/.e/f.jsonl"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    for pattern in ("", "/*.jsonl", "/**/*.jsonl", "/.*", "/.old/*", "/*/*.jsonl"):
+        found, local = (files_of(f"{base}{pattern}", (".jsonl",), "k") for base in (url(folder), folder))
+        assert [str(file).removeprefix(url(folder)) for file in found] == [
+            str(file).removeprefix(str(folder)) for file in local if file.is_file()
+        ]
