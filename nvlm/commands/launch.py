@@ -76,7 +76,7 @@ def _claim(config: Config, run_dir: Path, held: contextlib.ExitStack) -> str | N
 
 def _in_workers(config: Config, run_dir: Path, started: float, lock: int) -> None:
     """Train in workers. They get the configuration in memory: a file in the folder could be from another start."""
-    with open(os.memfd_create("config"), "w") as file:
+    with open(os.memfd_create("config"), "w", encoding="utf-8") as file:
         file.write(OmegaConf.to_yaml(OmegaConf.create(to_mapping(config))))
         file.flush()
         arguments = ["-m", "nvlm.commands.launch", str(file.fileno()), str(run_dir), repr(started)]

@@ -106,7 +106,7 @@ def read_losses(run_dir: Path) -> dict[int, dict[str, Loss]]:
     path = run_dir / FILE
     if not path.is_file():
         return {}
-    rows = json.loads(path.read_text())
+    rows = json.loads(path.read_text("utf-8"))
     return {int(step): {name: Loss(**one) for name, one in losses.items()} for step, losses in rows.items()}
 
 

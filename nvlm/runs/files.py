@@ -12,7 +12,7 @@ def write_whole(path: Path, text: str) -> None:
     raises OSError, the old content remains."""
     aside = path.with_name(f".{path.name}.partial")
     try:
-        with open(aside, "w") as file:
+        with open(aside, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -38,6 +38,6 @@ def read(run_dir: Path) -> dict[str, Identity]:
     if not path.is_file():
         return {}
     try:
-        return {name: Identity(**values) for name, values in json.loads(path.read_text()).items()}
+        return {name: Identity(**values) for name, values in json.loads(path.read_text("utf-8")).items()}
     except (ValueError, TypeError, AttributeError):
         raise problem(str(path), "a damaged file", "the file as the run wrote it", "restore it, or delete it") from None

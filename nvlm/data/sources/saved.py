@@ -106,7 +106,7 @@ def _check_folder(path: Path, key: str) -> None:
 def _splits(path: Path) -> list[str]:
     """The names of the splits in the folder of a DatasetDict; none if it is not one."""
     try:
-        names = json.loads((path / _SPLITS).read_text())["splits"]
+        names = json.loads((path / _SPLITS).read_text("utf-8"))["splits"]
         return [name for name in names if (path / name / _STATE).is_file()]
     except (OSError, ValueError, KeyError, TypeError):
         return []

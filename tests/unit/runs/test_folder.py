@@ -179,6 +179,13 @@ def test_a_data_file_that_is_not_there_is_said_before_anything_is_written(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_files_are_utf_8_whatever_the_locale_is(tmp_path):
+    code = "import sys, pathlib, nvlm.runs.files as files; files.write_whole(pathlib.Path(sys.argv[1]), '\\xe9\\u4e2d')"
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], env=ascii_only, cwd=ROOT, check=True)
+    assert (tmp_path / "a").read_bytes() == "\xe9\u4e2d".encode()
+
+
 def test_no_run_of_a_sweep_begins_where_another_s_folder_is_refused(tmp_path, configured):
     with_checkpoint(tmp_path / "sweep" / "seed=2", configured("seed=2"))
     told = tmp_path / "sweep" / "seed=1" / "metrics.jsonl"  # of a run that never reached a checkpoint
