@@ -75,8 +75,8 @@ def _request(own: dict[str, str], config: Config) -> Request:
     if pixels not in ("true", "false"):
         raise problem("pixels", repr(pixels), "true or false", "pixels=true")
     out = Path(own.get("out") or f"inspected/{config.name}").expanduser()
-    if out.exists() and not out.is_dir():
-        raise problem("out", f"{out}, a file", "a folder", "out=DIR")
+    if any(one.exists() and not one.is_dir() for one in (out, *out.parents)):
+        raise problem("out", f"{out}, a file or in one", "a folder", "out=DIR")
     return Request(
         out=out,
         records=_whole(own, "records", 1, None),

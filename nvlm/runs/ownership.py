@@ -123,6 +123,14 @@ _FREE = ("name", "resume", "dry_run", "profile", "gpu", "init.llm", "init.checkp
 
 # Inputs that are compared with the run's record by content, so their paths may change.
 _IDENTIFIED = ("data.path", "data.root", "init.vision", "llm.tokenizer")
+# Keys that a group's file sets, and with it other keys: they are compared first, and the group is what is typed.
+_OF_GROUP = {
+    "arch.name": "arch",
+    "llm.name": "llm",
+    "vision.name": "vision",
+    "stage.name": "stage",
+    "data.source": "data",
+}
 _OF_BLEND = re.compile(r"data\.sources\.[^.]+\.")  # a source's keys are treated like those of a single source
 
 
@@ -149,13 +157,19 @@ def _check_resume(config: Config, run_dir: Path) -> None:
         expected = f"{', '.join(first)}, as at the start of the run"
         raise problem(f"resume of {run_dir}: data.sources", ", ".join(names), expected, "these, or name=OTHER")
     free = (*_FREE, *_IDENTIFIED) if (run_dir / INPUTS).is_file() else _FREE
-    for key in dict.fromkeys((*now, *before)):
+    for key in dict.fromkeys((*_OF_GROUP, *now, *before)):
         value, old = now.get(key), before.get(key)
         if key == "train.steps" and isinstance(old, int) and value >= old:  # a run may be extended
             continue
         if old != value and not _OF_BLEND.sub("data.", key).startswith(free):
-            expected = f"{old}, as at the start of the run" + (", or more" if key == "train.steps" else "")
-            raise problem(f"resume of {run_dir}: {key}", value, expected, f"{key}={old}, or name=OTHER for another run")
+            expected = f"{typed(old)}, as at the start of the run" + (", or more" if key == "train.steps" else "")
+            fix = f"{_OF_GROUP.get(key, key)}={typed(old)}, or name=OTHER for another run"
+            raise problem(f"resume of {run_dir}: {key}", typed(value), expected, fix)
+
+
+def typed(value: object) -> object:
+    """`value` as it is typed on the command line."""
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else value
 
 
 def flat(values: dict, path: str = "") -> dict[str, object]:

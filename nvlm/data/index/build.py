@@ -62,8 +62,15 @@ def prepare(walk: Walk, folder: Path, workers: int, report: Report) -> Meta:
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Within the block, no other process prepares an index in `folder`. Raises ConfigError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except (FileExistsError, NotADirectoryError):
+        raise problem("data.index", f"{folder}, a file or in one", "a folder", "data.index=DIR") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise problem("data.index", f"{folder}: {reason}", "a folder that can be written", "data.index=DIR") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -59,8 +59,9 @@ def plain_file(path: Path | Remote, key: str) -> Path:
         make_once(target, unpack)
     except OSError as error:
         got = f"{path}, which cannot be unpacked into {target.parent} ({error.strerror or error})"
-        fix = f"unpack it: gunzip {path}" if isinstance(path, Path) else "XDG_CACHE_HOME=DIR with more room"
-        raise problem(key, got, "room for the plain file", fix) from None
+        by_hand = f"unpack it: gunzip {path}, or " if isinstance(path, Path) else ""
+        fix = f"{by_hand}export XDG_CACHE_HOME=DIR, another folder with room"
+        raise problem(key, got, "a folder for the plain file", fix) from None
     return target
 
 

@@ -337,6 +337,14 @@ def test_only_one_process_prepares_an_index_at_a_time(folder):
         prepared(single(folder))
 
 
+@pytest.mark.parametrize("below", ["", "x"])
+def test_a_file_in_the_place_of_the_index_is_refused(tmp_path, below):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="data.index: got .*file.*, a file or in one, expected a folder"):
+        with command.alone(tmp_path / "file" / below):
+            pass
+
+
 def test_rows_of_a_table_survive_pickling_and_a_file_cut_short_is_refused(tmp_path):
     np.array([(n, 10 * n) for n in range(9)], dtype=RECORD).tofile(tmp_path / "t")
     table = pickle.loads(pickle.dumps(Table(tmp_path / "t", RECORD).split([2, 7])[1]))

@@ -130,6 +130,17 @@ def test_a_resume_may_change_what_no_step_depends_on(tmp_path, config):
         check_folder(config, tmp_path)
 
 
+def test_a_resume_with_other_data_names_the_group_and_the_value_as_it_is_typed(tmp_path, configured):
+    run = configured("data=jsonl", "data.path=a.jsonl", "resume=auto")
+    with_checkpoint(tmp_path, run)
+    with pytest.raises(ConfigError, match="data.source: got pages, expected jsonl, .*Fix: data=jsonl, or name=OTHER"):
+        check_folder(configured("data=pages", "resume=auto"), tmp_path)
+    with pytest.raises(ConfigError, match="arch.name: got xattn, expected hybrid, .*Fix: arch=hybrid, or name=OTHER"):
+        check_folder(configured("arch=xattn", "data=jsonl", "data.path=a.jsonl", "resume=auto"), tmp_path)
+    with pytest.raises(ConfigError, match="data.task: got vqa, expected null, .*Fix: data.task=null, or name=OTHER"):
+        check_folder(configured("data=jsonl", "data.path=a.jsonl", "data.task=vqa", "resume=auto"), tmp_path)
+
+
 def test_a_resume_keeps_its_blend(tmp_path, configured):
     def blended(**sources):
         parts = (f"{name}: {{source: jsonl, {keys}}}" for name, keys in sources.items())
