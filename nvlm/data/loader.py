@@ -25,7 +25,7 @@ from nvlm.data.order import Order
 from nvlm.data.outline import Pictures, Processor, build_processor, outline, unreadable
 from nvlm.data.pack import collate, deal, hand_out, pack
 from nvlm.data.parcel import Parcel, close
-from nvlm.data.record import BadRecord, ImageChanged, one_record
+from nvlm.data.record import BadRecord, DataChanged, ImageChanged, one_record
 from nvlm.data.samples import Share, blank, fill
 from nvlm.data.share import decoding_seats
 from nvlm.data.sources.registry import Records
@@ -50,6 +50,7 @@ class StepData:
 
     `failed`: records that are in the micro-batches, but were found to be broken by this rank. The ranks of a replica
     decode different images, so they must first agree on these, and then all call `without`.
+    `changed`: why this rank has no data for the step: records or images changed. All ranks of the replica must end.
     `fewer_tiles`: records whose images got fewer tiles than tiling.max_tiles allows, so that they fit.
     """
 
@@ -59,6 +60,7 @@ class StepData:
     work: Work  # of all micro-batches
     fewer_tiles: int = 0
     failed: tuple[Failed, ...] = ()
+    changed: str | None = None
 
     def without(self, failed: Sequence[Failed]) -> StepData:
         """The same step, with no loss on the `failed` records, which count as skipped."""
@@ -153,6 +155,13 @@ class Steps(Dataset):
             failed=tuple(failed),
         )
 
+    def delivered(self, step: int) -> StepData:
+        """The step; if this rank finds that records or images changed, one without data that says so to the others."""
+        try:
+            return self[step]
+        except DataChanged as error:
+            return StepData((), records=0, skipped=(), work=Work(), changed=str(error))
+
     @property
     def _fix(self) -> str:
         # An index is only compared with the files of records, so preparing it again would keep what it says of images.
@@ -168,14 +177,14 @@ class Steps(Dataset):
                 sketch = outline(record, self.processor, pictures=planned.pictures)
                 sample = fill(record, sketch, self.processor, share)
         except ImageChanged as error:
-            raise ValueError(f"sample {name}: {error}. {self._fix}") from error
+            raise DataChanged(f"sample {name}: {error}. {self._fix}") from error
         except BadRecord as reason:
             failed.append(Failed(number, name, str(reason)))
             sketch = sketch or unreadable(planned.lengths, planned.pictures, self.processor)
             sample = blank(name, sketch, self.processor, share)
         got = (sample.tokens.numel(), sample.cross_tokens.numel())
         if got != planned.lengths:
-            raise ValueError(
+            raise DataChanged(
                 f"sample {sample.id}: got {got[0]} text tokens and {got[1]} cross-attended ones, expected "
                 f"{planned.lengths[0]} and {planned.lengths[1]} as measured for packing. {self._fix}"
             )
@@ -260,21 +269,30 @@ def _lengths(steps: Steps, record: int) -> tuple[tuple[int, int], Pictures]:
     return found.lengths, found.pictures
 
 
+@dataclass(frozen=True)
+class _Delivered(Dataset):
+    """The steps as their ranks must get them."""
+
+    steps: Steps
+
+    def __getitem__(self, step: int) -> StepData:
+        return self.steps.delivered(step)
+
+
 def load_steps(steps: Steps, first: int, workers: int, pinned: bool = False) -> Iterator[StepData]:
     """Steps `first`, `first` + 1, ... up to the end, prepared by `workers` processes (0: in this process).
 
     `pinned`: in page-locked memory, for a GPU.
     """
     order = range(first, len(steps))
-    found = in_processes(steps, workers, sampler=order, collate_fn=close, pin_memory=pinned)
+    found = in_processes(_Delivered(steps), workers, sampler=order, collate_fn=close, pin_memory=pinned)
     return map(Parcel.opened, found)  # workers start now, not with the first step that is asked for
 
 
 def in_processes(dataset: Dataset, workers: int, **options) -> Iterator:
     """The items of `dataset`, read by `workers` processes, which start at once (0: by this process).
 
-    `options`: further ones of torch's DataLoader. Its advice to have no more workers than cores is not printed: workers
-    also wait for disks, and `data.workers` is the user's choice.
+    `options`: further ones of torch's DataLoader, whose advice to have no more workers than cores is not printed.
     """
     ahead = 2 if workers else None
     with warnings.catch_warnings():

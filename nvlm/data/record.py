@@ -25,6 +25,10 @@ class ImageChanged(BadRecord):
     """A record whose images are no longer those for which tiles were planned."""
 
 
+class DataChanged(ValueError):
+    """Records or images are no longer as they were when their step was planned. This ends the run."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One conversation as read: messages of {role, content}, and its images, not yet decoded."""

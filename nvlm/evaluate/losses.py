@@ -84,7 +84,7 @@ def _of_source(trainer: Trainer, steps: Steps, alive: Callable[[], None]) -> Los
     total = dict.fromkeys(("loss", "tokens", "records", "skipped"), 0.0)
     for step in range(len(steps)):
         alive()
-        data = agreed(steps[step], trainer.vision.team.replica, trainer.device)
+        data = agreed(steps.delivered(step), trainer.vision.team.replica, trainer.device)
         own = {"loss": forward(trainer, data.micro_batches) * groups.is_loss_rank()} | _counts(data)
         total = {name: total[name] + value for name, value in summed(own, trainer.device).items()}
     counts = {name: int(total[name]) for name in ("tokens", "records", "skipped")}

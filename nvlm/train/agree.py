@@ -1,25 +1,28 @@
-"""The ranks of a replica agree on the records that turned out broken when their images were decoded."""
+"""The ranks of a replica, which decode different images, tell one another what they found."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 
+from nvlm.config.values import ConfigError
 from nvlm.data.loader import Failed, StepData
 
 
 def agreed(data: StepData, replica: dist.ProcessGroup, device: torch.device) -> StepData:
     """`data` without the records that any rank of the replica could not decode. A collective call of the replica.
 
-    Usually there are none, which one sum tells.
+    Usually there are none, which one sum tells. Raises ConfigError on all ranks if one found that its data changed.
     """
-    count = torch.tensor(len(data.failed), device=device)
+    count = torch.tensor(len(data.failed) + (data.changed is not None), device=device)
     if replica.size() > 1:
         dist.all_reduce(count, group=replica)
     if not count:
         return data
-    found: list[tuple[Failed, ...]] = [()] * replica.size()
-    dist.all_gather_object(found, data.failed, group=replica)
+    found: list[tuple[str | None, tuple[Failed, ...]]] = [(None, ())] * replica.size()
+    dist.all_gather_object(found, (data.changed, data.failed), group=replica)
+    if changed := next((reason for reason, _ in found if reason is not None), None):
+        raise ConfigError(changed)
     # A record may have several broken images, on several ranks: the first rank's reason is kept.
-    first = {one.number: one for failed in reversed(found) for one in failed}
+    first = {one.number: one for _, failed in reversed(found) for one in failed}
     return data.without([first[number] for number in sorted(first)])

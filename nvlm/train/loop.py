@@ -79,7 +79,7 @@ def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: E
                 identity.record(config, run_dir, steps.records, steps.order)
             print_groups(counts, config.stage.name, config.optim.lr, trainer.origins)
             for one in told(config, counts_of(steps.records, config)):
-                Console().print(one, highlight=False)
+                Console().print(one, highlight=False, soft_wrap=isinstance(one, str))
             print(describe(config))
             if line := training_note(config):
                 print(f"note: {line}")

@@ -7,9 +7,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from PIL import Image
 
 from nvlm.commands.compose import compose_config
+from nvlm.config.values import ConfigError
 from nvlm.data import samples
 from nvlm.data.loader import load_steps
 from nvlm.processes import groups
@@ -100,3 +102,25 @@ def test_a_broken_picture_is_left_out_on_all_ranks_as_in_one_process(tmp_path, a
     for rank in run_distributed(stepped, 2, (*model, *layout)):
         assert rank[:2] == pytest.approx(alone[:2], rel=1e-4)
         assert rank[2:] == alone[2:]
+
+
+def refused(overrides, picture):
+    """What this rank says if `picture` has another size than when its step was planned."""
+    config = compose_config(*DATA, *overrides)
+    with joined(config) as device:
+        replica, steps = build_trainer(config, device).vision.team.replica, build_steps(config)
+        steps.planned(0)
+        dist.barrier()
+        if groups.is_first_rank():
+            Image.new("RGB", (33, 44)).save(picture)
+        dist.barrier()
+        with pytest.raises(ConfigError) as reason:
+            agreed(next(load_steps(steps, 0, 0)), replica, device)
+        return str(reason.value)
+
+
+def test_a_picture_that_changed_ends_all_ranks_of_a_replica_with_the_same_line(tmp_path):
+    path = write_records(tmp_path, 8)
+    reasons = run_distributed(refused, 2, (path, "arch=decoder", "parallel.tensor=2"), tmp_path / "3.1.jpg")
+    assert len(set(reasons)) == 1
+    assert "px when it was planned, 33 x 44 px now. Fix: do not change records or images" in reasons[0]
