@@ -176,7 +176,7 @@ WRONG = {
     ("checkpoint=runs/run", "prompt=Hi", "parallel.tensor=3"): "parallel.tensor: got 3, expected a divisor",
     ("checkpoint=runs/run", "prompt=Hi", "parallel.context=2"): "parallel.context: got 2, expected 1 to generate text",
     ("checkpoint=runs/run", "prompt=Hi", "llm.heads=2"): "llm.heads: got 4, expected 2",
-    ("checkpoint=runs/run", "prompt=Hi", "llm.ffn=256"): "instead of",
+    ("checkpoint=runs/run", "prompt=Hi", "llm.ffn=256"): "llm.ffn: got 384, expected 256",
     ("checkpoint=runs/run", "prompt=Hi", "top_p=0"): "top_p: got 0.0, expected above 0",
     ("checkpoint=runs/run", "prompt=Hi", "top_p=[0.5"): "top_p: got '\\[0.5', expected a number",
     ("checkpoint=runs/run", "prompt=Hi", "seed=1.5"): "seed: got '1.5', expected a whole number",
