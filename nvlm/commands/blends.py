@@ -31,7 +31,9 @@ def with_sources(words: Sequence[str], templates: Iterable[Path]) -> list[str]:
     whole = [part for word in words if word.startswith(f"{_KEY}=") for part in _written_out(word)]
     given = _names(parse(word).value() for word in whole)
     known = {*given, *_names(map(_template, templates))}
-    return whole + [_added(word, known, given) for word in words if not word.startswith(f"{_KEY}=")]
+    flags = [word for word in words if word.startswith("-")]  # Hydra wants them before or after all other words
+    others = [word for word in words if word not in flags and not word.startswith(f"{_KEY}=")]
+    return [*flags, *whole, *(_added(word, known, given) for word in others)]
 
 
 def _names(mappings: Iterable[object]) -> list[str]:

@@ -98,6 +98,8 @@ def _kept(walk: Walk, folder: Path) -> Meta | None:
 
 def _run(tasks: Sequence[Task], workers: int, report: Report) -> None:
     """Do the `tasks` whose last argument, the file that they write, does not exist."""
+    if not tasks:  # of a source without JSON files, whose places need not be found
+        return
     whole = sum(size for _, _, size in tasks)
     left = [task for task in tasks if not task[1][-1].exists()]
     done = whole - sum(size for _, _, size in left)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from nvlm.arch.registry import placement_rule
-from nvlm.commands.compose import check_overrides
+from nvlm.commands.compose import check_overrides, effective
 from nvlm.config.values import ConfigError
 from nvlm.data.batch import Batch
 from nvlm.data.blend import Blended, build_order, shares_of
@@ -132,6 +132,14 @@ def test_a_key_of_a_source_can_be_typed_beside_a_file_or_list_of_them(form, firs
     assert list(sources) == ["a", "b"], "the template's sources are replaced"
     assert (sources["a"].weight, sources["a"].source.root) == (3.0, "my images")
     assert sources["a"].source.path == ("x" if form.startswith("[") else 'x, "y" = {z}')
+
+
+def test_a_sweep_over_a_key_of_a_source_keeps_its_flag_in_front(folder):
+    (folder / "one.yaml").write_text("a: {source: jsonl, path: 'a,b', weight: 1}")
+    words = ["-m", "data=blend", f"data.sources={folder}/one.yaml", "data.sources.a.weight=4,5"]
+    assert effective(words)[0] == "-m" and effective(words)[-1] == "++data.sources.a.weight=4,5"
+    found = [config.data.source.sources["a"] for config in check_overrides(effective(words))]
+    assert [(part.weight, part.source.path) for part in found] == [(4.0, "a,b"), (5.0, "a,b")]
 
 
 def test_a_source_of_a_file_can_be_left_out_and_a_wrong_name_is_refused(folder):

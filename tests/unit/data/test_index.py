@@ -23,6 +23,7 @@ from nvlm.commands.compose import compose_config
 from nvlm.config.values import ConfigError
 from nvlm.data.blend import build_order
 from nvlm.data.index import walk
+from nvlm.data.index.build import prepare
 from nvlm.data.index.files import META, RECORD, RECORDS
 from nvlm.data.index.opened import open_records
 from nvlm.data.loader import Steps, plan_window
@@ -335,6 +336,19 @@ def test_there_may_be_more_files_than_a_process_can_open(tmp_path):
 def test_only_one_process_prepares_an_index_at_a_time(folder):
     with command.alone(folder / "index"), pytest.raises(ConfigError, match="another process prepares an index"):
         prepared(single(folder))
+
+
+def test_progress_of_a_source_without_files_begins_with_its_number_of_records(tmp_path):
+    config = cached("data=pages", "data.records=20")
+    processor = build_processor(config, placement_rule("hybrid"))
+    told = []
+    prepare(
+        walk.Walk(config.data.source, "", config.seed, processor, tmp_path / "partial"),
+        tmp_path / "index",
+        1,
+        lambda *amounts: told.append(amounts),
+    )
+    assert told == [(0, 20), (20, 20)]
 
 
 @pytest.mark.parametrize("below", ["", "x"])
