@@ -35,7 +35,8 @@ def parse(word: str) -> Override:
     except HydraException:
         read = None
     if read is None or not read.key_or_group:
-        raise problem("command line", repr(word), "key=value", "--help lists the keys")
+        fix = "--help lists the keys; a value with spaces needs quotes: 'key=my value'"
+        raise problem("command line", repr(word), "key=value", fix)
     if read.is_delete():
         raise problem("command line", repr(word), "a value for every key", f"omit {word}")
     return read

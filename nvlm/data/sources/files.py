@@ -94,10 +94,14 @@ def is_glob(path: str) -> bool:
 def image_root(path: str, root: str | None, key: str) -> Path | Remote:
     """The folder that image paths are relative to and may not leave, resolved: `root`, or else the folder of `path`.
 
-    The folder of a glob is the part of it before the first pattern.
+    The folder of a glob is the part of it before the first pattern. Raises ConfigError if `root` is no folder.
     """
     if root:
-        return place(root, f"{key.rpartition('.')[0]}.root").resolve()
+        setting = f"{key.rpartition('.')[0]}.root"
+        found = place(root, setting)
+        if isinstance(found, Path) and not found.is_dir():
+            raise problem(setting, named(root), "a folder that exists", f"{setting}=DIR")
+        return found.resolve()
     if is_remote(path):
         return _remote_root(place(path, key))
     if os.path.isdir(path):

@@ -84,6 +84,14 @@ def test_a_held_out_path_that_is_not_there_is_called_by_its_key(configured, tmp_
         looked_at(config)
 
 
+def test_a_root_that_is_no_folder_is_called_by_its_key(look, tmp_path):
+    for root in (tmp_path / "none", tmp_path / "r.jsonl"):
+        with pytest.raises(
+            ConfigError, match=f"data.root: got '{root}', expected a folder that exists. Fix: data.root="
+        ):
+            look((GOOD,), None, f"data.root={root}")
+
+
 def test_training_records_none_of_which_can_be_used_are_refused_at_once(look):
     video = {"video": "a.mp4", "conversations": [{"from": "human", "value": "?"}]}
     with pytest.raises(ConfigError, match="its first 20 records are all unusable .r.jsonl:1: key `video`"):
