@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -62,7 +64,7 @@ def _answer(arguments: Sequence[str]) -> int:
         raise problem("command line", f"{len(configs)} configurations", "one", "give each key one value")
     (config,) = configs
     request = _request(own, config)
-    request.out.mkdir(parents=True, exist_ok=True)
+    _make(request.out)
     found = inspect(config, request)
     _write(config, request, found)
     _print(found, request)
@@ -74,16 +76,23 @@ def _request(own: dict[str, str], config: Config) -> Request:
     pixels = own.get("pixels", "false")
     if pixels not in ("true", "false"):
         raise problem("pixels", repr(pixels), "true or false", "pixels=true")
-    out = Path(own.get("out") or f"inspected/{config.name}").expanduser()
-    if any(one.exists() and not one.is_dir() for one in (out, *out.parents)):
-        raise problem("out", f"{out}, a file or in one", "a folder", "out=DIR")
     return Request(
-        out=out,
+        out=Path(own.get("out") or f"inspected/{config.name}").expanduser(),
         records=_whole(own, "records", 1, None),
         pixels=pixels == "true",
         show=_whole(own, "show", 0, _MOST_SHOWN) if "show" in own else 12,
         max_bad=_share(own["max_bad"]) if "max_bad" in own else config.data.max_skipped,
     )
+
+
+def _make(out: Path) -> None:
+    """Make the folder. Raises ConfigError if it cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise problem("out", f"{out}: {error.strerror}", "a folder that can be written", "out=DIR") from None
 
 
 def _whole(own: dict[str, str], key: str, least: int, most: int | None) -> int | None:

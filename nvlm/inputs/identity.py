@@ -33,10 +33,10 @@ _BLENDED = "records."  # before the name of a source of a blend
 _PIECE = 1 << 12  # bytes of a tensor, at its start, middle and end
 
 
-def of_file(path: Path | Remote, records: int | None = None, known: str | None = None) -> Identity:
-    """A file by its size and bytes, sampled if larger than 64 MiB or in object storage; `records`: how many it has;
-    `known`: the digest of its content, if known."""
-    return Identity(str(path.resolve()), path.stat().st_size, known or content_digest(path), records)
+def of_file(path: Path | Remote, records: int | None = None, known: str | None = None, files: int = 1) -> Identity:
+    """A file by its size and content (`content_digest`); `records`: how many it has; `known`: the digest of its
+    content, if known; `files`: how many files its source has."""
+    return Identity(str(path.resolve()), path.stat().st_size, known or content_digest(path, files), records)
 
 
 def of_tensors(folder: str, stored: Mapping[str, Stored], prefix: str = "") -> Identity:
@@ -56,7 +56,7 @@ def of_tensors(folder: str, stored: Mapping[str, Stored], prefix: str = "") -> I
 
 def of_files(files: Sequence[Path], records: int, known: Mapping[Path, str] | None = None) -> Identity:
     """Several files by names and contents, independent of their folder's path; `known`: digests of their contents."""
-    found = [of_file(path, known=(known or {}).get(path)) for path in files]
+    found = [of_file(path, known=(known or {}).get(path), files=len(files)) for path in files]
     names = "".join(f"{path.name} {one.bytes} {one.digest}\n" for path, one in zip(files, found, strict=True))
     folder = str(files[0].resolve().parent)
     return Identity(folder, sum(one.bytes for one in found), hashlib.sha256(names.encode()).hexdigest(), records)

@@ -54,7 +54,8 @@ def states_of(files: Sequence[Path | Remote]) -> tuple[FileState, ...]:
 
 def with_digests(states: Sequence[FileState], files: Sequence[Path | Remote]) -> tuple[FileState, ...]:
     """`states` with the digests of their `files`."""
-    return tuple(replace(state, digest=content_digest(file)) for state, file in zip(states, files, strict=True))
+    count = len(files)
+    return tuple(replace(state, digest=content_digest(file, count)) for state, file in zip(states, files, strict=True))
 
 
 def changed_setting(meta: Meta, settings: dict[str, object]) -> str | None:
@@ -78,7 +79,7 @@ def changed_file(before: Sequence[FileState], files: Sequence[Path | Remote]) ->
     for old, now, path in zip(before, states_of(files), files, strict=True):
         if old.bytes != now.bytes:
             return f"of {old.name} when it had {old.bytes:,} bytes, now it has {now.bytes:,}"
-        if old.modified != now.modified and content_digest(path) != old.digest:
+        if old.modified != now.modified and content_digest(path, len(files)) != old.digest:
             return f"of {old.name}, which was changed since"
     return None
 

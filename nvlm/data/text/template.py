@@ -5,8 +5,9 @@ goes. It is then rendered with the true messages, and the two must agree, except
 message. An answer is learned from where the generation prompt ends to the first special token after its text. Anything
 else is refused: a run never learns from tokens whose part in the conversation is unknown.
 
-The template is not trusted: it runs in Jinja's sandbox, with limits on its length, its loops and its output, and
-without a clock, so that prompts are the same on any day.
+The template cannot reach beyond its own text: it runs in Jinja's sandbox. Limits on its length, on loops over numbers
+and on its output end one that is wrong, but not one that is written to take time or memory. It has no clock, so that
+prompts are the same on any day.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nvlm.config.values import Config, ConfigError
+from nvlm.data import content
 from nvlm.data.blend import build_order
 from nvlm.data.order import Order
 from nvlm.data.sources.registry import build_records
@@ -69,6 +70,23 @@ def test_a_file_is_sampled_in_a_moment_however_large_it_is(tmp_path):
         file.seek(-1, 2)
         file.write(b"\n")
     assert not identity.of_file(path).same(whole)
+
+
+def test_of_many_files_little_is_read_of_each(tmp_path, monkeypatch):
+    """Ten thousand shards of 60 MB would be 600 GB."""
+    path = tmp_path / "shard.tar"
+    with open(path, "wb") as file:
+        file.truncate(60_000_000)
+    read = []
+    blocks = content._sampled
+    monkeypatch.setattr(content, "_sampled", lambda *arguments: read.append(arguments[2]) or blocks(*arguments))
+    whole, few = content.content_digest(path), content.content_digest(path, 10_000)
+    assert read == [6] and few != whole and few == content.content_digest(path, 10_000)
+    assert content.content_digest(path, 60) == whole  # 60 x 60 MB are within the budget
+    with open(path, "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert content.content_digest(path, 10_000) != few
 
 
 def test_a_small_file_is_read_whole(tmp_path):

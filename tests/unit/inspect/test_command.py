@@ -133,8 +133,12 @@ def test_a_blend_is_judged_by_source(folder, tmp_path, capsys):
         (["show=101"], "show: got '101', expected a whole number, 0 to 100. Fix: show=12"),
         (["max_bad=nan"], "max_bad: got 'nan', expected a share from 0 to 1. Fix: max_bad=0.01"),
         (["recods=4"], "recods: got a key that does not exist"),
-        (["out=records.jsonl"], "out: got records.jsonl, a file or in one, expected a folder. Fix: out=DIR"),
-        (["out=records.jsonl/x/y"], "out: got records.jsonl/x/y, a file or in one, expected a folder. Fix: out=DIR"),
+        (
+            ["out=records.jsonl"],
+            "out: got records.jsonl: File exists, expected a folder that can be written. Fix: out=DIR",
+        ),
+        (["out=/proc/none"], "out: got /proc/none: No such file or directory, expected a folder that can be written"),
+        (["out=records.jsonl/x/y"], "out: got records.jsonl/x/y: Not a directory, expected a folder"),
     ],
 )
 def test_a_wrong_command_line_is_refused_in_one_line(folder, monkeypatch, capsys, words, reason):
