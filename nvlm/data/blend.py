@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nvlm.config.data import Blend, Part, Source
+from nvlm.config.data import Blend, Source
 from nvlm.data.order import Drawn, Order, taken
 from nvlm.data.record import BadRecord, Record
 from nvlm.data.sources.rows import find
@@ -88,11 +88,10 @@ class Interleaved:
 def build_order(source: Source, records: Sequence[Record], seed: int, global_batch: int) -> Order:
     """The order in which the `records` of `source` are drawn."""
     if not isinstance(records, Blended):
-        take = getattr(source, "take", "all")
-        return Order(seed, global_batch, (Drawn("", len(records), take=take),))
+        return Order(seed, global_batch, (Drawn("", len(records), take=_take(source)),))
     counts = {name: len(part) for name, part in records.parts.items()}
     shares = shares_of(source, counts)
-    drawn = tuple(Drawn(name, counts[name], shares[name], _take(part)) for name, part in source.sources.items())
+    drawn = tuple(Drawn(name, counts[name], shares[name], _take(part.source)) for name, part in source.sources.items())
     return Order(seed, global_batch, drawn, source.mixing == "steps")
 
 
@@ -102,7 +101,8 @@ def shares_of(blend: Blend, counts: Mapping[str, int]) -> dict[str, float]:
     A source with `epochs` has its number of records, that often, as its weight.
     """
     weights = {
-        name: part.weight or part.epochs * taken(_take(part), counts[name]) for name, part in blend.sources.items()
+        name: part.weight or part.epochs * taken(_take(part.source), counts[name])
+        for name, part in blend.sources.items()
     }
     # Lists, not sets: sums of floats depend on the order, and that of a set differs between processes.
     texts = [name for name, part in blend.sources.items() if part.text_only]
@@ -115,5 +115,5 @@ def shares_of(blend: Blend, counts: Mapping[str, int]) -> dict[str, float]:
     return {name: shares[name] for name in weights}
 
 
-def _take(part: Part) -> str:
-    return getattr(part.source, "take", "all")
+def _take(source: Source) -> str:
+    return getattr(source, "take", "all")  # the built-in pages have no such key

@@ -12,6 +12,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -80,7 +81,7 @@ class Drawn:
         return permuted(found, self.records, (seed, key)) if self.take.startswith("random") else found
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Order:
     """The records of every step. `global_batch`: records per step of all replicas; `by_step`: each step draws from one
     source. Records of all sources are numbered through, source by source."""
@@ -109,11 +110,11 @@ class Order:
         mixed = permuted(np.arange(self.global_batch), self.global_batch, (self.seed, step))
         return indices[mixed].tolist()
 
-    @property
+    @cached_property
     def _ends(self) -> tuple[int, ...]:
         return tuple(accumulate(source.records for source in self.sources))
 
-    @property
+    @cached_property
     def _shares(self) -> tuple[float, ...]:
         return tuple(source.share for source in self.sources)
 

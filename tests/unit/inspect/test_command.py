@@ -11,16 +11,9 @@ from html.parser import HTMLParser
 import pytest
 
 from nvlm.commands.inspect import main
-from tests.unit.inspect.records import HOSTILE, arguments, written
+from tests.unit.inspect.records import HOSTILE, arguments
 
 ARCHITECTURES = ("decoder", "xattn", "hybrid")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("records")
-    written(folder)
-    return folder
 
 
 class Page(HTMLParser):

@@ -29,16 +29,9 @@ from nvlm.inspect.samples import all_turns
 from nvlm.inspect.sight import sight
 from nvlm.inspect.stream import LEARNED, TAG, TILE, boxes, key_boxes
 from nvlm.inspect.survey import Survey, tallied
-from tests.unit.inspect.records import PX, arguments, found, written
+from tests.unit.inspect.records import PX, arguments, found
 
 ARCHITECTURES = ("decoder", "xattn", "hybrid")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("records")
-    written(folder)
-    return folder
 
 
 @pytest.fixture
