@@ -1,0 +1,1 @@
+"""What an answer is worth: published metrics as pure functions, intervals, files of answers. No torch."""

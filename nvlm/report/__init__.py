@@ -1,0 +1,1 @@
+"""The report on several runs: tables with intervals, curves, samples. No torch."""

@@ -1,0 +1,1 @@
+"""Benchmarks: how records become questions with references. No torch."""
