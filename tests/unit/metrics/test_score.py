@@ -1,0 +1,52 @@
+"""Answer files scored from the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from nvlm.commands.evaluate import main
+
+ROWS = [
+    {"id": 1, "answer": "two", "references": ["2", "two"], "category": "number"},
+    {"id": "b", "answer": "cat", "references": "dog", "category": "animal", "tiles": 7},
+    {"id": "c", "answer": "dog", "references": ["dog"], "category": "animal"},
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_file_is_scored_and_each_line_beside_it(tmp_path, capsys):
+    path = write(tmp_path / "answers.jsonl", ROWS)
+    assert main([f"answers={path}", "metric=exact_match"]) == 0
+    out = capsys.readouterr().out
+    assert "66.67" in out and "100.00 to 100.00" in out
+    scores = [json.loads(line) for line in (tmp_path / "answers.scores.jsonl").read_text().splitlines()]
+    assert scores == [{"id": "1", "score": 1.0}, {"id": "b", "score": 0.0}, {"id": "c", "score": 1.0}]
+
+
+def test_two_files_are_compared_on_the_questions_that_both_have(tmp_path, capsys):
+    first = write(tmp_path / "a.jsonl", ROWS)
+    second = write(tmp_path / "b.jsonl", [{**ROWS[1], "answer": "dog"}, {**ROWS[0], "answer": "2"}])
+    assert main([f"answers={first},{second}", "metric=exact_match"]) == 0
+    row = [line for line in capsys.readouterr().out.splitlines() if "+50.00" in line][0]
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["2", "+50.00", "+0.00 to +100.00", "1", "0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["metric=vqa"], "metric: got vqa, expected one of .*Fix: metric=vqa_accuracy"),
+        ([], "metric: got nothing"),
+        (["metric=anls", "task=docvqa"], "task: got an unknown key"),
+    ],
+)
+def test_wrong_words_are_refused(tmp_path, words, message, capsys):
+    path = write(tmp_path / "answers.jsonl", ROWS)
+    assert main([f"answers={path}", *words]) == 2
+    assert re.search(message, capsys.readouterr().err)
