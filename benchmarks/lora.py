@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from nvlm.data.sources.pages import GRIDS, KINDS, SHARES, ask
+from nvlm.data.sources.page_questions import KINDS, SHARES, ask
+from nvlm.data.sources.pages import GRIDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "language_model."
@@ -30,7 +31,7 @@ def conversation(rng: np.random.Generator) -> list[dict[str, str]]:
     """Four questions about a page whose digits are given as text."""
     cols, rows = GRIDS[rng.integers(len(GRIDS))]
     digits = rng.choice(rng.permutation(10)[: rng.integers(2, 11)], (rows, cols))
-    weights = np.array(SHARES) * (digits.size > 1, 1, 1, 1)
+    weights = np.array(list(SHARES["tags"].values())) * (digits.size > 1, 1, 1, 1)
     turns: dict[str, str] = {}
     while len(turns) < 4:
         question, answer = ask(str(rng.choice(KINDS, p=weights / weights.sum())), digits, rng)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nvlm.data.sources.pages import KINDS, ask
+from nvlm.data.sources.page_questions import KINDS, ask
 
 VOCABULARY = 512  # an upper limit: so small a corpus has fewer merges
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_pad|>"]

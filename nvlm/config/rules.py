@@ -25,6 +25,7 @@ def _data(config: Config) -> None:
         raise problem(
             "data.questions", data.source.questions, "1 with llm.chat=plain, which has no turns", "data.questions=1"
         )
+    _pages(data.source)
     if data.tokenize != "apart" and data.index is not None:
         got = f"one with data.tokenize={data.tokenize}, whose number of text tokens depends on the tiles"
         raise problem("data.index", got, "data.tokenize=apart", "data.index=null")
@@ -37,6 +38,14 @@ def _data(config: Config) -> None:
         expected = f"at most the positions that the model knows, llm.max_positions={positions}"
         fix = f"data.seq_length={positions}, or llm.max_positions={data.seq_length} where the model learns that many"
         raise problem("data.seq_length", data.seq_length, expected, fix)
+
+
+def _pages(source: Source) -> None:
+    parts = source.sources or {} if isinstance(source, Blend) else {}
+    for prefix, one in (("data.", source), *((f"data.sources.{name}.", part.source) for name, part in parts.items())):
+        if isinstance(one, Pages) and one.about == "positions" and one.questions > 5:
+            expected = f"at most 5 with {prefix}about=positions: no more are distinct about a page of one tile"
+            raise problem(f"{prefix}questions", one.questions, expected, f"{prefix}questions=5")
 
 
 def _blend(blend: Blend, dry_run: bool) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from nvlm.config.data import Pages
 from nvlm.data.record import Record
+from nvlm.data.sources.page_questions import MOST, ask_several, write_out
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
 TILE = 112  # the tile side for which pages are laid out, px
 CELLS = 4  # cells per tile side: one visual token covers one cell of 28 px
 GRIDS = tuple((c, r) for c in range(1, 7) for r in range(1, 7) if c * r <= 6)  # (cols, rows), 14 of them
-FORMS = ("picture", "text")
-KINDS = ("tile", "row", "page", "count")
-SHARES = (0.4, 0.25, 0.25, 0.1)  # of each kind, where the page allows it
-MAX_QUESTIONS = 12  # a one-tile page has only these: its row, the page, ten counts
 VERSION = 2  # part of the datasets cache key: raise it when pages or questions change
 
 _SPLITS = {"train": 0, "heldout": 1}
@@ -92,8 +89,10 @@ def on_paper(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def draw_page(split: str, grid: tuple[int, int], rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
-    """A page for grid = (cols, rows) tiles and its digits [rows, cols].
+def draw_page(
+    split: str, grid: tuple[int, int], rng: np.random.Generator, distinct: bool = False
+) -> tuple[Image.Image, np.ndarray]:
+    """A page for grid = (cols, rows) tiles and its digits [rows, cols]; `distinct`: no digit twice.
 
     The page's size is random; tiling resizes it to (cols * TILE, rows * TILE). Its aspect ratio is close enough to
     cols / rows for the tiling rule to choose that grid.
@@ -105,7 +104,7 @@ def draw_page(split: str, grid: tuple[int, int], rng: np.random.Generator) -> tu
         zoom[:] = zoom[0]  # only for a square do 1:1 and 2:2 tie, so that the area decides
     width, height = round(cols * TILE * zoom[0]), round(rows * TILE * zoom[1])
     ink = np.zeros((height, width), np.float32)
-    digits = draw_digits(grid, rng)
+    digits = draw_digits(grid, rng, distinct)
     cell = TILE / CELLS
     for row in range(rows):
         line = rng.integers(CELLS)  # the digits of a row are on one line
@@ -118,49 +117,35 @@ def draw_page(split: str, grid: tuple[int, int], rng: np.random.Generator) -> tu
     return on_paper(ink, rng), digits
 
 
-def draw_digits(grid: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """The digits [rows, cols] of a page for grid = (cols, rows)."""
+def draw_digits(grid: tuple[int, int], rng: np.random.Generator, distinct: bool = False) -> np.ndarray:
+    """The digits [rows, cols] of a page for grid = (cols, rows); `distinct`: no digit twice."""
+    if distinct:
+        return rng.permutation(10)[: grid[0] * grid[1]].reshape(grid[::-1])
     # Some pages have few different digits, so that counts other than 0 and 1 occur.
     palette = rng.permutation(10)[: rng.integers(2, 11)]
     return rng.choice(palette, grid[::-1])
 
 
-def write_out(digits: np.ndarray) -> str:
-    """The digits [rows, cols] as text, such as "row 1: 35" and "row 2: 41" on lines of their own."""
-    return "".join(f"row {number}: {''.join(map(str, row))}\n" for number, row in enumerate(digits, start=1))
+def make_page(
+    split: str, seed: int, index: int, questions: int, form: str = "picture", about: str = "tags"
+) -> dict[str, Any]:
+    """Record number `index`: a page (PIL image), or in the form "text" no image, and so many distinct questions.
 
-
-def ask(kind: str, digits: np.ndarray, rng: np.random.Generator) -> tuple[str, str]:
-    """One question of that kind about a page with these digits [rows, cols], and its answer."""
-    rows, cols = digits.shape
-    if kind == "tile":  # tiles are numbered from 1, row by row, as their tags are
-        tile = rng.integers(digits.size)
-        return f"What stands in <tile_{tile + 1}>?", str(digits.flat[tile])
-    if kind == "row":
-        row = rng.integers(rows)
-        return f"Read row {row + 1}.", "".join(map(str, digits[row]))
-    if kind == "page":
-        return "Read the page.", "".join(map(str, digits.flat))
-    present = rng.random() < 0.75
-    digit = rng.choice(np.unique(digits) if present else np.setdiff1d(np.arange(10), digits))
-    return f"How many times is there a {digit}?", str(np.count_nonzero(digits == digit))
-
-
-def make_page(split: str, seed: int, index: int, questions: int, form: str = "picture") -> dict[str, Any]:
-    """Record number `index`: a page (PIL image), or in the form "text" no image, and so many distinct questions."""
-    if not 1 <= questions <= MAX_QUESTIONS:
-        raise ValueError(f"questions per page, got {questions}, expected 1 to {MAX_QUESTIONS}")
-    textual = FORMS.index(form)
-    rng = np.random.default_rng([_SPLITS[split], seed, index, *([textual] if textual else [])])
+    If they are about "positions", no digit is twice on the page: every answer but a sorted page's needs the position.
+    """
+    if not 1 <= questions <= MOST[about]:
+        raise ValueError(f"questions per page, got {questions}, expected 1 to {MOST[about]}")
+    textual, positions = form == "text", about == "positions"
+    rng = np.random.default_rng([_SPLITS[split], seed, index, *([textual, positions] if positions else [1] * textual)])
     grid = GRIDS[rng.integers(len(GRIDS))]
     if textual:
-        images, digits = [], draw_digits(grid, rng)
-        before = write_out(digits)
+        images, digits = [], draw_digits(grid, rng, positions)
+        before = write_out(digits, about)
     else:
-        page, digits = draw_page(split, grid, rng)
+        page, digits = draw_page(split, grid, rng, positions)
         images, before = [page], "<image>\n"
     # Neither a one-tile page nor a text has numbered tags, so nothing is asked about their tiles.
-    turns = _turns(digits, questions, np.array(SHARES) * (digits.size > 1 and not textual, 1, 1, 1), rng)
+    turns = ask_several(about, digits, questions, digits.size > 1 and not textual, rng)
     messages = [
         {"role": role, "content": content}
         for question, (answer, _) in turns.items()
@@ -168,29 +153,19 @@ def make_page(split: str, seed: int, index: int, questions: int, form: str = "pi
     ]
     messages[0]["content"] = before + messages[0]["content"]
     return {
-        "id": f"{split}-{seed}-{index}" + ("-text" if textual else ""),
+        "id": f"{split}-{seed}-{index}" + "-positions" * positions + "-text" * textual,
         "messages": messages,
         "images": images,
         "kinds": [kind for _, kind in turns.values()],
     }
 
 
-def _turns(digits: np.ndarray, count: int, weights: np.ndarray, rng: np.random.Generator) -> dict[str, tuple[str, str]]:
-    """`count` distinct questions in random order, each with its answer and kind. `weights`: of the kinds."""
-    turns: dict[str, tuple[str, str]] = {}
-    while len(turns) < count:
-        kind = str(rng.choice(KINDS, p=weights / weights.sum()))
-        question, answer = ask(kind, digits, rng)
-        turns.setdefault(question, (answer, kind))
-    return turns
-
-
 def _records(
-    split: str, indices: list[int], seed: int, questions: int, form: str, version: int
+    split: str, indices: list[int], seed: int, questions: int, form: str, about: str, version: int
 ) -> Iterator[dict[str, Any]]:
     """The records with these indices, their pages as JPEG bytes; version is only part of the cache key."""
     for index in indices:
-        record = make_page(split, seed, index, questions, form)
+        record = make_page(split, seed, index, questions, form, about)
         yield record | {"images": [{"bytes": _jpeg(page), "path": None} for page in record["images"]]}
 
 
@@ -206,8 +181,8 @@ def build(source: Pages, seed: int, heldout: bool) -> PageRecords:
 
     datasets.disable_progress_bars()
     if heldout:
-        return PageRecords(build_pages("heldout", source.heldout_records, seed, 1, source.form))
-    return PageRecords(build_pages("train", source.records, seed, source.questions, source.form))
+        return PageRecords(build_pages("heldout", source.heldout_records, seed, 1, source.form, source.about))
+    return PageRecords(build_pages("train", source.records, seed, source.questions, source.form, source.about))
 
 
 def first(source: Pages, heldout: bool) -> None:
@@ -239,11 +214,18 @@ class PageRecords:
         return Record(str(row["id"]), row["messages"], [image["bytes"] or image["path"] for image in row["images"]])
 
 
-def build_pages(split: str, count: int, seed: int = 0, questions_per_page: int = 4, form: str = "picture") -> Dataset:
+def build_pages(
+    split: str,
+    count: int,
+    seed: int = 0,
+    questions_per_page: int = 4,
+    form: str = "picture",
+    about: str = "tags",
+) -> Dataset:
     """Pages 0..count-1 of a split ("train" or "heldout") with columns id, messages, images and kinds.
 
     kinds holds the kind of each question, in the order of the turns. Record i depends only on (split, seed, i),
-    questions_per_page and form. Built once (about 2.5 ms and 10 kB per page), then read from the datasets cache.
+    questions_per_page, form and about. Built once (about 2.5 ms and 10 kB per page), then read from the datasets cache.
     """
     from datasets import Dataset, Features, Image, Sequence, Value
 
@@ -261,6 +243,7 @@ def build_pages(split: str, count: int, seed: int = 0, questions_per_page: int =
         "seed": seed,
         "questions": questions_per_page,
         "form": form,
+        "about": about,
         "version": VERSION,
     }
     return Dataset.from_generator(_records, features=features, gen_kwargs=arguments)

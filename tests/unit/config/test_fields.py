@@ -42,7 +42,7 @@ def test_a_number_just_outside_its_range_is_refused_and_one_at_its_end_is_not(co
     outside += [math.nan, math.inf, -math.inf] if kind.type is float else [2**63]
     values = to_mapping(configured())
     if key.startswith("data.") and key not in flat(values):
-        names = ("source", "form", "records", "heldout_records", "questions")
+        names = ("source", "form", "about", "records", "heldout_records", "questions")
         pages = {name: values["data"].pop(name) for name in names}
         own = {"source": "obelics", "most_images": 6} if key.endswith(".most_images") else pages
         sources = {"*": own | {"weight": 1.0, "epochs": 1.0}}

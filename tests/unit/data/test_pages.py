@@ -6,10 +6,15 @@ import hashlib
 import json
 import re
 
+import numpy as np
 import pytest
 
-from nvlm.data.sources.pages import MAX_QUESTIONS, make_page
+from nvlm.config.values import ConfigError
+from nvlm.data.sources.page_questions import MOST
+from nvlm.data.sources.pages import make_page
 from nvlm.data.sources.registry import build_records
+from nvlm.tiling.grid import TilePlan
+from nvlm.tiling.tags import TAG_STYLES, tile_tags
 
 
 def test_the_questions_of_pictures_are_those_of_earlier_versions():
@@ -20,22 +25,76 @@ def test_the_questions_of_pictures_are_those_of_earlier_versions():
     assert found.hexdigest() == "c4d8136436ec3dfdf7c7e8c7955d0e089398256875d798111ddaf1f430f9ac23"
 
 
+def turns(row):
+    """The lines written before the first question, and each question with its answer."""
+    *lines, question = row["messages"][0]["content"].split("\n")
+    questions = [question, *(message["content"] for message in row["messages"][2::2])]
+    return lines, dict(zip(questions, (message["content"] for message in row["messages"][1::2]), strict=True))
+
+
 @pytest.mark.parametrize("index", range(12))
 def test_answers_about_a_text_follow_from_the_text(index):
-    row = make_page("heldout", 7, index, MAX_QUESTIONS, "text")
+    row = make_page("heldout", 7, index, MOST["tags"], "text")
     assert row["images"] == [] and "<" not in row["messages"][0]["content"]
-    *lines, question = row["messages"][0]["content"].split("\n")
+    lines, answers = turns(row)
     rows = [re.fullmatch(rf"row {number}: (\d+)", line)[1] for number, line in enumerate(lines, start=1)]
-    questions = [question, *(message["content"] for message in row["messages"][2::2])]
-    assert len(set(questions)) == MAX_QUESTIONS
-    for asked, answer in zip(questions, row["messages"][1::2], strict=True):
+    assert len(answers) == MOST["tags"]
+    for asked, answer in answers.items():
         number = re.search(r"\d", asked)
         expected = {
             "Read row": rows[int(number[0]) - 1] if asked.startswith("Read row") else "",
             "Read the": "".join(rows),
             "How many": str("".join(rows).count(number[0])) if number else "",
         }[asked[:8]]
-        assert answer["content"] == expected
+        assert answer == expected
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_answers_about_positions_follow_from_the_text(index):
+    row = make_page("heldout", 7, index, MOST["positions"], "text", "positions")
+    lines, answers = turns(row)
+    rows = {re.fullmatch(r"row ([A-F]): \d+", line)[1]: line[7:] for line in lines}
+    page = "".join(rows.values())
+    assert list(rows) == list("ABCDEF")[: len(rows)] and len(set(page)) == len(page)
+    expected = {"Read the page.": page, "Sort the page.": "".join(sorted(page))}
+    expected |= {f"Read row {name}.": digits for name, digits in rows.items()}
+    expected |= {f"Read place {name}.": digit for name, digit in zip("ABCDEF", page)}
+    cells = {(row, "ABCDEF"[at]): digit for row, digits in rows.items() for at, digit in enumerate(digits)}
+    expected |= {f"Read row {row}, column {column}.": digit for (row, column), digit in cells.items()}
+    assert len(answers) == MOST["positions"] and answers.items() <= expected.items()
+
+
+def test_questions_about_positions_share_no_sign_of_position_with_any_tag():
+    named = re.compile(r"(?<![A-Za-z])[A-Z](?![A-Za-z])|\d")
+    tags = "".join(tag for style in TAG_STYLES for tag in tile_tags(TilePlan(cols=3, rows=2), style))
+    questions = [
+        question for index in range(40) for question in turns(make_page("train", 3, index, 5, "text", "positions"))[1]
+    ]
+    letters = {found for question in questions for found in named.findall(question)}
+    assert letters == set("ABCDEF") and not letters & set(named.findall(tags))
+
+
+def test_a_page_about_positions_is_the_same_task_on_other_pages():
+    pages = [make_page("train", 3, index, 4, about="positions") for index in range(12)]
+    assert all(len(page["images"]) == 1 and page["id"].endswith("-positions") for page in pages)
+    assert {kind for page in pages for kind in page["kinds"]} == {"cell", "place", "row", "page", "sort"}
+    other = make_page("train", 3, 0, 4)["images"][0]
+    assert pages[0]["images"][0].size != other.size or np.any(np.asarray(pages[0]["images"][0]) != np.asarray(other))
+
+
+@pytest.mark.parametrize(
+    "words, key",
+    [
+        (("data.about=positions", "data.questions=6"), "data.questions"),
+        (
+            ("data=tiny_blend", "data.sources.text.about=positions", "data.sources.text.questions=6"),
+            "data.sources.text.questions",
+        ),
+    ],
+)
+def test_more_questions_than_a_page_of_one_tile_allows_are_refused(configured, words, key):
+    with pytest.raises(ConfigError, match=f"{key}.*got 6.*{key}=5"):
+        configured(*words)
 
 
 def test_texts_are_records_without_images_held_out_too(configured):
