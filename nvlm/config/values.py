@@ -200,13 +200,14 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateConfig:
-    """Exact match on held-out questions after training, and the mean loss on held-out records of each source before and
-    after it; 0: none."""
+    """Answers to questions after training, and the mean loss on held-out records of each source before and after it;
+    0: none. Batches are limited by their `batch` rows and their `tokens` positions, padding included."""
 
     losses: Natural = 0  # records of each source
-    questions: Natural
+    questions: Natural  # of each task, at most
     batch: Count
-    max_new_tokens: Count
+    tokens: Count = 32768
+    max_new_tokens: Count | None  # None: the task's
     gallery: Natural
 
 

@@ -118,7 +118,7 @@ def add_losses(run_dir: Path, step: int, losses: Mapping[str, Loss]) -> dict[int
     return measured
 
 
-def told(losses: Mapping[str, Loss], step: int) -> str:
+def told_losses(losses: Mapping[str, Loss], step: int) -> str:
     """One line about the losses at `step`."""
     shown = "  ".join(f"{name} {shown_loss(one)}" for name, one in losses.items())
     skipped = sum(one.skipped for one in losses.values())

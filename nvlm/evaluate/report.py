@@ -17,6 +17,7 @@ from torch import Tensor
 from nvlm.config.values import Config
 from nvlm.data.outline import Processor
 from nvlm.evaluate.losses import Loss, shown_loss
+from nvlm.evaluate.score import Score
 from nvlm.inspect.document import environment
 from nvlm.runs.files import write_whole
 from nvlm.tiling.grid import TilePlan
@@ -33,6 +34,7 @@ class Shown:
     pictures: tuple[tuple[Image.Image, Image.Image], ...]
     answer: str
     expected: str
+    right: bool
 
 
 def draw_pictures(
@@ -50,8 +52,7 @@ def write_report(
     run_dir: Path,
     config: Config,
     shown: Sequence[Shown],
-    exact_match: float,
-    by_kind: Mapping[str, float],
+    score: Score,
     losses: Mapping[int, Mapping[str, Loss]],
 ) -> None:
     """Write curves.png, gallery/*.png and report.html into `run_dir`. `losses`: by step and source."""
@@ -69,8 +70,7 @@ def write_report(
     templates.filters["shown_loss"] = shown_loss
     page = templates.get_template("report.html.jinja").render(
         config=config,
-        score=exact_match,
-        by_kind=by_kind,
+        score=score,
         losses=losses,
         sources=list(dict.fromkeys(name for measured in losses.values() for name in measured)),
         cards=cards,

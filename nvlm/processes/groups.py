@@ -206,6 +206,13 @@ def gather_over_data(rows: list) -> list:
     return [row for part in parts for row in part]
 
 
+def gather_over_ranks(rows: list) -> list:
+    """The rows of all ranks, on each of them."""
+    parts: list[list] = [[] for _ in range(world_size())]
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
 def subgroups(own: list[int]) -> dist.ProcessGroup:
     """The process group of the ranks `own`. A collective call: each rank passes the group that it belongs to."""
     listed: list[list[int]] = [[] for _ in range(dist.get_world_size())]

@@ -46,7 +46,7 @@ PACKAGES = (
 # Files and folders that a run writes into its folder.
 _OURS = (
     "config.yaml", "environment.json", "inputs.json", "mix.json", "metrics.jsonl", "skipped.jsonl", "tensorboard",
-    "checkpoints", "profile", "losses.json", "heldout.json", "answers.jsonl", "wandb_id", "report.html", "curves.png",
+    "checkpoints", "profile", "losses.json", "evaluation", "wandb_id", "report.html", "curves.png",
     "gallery",
 )  # fmt: skip
 _ENDING = 10.0  # seconds to wait for the workers of a killed launcher to end

@@ -25,6 +25,8 @@ SMALL = (
     "tiling.max_tiles=2 optim.warmup=1 train.threads=1 train.global_batch=8 train.micro_batch=8 train.steps=2"
 ).split()
 NO_QUESTIONS = "evaluate=none"
+EVALUATED = "evaluation/heldout/step_00000002"
+ANSWERS = f"{EVALUATED}/answers.jsonl"
 GOOD = {
     "messages": [{"role": "user", "content": "<image>\nWhat colour?"}, {"role": "assistant", "content": "red"}],
     "images": ["red.png"],
@@ -117,15 +119,15 @@ def test_evaluation_reads_what_was_encoded_and_another_held_out_file_later(where
     status, output = run(where, *asked, "data.heldout_path=h.jsonl")
     assert status == 0, output
     assert "not scored, no reference answer: 1 (h.jsonl:2)" in output
-    answers = {row["id"]: row for row in rows(where, "answers.jsonl")}
+    answers = {row["id"]: row for row in rows(where, ANSWERS)}
     assert answers.keys() == {"h.jsonl:1", "h.jsonl:3"}
-    assert answers["h.jsonl:1"]["expected"] == "red" and answers["h.jsonl:3"]["kind"] == "unreadable"
-    (score,) = rows(where, "heldout.json")
-    assert score["questions"] == 2 and score["unanswered"] == 1
+    assert answers["h.jsonl:1"]["references"] == ["red"] and answers["h.jsonl:3"]["category"] == "unreadable"
+    score = json.loads((where / "runs" / "run" / EVALUATED / "score.json").read_text())
+    assert score["count"] == 2 and score["unanswered"] == 1
     assert "What colour?" in (where / "runs" / "run" / "report.html").read_text()
     status, output = run(where, *asked, "data.heldout_path=other.jsonl", "resume=auto")
     assert status == 0, output
-    assert [row["id"] for row in rows(where, "answers.jsonl")] == ["other.jsonl:1"]
+    assert [row["id"] for row in rows(where, ANSWERS)] == ["other.jsonl:1"]
 
 
 def test_llavas_list_trains_resumes_and_is_evaluated_with_images_elsewhere(where):
@@ -142,7 +144,7 @@ def test_llavas_list_trains_resumes_and_is_evaluated_with_images_elsewhere(where
     assert [(row["record"], row["reason"]) for row in rows(where, "skipped.jsonl")] == [
         ("l.json[7]", "gone.png: no such image")
     ] * 2
-    assert [row["expected"] for row in rows(where, "answers.jsonl")] == ["red"]
+    assert [row["references"] for row in rows(where, ANSWERS)] == [["red"]]
     (where / "pictures").rename(where / "moved")
     status, output = run(where, *asked[:-1], "data.root=moved", "resume=auto", "train.steps=3")
     assert status == 0 and len(rows(where, "metrics.jsonl")) == 3, output

@@ -67,11 +67,13 @@ def test_a_full_disk_and_a_broken_console_cost_a_line_each(tmp_path, small_disk)
 
 
 def test_an_evaluation_without_room_tells_its_score(tmp_path, small_disk):
-    (small_disk / "heldout.json").write_text("of an older evaluation")
+    evaluated = small_disk / "evaluation" / "heldout" / "step_00000003"
+    evaluated.mkdir(parents=True)
+    (evaluated / "score.json").write_text("of an older evaluation")
     with open(small_disk / "config.yaml", "w") as file:  # the folder is a run's
         file.write("".join(f"{group}: {{}}\n" for group in "arch llm vision tiling data stage train optim".split()))
     few = ["train.steps=3", "evaluate.questions=2", "evaluate.batch=2", "evaluate.max_new_tokens=2"]
     status, output = run(tmp_path, *SMALL, *few, change=fill)
     assert status == 0, output
     assert "the evaluation's files cannot be written: No space left on device" in output
-    assert not (small_disk / "heldout.json").exists() and not (small_disk / "report.html").exists()
+    assert not (evaluated / "score.json").exists() and not (small_disk / "report.html").exists()

@@ -244,7 +244,9 @@ def test_an_unreadable_heldout_record_counts_as_wrong(tmp_path):
     paths = ("data.path=r.jsonl", "data.heldout_path=h.jsonl")
     done = train(tmp_path, "name=own", "data=jsonl", *paths, "evaluate.questions=9", "evaluate.batch=1")
     assert done.stdout.splitlines()[-1].startswith("heldout exact_match=")
-    score = json.loads((tmp_path / "runs" / "own" / "heldout.json").read_text())
-    assert score["questions"] == 2
-    assert score["by_kind"]["unreadable"] == 0
-    assert score["exact_match"] <= 0.5
+    score = json.loads(
+        (tmp_path / "runs" / "own" / "evaluation" / "heldout" / "step_00000006" / "score.json").read_text()
+    )
+    assert score["count"] == 2
+    assert score["by_category"]["unreadable"]["mean"] == 0
+    assert score["mean"] <= 0.5

@@ -235,4 +235,7 @@ def test_a_run_learns_saves_answers_and_goes_on(settings, tmp_path):
     first = run_distributed(whole_run, 1, (*overrides, "train.steps=6"), run)[0]
     both = run_distributed(whole_run, 1, (*overrides, "train.steps=8", "resume=auto"), run)[0]
     assert [line["step"] for line in both] == list(range(1, 9)) and both[:6] == first
-    assert both[-1]["loss"] < 0.8 * both[0]["loss"] and (run / "heldout.json").is_file()
+    assert (
+        both[-1]["loss"] < 0.8 * both[0]["loss"]
+        and (run / "evaluation" / "heldout" / "step_00000008" / "score.json").is_file()
+    )

@@ -9,8 +9,11 @@ from nvlm.arch import registry
 from nvlm.data.outline import build_processor, outline
 from nvlm.data.record import Record
 from nvlm.data.samples import fill
-from nvlm.evaluate.losses import InTurn, Loss, add_losses, read_losses, told
+from nvlm.evaluate.losses import InTurn, Loss, add_losses, read_losses, told_losses
 from nvlm.evaluate.report import Shown, draw_pictures, write_report
+from nvlm.evaluate.score import score_of
+
+NOTHING_RIGHT = score_of([{"score": 0.0, "category": ""}], "heldout", "exact_match", 1, "", 0)
 
 
 def picture(width, height):
@@ -47,7 +50,7 @@ def test_a_question_without_pictures_has_a_card(configured, tmp_path):
     config = configured("arch=decoder")
     processor = build_processor(config, registry.placement_rule("decoder"))
     assert draw_pictures((), fill(*_text(processor)).pixels, processor) == ()
-    write_report(tmp_path, config, [Shown("1 < 2?", (), "yes", "no")], 0.0, {"all": 0.0}, {})
+    write_report(tmp_path, config, [Shown("1 < 2?", (), "yes", "no", right=False)], NOTHING_RIGHT, {})
     page = (tmp_path / "report.html").read_text()
     assert "1 &lt; 2?" in page and 'class="wrong"' in page
 
@@ -62,8 +65,8 @@ def test_losses_are_kept_by_step_and_shown_by_source(configured, tmp_path):
     add_losses(tmp_path, 0, first)
     measured = add_losses(tmp_path, 700, {"text": Loss(0.25, 10, 3, 0)})
     assert measured == read_losses(tmp_path) == {0: first, 700: {"text": Loss(0.25, 10, 3, 0)}}
-    assert told(first, 0) == "heldout loss at step 0: text 2.5000  pages -  skipped 1"
-    write_report(tmp_path, configured("arch=decoder"), [], 0.0, {}, measured)
+    assert told_losses(first, 0) == "heldout loss at step 0: text 2.5000  pages -  skipped 1"
+    write_report(tmp_path, configured("arch=decoder"), [], NOTHING_RIGHT, measured)
     page = (tmp_path / "report.html").read_text()
     assert "<tr><th></th><th>step 0</th><th>step 700</th></tr>" in page
     assert "<td>text</td><td>2.5000</td><td>0.2500</td>" in page and "<td>pages</td><td>-</td><td>-</td>" in page
@@ -71,7 +74,7 @@ def test_losses_are_kept_by_step_and_shown_by_source(configured, tmp_path):
 
 def test_a_run_that_measured_nothing_shows_no_losses(configured, tmp_path):
     assert read_losses(tmp_path) == {}
-    write_report(tmp_path, configured("arch=decoder"), [], 0.0, {}, {})
+    write_report(tmp_path, configured("arch=decoder"), [], NOTHING_RIGHT, {})
     assert "loss per trained token" not in (tmp_path / "report.html").read_text()
 
 
