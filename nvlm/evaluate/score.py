@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nvlm.metrics import registry
 from nvlm.metrics.intervals import Interval, bootstrap
 from nvlm.metrics.line import Line
-from nvlm.metrics.registry import METRICS
 from nvlm.runs.files import write_whole
 
 ANSWERS, SCORE = "answers.jsonl", "score.json"
@@ -66,9 +66,8 @@ def folder_of(run_dir: Path, task: str, step: int) -> Path:
 
 def scored(rows: Sequence[Row], metric: str) -> list[Row]:
     """`rows` with the score of each; one that could not be asked has 0, so that it cannot raise the mean."""
-    asked = [row for row in rows if "reason" not in row]
-    scores = iter(METRICS[metric]([_line(row) for row in asked]))
-    return [row | {"score": 0.0 if "reason" in row else next(scores)} for row in rows]
+    scores = registry.scored(metric, [_line(row) for row in rows])
+    return [row | {"score": score} for row, score in zip(rows, scores)]
 
 
 def score_of(rows: Sequence[Row], task: str, metric: str, step: int, checkpoint: str, unanswered: int) -> Score:
@@ -109,4 +108,5 @@ def _line(row: Mapping[str, Any]) -> Line:
         options=tuple(row.get("options", ())),
         type=row.get("type", ""),
         category=row["category"],
+        reason=row.get("reason", ""),
     )
