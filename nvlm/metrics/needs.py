@@ -9,7 +9,7 @@ from nvlm.metrics.registry import METRICS
 from nvlm.metrics.vqa import ENOUGH
 
 ANNOTATED = ("vqa_accuracy", "textvqa_accuracy")
-TYPES = ("integer", "float", "list", "text")  # of MathVista's answers
+TYPES = ("integer", "float", "list")  # of MathVista's answers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ def _of_mathvista(line: Line) -> Lack | None:
         return Lack(key="references", got=repr(line.references[0]), expected=expected, fix=fix)
     kind, _, decimals = line.type.partition(":")
     if not line.options and (kind not in TYPES or decimals and not (kind == "float" and decimals.isdecimal())):
-        expected = "integer, float:1 (one decimal), list or text, or options"
+        expected = "integer, float:1 (one decimal) or list, or options"
         return Lack(
             key="type", got=repr(line.type), expected=expected, fix='add "type": "integer" or "options": ["3", "4"]'
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from nvlm.metrics.anls import anls
 from nvlm.metrics.choice import choice, names_no_option
+from nvlm.metrics.cider import cider
 from nvlm.metrics.exact import exact_match
 from nvlm.metrics.gsm8k import gsm8k, number_of
 from nvlm.metrics.line import Line
@@ -35,6 +36,7 @@ METRICS: dict[str, Metric] = {
     "mmmu": mmmu,
     "mathvista": each(mathvista),
     "gsm8k": each(gsm8k),
+    "cider": cider,
 }
 
 UNREAD: dict[str, Callable[[Line], bool]] = {
