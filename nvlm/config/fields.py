@@ -10,6 +10,7 @@ import math
 import os
 import re
 from difflib import get_close_matches
+from string import Formatter
 from typing import Annotated
 
 _LONGEST_NAME = 200  # bytes: file systems allow 255, and the trainer extends some names
@@ -131,6 +132,24 @@ def _encodable(value: str) -> bool:
     except UnicodeEncodeError:  # command-line bytes that are not UTF-8
         return False
     return True
+
+
+class Prompt(Text):
+    """A text with {question}, and perhaps {options}; a brace of its own is written twice."""
+
+    def __contains__(self, value: str) -> bool:
+        try:
+            found = [name for _, name, spec, _ in Formatter().parse(value) if name is not None or spec]
+        except ValueError:  # a single brace
+            return False
+        return super().__contains__(value) and "question" in found and not set(found) - {"question", "options"}
+
+    def __str__(self) -> str:
+        return "a text with {question}, and perhaps {options}"
+
+    def instead(self, value: str) -> str:
+        """The question alone."""
+        return "'\"{question}\"'"
 
 
 class FilePath:

@@ -10,15 +10,16 @@ from nvlm.data.record import Record
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """`record`: the messages up to the question, and their images. The other fields are those of a Line
-    (nvlm.metrics.line); `options` and `type` are empty if the metric needs none, and scores are broken down by
-    `category`."""
+    """`record`: the messages up to the question, and their images. `shown`: the answer where the question is a few-shot
+    example; empty: its most frequent reference. The other fields are those of a Line (nvlm.metrics.line); `options` and
+    `type` are empty if the metric needs none, and scores are broken down by `category`."""
 
     record: Record
     references: tuple[str, ...]
     options: tuple[str, ...] = ()
     type: str = ""
     category: str = ""
+    shown: str = ""
 
 
 class Questions(Protocol):

@@ -11,7 +11,10 @@ from nvlm.tasks.question import Question
 
 @dataclass(frozen=True, slots=True)
 class RecordQuestions:
-    """Each record's first question (as nvlm.tasks.question.Questions)."""
+    """Each record's first question (as nvlm.tasks.question.Questions).
+
+    Its references are all answers that the record gives, as several people's to a task of `vqa`, or else that turn's.
+    """
 
     records: Records
 
@@ -20,7 +23,8 @@ class RecordQuestions:
 
     def __getitem__(self, index: int) -> Question:
         asked, answer = first_question(self.records[index])
-        return Question(record=asked, references=(answer,), category=self.records.kind(index))
+        references = asked.answers or (answer,)
+        return Question(record=asked, references=references, options=asked.options, category=self.records.kind(index))
 
     def name(self, index: int) -> str:
         """The record's name."""

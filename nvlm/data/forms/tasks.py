@@ -38,8 +38,14 @@ class Plain:
         return _text(self.row.get(column), f"`{column}`")
 
 
-Asked = tuple[dict[str, str], str]
-"""What the wordings of a task refer to, by name, and the answer."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the wordings of a task refer to, by name, and the answer. `answers` and `options`: as in a Record."""
+
+    said: dict[str, str]
+    answer: str
+    answers: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 def task_form(task: str, seed: int) -> Form:
@@ -52,11 +58,11 @@ def task_form(task: str, seed: int) -> Form:
         if not images and task != "math":
             raise BadRecord(f"no image, which the task {task} needs")
         plain = Plain(row, images, lambda what, count: drawn(seed, name, what, count))
-        said, answer = ask(plain)
-        question = wordings[plain.draw("wording", len(wordings))].format(**said)
-        turns = (("user", question), ("assistant", answer))
+        asked = ask(plain)
+        question = wordings[plain.draw("wording", len(wordings))].format(**asked.said)
+        turns = (("user", question), ("assistant", asked.answer))
         messages = [{"role": role, "content": literal(text)} for role, text in turns]
-        return Record(identity_of(row, name), messages, images)
+        return Record(identity_of(row, name), messages, images, asked.answers, asked.options)
 
     return read
 
@@ -79,18 +85,18 @@ def _text(value: Any, what: str) -> str:
 
 
 def _caption(plain: Plain) -> Asked:
-    return {}, plain.text("caption")
+    return Asked({}, plain.text("caption"))
 
 
 def _vqa(plain: Plain) -> Asked:
     """`answer`: a text, or what several people answered, of which the most frequent is taken."""
     given = plain.row.get("answer")
     if not isinstance(given, list):
-        return {"question": plain.text("question")}, plain.text("answer")
-    answers = Counter(_text(one, f"answer {place} of {len(given)}") for place, one in enumerate(given, start=1))
+        return Asked({"question": plain.text("question")}, plain.text("answer"))
+    answers = tuple(_text(one, f"answer {place} of {len(given)}") for place, one in enumerate(given, start=1))
     if not answers:
         raise BadRecord("`answer` is empty")
-    return {"question": plain.text("question")}, answers.most_common(1)[0][0]
+    return Asked({"question": plain.text("question")}, Counter(answers).most_common(1)[0][0], answers)
 
 
 def _choice(plain: Plain) -> Asked:
@@ -101,7 +107,8 @@ def _choice(plain: Plain) -> Asked:
     texts = [_text(option, f"option {place} of {len(options)}") for place, option in enumerate(options, start=1)]
     letters = string.ascii_uppercase[: len(texts)]
     shown = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, texts))
-    return {"question": plain.text("question"), "options": shown}, letters[_right(plain.row.get("answer"), texts)]
+    said = {"question": plain.text("question"), "options": shown}
+    return Asked(said, letters[_right(plain.row.get("answer"), texts)], options=tuple(texts))
 
 
 def _right(answer: Any, options: list[str]) -> int:
@@ -146,25 +153,25 @@ def _region(plain: Plain) -> dict[str, str]:
 
 
 def _ocr(plain: Plain) -> Asked:
-    return {}, "".join(f"<ref>{text}</ref>{box}" for text, box in _regions(plain))
+    return Asked({}, "".join(f"<ref>{text}</ref>{box}" for text, box in _regions(plain)))
 
 
 def _grounded_ocr(plain: Plain) -> Asked:
     region = _region(plain)
-    return region, region["text"]
+    return Asked(region, region["text"])
 
 
 def _referring(plain: Plain) -> Asked:
     region = _region(plain)
-    return region, region["box"]
+    return Asked(region, region["box"])
 
 
 def _transcription(plain: Plain) -> Asked:
-    return {}, plain.text("text")
+    return Asked({}, plain.text("text"))
 
 
 def _math(plain: Plain) -> Asked:
-    return {"question": plain.text("question")}, plain.text("answer")
+    return Asked({"question": plain.text("question")}, plain.text("answer"))
 
 
 _ASK: dict[str, Callable[[Plain], Asked]] = {

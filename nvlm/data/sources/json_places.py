@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ BOM = b"\xef\xbb\xbf"
 BLANK = " \t\r\n"
 _BLOCK = 1 << 20  # bytes that are searched for the ends of lines at a time
 _GAP = re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")  # between two elements of a list
+_BLANKS = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 PLACE = np.dtype([("start", "<u8"), ("size", "<u4"), ("number", "<u4")])
 """Where a row starts and how long it is, bytes; and its line, or its place in the list."""
@@ -46,7 +47,7 @@ def places(plain: Path, path: Path | Remote, key: str, is_list: bool) -> Spans:
     """The places of all rows of `plain`, which holds what the file `path` does, unpacked. `key`: the setting that named
     it. Raises ConfigError if there is none, or if a list is damaged."""
     if is_list:
-        return Spans(*_elements(plain, path, key))
+        return Spans(*_elements(plain, path, key, spans))
     found, blank = [np.zeros(1, dtype=np.int64)], []
     for _, ends, numbers, empty in _lines(plain):
         found.append(ends)
@@ -60,11 +61,16 @@ def places(plain: Path, path: Path | Remote, key: str, is_list: bool) -> Spans:
     return Spans(bounds[kept], bounds[kept + 1], kept + 1)
 
 
+def places_under(plain: Path, path: Path | Remote, key: str, name: str) -> Spans:
+    """The places of the objects in the list that a file's one JSON object has under `name`. Raises ConfigError."""
+    return Spans(*_elements(plain, path, key, lambda text, *of: _spans_under(text, name, *of)))
+
+
 def blocks(plain: Path, path: Path | Remote, key: str, is_list: bool) -> Iterator[np.ndarray]:
     """The same places as arrays of PLACE, some lines at a time."""
     count = 0
     parts = ((a[~blank], b[~blank], n[~blank]) for a, b, n, blank in _lines(plain))
-    for starts, ends, numbers in [_elements(plain, path, key)] if is_list else parts:
+    for starts, ends, numbers in [_elements(plain, path, key, spans)] if is_list else parts:
         found = np.empty(len(starts), dtype=PLACE)
         found["start"], found["number"] = starts, numbers
         found["size"] = np.minimum(ends - starts, np.iinfo(np.uint32).max)  # longer ones cannot be read anyway
@@ -92,14 +98,16 @@ def _lines(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.
         yield starts, ends, numbers, blank
 
 
-def _elements(plain: Path, path: Path | Remote, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Starts, ends and numbers of a list's elements; its whole text is in memory while they are found."""
+def _elements(
+    plain: Path, path: Path | Remote, key: str, find: Callable[[str, Path | Remote, str], Iterator[tuple[int, int]]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Starts, ends and numbers of a list's elements, which `find` finds in the whole text of the file."""
     with open_regular(plain) as file:
         data = file.read()
     text = decoded(data, path, key)
     found, at, byte = [], 0, len(BOM) if data.startswith(BOM) else 0
     del data
-    for start, end in spans(text, path, key):
+    for start, end in find(text, path, key):
         byte += _bytes(text, at, start)
         found.append((byte, byte := byte + _bytes(text, start, end)))
         at = end
@@ -124,7 +132,15 @@ def _bytes(text: str, start: int, end: int) -> int:
 
 def spans(text: str, path: Path | Remote, key: str) -> Iterator[tuple[int, int]]:
     """Where each element of the list `text` starts and ends, characters."""
-    at = _GAP.match(text, text.index("[") + 1).end()
+    count, at = yield from _spans_from(text, text.index("["), path, key)
+    if text[at:].strip(BLANK):
+        got = f"{path}, with more after the end of its list of {count}"
+        raise problem(key, got, "one list of JSON objects", "join the lists: jq -s add FILES")
+
+
+def _spans_from(text: str, start: int, path: Path | Remote, key: str) -> Generator[tuple[int, int], None, tuple]:
+    """The same for the list that starts at `start`; returns how many elements it has and where it ends."""
+    at = _GAP.match(text, start + 1).end()
     count = 0
     while not text.startswith("]", at):
         try:
@@ -137,9 +153,34 @@ def spans(text: str, path: Path | Remote, key: str) -> Iterator[tuple[int, int]]
         at = gap.end()
         if bool(gap[1]) == text.startswith("]", at):  # no comma between elements, or one after the last
             raise _damaged(key, path, count)
-    if text[at + 1 :].strip(BLANK):
-        got = f"{path}, with more after the end of its list of {count}"
-        raise problem(key, got, "one list of JSON objects", "join the lists: jq -s add FILES")
+    return count, at + 1
+
+
+def _spans_under(text: str, name: str, path: Path | Remote, key: str) -> Iterator[tuple[int, int]]:
+    """The same for the list that the JSON object `text` has under `name`, wherever it stands among the others."""
+    begin = next((at for field, at in _fields(text, path, key) if field == name), None)
+    if begin is None or not text.startswith("[", begin):
+        raise problem(key, f"{path}, without a list `{name}`", f"an object with a list `{name}`", f"{key}=FOLDER")
+    yield from _spans_from(text, begin, path, key)
+
+
+def _fields(text: str, path: Path | Remote, key: str) -> Iterator[tuple[str, int]]:
+    """Each key of the JSON object `text`, and where its value begins, which is read only if one more key is asked."""
+    at = len(text) - len(text.lstrip(BLANK))
+    try:
+        while text[at] in "{,":
+            name, at = _DECODER.scan_once(text, _BLANKS.match(text, at + 1).end())
+            at = _BLANKS.match(text, at).end()
+            if text[at] != ":":
+                raise ValueError("no colon")
+            at = _BLANKS.match(text, at + 1).end()
+            yield name, at
+            at = _BLANKS.match(text, _DECODER.scan_once(text, at)[1]).end()
+        ended = text[at] == "}"
+    except (StopIteration, ValueError, IndexError, RecursionError):
+        ended = False
+    if not ended:
+        raise problem(key, f"{path}, damaged or cut short", "a whole JSON object", f"{key}=FOLDER") from None
 
 
 def _damaged(key: str, path: Path | Remote, count: int) -> ConfigError:
