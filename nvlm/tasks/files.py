@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
@@ -21,5 +22,6 @@ def task_names() -> list[str]:
 def read_task(name: str) -> TaskConfig:
     """The task `name`. Raises ConfigError if there is none."""
     if name not in (known := task_names()):
-        raise problem("task", repr(name), f"one of {', '.join(known)}", "task=heldout")
+        near = get_close_matches(name, known, n=1) or ["heldout"]
+        raise problem("task", repr(name), f"one of {', '.join(known)}", f"task={near[0]}")
     return from_mapping(TaskConfig, yaml.safe_load((_FOLDER / f"{name}.yaml").read_text("utf-8")), f"task {name}: ")

@@ -1,14 +1,11 @@
-"""Tasks by name, and the questions of a task in a folder of published files. Imports no torch."""
+"""The layouts by name, and the questions of a task in a folder of published files. Imports no torch."""
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 
-from nvlm.config.mapping import from_mapping
 from nvlm.config.task import TaskConfig
 from nvlm.config.values import problem
-from nvlm.runs.ownership import ROOT
 from nvlm.tasks.benchmark import FileQuestions, check
 from nvlm.tasks.layouts import (
     ai2d,
@@ -39,24 +36,6 @@ LAYOUTS = {
     "textvqa": textvqa.RELEASES,
     "vqav2": vqav2.RELEASES,
 }
-_CONF = ROOT / "conf" / "task"
-
-
-def task_names() -> list[str]:
-    """The names of all tasks."""
-    return sorted(path.stem for path in _CONF.glob("*.yaml"))
-
-
-def read_task(name: str) -> TaskConfig:
-    """The task in conf/task/NAME.yaml. Raises ConfigError."""
-    import yaml
-
-    names = task_names()
-    if name not in names:
-        near = get_close_matches(name, names, n=3)
-        raise problem("task", repr(name), f"one of {', '.join(names)}", f"task={near[0] if near else names[0]}")
-    values = yaml.safe_load((_CONF / f"{name}.yaml").read_text("utf-8"))
-    return from_mapping(TaskConfig, values, f"conf/task/{name}.yaml: ")
 
 
 def build_questions(task: TaskConfig, folder: Path) -> FileQuestions:

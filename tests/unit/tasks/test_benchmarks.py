@@ -15,9 +15,10 @@ from nvlm.data.record import BadRecord
 from nvlm.metrics.line import Line
 from nvlm.metrics.needs import lacking
 from nvlm.metrics.registry import METRICS, scored
+from nvlm.tasks.files import read_task, task_names
 from nvlm.tasks.layouts import vqav2
 from nvlm.tasks.question import Question
-from nvlm.tasks.registry import LAYOUTS, RECORDS, build_questions, check_folder, folder_of, read_task, task_names
+from nvlm.tasks.registry import LAYOUTS, RECORDS, build_questions, check_folder, folder_of
 from nvlm.tasks.rows import rows_under
 from tests.unit.tasks import folders
 from tests.unit.tasks.folders import FOLDERS

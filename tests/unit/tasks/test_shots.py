@@ -10,9 +10,10 @@ import pytest
 from nvlm.data.messages import read_turns
 from nvlm.data.record import BadRecord, Record
 from nvlm.data.sources.registry import build_records
+from nvlm.tasks.files import read_task
 from nvlm.tasks.question import Question
 from nvlm.tasks.records import RecordQuestions
-from nvlm.tasks.registry import build_questions, read_task
+from nvlm.tasks.registry import build_questions
 from nvlm.tasks.shots import Examples, as_example, examples_of, usual_answer, with_examples
 from tests.unit.tasks import folders
 
