@@ -13,6 +13,7 @@ setup(
         "nvlm.data": ["forms/*.yaml", "text/tiny_tokenizer/*.json"],
         "nvlm.evaluate": ["*.jinja"],
         "nvlm.inspect": ["*.css", "*.jinja"],
+        "nvlm.report": ["*.css", "*.jinja"],
         "nvlm.vision": ["*.safetensors"],
     },
     install_requires=[

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,11 +11,11 @@ from torch import Tensor
 from nvlm.data.images import decode_image
 from nvlm.data.outline import Processor
 from nvlm.data.record import Record
+from nvlm.inspect.document import data_url
 from nvlm.tiling.grid import TilePlan
 from nvlm.tiling.pixels import to_rgb
 
 _PICTURE, _TILE = (800, 60_000), (144, 8_000)  # the longest side in px, and the most bytes
-_QUALITIES = (85, 70, 50, 30)
 MOST_IMAGES, MOST_TILES = 4, 13  # shown of a record and of an image
 
 
@@ -65,18 +63,3 @@ def _picture(source, plan: TilePlan, pixels: Tensor, processor: Processor) -> Pi
     return Picture(
         data_url(image, *_PICTURE), image.size, plan.cols, plan.rows, tiles, hidden=plan.num_tiles - len(shown)
     )
-
-
-def data_url(image: Image.Image, side: int, most: int) -> str:
-    """`image` as a JPEG of at most `side` px and about `most` bytes: of the best quality that fits, else smaller."""
-    small = image.copy()
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    for quality in _QUALITIES:
-        file = io.BytesIO()
-        small.save(file, "JPEG", quality=quality, optimize=True)
-        if file.tell() <= most:
-            break
-    else:
-        if side > 64:
-            return data_url(image, side // 2, most)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,179 @@
+"""The runs that a report is about: found by the paths that the user names, read from their folders."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nvlm.config.fields import named
+from nvlm.config.mapping import to_mapping
+from nvlm.config.values import Config, ConfigError, problem
+from nvlm.report.answers import Evaluation, read_evaluations
+from nvlm.report.history import Steps, read_steps
+from nvlm.runs.folder import has_run, read_run_config
+from nvlm.runs.ownership import flat
+
+SWEEP = "sweep.json"
+DONE, UNFINISHED, DIVERGED, FAILED = "done", "unfinished", "diverged", "failed"
+_DEPTH = 2  # folders between the one that is named and a run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run as its folder shows it. `values`: its configuration by dotted key; `status`: one of the four above, with
+    the `reason` of the last three; `overrides`: the words of its command, if a sweep wrote them down; `commit`: of the
+    code."""
+
+    folder: Path
+    config: Config
+    values: Mapping[str, object]
+    steps: Steps
+    evaluations: tuple[Evaluation, ...]
+    status: str
+    reason: str
+    notes: tuple[str, ...]
+    overrides: tuple[str, ...] | None
+    commit: str | None
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.folder.name
+
+    def last(self, task: str) -> Evaluation | None:
+        """The last evaluation of `task`, unless the run is not done."""
+        found = [one for one in self.evaluations if one.task == task and one.answers]
+        return found[-1] if found and self.status == DONE and found[-1].step == self.config.train.steps else None
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A folder that gives no run, and the reason."""
+
+    folder: Path
+    reason: str
+
+
+def read_runs(paths: Sequence[str]) -> tuple[list[Run], list[Missing]]:
+    """The runs in `paths`, which are run folders, folders of runs, or patterns of these. Raises ConfigError if there is
+    none."""
+    folders = [folder for path in paths for folder in _matching(path)]
+    sweeps = {folder: _sweep(folder) for folder in {*folders, *(folder.parent for folder in folders)}}
+    known = {(folder / name).resolve(): entry for folder, runs in sweeps.items() for name, entry in runs.items()}
+    runs: list[Run] = []
+    missing: list[Missing] = []
+    for folder in dict.fromkeys(one.resolve() for place in folders for one in _found(place)):
+        try:
+            runs.append(_read(folder, known.get(folder, {})))
+        except (ConfigError, OSError, ValueError) as error:
+            missing.append(Missing(folder, str(error)))
+    listed = {(folder / name).resolve() for folder in folders for name in sweeps[folder]}
+    read = {run.folder for run in runs} | {one.folder for one in missing}
+    missing += [Missing(folder, _why(known[folder])) for folder in sorted(listed - read)]
+    missing += [Missing(folder, "no run") for folder in folders if not (sweeps[folder] or any(_found(folder)))]
+    if not runs:
+        raise problem("runs", ", ".join(paths), f"folders of runs{_reasons(missing)}", "runs=runs/sweep")
+    return runs, missing
+
+
+def _reasons(missing: Sequence[Missing]) -> str:
+    return f"; {missing[0].folder}: {missing[0].reason}" if missing else ""
+
+
+def split_paths(text: str) -> list[str]:
+    """The paths in a list with commas. Names of runs contain commas too, so the longest piece that exists counts."""
+    parts, paths = text.split(","), []
+    while parts:
+        lengths = (n for n in range(len(parts), 0, -1) if _folders(",".join(parts[:n])))
+        taken = next(lengths, 1)
+        paths.append(",".join(parts[:taken]))
+        parts = parts[taken:]
+    return [path for path in paths if path]
+
+
+def _folders(path: str) -> list[Path]:
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        return [Path(path)]
+    return sorted(Path(one) for one in glob.glob(path, recursive=True) if os.path.isdir(one))
+
+
+def _matching(path: str) -> list[Path]:
+    """The folders that `path` names or, as a pattern, matches."""
+    found = _folders(path)
+    if not found:
+        raise problem("runs", named(path), "a folder of runs, or a pattern that matches some", "runs=runs/sweep")
+    return found
+
+
+def _found(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
+    """The run folders in `folder`, which may be one itself. Links are not followed downwards."""
+    if (folder / "config.yaml").is_file():
+        yield folder
+    elif depth:
+        for inner in sorted(folder.iterdir()):
+            if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith("."):
+                yield from _found(inner, depth - 1)
+
+
+def _sweep(folder: Path) -> dict[str, Mapping]:
+    """What a sweep says about its runs, by the name of their folder; empty if there is no readable sweep.json."""
+    try:
+        listed = json.loads((folder / SWEEP).read_text("utf-8"))["runs"]
+        return {str(one["folder"]): one for one in listed}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _why(entry: Mapping) -> str:
+    reason = entry.get("reason")
+    return f"{entry.get('status', 'unknown')}{f': {reason}' if reason else ''}"
+
+
+def _read(folder: Path, entry: Mapping) -> Run:
+    if not has_run(folder):
+        raise problem(str(folder / "config.yaml"), "another file", "the configuration of a run", "leave the folder out")
+    config = read_run_config(folder / "checkpoints" / "step")
+    steps, whole = read_steps(folder / "metrics.jsonl", config.parallel.replica * config.parallel.data)
+    evaluations, faults = read_evaluations(folder)
+    status, reason = _status(config, steps, entry)
+    cut = () if whole else (f"metrics.jsonl is damaged after step {steps.last}: later steps are not shown",)
+    overrides = entry.get("overrides")
+    return Run(
+        folder=folder,
+        config=config,
+        values=flat(to_mapping(config)),
+        steps=steps,
+        evaluations=evaluations,
+        status=status,
+        reason=reason,
+        notes=(*cut, *faults),
+        overrides=tuple(map(str, overrides)) if isinstance(overrides, list) else None,
+        commit=_commit(folder),
+    )
+
+
+def _status(config: Config, steps: Steps, entry: Mapping) -> tuple[str, str]:
+    """How the run stands, and why if it is not done."""
+    bad = ~np.isfinite(steps.loss) | ~steps.updated
+    if len(steps) and bad[-min(config.train.max_bad_steps, len(steps)) :].all():
+        return DIVERGED, f"no usable update in the steps up to {steps.last}"
+    if entry.get("status") == "failed":
+        return FAILED, str(entry.get("reason") or "the sweep gives no reason")
+    if steps.last < config.train.steps:
+        return UNFINISHED, f"step {steps.last:,} of {config.train.steps:,}"
+    return DONE, ""
+
+
+def _commit(folder: Path) -> str | None:
+    try:
+        found = json.loads((folder / "environment.json").read_text("utf-8")).get("git_commit")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found[:12] if isinstance(found, str) else None
