@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nvlm.metrics.intervals import LEVEL, Interval
+from nvlm.metrics.intervals import LEVEL, TIE, Interval, sign_test
 from nvlm.report.answers import Answer
 from nvlm.report.cells import Cell, Grid
 
@@ -79,16 +79,18 @@ def gap(this: Scores, base: Scores, names: tuple[tuple[str, str], tuple[str, str
     differences = {seed: one for seed, one in differences.items() if one}
     if not differences:
         return None
-    mean, low, high = _resampled(_tables(differences))
-    every = np.concatenate([np.fromiter(one.values(), float) for one in differences.values()])
-    better, worse = int((every > 0).sum()), int((every < 0).sum())
+    tables = _tables(differences)
+    mean, low, high = _resampled(tables)
+    # A question that all seeds were asked counts once, by its mean.
+    questions = np.concatenate([table.mean(axis=1) for table in tables])
+    better, worse = int((questions > TIE).sum()), int((questions < -TIE).sum())
     return Gap(
         this=names[0],
         base=names[1],
         mean=mean,
         low=low,
         high=high,
-        count=len(every),
+        count=len(questions),
         seeds=len(differences),
         better=better,
         worse=worse,
@@ -129,15 +131,6 @@ def _resampled(tables: Sequence[np.ndarray]) -> tuple[float, float, float]:
         drawn = np.take_along_axis(means, chosen, axis=1).mean(axis=1)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return mean, float(low), float(high)
-
-
-def sign_test(better: int, worse: int) -> float:
-    """The two-sided p of so many or fewer on one side, if both were equally likely. Ties are left out."""
-    count, fewer = better + worse, min(better, worse)
-    if not count:
-        return 1.0
-    logs = [math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in range(fewer + 1)]
-    return min(1.0, 2 * sum(math.exp(one - count * math.log(2)) for one in logs))
 
 
 def adjusted(gaps: Sequence[Gap]) -> list[Gap]:
