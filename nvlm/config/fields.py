@@ -139,10 +139,12 @@ class Prompt(Text):
 
     def __contains__(self, value: str) -> bool:
         try:
-            found = [name for _, name, spec, _ in Formatter().parse(value) if name is not None or spec]
+            parts = list(Formatter().parse(value))
         except ValueError:  # a single brace
             return False
-        return super().__contains__(value) and "question" in found and not set(found) - {"question", "options"}
+        names = {name for _, name, _, _ in parts} - {None}
+        plain = not any(spec or conversion for _, _, spec, conversion in parts)
+        return super().__contains__(value) and plain and {"question"} <= names <= {"question", "options"}
 
     def __str__(self) -> str:
         return "a text with {question}, and perhaps {options}"

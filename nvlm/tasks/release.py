@@ -13,6 +13,7 @@ from nvlm.tasks.asked import Asked
 
 KEY = "data.path"  # the setting that names the folder
 _SPELLINGS = {"validation": ("validation", "val"), "val": ("val", "validation")}
+_POINTER = 1024  # bytes: Git LFS pointers are smaller
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")
 
 
@@ -50,6 +51,7 @@ def find(releases: Sequence[Release], task: str, folder: Path, split: str) -> Fo
         if all(files):
             for kind in files:
                 _check_parts(kind)
+                _check_content(kind[0])
             return Found(release, files, _image_folder(release, task, folder, split))
     raise _nothing(releases, task, folder, split)
 
@@ -94,9 +96,17 @@ def _check_parts(files: Sequence[Path]) -> None:
             raise problem(KEY, got, f"all {count} parts", "download the missing parts")
 
 
+def _check_content(path: Path) -> None:
+    """Raise ConfigError for what a `git clone` without Git LFS leaves in place of a large file."""
+    if path.is_file() and path.stat().st_size < _POINTER and path.read_bytes().startswith(b"version https://git-lfs"):
+        got = f"{path}, a Git LFS pointer in place of the file"
+        raise problem(KEY, got, "the file itself", f"git -C {path.parent} lfs pull")
+
+
 def _nothing(releases: Sequence[Release], task: str, folder: Path, split: str) -> ConfigError:
     forms = [" with ".join(_named(patterns[:1], split)[0] for patterns in release.files) for release in releases]
-    return problem(KEY, f"{folder}, where no files of {task} were found", " or ".join(forms), f"{KEY}=FOLDER")
+    expected = f"{' or '.join(forms)}, there or in a folder {task} there"
+    return problem(KEY, f"{folder}, where no files of {task} were found", expected, f"{KEY}=FOLDER")
 
 
 def _named(patterns: Sequence[str], split: str) -> list[str]:

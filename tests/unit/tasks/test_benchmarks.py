@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nvlm.config.mapping import from_mapping
 from nvlm.config.task import TaskConfig
 from nvlm.config.values import ConfigError
 from nvlm.data.messages import NoAnswer, read_turns
@@ -15,6 +16,7 @@ from nvlm.data.record import BadRecord
 from nvlm.metrics.line import Line
 from nvlm.metrics.needs import lacking
 from nvlm.metrics.registry import METRICS, scored
+from nvlm.tasks.asked import question_of
 from nvlm.tasks.files import read_task, task_names
 from nvlm.tasks.layouts import vqav2
 from nvlm.tasks.question import Question
@@ -246,6 +248,14 @@ def test_a_missing_part_of_a_parquet_release_is_named(tmp_path):
         build_questions(read_task("docvqa"), tmp_path)
 
 
+def test_a_pointer_in_place_of_a_file_is_recognised(tmp_path):
+    path = tmp_path / "data/test-00000-of-00001.parquet"
+    path.parent.mkdir()
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(ConfigError, match="a Git LFS pointer .*Fix: git -C .*/data lfs pull"):
+        build_questions(read_task("realworldqa"), tmp_path)
+
+
 def test_a_split_without_answers_is_refused_before_it_is_asked(tmp_path):
     rows = [{**folders.MMMU, "answer": "?", "id": f"test_Math_{n}"} for n in range(3)]
     folders.write_parquet(tmp_path / "Math/test-00000-of-00001.parquet", rows)
@@ -287,8 +297,6 @@ def test_a_bad_row_is_named(tmp_path, name, changes, reason):
     rows["ai2d"] = {"question": "What?", "options": ["ears", "nose"], "answer": "1", "image": folders.stored()}
     task = read_task(name)
     release = LAYOUTS[task.layout][-1]
-    from nvlm.tasks.asked import question_of
-
     question_of(release.ask(rows[name], "row", tmp_path), task)
     with pytest.raises(BadRecord, match=re.escape(reason)):
         question_of(release.ask(rows[name] | changes, "row", tmp_path), task)
@@ -304,10 +312,19 @@ def test_one_folder_for_all_tasks_or_one_for_each(tmp_path):
         folder_of(task, tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("prompt", ["{question", "{questions}", "Answer.", "{question} {0}", "{question} {question.x}"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "{question",
+        "{questions}",
+        "Answer.",
+        "{question} {0}",
+        "{question} {question.x}",
+        "{question:{x}}",
+        "{question!r}",
+    ],
+)
 def test_a_prompt_that_cannot_be_filled_in_is_refused(prompt):
-    from nvlm.config.mapping import from_mapping
-
     values = {"name": "a", "layout": "gsm8k", "split": "test", "metric": "gsm8k", "max_new_tokens": 1}
     assert from_mapping(TaskConfig, values | {"prompt": "{{x}} {question}"})
     with pytest.raises(ConfigError, match="prompt: .*expected a text with {question}"):

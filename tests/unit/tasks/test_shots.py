@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from nvlm.commands.compose import compose_config
 from nvlm.data.messages import read_turns
 from nvlm.data.record import BadRecord, Record
 from nvlm.data.sources.registry import build_records
@@ -120,8 +121,6 @@ def test_without_the_split_s_files_examples_are_other_questions(tmp_path):
 def test_records_keep_all_answers_and_their_options(tmp_path, task, row, references, options):
     folders.write_image(tmp_path / "a.png")
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "What?", "image": "a.png", **row}) + "\n")
-    from nvlm.commands.compose import compose_config
-
     path = tmp_path / "a.jsonl"
     config = compose_config("data=jsonl", f"data.path={path}", f"data.heldout_path={path}", f"data.task={task}")
     records = build_records(config.data, config.seed, heldout=True)
