@@ -12,6 +12,7 @@ setup(
     package_data={
         "nvlm.data": ["forms/*.yaml", "text/tiny_tokenizer/*.json"],
         "nvlm.evaluate": ["*.jinja"],
+        "nvlm.explain": ["*.css", "*.jinja"],
         "nvlm.inspect": ["*.css", "*.jinja"],
         "nvlm.report": ["*.css", "*.jinja"],
         "nvlm.vision": ["*.safetensors"],

@@ -41,7 +41,10 @@ def work(request: Request) -> int:
     config = request.config
     try:
         if request.prompt:  # checked before the weights are read
-            check(config, Conversation([user_turn(request.prompt, request.images)], request.images), request.sampling)
+            asked = Conversation([user_turn(request.prompt, request.images)], request.images)
+            sketch = check(config, asked, request.sampling)
+            if request.explain and not sketch.lengths[1]:
+                raise BadRecord("nothing to explain: a picture of one tile is not cross-attended in this model")
         with opened(config) as generator:
             converse(generator, request)
     except BadRecord as error:  # all ranks raise it
@@ -77,7 +80,7 @@ def converse(generator, request: Request) -> None:
             continue
         try:
             asked = Conversation([*said.messages, user_turn(line, added)], [*said.images, *added])
-            (answer,) = generator.generate([asked], request.sampling, show)
+            (answer,) = generator.answers([asked], request.sampling, show)
         except BadRecord as error:
             if not request.chat:
                 raise
@@ -85,9 +88,23 @@ def converse(generator, request: Request) -> None:
                 print(f"error: {error}; this turn is skipped", file=sys.stderr, flush=True)
         else:
             show(0, "\n")
-            reply = {"role": "assistant", "content": literal(answer)}  # a mark in an answer is not an image
+            reply = {"role": "assistant", "content": literal(answer.text)}  # a mark in an answer is not an image
             said = Conversation([*asked.messages, reply], asked.images)
+            if request.explain:
+                explain(generator, answer, line, request.explain)
         added = []
+
+
+def explain(generator, answer, question: str, out: Path) -> None:
+    """Write the page `out` and its numbers beside it. A collective call of all ranks."""
+    from nvlm.explain.files import write
+    from nvlm.explain.measure import explained
+    from nvlm.processes import groups
+
+    looks = explained(generator, answer)
+    if groups.is_first_rank():
+        for path in write(looks, generator.config, answer, question, out):
+            print(path, file=sys.stderr)
 
 
 def _lines(request: Request) -> Iterator[str]:

@@ -6,6 +6,7 @@ Imports no torch, so that mistakes are reported at once.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from nvlm.config.data import DataConfig
 from nvlm.config.fields import named
 from nvlm.config.mapping import from_mapping, to_mapping
 from nvlm.config.values import Config, problem
+from nvlm.explain.check import check_explains
 from nvlm.generate.config import for_generation, read_config
 from nvlm.generate.sampling import Sampling
 
@@ -25,9 +27,21 @@ image=PATH          an image, or several: image=[a.png,b.png]; placed at <image>
 prompt=TEXT         the user's first message; system=TEXT replaces the run's system message, system= removes it
 max_new_tokens=256  temperature=0  top_p=1  seed=0      temperature 0 takes the likeliest token
 chat=true           reads further turns from standard input, one per line; /image PATH adds an image to the next turn
+explain=PAGE.html   writes a page that shows where NVLM-X or NVLM-H looked for its answer, and its numbers beside it
 parallel.tensor=2 and other keys change the run's configuration; without a checkpoint it is composed from conf/"""
 
-OPTIONS = ("checkpoint", "image", "prompt", "system", "max_new_tokens", "temperature", "top_p", "seed", "chat")
+OPTIONS = (
+    "checkpoint",
+    "image",
+    "prompt",
+    "system",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "chat",
+    "explain",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +53,7 @@ class Request:
     prompt: str | None
     sampling: Sampling
     chat: bool
+    explain: Path | None = None  # a page to write
 
 
 def parse(arguments: Sequence[str]) -> Request:
@@ -59,7 +74,23 @@ def parse(arguments: Sequence[str]) -> Request:
         raise problem("prompt", "nothing", "a message, or chat=true to read messages", 'prompt="What is this?"')
     sampling.prompt_room(config.llm.max_positions)
     images = _images(own.get("image", ""))
-    return Request(config=config, images=images, prompt=own.get("prompt"), sampling=sampling, chat=chat)
+    page = _page(own["explain"], config, bool(images), chat) if own.get("explain") else None
+    return Request(config=config, images=images, prompt=own.get("prompt"), sampling=sampling, chat=chat, explain=page)
+
+
+def _page(name: str, config: Config, images: bool, chat: bool) -> Path:
+    """The page to write. Raises ConfigError if it cannot be made."""
+    check_explains(config)
+    if chat:
+        raise problem("explain", "chat=true", "one prompt, whose answer is explained", "leave chat=true out")
+    if not images:
+        raise problem("explain", "a prompt without an image", "an image to look at", "image=PATH")
+    page = Path(name).expanduser()
+    if page.suffix != ".html" or page.is_dir():
+        raise problem("explain", named(page), "the name of a page", "explain=out.html")
+    if not page.parent.is_dir() or not os.access(page.parent, os.W_OK | os.X_OK):
+        raise problem("explain", named(page), "a page in a folder that exists and can be written", "explain=out.html")
+    return page
 
 
 def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -17,10 +17,10 @@ from nvlm.arch import registry
 from nvlm.arch.pipeline import Pipeline, build_parts, build_pipeline, tile_use_of_rank
 from nvlm.config.values import Config, problem
 from nvlm.data.batch import Sample
-from nvlm.data.outline import Processor, build_processor, outline
+from nvlm.data.outline import Outline, Processor, build_processor, outline
 from nvlm.data.pack import collate
 from nvlm.data.record import BadRecord, Record, one_record
-from nvlm.data.samples import encode
+from nvlm.data.samples import fill
 from nvlm.estimate.lengths import check_vocabulary
 from nvlm.generate.config import read_config
 from nvlm.generate.decode import continue_rows
@@ -49,6 +49,18 @@ Stream = Callable[[int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer and what it answers: the record and its outline, the encoded prompt, and the new tokens with the final
+    one."""
+
+    text: str
+    record: Record
+    sketch: Outline
+    prompt: Sample
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Generator:
     """This rank's part of a model. Its methods are collective calls, with the same arguments on all ranks."""
 
@@ -69,14 +81,23 @@ class Generator:
         Raises BadRecord for a conversation that cannot be read or tokenised or is too long, and for any image if the
         modules that read images have random weights; ConfigError for max_new_tokens.
         """
+        return [answer.text for answer in self.answers(conversations, sampling, stream)]
+
+    def answers(
+        self,
+        conversations: Sequence[Conversation],
+        sampling: Sampling = GREEDY,
+        stream: Stream = lambda number, piece: None,
+    ) -> list[Answer]:
+        """As `generate`, with what each answer was made from."""
         if self.untrained and any(one.images for one in conversations):
             raise BadRecord(f"images cannot be used: the weights of {' and '.join(self.untrained)} are random")
         processor, config = prompt_processor(self.config, sampling), self.config
-        samples = [_encode(number, one, processor) for number, one in enumerate(conversations)]
+        prompts = [_prompt(number, one, processor) for number, one in enumerate(conversations)]
         multiple = config.row_multiple
-        batch = collate([[sample] for sample in samples], config.vision.tile_size, multiple).to(self.device)
+        batch = collate([[sample] for *_, sample in prompts], config.vision.tile_size, multiple).to(self.device)
         (batch,) = self.vision.encode([batch])
-        texts = [TextStream(processor.tokenizer) for _ in samples]
+        texts = [TextStream(processor.tokenizer) for _ in prompts]
 
         def tell(row: int, token: int) -> None:
             if piece := texts[row].push(token):
@@ -86,7 +107,7 @@ class Generator:
         for number, text in enumerate(texts):
             if piece := text.flush():
                 stream(number, piece)
-        return [words(ids, processor.tokenizer) for ids in rows]
+        return [Answer(words(ids, processor.tokenizer), *one, tuple(ids)) for one, ids in zip(prompts, rows)]
 
 
 def prompt_processor(config: Config, sampling: Sampling) -> Processor:
@@ -100,15 +121,18 @@ def prompt_processor(config: Config, sampling: Sampling) -> Processor:
     )
 
 
-def check(config: Config, conversation: Conversation, sampling: Sampling) -> None:
-    """Raise BadRecord or ConfigError if `Generator.generate` could not answer the conversation. Needs no model."""
+def check(config: Config, conversation: Conversation, sampling: Sampling) -> Outline:
+    """The conversation's outline. Raises BadRecord or ConfigError if `Generator.generate` could not answer it. Needs no
+    model."""
     with one_record():
-        outline(_record(0, conversation), prompt_processor(config, sampling), generate=True)
+        return outline(_record(0, conversation), prompt_processor(config, sampling), generate=True)
 
 
-def _encode(number: int, conversation: Conversation, processor: Processor) -> Sample:
+def _prompt(number: int, conversation: Conversation, processor: Processor) -> tuple[Record, Outline, Sample]:
+    record = _record(number, conversation)
     with one_record():
-        return encode(_record(number, conversation), processor, generate=True)
+        sketch = outline(record, processor, generate=True)
+        return record, sketch, fill(record, sketch, processor)
 
 
 def _record(number: int, conversation: Conversation) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -120,6 +121,34 @@ def test_a_turn_that_cannot_be_read_is_left_out(folder):
     assert "gone.png: no such image" in done.stderr
     assert "1 <image> marks, but 0 images" in done.stderr
     assert done.stdout == generate(folder, "checkpoint=runs/run", "prompt=Hi", "max_new_tokens=4").stdout
+
+
+def test_an_explained_answer_is_the_same_answer(folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    words = ["checkpoint=runs/run", "image=a.png", f"prompt={QUESTION}", *SAMPLED]
+    assert main(words) == 0
+    plain = capfd.readouterr().out
+    assert main([*words, f"explain={tmp_path / 'page.html'}"]) == 0
+    assert capfd.readouterr().out == plain
+    values = json.loads((tmp_path / "page.looks.json").read_text())
+    assert values["question"] == QUESTION and values["answer"] == plain.removesuffix("\n")
+    assert len(values["tokens"]) == 24 and len(values["tiles"]) == values["grids"][0][0] * values["grids"][0][1] == 3
+    assert "row 1" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_what_cannot_be_explained_is_said_before_anything_is_read(folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    asked = ["checkpoint=runs/run", "prompt=Hi", f"explain={tmp_path / 'page.html'}"]
+    for words, said in (
+        (asked, "a prompt without an image"),
+        ([*asked, "image=a.png", "chat=true"], "leave chat=true out"),
+        ([*asked[:2], "image=a.png", "explain=gone/page.html"], "a folder that exists"),
+        ([*asked[:2], "image=a.png", "explain=a.png"], "explain=out.html"),
+        ([*asked, "image=b.png"], "a picture of one tile is not cross-attended"),
+    ):
+        assert main(words) == 2
+        assert said in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_images_are_refused_where_nothing_has_learned_to_read_them(tmp_path, folder, monkeypatch, capfd):

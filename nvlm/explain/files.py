@@ -1,0 +1,25 @@
+"""The files of one explained answer: the page, and the numbers beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nvlm.config.values import Config
+from nvlm.explain.looks import Looks, to_mapping
+from nvlm.explain.page import Asked, page
+from nvlm.generate.generator import Answer, prompt_processor
+from nvlm.generate.sampling import GREEDY
+from nvlm.inspect.pictures import pictures
+from nvlm.runs.files import write_whole
+
+
+def write(looks: Looks, config: Config, answer: Answer, question: str, out: Path) -> tuple[Path, Path]:
+    """Write the page `out` and the numbers in NAME.looks.json; returns both paths."""
+    values = out.with_suffix(".looks.json")
+    processor = prompt_processor(config, GREEDY)
+    shown = pictures(answer.record, answer.sketch.pictures.plans, answer.prompt.pixels, processor)
+    model = str(config.init.checkpoint or config.name)
+    write_whole(values, json.dumps(to_mapping(looks) | {"question": question, "answer": answer.text}) + "\n")
+    write_whole(out, page(looks, Asked(model, question, answer.text, shown), values.name))
+    return out, values
