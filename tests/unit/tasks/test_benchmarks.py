@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nvlm.config.mapping import from_mapping
 from nvlm.config.task import TaskConfig
@@ -190,6 +193,27 @@ def test_objects_in_a_list_are_found_by_bytes(tmp_path):
     path.write_bytes('\ufeff {"é": "[{", "data" : [ {"a": "ü"},\n{"a": "😀"} ], "more": 1}'.encode())
     rows = rows_under(path, "data", "data.path")
     assert [rows[index] for index in range(len(rows))] == [{"a": "ü"}, {"a": "😀"}]
+
+
+VALUES = st.sampled_from([None, 1.5, "é[{", '"data": [', "\\\\", [[], {"data": [{}]}], {"data": ["]"]}, "\U0001f600"])
+KEYS = st.sampled_from(["a", "ü{", "datum", 'data"', ""])
+
+
+@settings(max_examples=60)
+@given(
+    before=st.dictionaries(KEYS, VALUES, max_size=3),
+    rows=st.lists(st.dictionaries(KEYS, VALUES, max_size=3), min_size=1, max_size=4),
+    after=st.dictionaries(KEYS.map("{}2".format), VALUES, max_size=2),
+    plain=st.booleans(),
+    indent=st.sampled_from([None, 0, 1]),
+)
+def test_objects_in_a_list_are_those_that_json_finds(tmp_path_factory, before, rows, after, plain, indent):
+    content = {**before, "data": rows, **after}
+    text = json.dumps(content, ensure_ascii=plain, indent=indent)
+    path = tmp_path_factory.getbasetemp() / "objects.json"
+    path.write_bytes(text.encode())
+    found = rows_under(path, "data", "data.path")
+    assert [found[index] for index in range(len(found))] == rows
 
 
 def test_an_unknown_task_is_answered_with_near_names():

@@ -56,6 +56,11 @@ def test_examples_are_drawn_by_seed_and_name_and_never_the_question_itself():
     )
 
 
+def test_all_other_questions_are_drawn_once():
+    found = chosen(Examples(Pool(40), "test", True, 3, {}), 7, 39)
+    assert sorted(found) == sorted(f"q{n}" for n in range(40) if n != 7)
+
+
 def test_unreadable_examples_are_passed_over():
     examples = Examples(Pool(10, bad=(1, 2, 3, 4, 5)), "test", True, 0, {})
     assert set(chosen(examples, 0, 4)) == {"q6", "q7", "q8", "q9"}
