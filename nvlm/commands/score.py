@@ -117,15 +117,15 @@ def _remarks(answers: Answers, metric: str) -> list[str]:
         )
     if count := sum(unread(metric, line) for line in answers.lines):
         what = "a random option was scored" if metric == "mmmu" else "they count as wrong"
-        remarks.append(f"{answers.path}: {metric} found no answer in {count:,} of the texts; {what}")
+        remarks.append(f"{answers.path}: texts in which {metric} found no answer: {count:,}; {what}")
     if count := sum(bool(line.reason) for line in answers.lines):
-        remarks.append(f"{answers.path}: {count:,} questions could not be asked; they score 0")
+        remarks.append(f"{answers.path}: questions that could not be asked, which score 0: {count:,}")
     return remarks
 
 
 def _write(answers: Answers, scores: Sequence[float], metric: str) -> Path:
     """Writes FILE.scores.jsonl: id, score, and whether the metric found no answer."""
-    path = answers.path.with_suffix(".scores.jsonl")
+    path = answers.path.with_name(f"{answers.path.name.removesuffix('.jsonl')}.scores.jsonl")
     rows = [{"id": line.id, "score": value} for line, value in zip(answers.lines, scores)]
     for row, line in zip(rows, answers.lines):
         if unread(metric, line):

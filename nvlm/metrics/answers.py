@@ -31,7 +31,8 @@ def read_answers(path: Path, metric: str) -> Answers:
     """All lines of `path`, with what `metric` needs. Raises ConfigError with the line's number if one cannot be scored,
     OSError if the file cannot be read."""
     if path.is_dir():
-        raise problem(f"answers={path}", "a folder", "a file of answers", f"answers={path}/answers.jsonl")
+        inside = next(iter(sorted(path.glob("*.jsonl"))), "FILE.jsonl")
+        raise problem(f"answers={path}", "a folder", "a file of answers", f"answers={inside}")
     found: dict[str, tuple[int, Line]] = {}
     cut = None
     with open(path, "rb") as file:
@@ -42,7 +43,9 @@ def read_answers(path: Path, metric: str) -> Answers:
                 if not text.endswith(b"\n") and number > 1:
                     cut = number
                     break
-                raise _refused(path, number, f"{_start(text)} ({error})", "a JSON object") from None
+                raise _refused(
+                    path, number, f"{_start(text.decode(errors='replace').strip())} ({error})", "a JSON object"
+                ) from None
             line = _line(value, path, number)
             if line.id in found:
                 raise _refused(path, number, f"the id {line.id!r} of line {found[line.id][0]} again", "another id")
@@ -71,7 +74,7 @@ def _value(text: bytes) -> Any:
 
 
 def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _line(value: Any, path: Path, number: int) -> Line:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -50,3 +52,46 @@ def test_wrong_words_are_refused(tmp_path, words, message, capsys):
     path = write(tmp_path / "answers.jsonl", ROWS)
     assert main([f"answers={path}", *words]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_two_files_must_be_of_the_same_questions(tmp_path, capsys):
+    first = write(tmp_path / "a.jsonl", ROWS)
+    other = write(tmp_path / "b.jsonl", [{**ROWS[0], "id": "x"}])
+    assert main([f"answers={first},{other}", "metric=anls"]) == 2
+    assert "no common id" in capsys.readouterr().err
+    changed = write(tmp_path / "c.jsonl", [{**ROWS[1], "references": ["cat"]}])
+    assert main([f"answers={first},{changed}", "metric=anls"]) == 2
+    assert "different references or options for id 'b'" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.scores.jsonl"))
+
+
+def test_what_a_reader_of_the_mean_must_know_is_said(tmp_path, capsys):
+    rows = [
+        {"id": 1, "answer": "hm", "references": ["A"], "options": ["cat", "dog"]},
+        {"id": 2, "answer": "", "references": [], "reason": "no image", "category": "unreadable"},
+    ]
+    path = write(tmp_path / "answers.jsonl", rows)
+    with open(path, "a") as file:
+        file.write('{"id": 3, "answ')
+    assert main([f"answers={path}", "metric=mmmu"]) == 0
+    notes = capsys.readouterr().err
+    assert "line 3, breaks off" in notes and "no answer: 1; a random option" in notes and "score 0: 1" in notes
+    scores = [json.loads(line) for line in (tmp_path / "answers.scores.jsonl").read_text().splitlines()]
+    assert scores[0]["unread"] and scores[1] == {"id": "2", "score": 0.0}
+
+
+def test_texts_of_a_file_cannot_write_to_the_terminal(tmp_path, capsys):
+    path = write(tmp_path / "answers.jsonl", [{**ROWS[0], "category": "\x1b[31m[bold]red\ud800"}])
+    assert main([f"answers={path}", "metric=exact_match"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "[31m[bold]red" in out
+
+
+def test_files_are_scored_without_torch(tmp_path):
+    path = write(tmp_path / "answers.jsonl", ROWS)
+    code = (
+        "import sys; from nvlm.commands.evaluate import main\n"
+        f"assert main(['answers={path}', 'metric=cider']) == 0\n"
+        "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
