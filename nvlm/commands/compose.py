@@ -49,6 +49,7 @@ def to_config(composed: DictConfig) -> Config:
     values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     if names := values.get("stages"):
         raise problem("stages", ", ".join(names), "one of them, for this command", f"+experiment={names[-1]}")
+    values.pop("sweep", None)  # of an experiment: nvlm.commands.swept has made words of it
     if "sources" in values["data"]:
         values["data"]["sources"] = sources_by_name(values["data"]["sources"])
     return check_lengths(check_encoder(check_architecture(validate(from_mapping(Config, values)))))

@@ -1,4 +1,4 @@
-"""launch/train.py: check all runs that the command line asks for, then start them one by one.
+"""launch/train.py: check all runs that the command line asks for, then start them: the runs of a sweep side by side.
 
 Imports no torch, so that mistakes are reported immediately.
 """
@@ -6,9 +6,10 @@ Imports no torch, so that mistakes are reported immediately.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +17,14 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from nvlm.commands.compose import CONF, check_overrides, effective, explain, runs, to_config
+from nvlm.commands.compose import CONF, check_overrides, effective, explain, to_config
 from nvlm.commands.mistakes import answered
 from nvlm.commands.stages import Stage, check_sequence, stages_of
-from nvlm.commands.words import SWEEP_FLAGS, plain_words
+from nvlm.commands.swept import Swept, swept
+from nvlm.commands.words import plain_words
 from nvlm.config.values import Config, problem
 from nvlm.processes.requeue import in_job, requeued
 from nvlm.runs.folder import has_run, latest, steps_done
@@ -41,20 +43,39 @@ def _answer(started: float) -> int:
     words = plain_words(sys.argv[1:])
     if stages := stages_of(words):
         return _through_stages(stages, started)
+    if sweep := swept(words):
+        return _sweep(sweep, started)
     sys.argv[1:] = effective(words)  # Hydra parses them again
     configs = check_overrides(sys.argv[1:])
-    sweep = any(word in SWEEP_FLAGS for word in sys.argv)
-    if len(configs) > 1 and not sweep:
+    if len(configs) > 1:
         raise problem("command line", f"{len(configs)} runs", "one, or -m for a sweep", "add -m")
-    elsewhere = any(word.startswith("hydra/launcher=") for word in sys.argv[1:])  # as jobs on other machines
+    for config in configs:
+        _check(config)
+        if config.dry_run:
+            return _dry_run(configs)
+        _check_place(sys.argv[1:])
+        _check_run(config, _folder(sys.argv[1:]))
+    _through_hydra(started)
+    return 0
+
+
+def _sweep(sweep: Swept, started: float) -> int:
+    """Run a sweep on this machine or, through Hydra, as jobs on other machines or under a launcher."""
+    from nvlm.commands import launch
+
+    command = shlex.join(["python", "launch/train.py", *sys.argv[1:]])
+    words = effective(sweep.words)
+    configs = check_overrides(words)
+    elsewhere = any(word.startswith("hydra/launcher=") for word in words)
     for config in configs:
         _check(config, elsewhere)
-    if configs and all(config.dry_run for config in configs):
+    if all(config.dry_run for config in configs):
         return _dry_run(configs)
-    if configs and not elsewhere:
-        _check_place(sys.argv[1:], sweep)
-        for config, folder in zip(configs, _folders(sys.argv[1:], sweep)):
-            _check_run(config, folder)
+    if not elsewhere and launch.launched() is None:
+        from nvlm.commands.sweep import run_sweep
+
+        return run_sweep(sweep, words, configs, command)
+    sys.argv[1:] = effective(sweep.for_hydra())
     _through_hydra(started)
     return 0
 
@@ -125,7 +146,7 @@ def _check_stages(stages: Sequence[Stage], given: Sequence[list[str]]) -> list[C
             config = replace(config, init=replace(config.init, checkpoint=None))
         _check(config)
         if not config.dry_run:
-            _check_place(given[number], sweep=False)
+            _check_place(given[number])
             _check_run(config, stage.folder)
     return configs
 
@@ -142,24 +163,17 @@ def _done(config: Config, folder: Path) -> bool:
     return True
 
 
-def _check_place(arguments: Sequence[str], sweep: bool) -> None:
-    """Raise ConfigError if the folder of the run, or of the sweep, cannot be created."""
-    key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
-    own = [word for word in arguments if word.startswith("hydra.") or word.startswith("name=")] if sweep else arguments
+def _check_place(arguments: Sequence[str]) -> None:
+    """Raise ConfigError if the folder of the run cannot be created."""
+    check_place(_folder(arguments), "hydra.run.dir")
+
+
+def _folder(arguments: Sequence[str]) -> Path:
+    """The folder of the run, as Hydra will name it."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("config", overrides=[*own], return_hydra_config=True)
-    check_place(Path(OmegaConf.select(composed, key)), key)
-
-
-def _folders(arguments: Sequence[str], sweep: bool) -> Iterator[Path]:
-    """The folder of each run, as Hydra will name it."""
-    for number, combination in enumerate(runs(arguments)):
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose("config", overrides=[*combination], return_hydra_config=True)
-        composed.hydra.job.num, composed.hydra.job.id = number, str(number)
-        HydraConfig.instance().set_config(composed)  # folder names may refer to it
-        hydra_config = composed.hydra
-        yield Path(hydra_config.sweep.dir, hydra_config.sweep.subdir) if sweep else Path(hydra_config.run.dir)
+        composed = compose("config", overrides=[*arguments], return_hydra_config=True)
+    HydraConfig.instance().set_config(composed)  # its name may refer to it
+    return Path(composed.hydra.run.dir)
 
 
 def _through_hydra(started: float) -> None:

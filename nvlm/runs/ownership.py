@@ -49,6 +49,7 @@ _OURS = (
     "checkpoints", "profile", "losses.json", "evaluation", "wandb_id", "report.html", "curves.png",
     "gallery",
 )  # fmt: skip
+_NAMED = 5  # keys that differ in a message
 _ENDING = 10.0  # seconds to wait for the workers of a killed launcher to end
 
 
@@ -60,13 +61,23 @@ def owned(run_dir: Path) -> Iterator[int]:
     another run holds the folder, or if it contains foreign files under names that a run would write.
     """
     _check_ours(run_dir)
+    with locked(run_dir, "run") as descriptor:
+        yield descriptor
+
+
+@contextlib.contextmanager
+def locked(folder: Path, what: str) -> Iterator[int]:
+    """Lock `folder` of a run or a sweep, which `what` says; yields the file descriptor of the lock.
+
+    Raises ConfigError if another process holds it, or if the folder cannot be written.
+    """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise unwritable(run_dir, error) from None
+        raise unwritable(folder, error) from None
     try:
-        _lock(descriptor, run_dir)
+        _lock(descriptor, folder, what)
         _sign(descriptor)
         yield descriptor
     finally:
@@ -151,20 +162,31 @@ def _check_resume(config: Config, run_dir: Path) -> None:
         fix = "resume=auto continues it, name=OTHER starts another run, deleting the folder starts over"
         raise problem(f"run folder {run_dir}", "a folder that holds a run", "a new folder with resume=never", fix)
     begun = to_mapping(read_run_config(run_dir / "checkpoints" / "latest"))
-    before, now = flat(begun), flat(to_mapping(config))
     first, names = (sorted(one["data"].get("sources") or ()) for one in (begun, to_mapping(config)))
     if first and names and first != names:
         expected = f"{', '.join(first)}, as at the start of the run"
         raise problem(f"resume of {run_dir}: data.sources", ", ".join(names), expected, "these, or name=OTHER")
     free = (*_FREE, *_IDENTIFIED) if (run_dir / INPUTS).is_file() else _FREE
+    if changed := _changed(flat(begun), flat(to_mapping(config)), free):
+        keys, old, now = (list(map(str, column)) for column in zip(*changed[:_NAMED]))
+        more = f" and {len(changed) - _NAMED} more keys" if len(changed) > _NAMED else ""
+        expected = f"{', '.join(old)}, as at the start of the run" + (", or more" if keys == ["train.steps"] else "")
+        words = " ".join(f"{_OF_GROUP.get(key, key)}={value}" for key, value in zip(keys, old))
+        fix = f"{words}{more}, or name=OTHER for another run"
+        raise problem(f"resume of {run_dir}: {', '.join(keys)}{more}", ", ".join(now), expected, fix)
+
+
+def _changed(before: dict, now: dict, free: tuple[str, ...]) -> list[tuple[str, object, object]]:
+    """Keys that a resume may not change, with their old and new values as they are typed. Where another file of a group
+    was chosen, only the groups: they set other keys."""
+    changed: list[tuple[str, object, object]] = []
     for key in dict.fromkeys((*_OF_GROUP, *now, *before)):
         value, old = now.get(key), before.get(key)
         if key == "train.steps" and isinstance(old, int) and value >= old:  # a run may be extended
             continue
         if old != value and not _OF_BLEND.sub("data.", key).startswith(free):
-            expected = f"{typed(old)}, as at the start of the run" + (", or more" if key == "train.steps" else "")
-            fix = f"{_OF_GROUP.get(key, key)}={typed(old)}, or name=OTHER for another run"
-            raise problem(f"resume of {run_dir}: {key}", typed(value), expected, fix)
+            changed.append((key, typed(old), typed(value)))
+    return [one for one in changed if one[0] in _OF_GROUP] or changed
 
 
 def typed(value: object) -> object:
@@ -183,7 +205,7 @@ def flat(values: dict, path: str = "") -> dict[str, object]:
     return leaves
 
 
-def _lock(descriptor: int, run_dir: Path) -> None:
+def _lock(descriptor: int, folder: Path, what: str) -> None:
     deadline = time.monotonic() + _ENDING
     while True:
         try:
@@ -192,10 +214,10 @@ def _lock(descriptor: int, run_dir: Path) -> None:
         except BlockingIOError:
             holder = _holder(descriptor)
             if not _was_killed(holder) or time.monotonic() > deadline:
-                raise _taken(run_dir, holder) from None
+                raise _taken(folder, what, holder) from None
         except OSError as error:
-            effect = "a second start of this run would go unnoticed"
-            print(f"run folder {run_dir} cannot be locked ({error.strerror}): {effect}", file=sys.stderr)
+            effect = f"a second start of this {what} would go unnoticed"
+            print(f"{what} folder {folder} cannot be locked ({error.strerror}): {effect}", file=sys.stderr)
             return
         time.sleep(0.05)
 
@@ -227,13 +249,13 @@ def _was_killed(holder: dict) -> bool:
     return holder.get("host") == socket.gethostname() and not os.path.exists(f"/proc/{holder.get('pid')}")
 
 
-def _taken(run_dir: Path, holder: dict) -> ConfigError:
+def _taken(folder: Path, what: str, holder: dict) -> ConfigError:
     who = "another process"
     if holder:
         who = f"process {holder.get('pid')} on {holder.get('host')}, started {holder.get('started')}"
         who += f" ({holder.get('command')})"
-    fix = "name=OTHER, or end that run first" + (f" (kill {holder.get('pid')})" if holder else "")
-    return problem(f"run folder {run_dir}", f"one in use by {who}", "a folder that no other run uses", fix)
+    fix = f"name=OTHER, or end that {what} first" + (f" (kill {holder.get('pid')})" if holder else "")
+    return problem(f"{what} folder {folder}", f"one in use by {who}", f"a folder that no other {what} uses", fix)
 
 
 def _environment() -> dict:

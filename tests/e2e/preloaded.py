@@ -20,6 +20,7 @@ from pathlib import Path
 
 from nvlm.commands import launch, train
 from nvlm.processes import workers
+from nvlm.sweep import process as sweep_process
 from nvlm.train import loop, watch
 from tests.server import CONTEXT
 
@@ -119,6 +120,25 @@ class _Forked:
         self.send_signal(signal.SIGTERM)
 
 
+class _ForkedRun(_Forked):
+    """The same for a run of a sweep, whose output goes to a file."""
+
+    def __init__(self, command, env, stdin, stdout, stderr, start_new_session, preexec_fn) -> None:
+        self.returncode = None
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            preexec_fn()
+            os.environ.update(env)
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stdout.fileno(), 2)
+            sys.argv = ["train.py", *command[2:]]
+            _exit(lambda: train.main(time.time()))
+
+
 def _launch(where: Path, overrides, change) -> None:
     workers.die_with_parent(os.getppid())  # the server, which ends with the tests, however they do
     multiprocessing.set_start_method("fork", force=True)  # a child of the server would start loaders by a server, too
@@ -128,6 +148,7 @@ def _launch(where: Path, overrides, change) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     workers.subprocess = types.SimpleNamespace(Popen=_Forked)
+    sweep_process.subprocess = types.SimpleNamespace(Popen=_ForkedRun, DEVNULL=None, STDOUT=None)
     mark = watch.Watchdog.mark
 
     def told(self, step, phase):

@@ -143,20 +143,6 @@ def test_torchrun_s_workers_are_used(unbroken, tmp_path):
     assert losses(tmp_path / "runs" / "t") == pytest.approx(losses(unbroken), rel=1e-4)
 
 
-def test_a_sweep_over_architectures_and_tags(tmp_path):
-    train(
-        tmp_path,
-        "-m",
-        "arch=decoder,xattn",
-        "tiling.tag=none,2d_bbox",
-        "train.steps=3",
-        "hydra.sweep.dir=runs/sweep",
-    )
-    found = sorted(path.parent.name for path in (tmp_path / "runs" / "sweep").glob("*/metrics.jsonl"))
-    assert len(found) == 4, found
-    assert all("arch=" in name and "tiling.tag=" in name for name in found)
-
-
 def test_pretraining_moves_the_new_modules_alone(tmp_path):
     done = train(tmp_path, "name=p", "stage=pretrain", "arch=xattn", "precision=bf16")
     table = {line.split()[1]: line for line in done.stdout.splitlines() if line.startswith("│")}

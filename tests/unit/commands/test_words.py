@@ -57,7 +57,7 @@ def test_a_sweep_over_texts_that_hydra_does_not_understand():
         ("optim=3", "optim: got '3', expected one of paper, tiny"),
         ("data=null", "data: got 'null', expected one of "),
         ("optim=", "optim: got '', expected one of paper, tiny"),
-        ("+experiment=é", "Fix: +experiment=nvlm_"),
+        ("+experiment=é", "Fix: +experiment=ablate_"),
         ("experiment=nvlm_h_72b_sft", "Fix: +experiment=..."),
         ("optim.lr=1;2", "optim.lr: got '1;2', expected a number"),
         ("peft.targets=[llm", "peft.targets=[llm]"),

@@ -202,7 +202,8 @@ def test_no_run_of_a_sweep_begins_where_another_s_folder_is_refused(tmp_path, co
     told = tmp_path / "sweep" / "seed=1" / "metrics.jsonl"  # of a run that never reached a checkpoint
     begin(configured("seed=1"), told.parent, fresh=True)
     told.write_text("precious")
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), "-m", "seed=1,2", "hydra.sweep.dir=sweep"]
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "-m", "seed=1,2"]
+    command += ["hydra.sweep.dir=sweep", "resume=never"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "sweep/seed=2: got a folder that holds a run" in done.stderr, done.stderr
     assert told.read_text() == "precious"
