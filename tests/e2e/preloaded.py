@@ -164,7 +164,7 @@ def _launch(where: Path, overrides, change) -> None:
 
 def _tell(text: str) -> None:
     path = Path(f"rank.{os.environ['RANK']}")
-    aside = path.with_suffix(f"{path.suffix}.new")
+    aside = path.with_suffix(f"{path.suffix}.{os.getpid()}")  # the runs of a sweep work in the same folder
     aside.write_text(f"{os.getpid()} {text}")
     os.replace(aside, path)
 
