@@ -68,7 +68,8 @@ def _check_images(questions: FileQuestions) -> None:
     missing = _missing(questions)
     if missing:
         shown = ", ".join(map(named, missing[:3])) + (", ..." if missing[3:] else "")
-        got = f"{questions.found.root}, where {len(missing)} images of {questions.task.name} are missing: {shown}"
+        count = "1 image" if len(missing) == 1 else f"{len(missing)} images"
+        got = f"{questions.found.root}, where {count} of {questions.task.name} cannot be found: {shown}"
         raise problem(
             KEY, got, "the images of all questions", f"unpack the images of {questions.task.name} there again"
         )

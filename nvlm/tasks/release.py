@@ -12,7 +12,7 @@ from nvlm.data.sources.rows import Row, Rows
 from nvlm.tasks.asked import Asked
 
 KEY = "data.path"  # the setting that names the folder
-_SPELLINGS = {"validation": ("validation", "val"), "val": ("val", "validation")}
+_SHORT = {"validation": "val"}
 _POINTER = 1024  # bytes: Git LFS pointers are smaller
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")
 
@@ -21,10 +21,11 @@ _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(.*)")
 class Release:
     """One form in which a benchmark is published.
 
-    `files`: for each kind of file, patterns below the benchmark's folder, in which {split} stands for the split; the
-    first pattern with a match is used, and there must be files of each kind. `images`: patterns of the folder that has
-    the images, if they are files. `rows`: opens the files, a list for each kind. `ask`: what a row asks; its arguments
-    are the row, its name and the images' folder, resolved. It raises BadRecord.
+    `files`: for each kind of file, patterns below the benchmark's folder, in which {split} stands for the split and
+    {short} for its short form, val; the first pattern with a match is used, and there must be files of each kind.
+    `images`: patterns of the folder that has the images, if they are files. `rows`: opens the files, a list for each
+    kind. `ask`: what a row asks; its arguments are the row, its name and the images' folder, resolved. It raises
+    BadRecord.
     """
 
     files: tuple[tuple[str, ...], ...]
@@ -63,11 +64,9 @@ def is_there(releases: Sequence[Release], folder: Path, split: str) -> bool:
 
 def _matching(folder: Path, patterns: Sequence[str], split: str) -> tuple[Path, ...]:
     for pattern in patterns:
-        for spelled in _SPELLINGS.get(split, (split,)):
-            found = folder.glob(pattern.replace("{split}", spelled))
-            files = sorted(path for path in found if not path.name.startswith("."))
-            if files:
-                return tuple(files)
+        files = sorted(path for path in folder.glob(_named(pattern, split)) if not path.name.startswith("."))
+        if files:
+            return tuple(files)
     return ()
 
 
@@ -76,7 +75,7 @@ def _image_folder(release: Release, task: str, folder: Path, split: str) -> Path
         return folder.resolve()
     found = [path for path in _matching(folder, release.images, split) if path.is_dir()]
     if not found:
-        expected = f"a folder of images there: {', '.join(_named(release.images, split))}"
+        expected = f"a folder of images there: {', '.join(_named(pattern, split) for pattern in release.images)}"
         raise problem(
             KEY, f"{folder}, with questions of {task} but without images", expected, "unpack the images there"
         )
@@ -104,10 +103,10 @@ def _check_content(path: Path) -> None:
 
 
 def _nothing(releases: Sequence[Release], task: str, folder: Path, split: str) -> ConfigError:
-    forms = [" with ".join(_named(patterns[:1], split)[0] for patterns in release.files) for release in releases]
+    forms = [" with ".join(_named(patterns[0], split) for patterns in release.files) for release in releases]
     expected = f"{' or '.join(forms)}, there or in a folder {task} there"
     return problem(KEY, f"{folder}, where no files of {task} were found", expected, f"{KEY}=FOLDER")
 
 
-def _named(patterns: Sequence[str], split: str) -> list[str]:
-    return [pattern.replace("{split}", split) for pattern in patterns]
+def _named(pattern: str, split: str) -> str:
+    return pattern.replace("{split}", split).replace("{short}", _SHORT.get(split, split))

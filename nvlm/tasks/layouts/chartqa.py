@@ -45,10 +45,10 @@ def _open(files: Sequence[Sequence[Path]], key: str) -> Rows:
     return Joined([With(json_rows([path], key), {"kind": kind(path)}) for path in chain.from_iterable(files)])
 
 
-_PLACES = ("{split}/", "*/{split}/")
+_PLACES = ("{short}/", "*/{short}/")
 RELEASES = (
     Release(
-        files=tuple(tuple(f"{place}{{split}}_{kind}.json" for place in _PLACES) for kind in ("human", "augmented")),
+        files=tuple(tuple(f"{place}{{short}}_{kind}.json" for place in _PLACES) for kind in ("human", "augmented")),
         images=tuple(f"{place}png" for place in _PLACES),
         rows=_open,
         ask=of_json,

@@ -38,11 +38,11 @@ def _open(files: Sequence[Sequence[Path]], key: str) -> Rows:
     return rows_under(files[0][0], "data", key)
 
 
-_NAMES = ("{split}_v1.0_withQT.json", "{split}_v1.0.json")
+_NAMES = ("{short}_v1.0_withQT.json", "{short}_v1.0.json")
 RELEASES = (
     Release(
-        files=(tuple(f"{place}{name}" for place in ("", "{split}/", "spdocvqa_qas/", "qas/") for name in _NAMES),),
-        images=("{split}/documents", "documents", "spdocvqa_images", "images"),
+        files=(tuple(f"{place}{name}" for place in ("", "{short}/", "spdocvqa_qas/", "qas/") for name in _NAMES),),
+        images=("{short}/documents", "documents", "spdocvqa_images", "images"),
         rows=_open,
         ask=of_json,
     ),

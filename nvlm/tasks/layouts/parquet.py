@@ -14,7 +14,8 @@ from nvlm.tasks.rows import parquet_rows
 def parquet(ask: Callable[[Row, str, Path], Asked], *folders: str) -> Release:
     """The release in data/SPLIT-00000-of-00001.parquet or the like; `folders`: others in which the files may be."""
     places = (*folders, "data/", "")
-    patterns = [f"{place}{{split}}-*.parquet" for place in places] + [f"{place}{{split}}.parquet" for place in places]
+    names = ("{split}-*.parquet", "{short}-*.parquet", "{split}.parquet")
+    patterns = [f"{place}{name}" for name in names for place in places]
     return Release(files=(tuple(patterns),), rows=_open, ask=ask)
 
 

@@ -39,8 +39,8 @@ def _open(files: Sequence[Sequence[Path]], key: str) -> Rows:
 
 RELEASES = (
     Release(
-        files=(("TextVQA_0.5.1_{split}.json",),),
-        images=("{split}_images", "train_images", "train_val_images/train_images"),  # validation is in train_images
+        files=(("TextVQA_0.5.1_{short}.json",),),
+        images=("{short}_images", "train_images", "train_val_images/train_images"),  # validation is in train_images
         rows=_open,
         ask=of_json,
     ),

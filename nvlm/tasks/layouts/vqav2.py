@@ -86,10 +86,10 @@ def _open(files: Sequence[Sequence[Path]], key: str) -> Rows:
 RELEASES = (
     Release(
         files=(
-            ("v2_OpenEnded_mscoco_{split}2014_questions.json", "*/v2_OpenEnded_mscoco_{split}2014_questions.json"),
-            ("v2_mscoco_{split}2014_annotations.json", "*/v2_mscoco_{split}2014_annotations.json"),
+            ("v2_OpenEnded_mscoco_{short}2014_questions.json", "*/v2_OpenEnded_mscoco_{short}2014_questions.json"),
+            ("v2_mscoco_{short}2014_annotations.json", "*/v2_mscoco_{short}2014_annotations.json"),
         ),
-        images=("{split}2014", "*/{split}2014", "*/*/{split}2014"),
+        images=("{short}2014", "*/{short}2014", "*/*/{short}2014"),
         rows=_open,
         ask=of_json,
     ),

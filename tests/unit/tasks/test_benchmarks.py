@@ -225,6 +225,8 @@ def test_a_folder_without_the_files_says_what_was_looked_for(tmp_path):
     for name in FOLDERS:
         with pytest.raises(ConfigError, match=f"where no files of {name} were found, expected .*parquet"):
             build_questions(read_task(name), tmp_path)
+    with pytest.raises(ConfigError, match=r"val_v1.0_withQT.json or DocVQA/validation-\*.parquet, there or in a"):
+        build_questions(read_task("docvqa"), tmp_path)
     folders.docvqa(tmp_path)
     with pytest.raises(ConfigError, match=r"expected test_v1.0_withQT.json or DocVQA/test-\*.parquet"):
         build_questions(replace(read_task("docvqa"), split="test"), tmp_path)
@@ -244,15 +246,19 @@ def test_missing_images_are_counted_and_named_before_anything_is_asked(tmp_path)
     rows = [folders.DOCVQA, *({**folders.DOCVQA, "image": f"documents/{name}"} for name in names)]
     folders.write_json(tmp_path / "val_v1.0_withQT.json", {"data": rows})
     shown = ", ".join(f"documents/{name}" for name in names[:3])
-    message = rf"documents, where 5 images of docvqa are missing: {shown}, \.\.\.,.*unpack the images"
+    message = rf"documents, where 5 images of docvqa cannot be found: {shown}, \.\.\.,.*unpack the images"
     with pytest.raises(ConfigError, match=message):
         check_folder(read_task("docvqa"), tmp_path)
     questions = build_questions(read_task("docvqa"), tmp_path)
     assert questions[0].references
     with pytest.raises(BadRecord, match=r"documents/p0.png: no such image"):
         questions[1]
+    folders.write_json(tmp_path / "val_v1.0_withQT.json", {"data": rows[:2]})
+    with pytest.raises(ConfigError, match="where 1 image of docvqa cannot be found: documents/p0.png, expected"):
+        check_folder(read_task("docvqa"), tmp_path)
+    folders.write_json(tmp_path / "val_v1.0_withQT.json", {"data": rows})
     (tmp_path / "documents/xnbl0037_1.png").unlink()
-    with pytest.raises(ConfigError, match="6 images of docvqa are missing"):
+    with pytest.raises(ConfigError, match="6 images of docvqa cannot be found"):
         check_folder(read_task("docvqa"), tmp_path)
 
 
