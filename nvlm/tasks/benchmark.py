@@ -43,25 +43,26 @@ class FileQuestions:
 
 
 def check(questions: FileQuestions) -> None:
-    """Raise ConfigError if there are no questions, if none of the first can be asked, or if images are missing."""
-    task = questions.task
+    """Raise ConfigError if there are no questions, if images are missing, or if none of the first can be asked."""
     if not len(questions):
         raise problem(KEY, f"{questions.found.files[0][0]}, which has no rows", "questions", f"{KEY}=FOLDER")
-    reasons = []
-    for index in range(min(_FIRST, len(questions))):
-        try:
-            with one_record():
-                asked = questions.asked(index)
-                question_of(asked, task)
-                break
-        except BadRecord as error:
-            reasons.append(f"{questions.name(index)}: {error}")
-    else:
-        if not (questions.found.release.images and _missing(questions)):
-            got = f"{task.name}, of whose first {len(reasons)} questions none can be asked ({reasons[0]})"
-            raise problem(KEY, got, f"the published files of split {task.split}", "download them again")
     if questions.found.release.images:
         _check_images(questions)
+    name, split, count = questions.task.name, questions.task.split, min(_FIRST, len(questions))
+    reasons = [_reason(questions, index) for index in range(count)]
+    if all(reasons):
+        got = f"{name}, of whose first {count} questions none can be asked ({questions.name(0)}: {reasons[0]})"
+        raise problem(KEY, got, f"the published files of split {split}", "download them again")
+
+
+def _reason(questions: FileQuestions, index: int) -> str | None:
+    """Why the question cannot be asked, or None if it can."""
+    try:
+        with one_record():
+            question_of(questions.asked(index), questions.task)
+    except BadRecord as error:
+        return str(error)
+    return None
 
 
 def _check_images(questions: FileQuestions) -> None:
