@@ -43,7 +43,7 @@ def score(arguments: Sequence[str]) -> int:
         for remark in _remarks(answers, metric):
             report(f"note: {remark}")
     if shared:
-        console.print(_comparison(found, shared, metric))
+        console.print(_comparison(found, scores, shared, metric))
     return 0
 
 
@@ -95,9 +95,15 @@ def _row(found: Interval) -> tuple[str, str, str]:
     return f"{100 * found.mean:.2f}", f"{100 * found.low:.2f} to {100 * found.high:.2f}", f"{found.count:,}"
 
 
-def _comparison(found: Sequence[Answers], shared: Sequence[tuple[Line, Line]], metric: str) -> Table:
-    """The second file against the first."""
-    before, after = (scored(metric, lines) for lines in zip(*shared))
+def _comparison(
+    found: Sequence[Answers], scores: Sequence[Sequence[float]], shared: Sequence[tuple[Line, Line]], metric: str
+) -> Table:
+    """The second file against the first, on the questions that both have."""
+    if all(len(answers.lines) == len(shared) for answers in found):
+        by_id = [dict(zip((line.id for line in answers.lines), values)) for answers, values in zip(found, scores)]
+        before, after = ([values[line.id] for line, _ in shared] for values in by_id)
+    else:  # scored once more, because a score may depend on the other lines
+        before, after = (scored(metric, lines) for lines in zip(*shared))
     gap = paired(after, before)
     table = Table(title=Text(_plain(f"{found[1].path} minus {found[0].path}")), title_justify="left")
     for heading in ("questions", "difference, %", "95% interval", "better", "worse", "p (sign test)"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from nvlm.metrics.line import Line
 
@@ -60,6 +61,7 @@ def agreement(answer: str, references: Sequence[str]) -> float:
     return (matches * with_it + (len(references) - matches) * without) / len(references)
 
 
+@lru_cache(maxsize=1 << 12)  # annotators repeat each other
 def normalised(text: str) -> str:
     """`text` without punctuation, capitals and articles, with digits for zero to ten and apostrophes put back."""
     remove_all = NUMBER_WITH_COMMA.search(text) is not None
