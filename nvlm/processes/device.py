@@ -39,6 +39,15 @@ def gpu_name() -> str | None:
     return torch.cuda.get_device_name() if has_cuda() else None
 
 
+def peak_memory() -> int:
+    """The most bytes that this process has had at once so far: allocated by torch on its GPU, or on CPU resident."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated()
+    with open("/proc/self/status", encoding="ascii") as file:
+        (line,) = (line for line in file if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
 class Moment:
     """A point in time for measuring; on a GPU, when the queue reaches it, not when it was enqueued."""
 

@@ -14,6 +14,7 @@ from nvlm.report.runs import DONE, Run
 
 Curve = tuple[np.ndarray, np.ndarray]
 _WINDOW = 0.03  # of a run's steps: losses are means over as many
+_ROWS_FROM = 2  # colours of rows: the first two are those of baselines among columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +42,27 @@ def rows_of(grid: Grid, curve: Callable[[Run], Curve], over: str, first: int, **
     """A panel for each row, with a line for each column; for one column, a single panel."""
     if not grid.titled:
         return columns_of(grid, curve, over, first, **settings)
-    panels = [(row, [(cell, cell.column, grid.columns) for cell in grid.cells if cell.row == row]) for row in grid.rows]
+    panels = [
+        (row, [(cell, cell.column, grid.columns.index(cell.column)) for cell in grid.cells if cell.row == row])
+        for row in grid.rows
+    ]
     return _drawn(panels, curve, over, first, **settings)
 
 
 def columns_of(grid: Grid, curve: Callable[[Run], Curve], over: str, first: int, **settings) -> list[Chart]:
     """A panel for each column, with a line for each row."""
     panels = [
-        (column, [(cell, cell.row, grid.rows) for cell in grid.cells if cell.column == column])
+        (
+            column,
+            [(cell, cell.row, _ROWS_FROM + grid.rows.index(cell.row)) for cell in grid.cells if cell.column == column],
+        )
         for column in grid.columns
     ]
     return _drawn(panels, curve, over, first, **settings)
 
 
 def _drawn(
-    panels: Sequence[tuple[str, Sequence[tuple[Cell, str, Sequence[str]]]]],
+    panels: Sequence[tuple[str, Sequence[tuple[Cell, str, int]]]],
     curve: Callable[[Run], Curve],
     over: str,
     first: int,
@@ -64,10 +71,12 @@ def _drawn(
     curves = {id(run): curve(run) for _, cells in panels for cell, _, _ in cells for run in cell.runs}
     power = exponent(max((float(x.max()) for x, _ in curves.values() if len(x)), default=1))
     lines = {
-        title: tuple(_line(label, names.index(label), cell, [_scaled(curves[id(run)], power) for run in cell.runs])
-                     for cell, label, names in cells)
+        title: tuple(
+            _line(label, colour, cell, [_scaled(curves[id(run)], power) for run in cell.runs])
+            for cell, label, colour in cells
+        )
         for title, cells in panels
-    }  # fmt: skip
+    }
     return finished(lines, f"{over}{_told(power)}", first, **settings)
 
 
@@ -87,11 +96,11 @@ def _scaled(curve: Curve, power: int) -> Curve:
     return x / 10**power, y
 
 
-def _line(label: str, number: int, cell: Cell, curves: Sequence[Curve]) -> Line:
+def _line(label: str, colour: int, cell: Cell, curves: Sequence[Curve]) -> Line:
     """Its mean is that of the runs that are done, if any is: it would end where the shortest run ends."""
     done = [curve for run, curve in zip(cell.runs, curves) if run.status == DONE]
     kept = tuple(curve for curve in curves if len(curve[0]))
-    return Line(label, number % SERIES, kept, mean_curve(done or kept))
+    return Line(label, colour % SERIES, kept, mean_curve(done or kept))
 
 
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -105,13 +114,12 @@ def by_tiles(
     grid: Grid, means: Mapping[tuple[str, str], Mapping[int, float]], first: int, percent: bool
 ) -> list[Chart]:
     """Scores by the number of tiles. `means`: by cell and number."""
-    down = [(row, [(column, grid.columns) for column in grid.columns]) for row in grid.rows]
-    if not grid.titled:
-        down = [("", [(row, grid.rows) for row in grid.rows])]
     lines: dict[str, list[Line]] = {}
-    for title, inner in down:
-        for name, names in inner:
-            found = means.get((title, name) if grid.titled else (name, grid.columns[0]), {})
+    for row in grid.rows:
+        for number, column in enumerate(grid.columns):
+            found = means.get((row, column), {})
             x, y = np.array(sorted(found), dtype=float), np.array([found[n] for n in sorted(found)], dtype=float)
-            lines.setdefault(title, []).append(Line(name, names.index(name) % SERIES, (), (x, y)))
+            title, label = (row, column) if grid.titled else ("", row)
+            colour = number if grid.titled else _ROWS_FROM + grid.rows.index(row)
+            lines.setdefault(title, []).append(Line(label, colour % SERIES, (), (x, y)))
     return finished(lines, "regular tiles", first, percent=percent, dots=True, whole_x=True)

@@ -85,23 +85,31 @@ def findings(report: Report, task: Task) -> list[str]:
         f"{bounds(best.low, best.high, task.percent)}."
     ]
     if task.column_gaps:
-        found += _effects(task.column_gaps, task, grid.columns, 1, f"Against {grid.base_column}")
+        found.append(f"Against {grid.base_column}{_unit(task)}: {_effects(task.column_gaps, task, 1)}.")
     if task.row_gaps:
-        certain = [gap for gap in task.row_gaps if gap.certain]
-        found.append(f"Between the rows, {len(certain)} of {len(task.row_gaps)} differences are certain.")
+        found.append(f"Between rows{_unit(task)}: {_effects(task.row_gaps, task, 0)}.")
     return found
 
 
-def _effects(gaps: Sequence[Gap], task: Task, names: Sequence[str], part: int, intro: str) -> list[str]:
-    """How each name compares with the base, over all rows."""
-    told = []
-    for name in names:
-        own = [gap for gap in gaps if gap.this[part] == name]
-        if own:
-            up, down = (sum(gap.certain and (gap.mean > 0) == above for gap in own) for above in (True, False))
-            low, high = min(gap.mean for gap in own), max(gap.mean for gap in own)
-            span = score(low, task.percent, True)
-            span += f" to {score(high, task.percent, True)}" if len(own) > 1 else ""
-            sure = f"{up + down} of {len(own)} certain" if len(own) > 1 else "certain" if up + down else "not certain"
-            told.append(f"{name} {span} ({sure})")
-    return [f"{intro}{', in points' if task.percent else ''}: {'; '.join(told)}."]
+def _unit(task: Task) -> str:
+    return ", in points" if task.percent else ""
+
+
+def _effects(gaps: Sequence[Gap], task: Task, part: int) -> str:
+    """How each column compares with the base, over all rows, or each row with another, over all columns."""
+    names = dict.fromkeys(_pair(gap, part) for gap in gaps)
+    return "; ".join(
+        f"{name} {_span([gap for gap in gaps if _pair(gap, part) == name], task.percent)}" for name in names
+    )
+
+
+def _pair(gap: Gap, part: int) -> str:
+    return gap.this[1] if part else f"{gap.this[0]} over {gap.base[0]}"
+
+
+def _span(gaps: Sequence[Gap], percent: bool) -> str:
+    means, certain = [gap.mean for gap in gaps], sum(gap.certain for gap in gaps)
+    if len(gaps) == 1:
+        return f"{score(means[0], percent, True)} ({'certain' if certain else 'not certain'})"
+    low, high = score(min(means), percent, True), score(max(means), percent, True)
+    return f"{low} to {high} ({certain} of {len(gaps)} certain)"

@@ -123,6 +123,7 @@ class Metrics:
             "imbalance_ranks": _imbalance(encoded),
             "waiting": phases["data"] / seconds,
             "seconds": seconds,
+            "peak_memory": device.peak_memory(),
         }
         return rates | ({"mfu": flops / self.peak} if self.peak else {})
 
