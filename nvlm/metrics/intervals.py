@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -75,7 +75,8 @@ def over_seeds(scores: Sequence[Scores], same_questions: bool, seed: int = 0) ->
     if len(values) > 1:
         error = np.std([one.mean() for one in values], ddof=1) / math.sqrt(len(values))
         means += error * rng.standard_t(len(values) - 1, size=DRAWS)
-    return _interval(means, np.concatenate(questions))
+    # Each seed has the same weight, however many questions it brought.
+    return replace(_interval(means, np.concatenate(questions)), mean=float(np.mean([one.mean() for one in questions])))
 
 
 def paired_over_seeds(first: Sequence[Scores], second: Sequence[Scores], same_questions: bool) -> Difference:

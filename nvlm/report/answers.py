@@ -106,7 +106,7 @@ def _answer(row: Mapping) -> Answer:
         raise ValueError("a score that is not finite")
     return Answer(
         id=str(row["id"])[:_LONGEST],
-        question=str(row.get("question") or "")[:_LONGEST],
+        question=str(row.get("question") or "").strip()[:_LONGEST],
         answer=str(row["answer"])[:_LONGEST],
         references=tuple(str(one)[:_LONGEST] for one in row.get("references") or ()),
         score=score,

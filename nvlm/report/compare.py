@@ -1,8 +1,8 @@
 """What the cells scored, and how certain their differences are.
 
 Runs of a cell differ in their seed. A seed may bring its own questions (generated pages depend on it) or not (a
-benchmark has the same for all); intervals resample seeds and questions in either case. Differences are paired: two
-cells are compared on the questions that both answered with the same seed.
+benchmark has the same for all); intervals cover the choice of questions and of seeds in either case. Differences are
+paired: two cells are compared on the questions that both answered with the same seed.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from nvlm.metrics.intervals import LEVEL, TIE, Interval, sign_test
+from nvlm.metrics.intervals import Interval, over_seeds, paired_over_seeds
 from nvlm.report.answers import Answer
 from nvlm.report.cells import Cell, Grid
 
-DRAWS, _MOST, _LEAST = 10_000, 1_000_000, 1_000  # resamples; numbers drawn for an interval; resamples at least
 CERTAIN = 0.05
 
 Scores = Mapping[int, Mapping[str, float]]
@@ -68,69 +65,50 @@ def interval(scores: Scores) -> Interval | None:
     """The mean over seeds and questions, each seed with the same weight; None without any score."""
     if not scores:
         return None
-    mean, low, high = _resampled(_tables(scores))
-    return Interval(mean=mean, low=low, high=high, count=sum(map(len, scores.values())))
+    values, same = _aligned(scores)
+    found = over_seeds(values, same)
+    if _shares(values):
+        return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
+    return found
+
+
+def _shares(values: Sequence[Sequence[float]]) -> bool:
+    """Whether all scores are between 0 and 1. Then a mean is, too, but the bounds of its interval need not be."""
+    return all(0 <= score <= 1 for one in values for score in one)
 
 
 def gap(this: Scores, base: Scores, names: tuple[tuple[str, str], tuple[str, str]]) -> Gap | None:
     """The paired difference; None if the two share no question. `names`: (row, column) of both."""
     pairs = {seed: (this[seed], base[seed]) for seed in this if seed in base}
-    differences = {seed: {q: a[q] - b[q] for q in a if q in b} for seed, (a, b) in pairs.items()}
-    differences = {seed: one for seed, one in differences.items() if one}
-    if not differences:
+    common = {seed: [name for name in one if name in other] for seed, (one, other) in pairs.items()}
+    common = {seed: names for seed, names in common.items() if names}
+    if not common:
         return None
-    tables = _tables(differences)
-    mean, low, high = _resampled(tables)
-    # A question that all seeds were asked counts once, by its mean.
-    questions = np.concatenate([table.mean(axis=1) for table in tables])
-    better, worse = int((questions > TIE).sum()), int((questions < -TIE).sum())
+    first, same = _aligned({seed: {name: this[seed][name] for name in found} for seed, found in common.items()})
+    second, _ = _aligned({seed: {name: base[seed][name] for name in found} for seed, found in common.items()})
+    found = paired_over_seeds(first, second, same)
+    most = 1.0 if _shares(first) and _shares(second) else math.inf
     return Gap(
         this=names[0],
         base=names[1],
-        mean=mean,
-        low=low,
-        high=high,
-        count=len(questions),
-        seeds=len(differences),
-        better=better,
-        worse=worse,
-        p=sign_test(better, worse),
+        mean=found.mean,
+        low=max(found.low, -most),
+        high=min(found.high, most),
+        count=len(first[0]) if same else sum(map(len, first)),
+        seeds=len(common),
+        better=found.better,
+        worse=found.worse,
+        p=found.p,
         partial=any(a.keys() != b.keys() for a, b in pairs.values()),
     )
 
 
-def _tables(scores: Scores) -> list[np.ndarray]:
-    """Arrays [questions, seeds] to resample: one for all seeds if they share their questions, else one for each."""
+def _aligned(scores: Scores) -> tuple[list[list[float]], bool]:
+    """The scores of each seed, and whether all seeds answered the same questions; then these are in the same order."""
     every = list(scores.values())
-    if all(one.keys() == every[0].keys() for one in every):
-        return [np.array([[one[name] for one in every] for name in every[0]])]
-    return [np.array([[score] for score in one.values()]) for one in every]
-
-
-def _resampled(tables: Sequence[np.ndarray]) -> tuple[float, float, float]:
-    """The mean over seeds and the bounds of its interval, from resampled questions and resampled seeds."""
-    rng = np.random.default_rng(0)
-    mean = float(np.mean([seed for table in tables for seed in table.mean(axis=0)]))
-    patterns = [np.unique(table, axis=0, return_counts=True) for table in tables]
-    width = sum(len(values) for values, _ in patterns)
-    draws = max(_LEAST, min(DRAWS, _MOST // width))
-    # A resample of n questions is a multinomial count of the distinct rows, which are few for scores of 0 and 1.
-    means = np.concatenate(
-        [
-            rng.multinomial(counts.sum(), counts / counts.sum(), draws) @ values / counts.sum()
-            for values, counts in patterns
-        ],
-        axis=1,
-    )
-    seeds = means.shape[1]
-    chosen = rng.integers(seeds, size=(draws, seeds))
-    if len(tables) > 1:  # a seed that is drawn twice brings other questions the second time
-        slots = [means[rng.permutation(draws), chosen[:, slot]] for slot in range(seeds)]
-        drawn = np.mean(slots, axis=0)
-    else:
-        drawn = np.take_along_axis(means, chosen, axis=1).mean(axis=1)
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return mean, float(low), float(high)
+    if same := all(one.keys() == every[0].keys() for one in every):
+        return [[one[name] for name in every[0]] for one in every], same
+    return [list(one.values()) for one in every], same
 
 
 def adjusted(gaps: Sequence[Gap]) -> list[Gap]:

@@ -26,9 +26,9 @@ def bounds(low: float, high: float, percent: bool, sign: bool = False) -> str:
     return f"[{score(low, percent, sign)}, {score(high, percent, sign)}]"
 
 
-def told(one: Interval, percent: bool) -> str:
+def told(one: Interval, percent: bool, unit: str = "") -> str:
     """A mean with its interval."""
-    return f"{score(one.mean, percent)} {bounds(one.low, one.high, percent)}"
+    return f"{score(one.mean, percent)}{unit} {bounds(one.low, one.high, percent)}"
 
 
 def p_value(p: float) -> str:
@@ -80,10 +80,11 @@ def findings(report: Report, task: Task) -> list[str]:
         return []
     best, grid = task.overall[task.best], report.grid
     unit = "%" if task.percent else ""
-    found = [
-        f"The highest score is that of {named(task.best)}: {score(best.mean, task.percent)}{unit} "
-        f"{bounds(best.low, best.high, task.percent)}."
-    ]
+    equals = [place for place, one in task.overall.items() if one.mean == best.mean]
+    if len(equals) == len(task.overall) > 1:
+        found = [f"All {len(equals)} cells score {score(best.mean, task.percent)}{unit}."]
+    else:
+        found = [f"The highest score is that of {listed(list(map(named, equals)))}: {told(best, task.percent, unit)}."]
     if task.column_gaps:
         found.append(f"Against {grid.base_column}{_unit(task)}: {_effects(task.column_gaps, task, 1)}.")
     if task.row_gaps:
