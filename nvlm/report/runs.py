@@ -18,8 +18,9 @@ from nvlm.report.answers import Evaluation, read_evaluations
 from nvlm.report.history import Steps, read_steps
 from nvlm.runs.folder import has_run, read_run_config
 from nvlm.runs.ownership import flat
+from nvlm.sweep import ledger
+from nvlm.sweep.ledger import Row
 
-SWEEP = "sweep.json"
 DONE, UNFINISHED, DIVERGED, FAILED = "done", "unfinished", "diverged", "failed"
 _DEPTH = 2  # folders between the one that is named and a run
 
@@ -64,13 +65,13 @@ def read_runs(paths: Sequence[str]) -> tuple[list[Run], list[Missing]]:
     """The runs in `paths`, which are run folders, folders of runs, or patterns of these. Raises ConfigError if there is
     none."""
     folders = [folder for path in paths for folder in _matching(path)]
-    sweeps = {folder: _sweep(folder) for folder in {*folders, *(folder.parent for folder in folders)}}
-    known = {(folder / name).resolve(): entry for folder, runs in sweeps.items() for name, entry in runs.items()}
+    sweeps = {folder: ledger.read(folder) for folder in {*folders, *(folder.parent for folder in folders)}}
+    known = {(folder / name).resolve(): row for folder, rows in sweeps.items() for name, row in rows.items()}
     runs: list[Run] = []
     missing: list[Missing] = []
     for folder in dict.fromkeys(one.resolve() for place in folders for one in _found(place)):
         try:
-            runs.append(_read(folder, known.get(folder, {})))
+            runs.append(_read(folder, known.get(folder)))
         except (ConfigError, OSError, ValueError) as error:
             missing.append(Missing(folder, str(error)))
     listed = {(folder / name).resolve() for folder in folders for name in sweeps[folder]}
@@ -122,29 +123,18 @@ def _found(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
                 yield from _found(inner, depth - 1)
 
 
-def _sweep(folder: Path) -> dict[str, Mapping]:
-    """What a sweep says about its runs, by the name of their folder; empty if there is no readable sweep.json."""
-    try:
-        listed = json.loads((folder / SWEEP).read_text("utf-8"))["runs"]
-        return {str(one["folder"]): one for one in listed}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+def _why(row: Row) -> str:
+    return f"{row.status}: {row.reason}" if row.reason else row.status
 
 
-def _why(entry: Mapping) -> str:
-    reason = entry.get("reason")
-    return f"{entry.get('status', 'unknown')}{f': {reason}' if reason else ''}"
-
-
-def _read(folder: Path, entry: Mapping) -> Run:
+def _read(folder: Path, row: Row | None) -> Run:
     if not has_run(folder):
         raise problem(str(folder / "config.yaml"), "another file", "the configuration of a run", "leave the folder out")
     config = read_run_config(folder / "checkpoints" / "step")
     steps, whole = read_steps(folder / "metrics.jsonl", config.parallel.replica * config.parallel.data)
     evaluations, faults = read_evaluations(folder)
-    status, reason = _status(config, steps, entry)
+    status, reason = _status(config, steps, row)
     cut = () if whole else (f"metrics.jsonl is damaged after step {steps.last}: later steps are not shown",)
-    overrides = entry.get("overrides")
     return Run(
         folder=folder,
         config=config,
@@ -154,18 +144,18 @@ def _read(folder: Path, entry: Mapping) -> Run:
         status=status,
         reason=reason,
         notes=(*cut, *faults),
-        overrides=tuple(map(str, overrides)) if isinstance(overrides, list) else None,
+        overrides=row.overrides if row else None,
         commit=_commit(folder),
     )
 
 
-def _status(config: Config, steps: Steps, entry: Mapping) -> tuple[str, str]:
+def _status(config: Config, steps: Steps, row: Row | None) -> tuple[str, str]:
     """How the run stands, and why if it is not done."""
     bad = ~np.isfinite(steps.loss) | ~steps.updated
     if len(steps) and bad[-min(config.train.max_bad_steps, len(steps)) :].all():
         return DIVERGED, f"no usable update in the steps up to {steps.last}"
-    if entry.get("status") == "failed":
-        return FAILED, str(entry.get("reason") or "the sweep gives no reason")
+    if row and row.status == "failed":
+        return FAILED, row.reason or "the sweep gives no reason"
     if steps.last < config.train.steps:
         return UNFINISHED, f"step {steps.last:,} of {config.train.steps:,}"
     return DONE, ""

@@ -52,7 +52,13 @@ def sweep(tmp_path_factory, configured):
             flops = 1e12 if arch == "hybrid" else 2e12
             write_run(folder, config, Made(flops=flops, evaluated=(60,)), lines(right))
             entries.append(
-                {"folder": folder.name, "overrides": folder.name.split(","), "status": "done", "reason": None}
+                {
+                    "folder": folder.name,
+                    "overrides": folder.name.split(","),
+                    "status": "done",
+                    "reason": "",
+                    "seconds": 1,
+                }
             )
     config = configured("arch=hybrid", "tiling.tag=1d")
     write_run(root / "stopped", with_seed(config, 3), Made(done=30, evaluated=(20,)))
@@ -63,7 +69,7 @@ def sweep(tmp_path_factory, configured):
     (root / "half").mkdir()
     (root / "half" / "config.yaml").write_text("a: 1\n")
     (root / "other").mkdir()
-    entries.append({"folder": "gone", "overrides": ["seed=9"], "status": "failed", "reason": HOSTILE})
+    entries.append({"folder": "gone", "overrides": ["seed=9"], "status": "failed", "reason": HOSTILE, "seconds": 1})
     (root / "sweep.json").write_text(json.dumps({"command": "train", "runs": entries}))
     return root
 
