@@ -1,4 +1,4 @@
-"""Train: `python launch/train.py [arch=hybrid] [llm=tiny] ...`; `-m` sweeps over comma lists.
+"""Train: `python launch/train.py [arch=hybrid] [llm=tiny] ...`; `-m` sweeps over comma lists, side by side.
 
 Starts its own workers, or runs as a task of torchrun or srun. `--help` lists the configuration groups.
 """

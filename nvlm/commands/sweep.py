@@ -22,7 +22,7 @@ from nvlm.runs.place import check_place
 from nvlm.runs.sinks import steady_streams
 from nvlm.sweep import ledger
 from nvlm.sweep.ledger import Row
-from nvlm.sweep.plan import Cell, check_distinct, check_folders, first_rows
+from nvlm.sweep.plan import Cell, check_distinct, check_folders, first_rows, other_rows
 from nvlm.sweep.process import Job
 from nvlm.sweep.schedule import run_jobs
 from nvlm.sweep.shares import Share, Wish, divide
@@ -54,10 +54,12 @@ def run_sweep(sweep: Swept, words: Sequence[str], configs: Sequence[Config], com
 def _run(cells: Sequence[Cell], shares: Sequence[Share], where: Path, command: str) -> tuple[list[Row], int | None]:
     """Run what is missing; returns the rows of `cells` and the signal that ended the sweep, if any."""
 
-    def keep(rows: dict[str, Row]) -> None:
-        ledger.write(where, command, rows)
+    known = ledger.read(where)
+    rows, others = first_rows(cells, known, where), other_rows(cells, known)
 
-    rows = first_rows(cells, ledger.read(where), where)
+    def keep(rows: dict[str, Row]) -> None:
+        ledger.write(where, command, rows | others)
+
     keep(rows)
     jobs = [_job(cell, where) for cell in cells if rows[cell.folder].status != "done"]
     with shown(where, len(shares), rows) as show:

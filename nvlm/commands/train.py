@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from nvlm.commands.compose import CONF, check_overrides, effective, explain, to_config
+from nvlm.commands.compose import CONF, check_overrides, effective, explain, runs, to_config
 from nvlm.commands.mistakes import answered
 from nvlm.commands.stages import Stage, check_sequence, stages_of
 from nvlm.commands.swept import Swept, swept
@@ -30,6 +30,7 @@ from nvlm.processes.requeue import in_job, requeued
 from nvlm.runs.folder import has_run, latest, steps_done
 from nvlm.runs.ownership import check_folder
 from nvlm.runs.place import check_place
+from nvlm.sweep.plan import check_names
 
 _LATE = 30.0  # seconds until a shared file system shows on all machines what one of them wrote
 
@@ -65,6 +66,7 @@ def _sweep(sweep: Swept, started: float) -> int:
 
     command = shlex.join(["python", "launch/train.py", *sys.argv[1:]])
     words = effective(sweep.words)
+    check_names([sweep.name(one) for one in runs(words)])
     configs = check_overrides(words)
     elsewhere = any(word.startswith("hydra/launcher=") for word in words)
     for config in configs:

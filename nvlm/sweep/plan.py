@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,15 +28,18 @@ class Cell:
         return self.config.parallel.replica * self.config.parallel.data
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raise ConfigError if two runs have the same name, that is, would share a folder."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        fix = "each value of a key once"
+        raise problem("sweep", f"two runs for the folder {twice[0]}", "a folder for each run", fix)
+
+
 def check_distinct(cells: Sequence[Cell]) -> None:
-    """Raise ConfigError if two of the `cells` would share a folder, or are the same run under two names."""
-    folders: dict[str, Cell] = {}
+    """Raise ConfigError if two of the `cells` are the same run under two names."""
     configs: dict[str, Cell] = {}
     for cell in cells:
-        if cell.folder in folders:
-            fix = "each value of a key once"
-            raise problem("sweep", f"two runs for the folder {cell.folder}", "a folder for each run", fix)
-        folders[cell.folder] = cell
         same = configs.setdefault(repr(to_mapping(replace(cell.config, name=""))), cell)
         if same is not cell:
             got = f"{same.folder} and {cell.folder}, which have the same configuration"
@@ -69,9 +73,8 @@ def is_done(cell: Cell, row: Row | None, where: Path) -> bool:
 
 
 def first_rows(cells: Sequence[Cell], known: Mapping[str, Row], where: Path) -> dict[str, Row]:
-    """The rows of the sweep at its start: finished runs stay so, all others of `cells` wait. Rows of runs that are not
-    among the `cells` are kept; a killed sweep may have left them as running."""
-    rows = {folder: replace(row, status="waiting") if row.status == "running" else row for folder, row in known.items()}
+    """The rows of `cells` at the start: done, or waiting. `known`: the rows that earlier commands left."""
+    rows = {}
     for cell in cells:
         row, done = known.get(cell.folder), is_done(cell, known.get(cell.folder), where)
         rows[cell.folder] = Row(
@@ -81,6 +84,13 @@ def first_rows(cells: Sequence[Cell], known: Mapping[str, Row], where: Path) -> 
             seconds=row.seconds if row else 0.0,
         )
     return rows
+
+
+def other_rows(cells: Sequence[Cell], known: Mapping[str, Row]) -> dict[str, Row]:
+    """The rows of runs that earlier commands asked for and this one does not. None of them is running."""
+    ours = {cell.folder for cell in cells}
+    others = [row for folder, row in known.items() if folder not in ours]
+    return {row.folder: replace(row, status="waiting") if row.status == "running" else row for row in others}
 
 
 def _evaluation(config: Config) -> dict[str, object]:

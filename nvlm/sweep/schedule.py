@@ -23,10 +23,12 @@ _EXTRA = 10.0  # seconds after a run's own limit for stopping in which its launc
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A sweep at one moment: what became of each run, by folder, and the runs that are running."""
+    """A sweep at one moment: what became of each run, by folder, the runs that are running, and whether a signal has
+    asked them to save and end."""
 
     rows: dict[str, Row]
     running: tuple[Running, ...] = ()
+    stopping: bool = False
 
 
 def run_jobs(
@@ -51,8 +53,8 @@ def run_jobs(
                 before = state.rows
                 if signals.came and deadline == math.inf:
                     deadline = _pass_on(state, signals.came[0])
-                state = _ended(state, where, stopping=bool(signals.came))
-                if not signals.came:
+                state = _ended(replace(state, stopping=bool(signals.came)), where)
+                if not state.stopping:
                     state = _started(state, waiting, shares, where)
                 if state.rows != before:
                     keep(state.rows)
@@ -63,7 +65,7 @@ def run_jobs(
         finally:
             for one in state.running:
                 kill(one)
-        state = _ended(state, where, stopping=True)
+        state = _ended(replace(state, stopping=True), where)
         keep(state.rows)
         if signals.came:
             signals.obey()
@@ -91,11 +93,11 @@ def _started(state: State, waiting: deque[Job], shares: Sequence[Share], where: 
             continue
         rows[job.folder] = replace(rows[job.folder], status="running", reason="")
         del free[0]
-    return State(rows, tuple(running))
+    return replace(state, rows=rows, running=tuple(running))
 
 
-def _ended(state: State, where: Path, stopping: bool) -> State:
-    """The state after the runs that have ended were looked at. `stopping`: a signal was passed on to them."""
+def _ended(state: State, where: Path) -> State:
+    """The state after the runs that have ended were looked at."""
     rows, running = dict(state.rows), []
     for one in state.running:
         if one.process.poll() is None:
@@ -103,8 +105,9 @@ def _ended(state: State, where: Path, stopping: bool) -> State:
             continue
         kill(one)
         row = rows[one.job.folder]
-        rows[row.folder] = replace(_outcome(one, row, where, stopping), seconds=round(row.seconds + one.seconds, 1))
-    return State(rows, tuple(running))
+        outcome = _outcome(one, row, where, state.stopping)
+        rows[row.folder] = replace(outcome, seconds=round(row.seconds + one.seconds, 1))
+    return replace(state, rows=rows, running=tuple(running))
 
 
 def _outcome(one: Running, row: Row, where: Path, stopping: bool) -> Row:

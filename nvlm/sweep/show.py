@@ -49,7 +49,7 @@ class Lines:
 
     def __init__(self, console: Console, where: Path, side_by_side: int, rows: dict[str, Row]) -> None:
         self.console, self.where, self.side_by_side, self.rows = console, where, side_by_side, dict(rows)
-        self.due = time.monotonic() + _LINE_EVERY
+        self.due, self.stopping = time.monotonic() + _LINE_EVERY, False
 
     def __call__(self, state: State) -> None:
         """Show `state`."""
@@ -58,6 +58,8 @@ class Lines:
             if row.status != before.status:
                 self._print(f"{folder}: {_said(row, before)}")
         self.rows = dict(state.rows)
+        if state.stopping and not self.stopping:
+            self.due, self.stopping = 0.0, True
         if time.monotonic() >= self.due:
             self.due = time.monotonic() + _LINE_EVERY
             progress = positions(state, self.where)
@@ -75,10 +77,13 @@ def positions(state: State, where: Path) -> dict[str, At | None]:
 
 def summary(state: State, where: Path, side_by_side: int) -> str:
     """One line: how many runs are done, running, failed and waiting, and the time left."""
-    rows, progress = state.rows.values(), positions(state, where)
+    rows = state.rows.values()
     count = Counter(row.status for row in rows)
     parts = [f"{count['done']} of {len(rows)} runs done"]
     parts += [f"{count[status]} {status}" for status in ("running", "failed", "waiting") if count[status]]
+    if state.stopping:
+        return ", ".join([*parts, "stopping as soon as these have saved"])
+    progress = positions(state, where)
     going = [(one.seconds, progress[one.job.folder], one.job.steps) for one in state.running]
     if (left := time_left(rows, going, side_by_side)) is not None and (state.running or count["waiting"]):
         parts.append(f"about {duration(left)} left")

@@ -12,7 +12,7 @@ from nvlm.config.values import ConfigError
 from nvlm.runs.ownership import begin
 from nvlm.sweep import ledger
 from nvlm.sweep.ledger import Row
-from nvlm.sweep.plan import Cell, check_distinct, check_folders, first_rows, is_done
+from nvlm.sweep.plan import Cell, check_distinct, check_folders, check_names, first_rows, is_done, other_rows
 
 
 @pytest.fixture
@@ -37,9 +37,10 @@ def done(cell):
 
 
 def test_runs_that_clash_are_refused(cell):
+    check_names(["a", "b"])
+    with pytest.raises(ConfigError, match="two runs for the folder b, expected a folder for each run. Fix: "):
+        check_names(["a", "b", "b"])
     check_distinct([cell("a"), cell("b", "seed=2")])
-    with pytest.raises(ConfigError, match="two runs for the folder a"):
-        check_distinct([cell("a"), cell("a", "seed=2")])
     with pytest.raises(ConfigError, match="a and b, which have the same configuration"):
         check_distinct([cell("a"), cell("b", "tiling=1d")])
 
@@ -81,10 +82,10 @@ def test_the_first_rows_keep_what_is_known(cell, tmp_path):
         "other": Row(folder="other", status="done", seconds=1.0),
         "killed": Row(folder="killed", status="running"),
     }
-    rows = first_rows(cells, known, tmp_path)
-    assert rows["a"] == known["a"] and rows["other"] == known["other"]
-    assert rows["b"] == Row(folder="b", overrides=("seed=2",), status="waiting", seconds=3.0)
-    assert rows["killed"].status == "waiting"
+    b = Row(folder="b", overrides=("seed=2",), status="waiting", seconds=3.0)
+    assert first_rows(cells, known, tmp_path) == {"a": known["a"], "b": b}
+    killed = Row(folder="killed", status="waiting")
+    assert other_rows(cells, known) == {"other": known["other"], "killed": killed}
 
 
 def test_the_ledger_as_a_file(tmp_path):

@@ -95,6 +95,9 @@ def test_lines_are_printed_when_a_status_changes(tmp_path):
         "b: failed after 0 s: no [b]memory",
     ]
     assert summary(State(rows(a="done")), tmp_path, 2) == "1 of 1 runs done"
+    lines(State(rows(a="done", b="running"), (running("b", 5),), stopping=True))
+    last = console.file.getvalue().splitlines()[-1]
+    assert last == "1 of 2 runs done, 1 running, stopping as soon as these have saved; b step 1/100 loss 2.500"
 
 
 def test_the_last_lines_name_the_failed_runs(tmp_path):
