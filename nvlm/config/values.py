@@ -200,11 +200,14 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateConfig:
-    """Answers to questions after training, and the mean loss on held-out records of each source before and after it;
-    0: none. Batches are limited by their `batch` rows and their `tokens` positions, padding included."""
+    """Answers to the questions of `tasks` after training, and the mean loss on held-out records of each source before
+    and after it; 0: none. Batches are limited by their `batch` rows and their `tokens` positions, padding included."""
 
+    tasks: tuple[str, ...] = ("heldout",)  # in conf/task
+    path: Location | None = None  # the folder of the benchmarks' files
+    metric: str | None = None  # of the questions that are records of `data=`; None: the task's
     losses: Natural = 0  # records of each source
-    questions: Natural  # of each task, at most
+    questions: Natural | None  # of each task, at most; None: all
     batch: Count
     tokens: Count = 32768
     max_new_tokens: Count | None  # None: the task's

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nvlm.config.task import TaskConfig
 from nvlm.config.values import Config
 from nvlm.data.batch import Sample
 from nvlm.data.messages import NoAnswer, read_turns
@@ -13,28 +12,22 @@ from nvlm.data.record import BadRecord, one_record
 from nvlm.data.samples import fill
 from nvlm.data.text.chat import answer_ids
 from nvlm.evaluate.order import Prompt
-from nvlm.evaluate.score import UNREADABLE, Row
+from nvlm.evaluate.score import UNREADABLE, Row, digest
+from nvlm.evaluate.tasks import Task
 from nvlm.generate.generator import prompt_processor
 from nvlm.generate.sampling import Sampling
 from nvlm.generate.text import words
-from nvlm.tasks.question import Question, Questions
+from nvlm.tasks.question import Question
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """The first `count` of `questions`, which the task `config` asks."""
+def longest(task: Task, config: Config) -> int:
+    """The number of tokens of the longest answer."""
+    return config.evaluate.max_new_tokens or task.config.max_new_tokens
 
-    config: TaskConfig
-    questions: Questions
-    count: int
 
-    def processor(self, config: Config) -> Processor:
-        """What makes prompts of the questions, with exact tiles and room for the longest answer."""
-        return prompt_processor(config, Sampling(max_new_tokens=self.longest(config)))
-
-    def longest(self, config: Config) -> int:
-        """The number of tokens of the longest answer."""
-        return config.evaluate.max_new_tokens or self.config.max_new_tokens
+def processor_of(task: Task, config: Config) -> Processor:
+    """What makes prompts of the questions, with exact tiles and room for the longest answer."""
+    return prompt_processor(config, Sampling(max_new_tokens=longest(task, config)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,28 +53,26 @@ class Asked:
     sketch: Outline
     sample: Sample
 
-    @property
-    def text(self) -> str:
-        """What the user asks, without the images."""
-        return "".join(read_turns(self.question.record.messages)[-1].texts)
-
     def row(self, answer: str) -> Row:
         """Its line of answers.jsonl, without a score."""
-        question, plans = self.question, self.sketch.pictures.plans
-        line = {
-            "id": question.record.id,
-            "question": self.text,
-            "answer": answer,
-            "references": list(question.references),
-            "category": question.category,
-            "options": list(question.options),
-            "type": question.type,
-            "tiles": sum(plan.num_regular for plan in plans) if plans else None,
-        }
-        return {name: value for name, value in line.items() if name not in _OPTIONAL or value not in ([], "", None)}
+        return row_of(self.question, self.sketch, answer)
 
 
-_OPTIONAL = ("options", "type", "tiles")
+def row_of(question: Question, sketch: Outline, answer: str = "") -> Row:
+    """The line of answers.jsonl of `question`, without a score."""
+    plans = sketch.pictures.plans
+    optional = {
+        "options": list(question.options),
+        "type": question.type,
+        "tiles": sum(plan.num_regular for plan in plans) if plans else None,
+    }
+    return {
+        "id": question.record.id,
+        "question": "".join(read_turns(question.record.messages)[-1].texts),
+        "answer": answer,
+        "references": list(question.references),
+        "category": question.category,
+    } | {name: value for name, value in optional.items() if value not in ([], "", None)}
 
 
 def measured(task: Task, index: int, processor: Processor) -> Prompt | Unasked:
@@ -89,10 +80,11 @@ def measured(task: Task, index: int, processor: Processor) -> Prompt | Unasked:
     try:
         with one_record():
             question, sketch = _outlined(task, index, processor)
+            found = digest(row_of(question, sketch))
     except BadRecord as reason:
         return Unasked(index, task.questions.name(index), str(reason), scored=not isinstance(reason, NoAnswer))
     columns, keys = sketch.lengths
-    return Prompt(index, columns, keys, sum(plan.num_tiles for plan in sketch.pictures.plans))
+    return Prompt(index, columns, keys, sum(plan.num_tiles for plan in sketch.pictures.plans), found)
 
 
 def asked(task: Task, index: int, processor: Processor) -> Asked | Unasked:
@@ -107,7 +99,7 @@ def asked(task: Task, index: int, processor: Processor) -> Asked | Unasked:
 
 def _outlined(task: Task, index: int, processor: Processor) -> tuple[Question, Outline]:
     question = task.questions[index]
-    if task.config.layout == "records":  # what a model can produce: an answer after a round trip through the tokenizer
+    if task.of_records:  # what a model can produce: an answer after a round trip through the tokenizer
         tokenizer = processor.tokenizer
         possible = tuple(words(answer_ids(text, tokenizer), tokenizer) for text in question.references)
         question = replace(question, references=possible)

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The lengths of question `index`: columns of its text stream, cross-attended keys, tiles to encode."""
+    """The lengths of question `index`: columns of its text stream, cross-attended keys, tiles to encode. `digest`
+    identifies it by its content."""
 
     index: int
     columns: int
     keys: int
     tiles: int
+    digest: str = ""
 
 
 def share(prompts: Sequence[Prompt], replica: int, replicas: int) -> list[Prompt]:

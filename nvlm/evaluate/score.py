@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from nvlm.runs.files import write_whole
 
 ANSWERS, SCORE = "answers.jsonl", "score.json"
 UNREADABLE = "unreadable"  # the category of a question that cannot be asked
+
+_RESULTS = ("answer", "score", "reason")
 
 Row = dict[str, Any]
 """A line of answers.jsonl: id, question, answer, references, score, category; where they exist options, type, tiles
@@ -59,9 +62,9 @@ def unanswered(names: Sequence[str], most: int = 5) -> str:
     return f": {len(names)} ({', '.join(names[:most])}{more})" if names else ""
 
 
-def folder_of(run_dir: Path, task: str, step: int) -> Path:
-    """The folder of the evaluation of `task` after `step` steps."""
-    return run_dir / "evaluation" / task / f"step_{step:08d}"
+def folder_of(root: Path, task: str, step: int) -> Path:
+    """The folder of the evaluation of `task` after `step` steps. `root`: a run's folder `evaluation`, or another."""
+    return root / task / f"step_{step:08d}"
 
 
 def scored(rows: Sequence[Row], metric: str) -> list[Row]:
@@ -86,6 +89,12 @@ def score_of(rows: Sequence[Row], task: str, metric: str, step: int, checkpoint:
     )
 
 
+def digest(row: Mapping[str, Any]) -> str:
+    """Identifies the question of `row`, whatever its answer."""
+    question = {name: value for name, value in row.items() if name not in _RESULTS}
+    return hashlib.blake2b(json.dumps(question, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def remove(folder: Path) -> None:
     """Delete an evaluation's files, so that no older score remains if new ones cannot be written."""
     for name in (SCORE, ANSWERS):
@@ -94,7 +103,6 @@ def remove(folder: Path) -> None:
 
 def write(folder: Path, rows: Sequence[Row], score: Score) -> None:
     """Write the answers and then the score into `folder`. Raises OSError."""
-    remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / ANSWERS, "".join(json.dumps(row) + "\n" for row in rows))
     write_whole(folder / SCORE, json.dumps(score.plain(), indent=1) + "\n")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -40,9 +41,20 @@ def read_config(checkpoint: str | Path, overrides: Sequence[str] = (), also: Seq
     The layout is one process unless `overrides` ("key=value" for the configuration) change it. `also`: other keys that
     a mistyped one may have meant. Raises ConfigError.
     """
+    return for_generation(config_of(checkpoint, overrides, also))
+
+
+def config_of(
+    checkpoint: str | Path,
+    overrides: Sequence[str] = (),
+    also: Sequence[str] = (),
+    instead: Mapping[str, dict[str, Any]] | None = None,
+) -> Config:
+    """As `read_config`, in any layout, and without a look at the weights. `instead`: groups of keys in place of the
+    run's own."""
     folder = find_checkpoint(Path(checkpoint).resolve(), "checkpoint")
     before = read_run_config(folder)
-    values = to_mapping(before)
+    values = to_mapping(before) | dict(instead or {})
     values["parallel"] |= _ONE_PROCESS
     values["init"] = {"llm": None, "release": None, "vision": None, "checkpoint": str(folder)}
     values["peft"]["targets"] = before.adapted or before.peft.targets  # groups that were new had no adapters
@@ -63,7 +75,7 @@ def read_config(checkpoint: str | Path, overrides: Sequence[str] = (), also: Seq
         changed = OmegaConf.to_container(OmegaConf.merge(values, OmegaConf.from_dotlist(changes)))
     except (OmegaConfBaseException, ValueError, YAMLError) as error:
         raise ConfigError(f"command line: {str(error).splitlines()[0]}. Fix: write key=value") from None
-    return for_generation(check_lengths(check_encoder(check_architecture(validate(from_mapping(Config, changed))))))
+    return check_lengths(check_encoder(check_architecture(validate(from_mapping(Config, changed)))))
 
 
 def for_generation(config: Config) -> Config:

@@ -1,6 +1,7 @@
 """A run folder: its configuration and its checkpoints. Imports no torch.
 
-It holds `config.yaml` and `checkpoints/`, with step folders, `frozen/`, and `latest`, the name of the newest step.
+It holds `config.yaml` and `checkpoints/`, with step folders, `frozen/`, `latest`, the name of the newest step, and
+`best`, that of the step which scored best.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from nvlm.config.values import Config, ConfigError, problem
 from nvlm.runs.earlier import as_written_now
 
 FROZEN = "frozen"
+LATEST, BEST = "latest", "best"  # files in checkpoints/ that name a step folder
 INPUTS = "inputs.json"  # identifies the run's inputs by their content
 
 
@@ -33,7 +35,16 @@ def has_run(run_dir: Path) -> bool:
 
 def latest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
-    mark = run_dir / "checkpoints" / "latest"
+    return _marked(run_dir / "checkpoints" / LATEST)
+
+
+def best(run_dir: Path) -> Path | None:
+    """The checkpoint of a run that scored best, or None if the run chooses none."""
+    return _marked(run_dir / "checkpoints" / BEST)
+
+
+def _marked(mark: Path) -> Path | None:
+    """The step folder that the file `mark` names; None if there is no such file."""
     if not mark.is_file():
         return None
     folder = mark.parent / mark.read_text().strip()
@@ -47,7 +58,12 @@ def latest(run_dir: Path) -> Path | None:
 def steps_done(run_dir: Path) -> int:
     """The step of a run's newest complete checkpoint; 0 without one."""
     folder = latest(run_dir)
-    return int(folder.name.removeprefix("step_")) if folder else 0
+    return step_of(folder) if folder else 0
+
+
+def step_of(folder: Path) -> int:
+    """The step of a step folder."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def steps_of(root: Path) -> list[Path]:
@@ -69,9 +85,12 @@ def weight_keys(keys: Iterable[str]) -> dict[str, str]:
 
 
 def find_checkpoint(path: Path, key: str) -> Path:
-    """The step folder that `path` refers to: itself, or the newest in a run folder. `key`: the setting it came from."""
+    """The step folder that `path` refers to: itself, the one that checkpoints/best names, or the newest in a run
+    folder. `key`: the setting it came from."""
     if path.parent.name == "checkpoints" and path.name.startswith("step_") and path.is_dir():
         return path
+    if path.parent.name == "checkpoints" and path.name in (BEST, LATEST) and (folder := _marked(path)):
+        return folder
     if folder := latest(path):
         return folder
     runs = sorted(str(other.parent.parent) for other in path.parent.glob("*/checkpoints/latest"))
