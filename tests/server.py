@@ -18,7 +18,7 @@ CONTEXT.set_forkserver_preload(["tests.server"])
 FIRST = os.environ.get("NVLM_TEST_PRELOAD", "").split()
 OURS = (
     "tests.e2e.preloaded", "tests.dist.layouts", "tests.dist.checkpoints", "nvlm.data.sources.pages",
-    "nvlm.evaluate.closing",
+    "nvlm.evaluate.during",
     "nvlm.export.export", "nvlm.export.modeling_nvlm",
     *(f"nvlm.arch.{arch}.{part}" for arch in ("decoder", "xattn", "hybrid") for part in ("placement", "model")),
 )  # fmt: skip

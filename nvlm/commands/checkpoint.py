@@ -14,13 +14,14 @@ from nvlm.commands.compose import check_overrides
 from nvlm.config.data import Blend, DataConfig
 from nvlm.config.mapping import to_mapping
 from nvlm.config.values import Config, problem
-from nvlm.evaluate.tasks import RECORDS, build_task
+from nvlm.evaluate.tasks import build_task, check_tasks
 from nvlm.generate.config import config_of
 from nvlm.inputs.check import check_weights
 from nvlm.runs.folder import find_checkpoint, read_run_config, step_of
 from nvlm.tasks.files import read_task
+from nvlm.tasks.registry import RECORDS
 
-KEYS = ("checkpoint", "task", "limit", "metric", "out")
+KEYS = ("checkpoint", "task", "limit", "shots", "metric", "out")
 _GROUPS = ("arch", "llm", "vision", "stage", "peft")  # what a checkpoint was made with
 
 
@@ -39,31 +40,46 @@ def parse(arguments: Sequence[str]) -> Request:
     """The request of a command line. Raises ConfigError."""
     own, others = _split(arguments)
     if not own.get("checkpoint"):
-        expected = "a run folder, or one of its checkpoints/step_N"
+        expected = "a run folder, its checkpoints/best, or one of its checkpoints/step_N"
         raise problem("checkpoint", "nothing", expected, "checkpoint=RUN, or answers=FILE metric=NAME")
     folder = find_checkpoint(Path(own["checkpoint"]).resolve(), "checkpoint")
-    tasks = tuple(filter(None, own.get("task", "heldout").split(",")))
-    published = [name for name in tasks if read_task(name).layout != RECORDS]
-    before = read_run_config(folder)
-    wanted: dict[str, Any] = _EVALUATE | {"tasks": tasks, "metric": own.get("metric"), "questions": _limit(own)}
-    if published:
-        wanted["path"], others = _taken("data.path", others)
-    instead = {"evaluate": wanted}
-    words = _model_words(others, before, folder)
+    asked, words = _asked(own, others)
+    before, instead = read_run_config(folder), {"evaluate": asked}
+    words = _model_words(words, before, folder)
     if any(word.startswith("data=") for word in words):
-        data, words = _source(words, before.data)
-        instead["data"] = data
+        instead["data"], words = _source(words, before.data)
     config = config_of(folder, words, (*KEYS, "answers", "data", "task"), instead)
     check_weights(config)
     root = Path(own["out"]).expanduser() if own.get("out") else folder.parent.parent / "evaluation"
     return Request(config=config, root=root, checkpoint=folder, step=step_of(folder))
 
 
-_EVALUATE = {"path": None, "losses": 0, "batch": 50, "tokens": 32768, "max_new_tokens": None, "gallery": 0}
+def _asked(own: dict[str, str], others: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The group evaluate, instead of the run's, and the words for the other groups."""
+    tasks = tuple(filter(None, own.get("task", "heldout").split(",")))
+    path, words = None, list(others)
+    if any(read_task(name).layout != RECORDS for name in tasks):
+        path, words = _taken("data.path", others)
+    asked = {
+        "every": 0,
+        "best": None,
+        "tasks": tasks,
+        "path": path,
+        "shots": _count(own, "shots", 0, 0),
+        "metric": own.get("metric"),
+        "losses": 0,
+        "questions": _count(own, "limit", 1, None),
+        "batch": 50,
+        "tokens": 32768,
+        "max_new_tokens": None,
+        "gallery": 0,
+    }
+    return asked, words
 
 
 def check(request: Request) -> None:
     """Raise ConfigError if a task cannot be asked: its questions are not there, or its metric is unknown."""
+    check_tasks(request.config)
     for name in request.config.evaluate.tasks:
         if build_task(name, request.config) is None:
             got = f"no held-out records in data={request.config.data.source.source}"
@@ -83,13 +99,12 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return own, others
 
 
-def _limit(own: dict[str, str]) -> int | None:
-    """The number of questions of each task, None for all."""
-    text = own.get("limit")
+def _count(own: dict[str, str], key: str, least: int, default: int | None) -> int | None:
+    text = own.get(key)
     if text is None:
-        return None
-    if not (text.isascii() and text.isdecimal() and int(text) > 0):
-        raise problem("limit", repr(text), "a number of questions, at least 1", "limit=100")
+        return default
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
+        raise problem(key, repr(text), f"a number of questions, at least {least}", f"{key}={least}")
     return int(text)
 
 

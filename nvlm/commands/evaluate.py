@@ -21,6 +21,7 @@ checkpoint=DIR  a run folder (its newest checkpoint), its checkpoints/best, or o
 task=NAME,...   what is asked: heldout, the run's held-out records (the default), or benchmarks: conf/task/*.yaml
 data.path=DIR   the folder of the benchmarks' files
 data=jsonl data.heldout_path=FILE   other records than the run's, for task=heldout; metric=NAME scores their answers
+shots=N         N examples, questions with their answers, before each question
 limit=N         only the first N questions of each task
 out=DIR         the folder of the results; default: the run's folder evaluation/
 parallel.data=2 evaluate.batch=16 and other keys change the run's configuration

@@ -28,6 +28,7 @@ from nvlm.data.look import check_data
 from nvlm.estimate.memory import fewest_gpus, gpus_needed
 from nvlm.estimate.parameters import parameters
 from nvlm.estimate.refuse import check_memory
+from nvlm.evaluate.tasks import check_tasks
 from nvlm.inputs.check import check_weights
 from nvlm.processes.launchers import Task, check_allocation, find_task
 from nvlm.processes.workers import EXPLAINED, run_workers, take_forks_along
@@ -60,8 +61,9 @@ def _look(config: Config, run_dir: Path) -> None:
 
 def _has_work(config: Config, run_dir: Path) -> bool:
     """Whether a step or an evaluation remains to be done."""
-    asked = (config.evaluate.questions or config.evaluate.losses) and config.data.source.has_heldout
-    return steps_done(run_dir) < config.train.steps or bool(asked)
+    asked, heldout = config.evaluate, config.data.source.has_heldout
+    evaluates = asked.questions != 0 and (heldout or asked.tasks != ("heldout",)) or bool(asked.losses and heldout)
+    return steps_done(run_dir) < config.train.steps or evaluates
 
 
 def _claim(config: Config, run_dir: Path, held: contextlib.ExitStack) -> str | None:
@@ -103,7 +105,7 @@ def work(config: Config, run_dir: Path, started: float, refusal: str | None = No
     quiet()
     steady_streams()
     take_forks_along()
-    from nvlm.evaluate.closing import evaluation_of
+    from nvlm.evaluate.during import evaluation_of
     from nvlm.train.loop import run
 
     run(config, run_dir, refusal, evaluation_of(config, run_dir, started))
@@ -163,10 +165,20 @@ def check_machine(config: Config) -> None:
         words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
         check_data(config, placement_rule(config.arch.name), f"python launch/prepare.py {shlex.join(words)}")
         check_launcher(config)
+        check_evaluation(config)
         check_logging(config)
         check_devices(config)
         check_engine(config)
     check_fits(config)
+
+
+def check_evaluation(config: Config) -> None:
+    """Raise ConfigError if a task that the run is to be evaluated on is unknown or its files are missing."""
+    if config.evaluate.questions != 0:
+        try:
+            check_tasks(config)
+        except ConfigError as error:  # which names the key of launch/evaluate.py
+            raise ConfigError(str(error).replace("data.path", "evaluate.path")) from None
 
 
 def check_logging(config: Config) -> None:

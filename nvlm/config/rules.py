@@ -214,6 +214,18 @@ def _precision(config: Config) -> None:
             raise problem(what, width, expected, "precision=bf16, or another parallel.tensor")
 
 
+def _evaluate(config: Config) -> None:
+    asked = config.evaluate
+    if len(set(asked.tasks)) < len(asked.tasks):
+        raise problem("evaluate.tasks", ", ".join(asked.tasks), "each task once", "leave one out")
+    if asked.best is not None and (asked.best not in asked.tasks or asked.questions == 0):
+        expected = f"one of evaluate.tasks ({', '.join(asked.tasks)}), with evaluate.questions above 0"
+        raise problem("evaluate.best", asked.best, expected, f"evaluate.best={(*asked.tasks, 'null')[0]}")
+    if asked.best == "heldout" and not config.data.source.has_heldout:
+        expected = "held-out records, whose score chooses the checkpoint"
+        raise problem("evaluate.best", "heldout without held-out records", expected, "data.heldout_path=FILE")
+
+
 def _memory(config: Config) -> None:
     train, p = config.train, config.parallel
     if train.offload and train.recompute != "none":
@@ -226,7 +238,7 @@ def _memory(config: Config) -> None:
 
 def validate(config: Config) -> Config:
     """Return `config`, or raise ConfigError for the first rule that it breaks (lengths: nvlm.estimate.lengths)."""
-    for rule in (_data, _shapes, _layout, _init, _schedule, _stage, _peft, _precision, _memory):
+    for rule in (_data, _shapes, _layout, _init, _schedule, _stage, _peft, _precision, _memory, _evaluate):
         rule(config)
     return config
 

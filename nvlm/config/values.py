@@ -200,11 +200,14 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateConfig:
-    """Answers to the questions of `tasks` after training, and the mean loss on held-out records of each source before
-    and after it; 0: none. Batches are limited by their `batch` rows and their `tokens` positions, padding included."""
+    """Answers to the questions of `tasks` in and after training, and the mean loss on held-out records of each source
+    before it, too; 0: none. A batch has at most `batch` rows and `tokens` positions, padding included."""
 
+    every: Natural = 0  # steps between evaluations; 0: only after the last one
+    best: str | None = None  # the task whose best checkpoint is kept
     tasks: tuple[str, ...] = ("heldout",)  # in conf/task
     path: Location | None = None  # the folder of the benchmarks' files
+    shots: Natural = 0  # examples with their answers before each question
     metric: str | None = None  # of the questions that are records of `data=`; None: the task's
     losses: Natural = 0  # records of each source
     questions: Natural | None  # of each task, at most; None: all

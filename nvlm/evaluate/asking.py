@@ -98,7 +98,7 @@ def asked(task: Task, index: int, processor: Processor) -> Asked | Unasked:
 
 
 def _outlined(task: Task, index: int, processor: Processor) -> tuple[Question, Outline]:
-    question = task.questions[index]
+    question = task.question(index)
     if task.of_records:  # what a model can produce: an answer after a round trip through the tokenizer
         tokenizer = processor.tokenizer
         possible = tuple(words(answer_ids(text, tokenizer), tokenizer) for text in question.references)

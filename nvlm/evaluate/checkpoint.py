@@ -66,6 +66,7 @@ def definition(config: Config, task: Task) -> dict[str, Any]:
     return {
         "checkpoint": weights.digest if weights else None,
         "task": asked | {"max_new_tokens": longest(task, config)},
+        "examples": {"shots": task.shots} | ({"split": task.examples.split, "seed": config.seed} if task.shots else {}),
         "tiling": {"max_tiles": config.tiling.max_tiles, "tag": config.tiling.tag},
         "data": data,
         "llm": {"chat": config.llm.chat, "bos": config.llm.bos, "max_positions": config.llm.max_positions},

@@ -13,6 +13,7 @@ from nvlm.data.blend import Interleaved
 from nvlm.data.loader import StepData, Steps
 from nvlm.data.outline import build_processor
 from nvlm.data.sources.registry import Records
+from nvlm.evaluate.stop import Stop, Stopped, never
 from nvlm.processes import groups
 from nvlm.runs.files import write_whole
 from nvlm.train.agree import agreed
@@ -51,13 +52,15 @@ class InTurn:
         return list(range(self.records))[step * self.global_batch :][: self.global_batch]
 
 
-def measure(trainer: Trainer, records: Records, config: Config, alive: Callable[[], None]) -> dict[str, Loss]:
+def measure(
+    trainer: Trainer, records: Records, config: Config, alive: Callable[[], None], stop: Stop = never
+) -> dict[str, Loss]:
     """The loss on the first `evaluate.losses` held-out records of each source. A collective call.
 
-    Tiles are exact, whatever the setting in training. `alive` is called before each batch.
+    Tiles are exact, whatever the setting in training. `alive` is called before each batch. Raises Stopped.
     """
     parts = records.records.parts if isinstance(records, Interleaved) else {config.data.source.source: records}
-    return {name: _of_source(trainer, _steps(part, config), alive) for name, part in parts.items()}
+    return {name: _of_source(trainer, _steps(part, config), alive, stop) for name, part in parts.items()}
 
 
 def _steps(records: Records, config: Config) -> Steps:
@@ -80,13 +83,16 @@ def _steps(records: Records, config: Config) -> Steps:
     )
 
 
-def _of_source(trainer: Trainer, steps: Steps, alive: Callable[[], None]) -> Loss:
-    total = dict.fromkeys(("loss", "tokens", "records", "skipped"), 0.0)
+def _of_source(trainer: Trainer, steps: Steps, alive: Callable[[], None], stop: Stop) -> Loss:
+    total = dict.fromkeys(("loss", "stop", "tokens", "records", "skipped"), 0.0)
     for step in range(len(steps)):
         alive()
         data = agreed(steps.delivered(step), trainer.vision.team.replica, trainer.device)
-        own = {"loss": forward(trainer, data.micro_batches) * groups.is_loss_rank()} | _counts(data)
+        loss = forward(trainer, data.micro_batches) * groups.is_loss_rank()
+        own = {"loss": loss, "stop": float(stop())} | _counts(data)
         total = {name: total[name] + value for name, value in summed(own, trainer.device).items()}
+        if total["stop"]:
+            raise Stopped
     counts = {name: int(total[name]) for name in ("tokens", "records", "skipped")}
     return Loss(total["loss"] / counts["tokens"] if counts["tokens"] else None, **counts)
 

@@ -12,6 +12,7 @@ from nvlm.evaluate.asking import Asked, Unasked, asked, longest, measured, proce
 from nvlm.evaluate.kept import Kept
 from nvlm.evaluate.order import Prompt, batches, share
 from nvlm.evaluate.score import Row, scored
+from nvlm.evaluate.stop import Stop, Stopped
 from nvlm.evaluate.tasks import Task
 from nvlm.generate.generator import Generator
 from nvlm.processes import groups
@@ -30,13 +31,17 @@ class Answered:
 
 
 def evaluate(
-    model: Generator, task: Task, kept: Kept | None = None, progress: Progress = lambda done, total: None
+    model: Generator,
+    task: Task,
+    kept: Kept | None = None,
+    progress: Progress = lambda done, total: None,
+    stop: Stop | None = None,
 ) -> Answered:
     """Answer the questions of `task` with exact tiles. A collective call. `kept`: where answers are kept as they come,
     and where an earlier evaluation may have left some.
 
     A question that cannot be read counts as wrong, so that it cannot raise the score. One without a reference is named
-    but not scored. Raises ConfigError.
+    but not scored. Raises ConfigError, and Stopped if `stop` was true on some rank.
     """
     limits, processor = model.config.evaluate, processor_of(task, model.config)
     prompts, unasked = plan(task, processor)
@@ -45,12 +50,17 @@ def evaluate(
     missing = set(groups.from_first_rank([prompt.index for prompt in prompts if prompt.index not in rows]))
     mine = share([prompt for prompt in prompts if prompt.index in missing], *groups.data_rank())
     found: list[tuple[int, Row]] = []
+    stopped = False
     for batch in batches(mine, limits.batch, limits.tokens, longest(task, model.config)):
         progress(len(found), len(mine))
+        if stopped := stop is not None and groups.any_rank(stop(), model.vision.team.replica, model.device):
+            break
         new = answer_batch(model, task, batch, processor)
         if kept is not None and groups.is_replica_writer():
             kept.append(groups.data_rank()[0], [row for _, row in new])
         found += new
+    if any(groups.gather_over_ranks([stopped])):
+        raise Stopped
     rows |= dict(groups.gather_over_data(found)) | {one.index: one.row() for one in unasked if one.scored}
     numbers = sorted(rows) if groups.is_first_rank() else []
     marked = scored([rows[number] for number in numbers], task.config.metric)

@@ -3,49 +3,94 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from nvlm.config.task import TaskConfig
 from nvlm.config.values import Config, problem
 from nvlm.data.sources.registry import build_records
 from nvlm.metrics.registry import METRICS
 from nvlm.tasks.files import read_task
-from nvlm.tasks.question import Questions
+from nvlm.tasks.question import Question, Questions
 from nvlm.tasks.records import RecordQuestions
-
-RECORDS = "records"
+from nvlm.tasks.registry import RECORDS, build_questions, check_folder, folder_of
+from nvlm.tasks.release import KEY
+from nvlm.tasks.shots import Examples, examples_of, with_examples
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The first `count` of `questions`, which the task `config` asks."""
+    """The first `count` of `questions`, which the task `config` asks, each after `shots` of the `examples`."""
 
     config: TaskConfig
     questions: Questions
     count: int
+    shots: int = 0
+    examples: Examples | None = None
 
     @property
     def name(self) -> str:
         """The name of its folder, and in messages."""
-        return self.config.name
+        return label(self.config.name, self.shots)
 
     @property
     def of_records(self) -> bool:
         """Whether its questions are records of a data source."""
         return self.config.layout == RECORDS
 
+    def question(self, index: int) -> Question:
+        """Question `index` after its examples. Raises BadRecord."""
+        question = self.questions[index]
+        if self.examples is None:
+            return question
+        name = self.questions.name(index)
+        return with_examples(question, self.examples.before(index, name, question.category, self.shots))
+
+
+def label(name: str, shots: int) -> str:
+    """The name of the task `name` with so many examples."""
+    return f"{name}_{shots}shot" if shots else name
+
 
 def build_task(name: str, config: Config) -> Task | None:
     """The task `name` as `config.evaluate` asks it; None if its questions are held-out records and there are none.
     Raises ConfigError."""
-    task, questions = read_task(name), None
-    if task.layout == RECORDS:
-        records = build_records(config.data, config.seed, heldout=True)
-        questions = None if records is None else RecordQuestions(records)
-        task = replace(task, metric=_metric(config) or task.metric)
-    if questions is None:
+    task, shots = read_task(name), config.evaluate.shots
+    if task.layout != RECORDS:
+        folder = _folder(task, config)
+        questions = build_questions(task, folder)
+        examples = examples_of(task, folder, questions, config.seed) if shots else None
+        return Task(task, questions, _count(questions, config), shots, examples)
+    records = build_records(config.data, config.seed, heldout=True)
+    if records is None:
         return None
+    questions = RecordQuestions(records)
+    task = replace(task, metric=_metric(config) or task.metric)
+    return Task(task, questions, _count(questions, config), shots, _of_training(config) if shots else None)
+
+
+def check_tasks(config: Config) -> None:
+    """Raise ConfigError if a task of config.evaluate is unknown, or if files of a benchmark are missing."""
+    _metric(config)
+    for task in map(read_task, config.evaluate.tasks):
+        if task.layout != RECORDS:
+            check_folder(task, _folder(task, config))
+
+
+def _folder(task: TaskConfig, config: Config) -> Path:
+    path = config.evaluate.path
+    if path is None:
+        raise problem(KEY, "nothing", f"the folder of {task.name}'s files", f"{KEY}=FOLDER")
+    return folder_of(task, Path(path))
+
+
+def _of_training(config: Config) -> Examples:
+    """Examples from the records that the run is trained on."""
+    return Examples(RecordQuestions(build_records(config.data, config.seed)), "training", False, config.seed, {})
+
+
+def _count(questions: Questions, config: Config) -> int:
     most = config.evaluate.questions
-    return Task(task, questions, len(questions) if most is None else min(most, len(questions)))
+    return len(questions) if most is None else min(most, len(questions))
 
 
 def _metric(config: Config) -> str | None:

@@ -213,6 +213,13 @@ def gather_over_ranks(rows: list) -> list:
     return [row for part in parts for row in part]
 
 
+def any_rank(value: bool, group: dist.ProcessGroup, where: torch.device) -> bool:
+    """Whether `value` is true on any rank of `group`."""
+    found = torch.tensor(int(value), device=where)
+    dist.all_reduce(found, group=group)
+    return bool(found)
+
+
 def subgroups(own: list[int]) -> dist.ProcessGroup:
     """The process group of the ranks `own`. A collective call: each rank passes the group that it belongs to."""
     listed: list[list[int]] = [[] for _ in range(dist.get_world_size())]

@@ -32,6 +32,7 @@ from nvlm.train.agree import agreed
 from nvlm.train.begin import begin
 from nvlm.train.checkpoint.restore import Loaded, load
 from nvlm.train.checkpoint.save import Checkpoints
+from nvlm.train.evaluations import Evaluation, Evaluations
 from nvlm.train.guard import Guard, broken
 from nvlm.train.metrics import Metrics, print_groups, skipped_lines
 from nvlm.train.optim import build_optimizer, count_groups, freeze, wrap
@@ -44,12 +45,9 @@ from nvlm.train.watch import Watchdog
 from nvlm.vision.path import build_vision
 from nvlm.vision.prepass import BalancedVision, build_team
 
-Evaluation = Callable[[Trainer, int, Callable[[], None]], dict[str, float]]
-"""(model, step, heartbeat for the watchdog) -> scores by name. A collective call: all ranks make it."""
-
 
 def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: Evaluation | None = None) -> None:
-    """Train, then evaluate, unless a signal ends the run. `evaluation` is also called before the first step.
+    """Train and evaluate, unless a signal ends the run.
 
     `refusal`: the first rank's reason not to start, which all ranks raise as a ConfigError.
     """
@@ -83,16 +81,7 @@ def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: E
             print(describe(config))
             if line := training_note(config):
                 print(f"note: {line}")
-
-        def evaluate(step: int) -> None:
-            alive = functools.partial(watch.mark, step, "evaluate")
-            if evaluation is not None and (scores := evaluation(trainer, step, alive)):
-                tracker.log({"step": step} | scores)
-
-        if not resumed:
-            evaluate(0)
-        if train(trainer, config, steps, loaded, run_dir, watch.mark, tracker):
-            evaluate(config.train.steps)
+        train(trainer, config, steps, loaded, run_dir, watch.mark, tracker, evaluation)
 
 
 def train(
@@ -103,8 +92,9 @@ def train(
     run_dir: Path,
     on_phase: Callable[[int, str], None],
     tracker: Tracker | Silent,
-) -> bool:
-    """The loop. Returns False if SIGTERM or SIGINT ended it, after saving a checkpoint.
+    evaluation: Evaluation | None,
+) -> None:
+    """The loop. SIGTERM and SIGINT end it, after saving a checkpoint.
 
     `on_phase`: called at the start of each phase of a step. Raises BrokenRun after too many bad steps in a row.
     """
@@ -119,6 +109,8 @@ def train(
         Checkpoints(settings, run_dir, loaded.ends) as checkpoints,
         Phases(on_phase, profiler) as mark,
     ):
+        evaluate = Evaluations(evaluation, trainer, signals, metrics, checkpoints, on_phase)
+        evaluate.before(first, settings.steps, guard)
         mark(first + 1, "data")
         coming = load_steps(steps, first, config.data.workers, pinned=has_cuda())
         loader = impatient(coming, signals.came, settings.stop_seconds / 4)
@@ -152,11 +144,15 @@ def train(
                     print(metrics.tally)
                     name = signal.Signals(signals.came[0] if signals.came else signal.SIGTERM).name
                     print(f"stopped by {name} after step {step}, checkpoint saved")
-                return False
+                return
+            if not last and evaluate.due(step):
+                mark(step, "evaluate")
+                evaluate(step, guard)
             mark(step + 1, "data")
-    if active:
-        print(metrics.tally)
-    return True
+        if active:
+            print(metrics.tally)
+        if evaluate.due(settings.steps):
+            evaluate(settings.steps, guard)
 
 
 def sample_ids(data: StepData) -> list[str]:

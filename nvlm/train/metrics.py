@@ -77,6 +77,12 @@ class Metrics:
         if self.active:
             self._write(result, phases)
 
+    def scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Log what an evaluation after `step` steps measured."""
+        if self.active and scores:
+            self.board.write(scores, step)
+            self.tracker.log({"step": step} | dict(scores))
+
     def _write(self, result: StepResult, phases: Mapping[str, float]) -> None:
         rates = self._rates(result, phases)
         counts = asdict(result) | asdict(result.work)
@@ -110,7 +116,7 @@ class Metrics:
 
     def _rates(self, result: StepResult, phases: Mapping[str, float]) -> dict[str, float]:
         """The derived numbers of a row. Speeds are over the whole step and all ranks; FLOP/s are per GPU."""
-        seconds, work = sum(phases.values()), result.work
+        seconds, work = sum(phases.values()) - phases.get("evaluate", 0.0), result.work
         flops = model_flops(self.config, work).total / seconds / groups.world_size()
         encoded = shares(result.tiles_by_replica, self.config.parallel.replica, self.config.vision.balance)
         rates = {

@@ -1,9 +1,10 @@
 """Checkpoints with Megatron's dist_checkpointing: written while training continues, complete or not at all.
 
 A run folder holds `checkpoints/step_00000200/` with what changes, `checkpoints/frozen/` with the weights that do not,
-and `checkpoints/latest`, one line with a step's name. The frozen encoder is in neither: it is read again from its
-source. A save has three phases: `save` takes the snapshot (a forked process, whose memory later steps do not change),
-the fork writes the files, and `poll` publishes them under their final name once all ranks have written theirs.
+and `checkpoints/latest` and `checkpoints/best`, each one line with a step's name. The frozen encoder is nowhere: it is
+read again from its source. A save has three phases: `save` takes the snapshot (a forked process, whose memory later
+steps do not change), the fork writes the files, and `poll` publishes them under their final name once all ranks have
+written theirs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from nvlm.config.values import ConfigError, TrainConfig, problem
 from nvlm.processes import groups
 from nvlm.runs.digests import MANIFEST, digest, write_manifest
 from nvlm.runs.files import write_whole
-from nvlm.runs.folder import FROZEN, latest, steps_of
+from nvlm.runs.folder import BEST, FROZEN, LATEST, latest, steps_of
+from nvlm.runs.sinks import spared
 from nvlm.train.checkpoint.state import adam_step, model_state, optimizer_state, stored
 from nvlm.train.checkpoint.writer import Writer
 from nvlm.train.guard import BrokenRun
@@ -39,6 +41,7 @@ class Checkpoints:
         self.queue, self.failure, self.ends = AsyncCallsQueue(), None, tuple(ends)
         self.step_writer = Writer()
         self.has_frozen = latest(run_dir) is not None and (self.root / FROZEN).is_dir()
+        self.chosen: str | None = None  # becomes the best checkpoint once it is complete
 
     def __enter__(self) -> Checkpoints:
         if groups.is_first_rank():
@@ -84,6 +87,21 @@ class Checkpoints:
         """Publish the pending checkpoint if all ranks have written it; with `wait`, wait until they have."""
         self.queue.maybe_finalize_async_calls(blocking=wait)
 
+    def keep_best(self, trainer: Trainer, step: int, extra: dict[str, float] | None = None) -> None:
+        """Name the state after `step` steps as the run's best checkpoint, which is kept beside the newest ones. It is
+        saved if no checkpoint was due."""
+        self.poll(wait=True)
+        self.chosen = f"step_{step:08d}"
+        if groups.from_first_rank((self.root / self.chosen).is_dir()):
+            self._mark_best()
+        else:
+            self.save(trainer, step, extra)
+
+    def _mark_best(self) -> None:
+        if groups.is_first_rank():
+            with spared(str(self.root / BEST)):
+                write_whole(self.root / BEST, f"{self.chosen}\n")
+
     def close(self) -> None:
         """Finish the last save. Raises ConfigError if it failed."""
         self.poll(wait=True)
@@ -117,10 +135,14 @@ class Checkpoints:
         shutil.rmtree(self.root / name, ignore_errors=True)
         folder.rename(self.root / name)
         if name != FROZEN:
-            write_whole(self.root / "latest", name + "\n")
+            write_whole(self.root / LATEST, name + "\n")
+            if name == self.chosen:
+                self._mark_best()
+            kept = _named(self.root / BEST)
             older = [step for step in steps_of(self.root) if step.name < name]
             for old in older[: max(0, len(older) + 1 - self.config.keep)]:
-                _remove(old)
+                if old.name != kept:
+                    _remove(old)
 
     def _on_first_rank(self, name: str, action, refused: list[str] = ()) -> str | None:
         """Run `action` on the first rank, unless `refused`, and report a failure there; all ranks return the reason."""
@@ -140,6 +162,10 @@ class Checkpoints:
         dist.broadcast_object_list(failure, src=0)
         self.failure = failure[0] or self.failure
         return failure[0]
+
+
+def _named(mark: Path) -> str | None:
+    return mark.read_text().strip() if mark.is_file() else None
 
 
 def _remove(folder: Path) -> None:

@@ -17,7 +17,7 @@ from nvlm.commands.compose import compose_config
 from nvlm.data.loader import load_steps
 from nvlm.estimate.load import step_load
 from nvlm.estimate.memory import rank_memory
-from nvlm.evaluate.closing import evaluation_of
+from nvlm.evaluate.during import evaluation_of
 from nvlm.export.trained import TrainedWeights
 from nvlm.train import loop
 from nvlm.train.checkpoint import restore
