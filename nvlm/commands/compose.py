@@ -60,6 +60,11 @@ def compose_config(*overrides: str) -> Config:
     return to_config(_compose(overrides))
 
 
+def unchecked_values(*overrides: str) -> dict:
+    """The values in conf/ with `overrides`, as nested mappings. Nothing is validated."""
+    return OmegaConf.to_container(_compose(overrides), resolve=True)
+
+
 def check_overrides(arguments: list[str], also: Sequence[str] = ()) -> list[Config]:
     """Compose and validate every run requested by `arguments`, before the first one starts. Raises ConfigError.
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nvlm.commands.mistakes import answered_or_helped
+from nvlm.commands.repeat import command
 from nvlm.config.values import problem
 from nvlm.report.content import Report, Task, report
 from nvlm.report.page import page
@@ -91,9 +92,15 @@ def _out(paths: Sequence[str]) -> Path:
 
 
 def _commands(runs: Sequence[Run]) -> dict[str, str]:
-    """What repeats each run, by its folder."""
-    words = {str(run.folder): run.overrides for run in runs if run.overrides is not None}
-    return {folder: f"python launch/train.py {shlex.join(overrides)}" for folder, overrides in words.items()}
+    """What repeats each run, by its folder: the words of its sweep, else those that give its configuration."""
+    found = {str(run.folder): _command(run) for run in runs}
+    return {folder: line for folder, line in found.items() if line}
+
+
+def _command(run: Run) -> str | None:
+    if run.overrides is None:
+        return command(run.config)
+    return f"python launch/train.py {shlex.join(run.overrides)}"
 
 
 def _print(found: Report, out: Path, seconds: float) -> None:

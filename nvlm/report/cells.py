@@ -137,7 +137,7 @@ def shown(value: object) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return f"[{','.join(map(shown, value))}]"
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "null" if value is None else repr(value) if isinstance(value, float) else str(value)
 
 
 def _tiling(run: Run) -> str:
