@@ -65,19 +65,23 @@ def read_runs(paths: Sequence[str]) -> tuple[list[Run], list[Missing]]:
     """The runs in `paths`, which are run folders, folders of runs, or patterns of these. Raises ConfigError if there is
     none."""
     folders = [folder for path in paths for folder in _matching(path)]
-    sweeps = {folder: ledger.read(folder) for folder in {*folders, *(folder.parent for folder in folders)}}
+    found = {folder: list(_found(folder)) for folder in folders}
+    parents = {one.parent for inner in found.values() for one in inner}
+    sweeps = {folder: ledger.read(folder) for folder in {*folders, *parents}}
     known = {(folder / name).resolve(): row for folder, rows in sweeps.items() for name, row in rows.items()}
     runs: list[Run] = []
     missing: list[Missing] = []
-    for folder in dict.fromkeys(one.resolve() for place in folders for one in _found(place)):
+    for folder in dict.fromkeys(one.resolve() for inner in found.values() for one in inner):
         try:
             runs.append(_read(folder, known.get(folder)))
         except (ConfigError, OSError, ValueError) as error:
             missing.append(Missing(folder, str(error)))
-    listed = {(folder / name).resolve() for folder in folders for name in sweeps[folder]}
+    # A run that left no folder is told if its sweep was named, not if single runs of it were.
+    within = [folder for folder in sweeps if any(folder.is_relative_to(one) for one in folders)]
+    listed = {(folder / name).resolve() for folder in within for name in sweeps[folder]}
     read = {run.folder for run in runs} | {one.folder for one in missing}
     missing += [Missing(folder, _why(known[folder])) for folder in sorted(listed - read)]
-    missing += [Missing(folder, "no run") for folder in folders if not (sweeps[folder] or any(_found(folder)))]
+    missing += [Missing(folder, "no run") for folder, inner in found.items() if not (sweeps[folder] or inner)]
     if not runs:
         raise problem("runs", ", ".join(paths), f"folders of runs{_reasons(missing)}", "runs=runs/sweep")
     return runs, missing
