@@ -40,6 +40,8 @@ def test_a_last_line_that_breaks_off_is_left_out_and_said(tmp_path):
     assert len(found.lines) == 1 and found.cut == 2
     found = read(tmp_path, GOOD, {**GOOD, "id": 2}, end="")
     assert len(found.lines) == 2 and found.cut is None
+    with pytest.raises(ConfigError, match="line 1: got"):
+        read(tmp_path, json.dumps(GOOD)[:20], end="")
 
 
 def test_a_question_that_could_not_be_asked_needs_no_references(tmp_path):

@@ -68,3 +68,13 @@ def test_the_distance_in_bits_is_that_of_the_table():
     for one in texts:
         for other in texts:
             assert distance(one, other) == plain_distance(one, other), (one, other)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [("a dog.", "B", 1), ("A Dog", "B", 1), ("B", "a dog", 1), ("dog", "B", 0), ("c", "C", 1), ("b", "C", 0)],
+)
+def test_a_choice_may_be_the_text_of_its_option(answer, reference, score):
+    options = ("a cat", "a dog", "b")
+    line = Line(id="1", answer=answer, references=(reference,), options=options)
+    assert METRICS["choice"]([line]) == [score]
