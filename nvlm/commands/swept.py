@@ -76,9 +76,16 @@ def _check_single(words: Sequence[str], experiment: str, listed: dict[str, str])
 
 
 def _experiment(words: Sequence[str]) -> str:
-    """The name of the experiment; empty if there is none, or several to sweep over."""
-    named = [parse(word) for word in words if word.startswith("+experiment=")]
-    return "" if not named or named[-1].is_sweep_override() else str(named[-1].value())
+    """The name of the experiment; empty if there is none, or several to sweep over, none of which may sweep itself."""
+    named = [word for word in words if word.startswith("+experiment=")]
+    if not named:
+        return ""
+    chosen = parse(named[-1])
+    if not chosen.is_sweep_override():
+        return str(chosen.value())
+    if sweeps := [name for name in chosen.sweep_string_iterator() if _listed(str(name))]:
+        raise problem(named[-1], f"the sweep {sweeps[0]} in a sweep", "one sweep at a time", f"+experiment={sweeps[0]}")
+    return ""
 
 
 def _listed(experiment: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -95,14 +96,16 @@ def table(state: State, where: Path, side_by_side: int) -> Group:
     progress = positions(state, where)
     body = Table(box=None, pad_edge=False)
     for heading, justify in (("run", "left"), ("step", "right"), ("loss", "right"), ("time", "right"), ("", "left")):
-        body.add_column(heading, justify=justify, overflow="fold" if heading == "run" else "ellipsis")
+        body.add_column(heading, justify=justify, overflow="fold", no_wrap=heading in ("step", "loss", "time"))
     for one in state.running:
         here = progress[one.job.folder]
         step, loss = (f"{here.step}/{one.job.steps}", _loss(here)) if here else (f"0/{one.job.steps}", "")
         body.add_row(Text(one.job.folder), step, loss, duration(one.seconds), "")
     failed = [row for row in state.rows.values() if row.status == "failed"]
     for row in failed[-_FAILED:]:
-        body.add_row(Text(row.folder), "", "", duration(row.seconds), Text(f"failed: {row.reason}", style="red"))
+        body.add_row(
+            Text(row.folder), "", "", duration(row.seconds), Text(f"failed: {shorten(row.reason, 120)}", style="red")
+        )
     return Group(Text(summary(state, where, side_by_side), style="bold"), body)
 
 

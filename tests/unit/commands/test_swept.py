@@ -94,6 +94,7 @@ def test_hydra_would_name_the_runs_as_we_do():
         (["jobs=2"], "jobs: got no sweep"),
         (["-m"], "-m: got no key with several values"),
         (["-m", "seed=1"], "Fix: add one, or leave -m out"),
+        (["-m", f"{TAGS},tiny_sft"], "got the sweep ablate_tags in a sweep"),
         (["-m", "seed=1,2", "jobs=many"], "jobs: got 'many', expected a number"),
         (["-m", "seed=1,2", "hydra/launcher=slurm", "jobs=2"], "array_parallelism"),
         (["-m", "seed=1,2", "hydra.sweep.subdir=x"], "Fix: leave it out"),
