@@ -5,6 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -115,6 +116,8 @@ def closing(rows: Sequence[Row], where: Path, command: str) -> list[str]:
     lines = [f"{len(rows) - len(left)} of {len(rows)} runs done, in {where}"]
     failed = [row for row in left if row.status == "failed"]
     lines += [f"failed: {row.folder}: {row.reason} (log: {where / row.folder / LOG})" for row in failed]
+    if len(left) < len(rows):
+        lines.append(f"to compare them: python launch/report.py {shlex.quote(f'runs={where}')}")
     if left:
         lines.append(f"to do what is missing, and nothing else: {command}")
     return lines

@@ -105,6 +105,7 @@ def test_the_last_lines_name_the_failed_runs(tmp_path):
     assert closing(known, tmp_path, "python launch/train.py -m seed=1,2,3") == [
         f"1 of 3 runs done, in {tmp_path}",
         f"failed: b: loss nan (log: {tmp_path}/b/log.txt)",
+        f"to compare them: python launch/report.py runs={tmp_path}",
         "to do what is missing, and nothing else: python launch/train.py -m seed=1,2,3",
     ]
-    assert closing(known[:1], tmp_path, "again") == [f"1 of 1 runs done, in {tmp_path}"]
+    assert [line.split(":")[0] for line in closing(known[:1], tmp_path, "again")][1:] == ["to compare them"]
