@@ -11,6 +11,7 @@ from nvlm.report.budget import Cost, Equal, cost, equal
 from nvlm.report.cells import Cell, Grid, grid
 from nvlm.report.charts import Chart, by_tiles, columns_of, loss_curve, rows_of, score_curve
 from nvlm.report.compare import Gap, column_gaps, interval, row_gaps, scores_of
+from nvlm.report.looks import Look, looks
 from nvlm.report.runs import DONE, Missing, Run
 from nvlm.report.samples import Chosen, samples
 from nvlm.report.settings import Setting, settings
@@ -50,7 +51,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """All of it. `commands`: what repeats each run, by its folder."""
+    """All of it. `commands`: what repeats each run, by its folder; `notes`: what could not be read of runs."""
 
     title: str
     runs: tuple[Run, ...]
@@ -61,6 +62,8 @@ class Report:
     loss_charts: tuple[Chart, ...]
     flops_charts: tuple[Chart, ...]
     losses: tuple[Equal, Equal] | None  # at equal samples and FLOPs, if no task is scored
+    looks: tuple[Look, ...]
+    notes: tuple[str, ...]
     settings: tuple[Setting, ...]
     commands: Mapping[str, str]
 
@@ -89,6 +92,7 @@ def report(
     table = grid(runs)
     names = sorted({one.task for run in runs for one in run.evaluations})
     numbers = Numbers()
+    shown_looks, faults = looks(table)
     tasks = tuple(_task(table, name, shown, numbers) for name in names)
     losses = (
         None if any(task.overall for task in tasks) else (equal(table, None, "samples"), equal(table, None, "flops"))
@@ -107,6 +111,8 @@ def report(
             columns_of(table, lambda run: loss_curve(run, "flops"), "FLOPs", numbers.next, log=True)
         ),
         losses=losses,
+        looks=shown_looks,
+        notes=(*(f"{run.name}: {note}" for run in runs for note in run.notes), *faults),
         settings=tuple(settings(table)),
         commands=commands,
     )

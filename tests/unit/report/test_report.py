@@ -145,10 +145,10 @@ def test_texts_of_runs_stay_texts(made):
 
 def test_what_does_not_count_is_told(made):
     text = " ".join(Page(made["report.html"]).text.split())
-    assert "stopped unfinished step 30 of 60" in text and "cut unfinished step 39 of 60" in text
-    assert "diverged diverged no usable update" in text and "gone no run failed: " in text
+    assert "stopped unfinished : step 30 of 60" in text and "cut unfinished : step 39 of 60" in text
+    assert "diverged diverged : no usable update" in text and "gone no run : failed: " in text
     assert "metrics.jsonl is damaged after step 39" in text and "2 of 5 runs" in text
-    assert "half no run" in text and "11 runs, 8 of them done" in text
+    assert "half no run :" in text and "11 runs, 8 of them done" in text
 
 
 def test_equal_flops_compare_less_samples_of_the_dearer(made):
@@ -266,3 +266,23 @@ def test_a_browser_shows_it_within_its_width(made, tmp_path, width):
     shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     needed, had, charts = map(int, re.search(r"<title>(\d+) (\d+) (\d+)</title>", shown).groups())
     assert needed == had and width - 20 <= had <= width and charts > 10
+
+
+def test_looks_in_a_run_s_folder_are_shown(tmp_path, configured):
+    """Two by one tiles and the thumbnail; the second layer's gate is closed, so that only the first one counts."""
+    folder = write_run(tmp_path / "run", with_seed(configured("arch=xattn"), 1), Made())
+    shares, rest = [[[0.7, 0.2, 0.1]], [[0.0, 0.0, 1.0]]], [[[0.0] * 3]] * 2
+    values = {
+        "version": 1, "arch": "xattn", "tokens": [{"text": HOSTILE, "id": 1, "probability": 0.5}], "grids": [[2, 1]],
+        "tiles": [{"image": 0, "tile": n, "tag": f"<tile_{n}>"} for n in range(3)], "layers": [2, 4],
+        "gates": [0.5, 0.0],
+        "attention": shares, "tags": rest, "strength": rest, "effect": [[0.0] * 3], "question": "Why?", "answer": "x",
+    }  # fmt: skip
+    (folder / "looks").mkdir()
+    (folder / "looks" / "one.looks.json").write_text(json.dumps(values))
+    (folder / "looks" / "two.looks.json").write_text('{"version": 1}')
+    assert main([f"runs={tmp_path}"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    squares = re.findall(r'--share: (\d+)%; grid-(area: 1 / \d|column: 1)"', page)
+    assert squares == [("70", "area: 1 / 1"), ("20", "area: 1 / 2"), ("10", "column: 1")]
+    assert "<script>" not in page and "two.looks.json cannot be read" in page
