@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from nvlm.commands import launch
-from nvlm.commands.checkpoint import Request, check, parse
 from nvlm.commands.mistakes import answered_or_helped
 from nvlm.commands.score import score, scores_files
 from nvlm.config.values import problem
 from nvlm.processes.workers import report
+
+if TYPE_CHECKING:
+    from nvlm.commands.checkpoint import Request
 
 _STOP_SECONDS = 5.0  # short: answers are kept as they come
 
@@ -40,6 +42,9 @@ def main(arguments: Sequence[str]) -> int:
 def _answer(arguments: Sequence[str]) -> int:
     if scores_files(arguments):
         return score(arguments)
+    from nvlm.commands import launch  # here, because files of answers are scored without
+    from nvlm.commands.checkpoint import check, parse
+
     request = parse(arguments)
     check(request)
     parallel, task = request.config.parallel, launch.launched()
@@ -55,6 +60,8 @@ def _answer(arguments: Sequence[str]) -> int:
 
 def work(request: Request) -> int:
     """Evaluate as one rank of the layout."""
+    from nvlm.commands import launch
+
     launch.quiet()
     from nvlm.evaluate.checkpoint import evaluate_checkpoint
 
