@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from subprocess import SubprocessError
 
 from nvlm.config.values import ConfigError
 from nvlm.processes.workers import Signals
@@ -87,8 +88,8 @@ def _started(state: State, waiting: deque[Job], shares: Sequence[Share], where: 
         job = waiting.popleft()
         try:
             running.append(start(job, free[0], where))
-        except OSError as error:
-            reason = f"it could not be started: {error.strerror or error}"
+        except (OSError, SubprocessError) as error:  # the latter: the share's cores no longer exist
+            reason = f"it could not be started: {getattr(error, 'strerror', None) or error}"
             rows[job.folder] = replace(rows[job.folder], status="failed", reason=reason)
             continue
         rows[job.folder] = replace(rows[job.folder], status="running", reason="")

@@ -98,6 +98,11 @@ def test_a_failed_run_ends_only_itself_and_says_why(tmp_path):
     assert rows["good"].status == "done" and stopped is None
 
 
+def test_a_share_whose_cores_are_gone_fails_its_run(tmp_path):
+    rows, _, _ = sweep(tmp_path, [job("a", "true")], shares=[Share((100_000,))])
+    assert rows["a"].status == "failed" and "could not be started" in rows["a"].reason
+
+
 def test_the_reason_is_of_the_last_attempt(tmp_path):
     sweep(tmp_path, [job("a", "echo error: first; exit 1")])
     rows, _, _ = sweep(tmp_path, [job("a", "echo error: second; exit 1")])
