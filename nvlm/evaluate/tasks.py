@@ -7,7 +7,10 @@ from pathlib import Path
 
 from nvlm.config.task import TaskConfig
 from nvlm.config.values import Config, problem
+from nvlm.data.record import BadRecord
 from nvlm.data.sources.registry import build_records
+from nvlm.metrics.line import Line
+from nvlm.metrics.needs import lacking
 from nvlm.metrics.registry import METRICS
 from nvlm.tasks.files import read_task
 from nvlm.tasks.question import Question, Questions
@@ -15,6 +18,8 @@ from nvlm.tasks.records import RecordQuestions
 from nvlm.tasks.registry import RECORDS, build_questions, check_folder, folder_of
 from nvlm.tasks.release import KEY
 from nvlm.tasks.shots import Examples, examples_of, with_examples
+
+_TRIED = 10  # questions of which one is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,22 @@ def build_task(name: str, config: Config) -> Task | None:
         return None
     questions = RecordQuestions(records)
     task = replace(task, metric=_metric(config) or task.metric)
+    _check_metric(task.metric, questions)
     return Task(task, questions, _count(questions, config), shots, _of_training(config) if shots else None)
+
+
+def _check_metric(metric: str, questions: Questions) -> None:
+    """Raise ConfigError if the first question that can be read lacks what `metric` needs."""
+    for index in range(min(_TRIED, len(questions))):
+        try:
+            first = questions[index]
+        except BadRecord:
+            continue
+        fields = {key: getattr(first, key) for key in ("references", "options", "type", "category")}
+        if lack := lacking(metric, Line(id="", answer="", **fields)):
+            got = f"{metric}, and {questions.name(index)} with {lack.got} as {lack.key}"
+            raise problem("evaluate.metric", got, f"{lack.key}: {lack.expected}", "evaluate.metric=exact_match")
+        return
 
 
 def check_tasks(config: Config) -> None:

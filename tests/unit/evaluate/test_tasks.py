@@ -1,0 +1,21 @@
+"""Which tasks a configuration asks."""
+
+from __future__ import annotations
+
+import pytest
+
+from nvlm.commands.compose import check_overrides
+from nvlm.config.values import ConfigError
+from nvlm.evaluate.tasks import build_task
+
+
+def config(*words):
+    return check_overrides(list(words))[0]
+
+
+def test_a_metric_that_the_records_cannot_serve_is_refused():
+    """Against one annotator no answer could score more than 0."""
+    with pytest.raises(ConfigError, match="vqa_accuracy, and .* with 1 as references, expected .* at least 4"):
+        build_task("heldout", config("evaluate.metric=vqa_accuracy"))
+    task = build_task("heldout", config("evaluate.metric=anls"))
+    assert task.config.metric == "anls" and task.count > 0
