@@ -9,9 +9,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
 from nvlm.commands import swept as module
-from nvlm.commands.compose import CONF, runs
+from nvlm.commands.compose import CONF, compose_config, runs
 from nvlm.commands.swept import swept
 from nvlm.commands.words import plain_words
+from nvlm.config.data import Blend
 from nvlm.config.values import ConfigError
 
 TAGS = "+experiment=ablate_tags"
@@ -48,13 +49,35 @@ def test_the_command_line_replaces_a_list(written):
     assert {one[3] for one in found} == {"resume=never"}
 
 
-@pytest.mark.parametrize("experiment", ["ablate_tags", "ablate_tags_quick"])
-def test_the_paper_s_comparison_has_five_tilings_and_three_architectures(experiment):
-    found = combinations("-m", f"+experiment={experiment}")
-    tilings, arches = ({word for one in found for word in one if word.startswith(f"{k}=")} for k in ("tiling", "arch"))
-    assert tilings == {f"tiling={name}" for name in ("single", "untagged", "1d", "2d_grid", "2d_bbox")}
-    assert arches == {"arch=decoder", "arch=xattn", "arch=hybrid"}
-    assert len(found) % 15 == 0 and len(set(found)) == len(found)
+def test_the_paper_s_comparison_has_five_tilings_and_three_architectures_with_three_seeds():
+    found = combinations("-m", TAGS)
+    values = {
+        k: {word for one in found for word in one if word.startswith(f"{k}=")} for k in ("tiling", "arch", "seed")
+    }
+    assert values["tiling"] == {f"tiling={name}" for name in ("single", "untagged", "1d", "2d_grid", "2d_bbox")}
+    assert values["arch"] == {"arch=decoder", "arch=xattn", "arch=hybrid"} and len(values["seed"]) == 3
+    assert len(set(found)) == len(found) == 5 * 3 * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "fixed", "runs", "sources"),
+    [
+        ("tags", "tiling=untagged", 3, 1),
+        ("tags_quick", "tiling=1d", 2, 1),
+        ("bind", "tiling=1d", 1, 1),
+        ("frozen", "arch=hybrid", 2, 1),
+        ("text", "arch=hybrid", 2, 2),
+    ],
+)
+def test_an_ablation_s_runs_draw_the_same_samples_about_positions(name, fixed, runs, sources):
+    found = combinations("-m", f"+experiment=ablate_{name}", "seed=1", fixed)
+    configs = [compose_config(*words) for words in found]
+    assert len(configs) == len(set(configs)) == runs
+    assert len({(one.train, one.optim, one.evaluate) for one in configs}) == 1
+    data = [one.data.source for one in configs]
+    assert len({repr(one) for one in data}) == sources
+    asked = [part.source for one in data if isinstance(one, Blend) for part in one.sources.values()] or data
+    assert {one.about for one in asked} == {"positions"}
 
 
 @pytest.mark.parametrize(
