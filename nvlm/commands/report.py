@@ -6,21 +6,18 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from nvlm.commands.mistakes import answered_or_helped
-from nvlm.commands.repeat import command
 from nvlm.config.values import problem
-from nvlm.report.content import Report, Task, report
-from nvlm.report.page import page
 from nvlm.report.runs import Run, read_runs, split_paths
-from nvlm.report.tables import cells_csv, markdown, runs_csv
-from nvlm.report.words import told
 from nvlm.runs.files import write_whole
 from nvlm.runs.place import check_place
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from nvlm.report.content import Report, Task
 
 HELP = """python launch/report.py runs=runs/sweep [key=value ...]
 
@@ -50,6 +47,8 @@ def _answer(arguments: Sequence[str]) -> int:
     out = Path(given["out"]).expanduser() if given.get("out") else _out(paths)
     check_place(out, "out")
     runs, missing = read_runs(paths)
+    from nvlm.report.content import report  # a mistyped path need not wait for it
+
     found = report(given.get("title") or out.resolve().name, runs, missing, shown, _commands(runs))
     _write(found, out)
     _print(found, out, time.perf_counter() - started)
@@ -57,6 +56,9 @@ def _answer(arguments: Sequence[str]) -> int:
 
 
 def _write(found: Report, out: Path) -> None:
+    from nvlm.report.page import page
+    from nvlm.report.tables import cells_csv, markdown, runs_csv
+
     out.mkdir(parents=True, exist_ok=True)
     for name, text in (
         ("report.html", page(found)),
@@ -99,11 +101,15 @@ def _commands(runs: Sequence[Run]) -> dict[str, str]:
 
 def _command(run: Run) -> str | None:
     if run.overrides is None:
+        from nvlm.commands.repeat import command
+
         return command(run.config)
     return f"python launch/train.py {shlex.join(run.overrides)}"
 
 
 def _print(found: Report, out: Path, seconds: float) -> None:
+    from rich.console import Console
+
     console = Console(width=120)
     for task in found.tasks:
         if task.overall:
@@ -113,6 +119,11 @@ def _print(found: Report, out: Path, seconds: float) -> None:
 
 
 def _table(found: Report, task: Task) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    from nvlm.report.words import told
+
     grid = found.grid
     table = Table(box=None, title=f"{task.name}: {task.metric}", title_justify="left")
     table.add_column(grid.row_title)

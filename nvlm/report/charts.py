@@ -14,7 +14,8 @@ from nvlm.report.runs import DONE, Run
 
 Curve = tuple[np.ndarray, np.ndarray]
 _WINDOW = 0.03  # of a run's steps: losses are means over as many
-_ROWS_FROM = 2  # colours of rows: the first two are those of baselines among columns
+_FIRST = 2  # colours before are those of baselines
+_TILINGS = {"one tile": 0, "no tag": 1, "2-D grid": 2, "2-D box": 3, "1-D": 4}  # the same colours in all reports
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,15 @@ def rows_of(grid: Grid, curve: Callable[[Run], Curve], over: str, first: int, **
     if not grid.titled:
         return columns_of(grid, curve, over, first, **settings)
     panels = [
-        (row, [(cell, cell.column, grid.columns.index(cell.column)) for cell in grid.cells if cell.row == row])
+        (row, [(cell, cell.column, _colour(grid, cell.column)) for cell in grid.cells if cell.row == row])
         for row in grid.rows
     ]
     return _drawn(panels, curve, over, first, **settings)
+
+
+def _colour(grid: Grid, column: str) -> int:
+    """A column's colour."""
+    return _TILINGS.get(column, _FIRST + grid.columns.index(column))
 
 
 def columns_of(grid: Grid, curve: Callable[[Run], Curve], over: str, first: int, **settings) -> list[Chart]:
@@ -54,7 +60,7 @@ def columns_of(grid: Grid, curve: Callable[[Run], Curve], over: str, first: int,
     panels = [
         (
             column,
-            [(cell, cell.row, _ROWS_FROM + grid.rows.index(cell.row)) for cell in grid.cells if cell.column == column],
+            [(cell, cell.row, _FIRST + grid.rows.index(cell.row)) for cell in grid.cells if cell.column == column],
         )
         for column in grid.columns
     ]
@@ -116,10 +122,10 @@ def by_tiles(
     """Scores by the number of tiles. `means`: by cell and number."""
     lines: dict[str, list[Line]] = {}
     for row in grid.rows:
-        for number, column in enumerate(grid.columns):
+        for column in grid.columns:
             found = means.get((row, column), {})
             x, y = np.array(sorted(found), dtype=float), np.array([found[n] for n in sorted(found)], dtype=float)
             title, label = (row, column) if grid.titled else ("", row)
-            colour = number if grid.titled else _ROWS_FROM + grid.rows.index(row)
+            colour = _colour(grid, column) if grid.titled else _FIRST + grid.rows.index(row)
             lines.setdefault(title, []).append(Line(label, colour % SERIES, (), (x, y)))
     return finished(lines, "regular tiles", first, percent=percent, dots=True, whole_x=True)

@@ -58,10 +58,12 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = _POINTS) -> tuple[np.ndarr
 
 
 def mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of curves, where all have values, at the places of the first."""
+    """The mean of curves: point by point if all have as many, else where all have values, at the first's places."""
     curves = [curve for curve in curves if len(curve[0])]
     if not curves:
         return np.array([]), np.array([])
+    if len({len(x) for x, _ in curves}) == 1:
+        return np.mean([x for x, _ in curves], axis=0), np.mean([y for _, y in curves], axis=0)
     low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
     places = curves[0][0]
     places = places[(places >= low) & (places <= high)]

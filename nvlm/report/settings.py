@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from nvlm.report.cells import Grid, shown
 from nvlm.report.runs import Run
 
-_UNTOLD = ("name", "resume", "dry_run")  # of how a run was started
+_UNTOLD = ("name", "seed", "resume", "dry_run")  # of how a run was started
 _LONGEST = 160
 
 

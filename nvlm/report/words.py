@@ -113,4 +113,5 @@ def _span(gaps: Sequence[Gap], percent: bool) -> str:
     if len(gaps) == 1:
         return f"{score(means[0], percent, True)} ({'certain' if certain else 'not certain'})"
     low, high = score(min(means), percent, True), score(max(means), percent, True)
-    return f"{low} to {high} ({certain} of {len(gaps)} certain)"
+    span = low if low == high else f"{low} to {high}"
+    return f"{span} ({certain} of {len(gaps)} certain)"
