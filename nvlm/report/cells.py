@@ -6,7 +6,7 @@ from the axes before it is none: each architecture has its own lengths, for exam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nvlm.arch.registry import description
@@ -51,7 +51,8 @@ class Cell:
 @dataclass(frozen=True, slots=True)
 class Grid:
     """All runs. `rows` and `columns`: the names that occur; `base_row`, `base_column`: those with which others are
-    compared; `doubled`: runs that are left out because another in their cell has the same seed."""
+    compared; `doubled`: runs that are left out because another in their cell has the same seed; `parts`: the values
+    in a row's name, one for each axis."""
 
     row_title: str
     column_title: str
@@ -61,6 +62,7 @@ class Grid:
     base_column: str
     cells: tuple[Cell, ...]
     doubled: tuple[Run, ...]
+    parts: Mapping[str, tuple[str, ...]]
 
     def cell(self, row: str, column: str) -> Cell | None:
         """The cell there, if any run belongs to it."""
@@ -94,6 +96,7 @@ def grid(runs: Sequence[Run]) -> Grid:
         base_row=rows[0],
         base_column=across.base if across else "",
         cells=tuple(Cell(*place, own) for place, own in kept.items()),
+        parts={_joined(run, down): tuple(value_of(run, axis.key) for axis in down) for run in runs},
         doubled=tuple(
             run for place, found in placed.items() for run in found if all(run is not one for one in kept[place])
         ),

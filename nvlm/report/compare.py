@@ -127,12 +127,13 @@ def column_gaps(grid: Grid, scores: Mapping[tuple[str, str], Scores]) -> list[Ga
 
 
 def row_gaps(grid: Grid, scores: Mapping[tuple[str, str], Scores]) -> list[Gap]:
-    """Each row against every row before it, within each column."""
+    """Each row against every row before it that differs in one axis alone, within each column."""
     pairs = [
         ((row, column), (before, column))
         for column in grid.columns
         for number, row in enumerate(grid.rows)
         for before in grid.rows[:number]
+        if sum(one != other for one, other in zip(grid.parts[row], grid.parts[before])) == 1
     ]
     return _gaps(pairs, scores)
 

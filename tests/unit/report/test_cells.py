@@ -10,6 +10,7 @@ import pytest
 
 from nvlm.config.mapping import to_mapping
 from nvlm.report.cells import grid
+from nvlm.report.compare import row_gaps
 from nvlm.report.history import read_steps
 from nvlm.report.runs import DONE, UNFINISHED, Run
 from nvlm.report.settings import settings
@@ -75,6 +76,19 @@ def test_two_other_keys_make_rows_and_columns(configured):
     words += [("stage.train_llm=true", lr) for lr in ("optim.lr=0.001", "optim.lr=0.002")]
     found = grid([run(configured("arch=xattn", *one)) for one in words])
     assert len(found.cells) == 4 and len(found.rows) == len(found.columns) == 2
+
+
+def test_rows_of_two_axes_are_compared_in_one_of_them(configured):
+    words = [(arch, f"stage.train_llm={learns}", tag) for arch in ("arch=xattn", "arch=hybrid")
+             for learns in ("false", "true") for tag in ("tiling.tag=1d", "tiling.tag=none")]  # fmt: skip
+    found = grid([run(configured(*one)) for one in words])
+    assert len(found.rows) == 4 and found.columns == ("no tag", "1-D")
+    scores = {(row, column): {1: {"a": 1.0, "b": 0.0}} for row in found.rows for column in found.columns}
+    pairs = {(gap.this[0], gap.base[0]) for gap in row_gaps(found, scores)}
+    x, h = "NVLM-X, stage.train_llm=", "NVLM-H, stage.train_llm="
+    assert pairs == {
+        (f"{x}true", f"{x}false"), (f"{h}true", f"{h}false"), (f"{h}true", f"{x}true"), (f"{h}false", f"{x}false")
+    }  # fmt: skip
 
 
 def test_a_start_that_follows_from_the_seed_is_no_axis(configured):

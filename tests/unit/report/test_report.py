@@ -183,6 +183,14 @@ def test_a_sweep_without_scores_still_has_curves(tmp_path, configured, capsys):
     assert "2 runs, 0 not counted" in capsys.readouterr().out
 
 
+def test_a_run_that_has_not_made_a_step_is_told(tmp_path, configured):
+    folder = write_run(tmp_path / "run", with_seed(configured("arch=xattn"), 1), Made(done=0, evaluated=()))
+    (folder / "metrics.jsonl").unlink()
+    assert main([f"runs={folder}", f"out={tmp_path / 'out'}"]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "step 0 of 60" in page and "No run has logged a step" in page and not (folder / "report.html").exists()
+
+
 def test_runs_that_were_asked_other_questions_are_paired_on_common_ones(tmp_path, configured):
     for arch, first in (("decoder", 0), ("xattn", 10)):
         config = with_seed(configured(f"arch={arch}"), 1)
