@@ -35,9 +35,11 @@ setup(
         "tensorboard",
         "tokenizers",
     ],
+    entry_points={"lmms_eval.models": ["nvlm = nvlm.lmms.manifest:manifest"]},
     extras_require={
         "demo": ["scikit-learn"],
         "gpu": ["transformer-engine[pytorch]", "flash-attn"],
+        "lmms": ["lmms-eval==0.7.3"],  # in an environment of its own: it needs old versions of several packages
         "slurm": ["hydra-submitit-launcher"],
         "wandb": ["wandb"],
         "test": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "transformers"],

@@ -16,53 +16,50 @@ import torch
 from torch import Tensor
 
 from nvlm.arch.base import VisionLanguageModel
-from nvlm.arch.pipeline import Pipeline
+from nvlm.arch.registry import placement_rule
 from nvlm.attention.cache import generating
 from nvlm.attention.visibility import unseen_keys
-from nvlm.data.batch import IGNORE, IMAGE, PAD, Batch, Sample
-from nvlm.data.outline import Processor
+from nvlm.data.batch import IMAGE, PAD, Batch, Sample
+from nvlm.data.outline import Processor, build_processor
 from nvlm.data.pack import collate
 from nvlm.explain.looks import Looks, Tile, Token
 from nvlm.explain.read import Columns, Read, read
 from nvlm.explain.watch import watched
-from nvlm.generate.generator import Answer, Generator, prompt_processor
-from nvlm.generate.sampling import GREEDY
+from nvlm.generate.generator import Answer, Generator
+from nvlm.generate.score import columns_of, followed, log_probabilities
 from nvlm.generate.text import TextStream
 from nvlm.processes import device
 from nvlm.tiling.grid import TilePlan
-from nvlm.vision.prepass import BalancedVision
 
 _NEVER = 1 << 40  # the number of an image that no column has begun
 
 
-def looks_of(
-    pipeline: Pipeline,
-    vision: BalancedVision,
-    prompt: Sample,
-    answer: Sequence[int],
-    plans: Sequence[TilePlan],
-    processor: Processor,
-) -> Looks:
+def looks_of(generator: Generator, prompt: Sample, answer: Sequence[int], plans: Sequence[TilePlan]) -> Looks:
     """What the tokens `answer` read, given in reply to `prompt`, whose images were cut by `plans`.
 
     A collective call of a replica's ranks, which all get the result. `nvlm.explain.check` says which models and layouts
     can be explained; the prompt has at least one cross-attended tile. Reads the whole row once, and once more for each
     tile.
     """
-    (model,) = pipeline.parts
-    where, tiles = model.frequencies.device, _tiles_of(prompt)
-    row = collate([[_answered(prompt, answer)]], processor.tile_size, model.attends().multiple).to(where)
-    (batch,) = vision.encode([row])
-    columns_N = torch.arange(len(answer), device=where) + len(prompt.tokens) - 1
+    config = generator.config
+    processor = build_processor(config, placement_rule(config.arch.name))
+    (model,) = generator.pipeline.parts
+    where, tiles = generator.device, _tiles_of(prompt)
+    row = collate([[followed(prompt, answer)]], config.vision.tile_size, config.row_multiple).to(where)
+    (batch,) = generator.vision.encode([row])
+    columns, answer_N = columns_of(prompt, answer), torch.tensor(answer, device=where)
+    columns_N = torch.tensor(columns, device=where)
     own_TX = torch.stack([_keys_of(batch, *tile) for tile in tiles])
     with generating([model]), device.untranslated():
         with watched(model) as seen:
-            logs_N = _log_probabilities(model, batch, columns_N)
+            logs_N = _log_probabilities(model, batch, columns, answer_N)
         words_X = batch.cross_tokens[0] != IMAGE
         visible_NX = ~unseen_keys(batch, columns_N)[0, 0]
         asked = Columns(columns_N, visible_NX, own_TX.T.float(), (own_TX & words_X).T.float())
         found = [read(layer, seen.keys_XBH, asked) for layer in seen.layers]
-        blind_TN = torch.stack([_log_probabilities(model, _without(batch, own_X), columns_N) for own_X in own_TX])
+        blind_TN = torch.stack(
+            [_log_probabilities(model, _without(batch, own_X), columns, answer_N) for own_X in own_TX]
+        )
     return Looks(
         arch=model.architecture.description.title,
         tokens=_tokens(answer, logs_N.exp().tolist(), processor),
@@ -77,32 +74,13 @@ def looks_of(
 
 def explained(generator: Generator, answer: Answer) -> Looks:
     """What the tokens of one of `generator`'s answers read."""
-    processor = prompt_processor(generator.config, GREEDY)
-    plans = answer.sketch.pictures.plans
-    return looks_of(generator.pipeline, generator.vision, answer.prompt, answer.ids, plans, processor)
+    return looks_of(generator, answer.prompt, answer.ids, answer.sketch.pictures.plans)
 
 
 def _tiles_of(prompt: Sample) -> list[tuple[int, int]]:
     """(image, tile) of the cross-attended tiles, in order."""
     pairs = torch.stack((prompt.cross_image, prompt.cross_tile), dim=1)
     return [(image, tile) for image, tile in pairs.unique(dim=0).tolist()]
-
-
-def _answered(prompt: Sample, answer: Sequence[int]) -> Sample:
-    """`prompt` followed by the answer, whose tokens are the labels; without its last token, which predicts nothing."""
-    more = torch.tensor(answer[:-1], dtype=torch.long)
-    silent = torch.full((len(prompt.tokens) - 1,), IGNORE)
-
-    def longer(values: Tensor) -> Tensor:
-        return torch.cat((values, values[-1:].expand(len(more))))
-
-    return replace(
-        prompt,
-        tokens=torch.cat((prompt.tokens, more)),
-        labels=torch.cat((silent, torch.tensor(answer, dtype=torch.long))),
-        image=longer(prompt.image),
-        tile=longer(prompt.tile),
-    )
 
 
 def _keys_of(batch: Batch, image: int, tile: int) -> Tensor:
@@ -116,9 +94,9 @@ def _without(batch: Batch, keys_X: Tensor) -> Batch:
     return replace(batch, cross_image=batch.cross_image.masked_fill(keys_X, _NEVER))
 
 
-def _log_probabilities(model: VisionLanguageModel, batch: Batch, columns_N: Tensor) -> Tensor:
+def _log_probabilities(model: VisionLanguageModel, batch: Batch, columns: range, answer_N: Tensor) -> Tensor:
     """Of each answer token, [N]."""
-    return -model(batch)[0, columns_N].float()
+    return log_probabilities(model, batch, columns).gather(1, answer_N[:, None])[:, 0]
 
 
 def _tokens(answer: Sequence[int], probabilities: Sequence[float], processor: Processor) -> tuple[Token, ...]:

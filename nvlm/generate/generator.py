@@ -93,7 +93,7 @@ class Generator:
         if self.untrained and any(one.images for one in conversations):
             raise BadRecord(f"images cannot be used: the weights of {' and '.join(self.untrained)} are random")
         processor, config = prompt_processor(self.config, sampling), self.config
-        prompts = [_prompt(number, one, processor) for number, one in enumerate(conversations)]
+        prompts = [prompt_of(number, one, processor) for number, one in enumerate(conversations)]
         multiple = config.row_multiple
         batch = collate([[sample] for *_, sample in prompts], config.vision.tile_size, multiple).to(self.device)
         (batch,) = self.vision.encode([batch])
@@ -128,7 +128,8 @@ def check(config: Config, conversation: Conversation, sampling: Sampling) -> Out
         return outline(_record(0, conversation), prompt_processor(config, sampling), generate=True)
 
 
-def _prompt(number: int, conversation: Conversation, processor: Processor) -> tuple[Record, Outline, Sample]:
+def prompt_of(number: int, conversation: Conversation, processor: Processor) -> tuple[Record, Outline, Sample]:
+    """The record of a conversation, its outline and the encoded prompt. Raises BadRecord."""
     record = _record(number, conversation)
     with one_record():
         sketch = outline(record, processor, generate=True)

@@ -12,6 +12,7 @@ from nvlm.data.outline import build_processor, outline
 from nvlm.data.samples import encode
 from nvlm.explain.looks import Looks
 from nvlm.explain.measure import looks_of
+from nvlm.generate.generator import Generator
 from nvlm.processes.groups import distributed
 from nvlm.train.loop import build_trainer
 from tests.dist.layouts import Case, load_weights, prepare
@@ -22,11 +23,12 @@ ASKED = Story("asked", (("user", "<image> and <image>?"),), ((3, 1), (1, 2)))
 ARCHITECTURES = ("xattn", "hybrid")
 
 
-def look(config, pipeline, vision) -> Looks:
+def look(config, pipeline, vision, device) -> Looks:
     processor, record = build_processor(config, placement_rule(config.arch.name)), record_of(ASKED)
     plans = outline(record, processor, generate=True).pictures.plans
     answer = [*processor.tokenizer.encode("seven"), processor.tokenizer.end]
-    return looks_of(pipeline, vision, encode(record, processor, generate=True), answer, plans, processor)
+    prompt = encode(record, processor, generate=True)
+    return looks_of(Generator(config, pipeline, vision, device), prompt, answer, plans)
 
 
 def look_all(cases: list[Case]) -> list[Looks]:
@@ -35,7 +37,7 @@ def look_all(cases: list[Case]) -> list[Looks]:
         with joined(case.config) as device:
             trainer = build_trainer(case.config, device)
             load_weights(trainer, case.folder / "weights")
-            found.append(look(case.config, trainer.pipeline, trainer.vision.within_replica()))
+            found.append(look(case.config, trainer.pipeline, trainer.vision.within_replica(), device))
             assert trainer.pipeline.parts[0].config.sequence_parallel == case.config.parallel.sequence  # as it was
     return found
 
@@ -51,7 +53,7 @@ def cases(tmp_path_factory) -> list[tuple[Case, Looks]]:
             class Alone:
                 encode = staticmethod(lambda batches, twins=twins: [twins.vision.encode(batch) for batch in batches])
 
-            found.append((case, look(config, Pipeline([twins.model], [], lend=False), Alone)))
+            found.append((case, look(config, Pipeline([twins.model], [], lend=False), Alone, torch.device("cpu"))))
     torch.set_num_threads(threads)
     return found
 

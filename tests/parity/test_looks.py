@@ -10,10 +10,14 @@ from torch import Tensor
 from nvlm.arch.pipeline import Pipeline
 from nvlm.arch.registry import placement_rule
 from nvlm.attention.cache import KeepsKeys
+from nvlm.data.batch import Sample
 from nvlm.data.outline import build_processor, outline
 from nvlm.data.samples import encode
 from nvlm.explain.looks import Looks, from_mapping, to_mapping
 from nvlm.explain.measure import looks_of
+from nvlm.generate.generator import Generator
+from nvlm.generate.score import score
+from nvlm.tiling.grid import TilePlan
 from tests.models import Story, Twins, record_of, reference_sample
 from tests.parity import reference
 from tests.parity.reference import CrossAttention, visibility
@@ -36,14 +40,22 @@ class Alone:
         self.encode = lambda batches: [twins.vision.encode(batch) for batch in batches]
 
 
-def looked(overrides: tuple[str, ...], words: str = "less of them") -> tuple[Twins, list[int], Looks]:
-    twins = twins_with(overrides, "1d")
-    processor = build_processor(twins.config, placement_rule(twins.config.arch.name))
-    record, end = record_of(ASKED), processor.tokenizer.end
+def generator_of(twins: Twins) -> Generator:
+    return Generator(twins.config, Pipeline([twins.model], [], lend=False), Alone(twins), torch.device("cpu"))
+
+
+def asked(twins: Twins, words: str) -> tuple[Sample, list[int], tuple[TilePlan, ...]]:
+    """The prompt, the answer's tokens and the images' tiles."""
+    processor, record = build_processor(twins.config, placement_rule(twins.config.arch.name)), record_of(ASKED)
     plans = outline(record, processor, generate=True).pictures.plans
-    answer = [*processor.tokenizer.encode(words), end]
-    prompt = encode(record, processor, generate=True)
-    return twins, answer, looks_of(Pipeline([twins.model], [], False), Alone(twins), prompt, answer, plans, processor)
+    answer = [*processor.tokenizer.encode(words), processor.tokenizer.end]
+    return encode(record, processor, generate=True), answer, plans
+
+
+def looked(overrides: tuple[str, ...]) -> tuple[Twins, list[int], Looks]:
+    twins = twins_with(overrides, "1d")
+    prompt, answer, plans = asked(twins, "less of them")
+    return twins, answer, looks_of(generator_of(twins), prompt, answer, plans)
 
 
 class Kept:
@@ -171,6 +183,19 @@ def test_a_file_brings_the_numbers_back():
     assert again.tiles == looks.tiles and again.layers == looks.layers and again.grids == looks.grids
     for name in ("gates", "attention", "tags", "strength", "effect", "gated"):
         assert np.abs(getattr(again, name) - getattr(looks, name)).max() < 1e-5
+
+
+@pytest.mark.parametrize("arch", ["decoder", "xattn", "hybrid"])
+def test_the_score_of_an_answer_is_the_reference_s(arch, monkeypatch):
+    twins = twins_with((f"arch={arch}",), "1d")
+    prompt, answer, _ = asked(twins, "less of them")
+    kept = Kept(twins, answer, "less of them", monkeypatch)
+    logs = kept.logits.log_softmax(-1)
+    found = score(generator_of(twins), prompt, answer)
+    near([found.log_probability], [float(logs[range(len(answer)), answer].sum())])
+    assert not found.greedy
+    likeliest = [int(logs[0].argmax())]
+    assert score(generator_of(twins), prompt, likeliest).greedy
 
 
 def near(found, expected) -> None:

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 ROOMS = (
     "tiling", "config", "runs", "processes", "metrics", "data", "tasks", "weights", "attention", "llm", "vision",
-    "arch", "inputs", "estimate", "export", "train", "generate", "inspect", "explain", "evaluate", "sweep", "report",
-    "commands",
+    "arch", "inputs", "estimate", "export", "train", "generate", "inspect", "explain", "evaluate", "lmms", "sweep",
+    "report", "commands",
 )  # fmt: skip
 """From the ground up: a room imports only rooms before it."""
 
