@@ -1,11 +1,11 @@
 """Runs an hour of a sweep side by side, compared with one after another, on the cores of this machine.
 
-    python benchmarks/sweep.py [--runs 4] [--pairs 3] [-- train.steps=100 ...]
+    python benchmarks/sweep.py [--runs 4] [--rounds 3] [--ways side threads=1 threads=all] [-- train.steps=100 ...]
 
-Both ways are whole commands, `launch/train.py -m seed=1,2,... jobs=N`, starts and checkpoints included: N is 1 (each
-run has all cores, as if it were alone) or what the sweep chooses itself. They alternate, and the ratio is the median
-over pairs. The CPU time of a run says how much of the difference comes from cores that waited: on a machine that other
-programs use, too, it is the figure to trust.
+All ways are whole commands, `launch/train.py -m seed=1,2,... jobs=N`, starts and checkpoints included. One after
+another, a run has either all cores, as if it were alone, or one thread, which is what it has side by side. The ways
+take turns, and a ratio is the median over rounds. Where other programs use the machine, too, only the one-thread ratio
+means anything: threads of one run that wait for each other spin, and lose much more than one thread does.
 """
 
 from __future__ import annotations
@@ -45,25 +45,30 @@ def measure(runs: int, words: Sequence[str]) -> Cost:
     return Cost(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
+WAYS = {"side": (), "threads=1": ("jobs=1", "train.threads=1"), "threads=all": ("jobs=1",)}
+"""Words by way: side by side, and one after another."""
+
+
 def main() -> None:
-    """Print each pair and the median ratio."""
+    """Print each round, and the median ratio of side by side to each other way."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("words", nargs="*", default=DEFAULT)
     options = parser.parse_args()
-    ratios = []
-    for number in range(options.pairs):
-        ways = {"one after another": ("jobs=1",), "side by side": ()}
-        order = list(ways) if number % 2 == 0 else list(reversed(ways))
-        costs = {way: measure(options.runs, [*options.words, *ways[way]]) for way in order}
+    rounds = []
+    for number in range(options.rounds):
+        order = options.ways if number % 2 == 0 else options.ways[::-1]
+        costs = {way: measure(options.runs, [*options.words, *WAYS[way]]) for way in order}
         for way, cost in costs.items():
             per_hour, cpu = 3600 * options.runs / cost.wall, cost.cpu / options.runs
             print(f"{way}: {per_hour:.1f} runs an hour, {cpu:.1f} CPU seconds a run", flush=True)
-        ratios.append(costs["one after another"].wall / costs["side by side"].wall)
-    load = os.getloadavg()[0]
-    cores = len(os.sched_getaffinity(0))
-    print(f"ratio {statistics.median(ratios):.2f} (of {options.pairs}) on {cores} cores, load {load:.1f}")
+        rounds.append(costs)
+    for way in [way for way in options.ways if way != "side"]:
+        ratio = statistics.median(costs[way].wall / costs["side"].wall for costs in rounds)
+        print(f"side by side / {way}: {ratio:.2f}, of {options.rounds} rounds")
+    print(f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":
