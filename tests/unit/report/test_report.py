@@ -47,7 +47,7 @@ def sweep(tmp_path_factory, configured):
     entries = []
     for (arch, tag), right in RIGHT.items():
         for seed in (1, 2):
-            config = with_seed(configured(f"arch={arch}", f"tiling.tag={tag}"), seed)
+            config = with_seed(configured(f"arch={arch}", f"tiling.tag={tag}", "data.heldout_records=4"), seed)
             folder = root / f"arch={arch},tiling.tag={tag},seed={seed}"
             flops = 1e12 if arch == "hybrid" else 2e12
             write_run(folder, config, Made(flops=flops, evaluated=(60,)), lines(right))
@@ -60,7 +60,7 @@ def sweep(tmp_path_factory, configured):
                     "seconds": 1,
                 }
             )
-    config = configured("arch=hybrid", "tiling.tag=1d")
+    config = configured("arch=hybrid", "tiling.tag=1d", "data.heldout_records=4")
     write_run(root / "stopped", with_seed(config, 3), Made(done=30, evaluated=(20,)))
     diverged = write_run(root / "diverged", with_seed(config, 4), Made(done=30, evaluated=()))
     edit(diverged / "metrics.jsonl", lambda row: row | ({"loss": None, "updated": False} if row["step"] > 15 else {}))
@@ -177,7 +177,7 @@ def test_each_run_is_a_line_of_the_csv(made):
 def test_a_sweep_without_scores_still_has_curves(tmp_path, configured, capsys):
     for seed in (1, 2):
         write_run(tmp_path / f"seed={seed}", with_seed(configured("arch=xattn"), seed), Made(evaluated=()))
-    assert main([f"runs={tmp_path}"]) == 0
+    assert main([f"runs={tmp_path}", "show=0"]) == 0
     page = (tmp_path / "report.html").read_text()
     assert "No run has answered questions yet" in page and "<svg viewBox" in page and "NVLM-X" in page
     assert "2 runs, 0 not counted" in capsys.readouterr().out
@@ -195,7 +195,7 @@ def test_runs_that_were_asked_other_questions_are_paired_on_common_ones(tmp_path
     for arch, first in (("decoder", 0), ("xattn", 10)):
         config = with_seed(configured(f"arch={arch}"), 1)
         write_run(tmp_path / arch, config, Made(), lines(30)[first:])
-    assert main([f"runs={tmp_path}"]) == 0
+    assert main([f"runs={tmp_path}", "show=0"]) == 0
     assert "were asked different questions" in (tmp_path / "report.html").read_text()
 
 
@@ -209,7 +209,7 @@ def test_damaged_evaluations_are_told_and_do_not_count(tmp_path, configured):
             (folder / "score.json").unlink()
         if damage == "nan":
             edit(folder / "answers.jsonl", lambda row: row | {"score": float("nan")})
-    assert main([f"runs={tmp_path}"]) == 0
+    assert main([f"runs={tmp_path}", "show=0"]) == 0
     page = Page((tmp_path / "report.html").read_text()).text
     assert page.count("cannot be read") == 2 and page.count("has not ended") == 1 and "1 of 4 runs" in page
 
@@ -289,7 +289,7 @@ def test_looks_in_a_run_s_folder_are_shown(tmp_path, configured):
     (folder / "looks").mkdir()
     (folder / "looks" / "one.looks.json").write_text(json.dumps(values))
     (folder / "looks" / "two.looks.json").write_text('{"version": 1}')
-    assert main([f"runs={tmp_path}"]) == 0
+    assert main([f"runs={tmp_path}", "show=0"]) == 0
     page = (tmp_path / "report.html").read_text()
     squares = re.findall(r'--share: (\d+)%; grid-(area: 1 / \d|column: 1)"', page)
     assert squares == [("70", "area: 1 / 1"), ("20", "area: 1 / 2"), ("10", "column: 1")]
