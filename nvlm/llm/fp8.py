@@ -1,14 +1,17 @@
-"""Weights that are kept only in FP8. Imported only if Transformer Engine is in use (nvlm.llm.backend)."""
+"""FP8: weights that are kept only in it, scales that evaluation leaves as they are. Imported only if Transformer
+Engine is in use (nvlm.llm.backend)."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.transformer_block import TransformerBlock
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_engine.pytorch import LayerNormLinear, Linear
-from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+from transformer_engine.pytorch.fp8 import DelayedScalingRecipeState, FP8GlobalStateManager
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
 
@@ -38,6 +41,34 @@ def _quantize(linear: Linear | LayerNormLinear) -> None:
     for name, (learns, megatrons) in kept.items():
         parameter = linear.get_parameter(name).requires_grad_(learns)
         vars(parameter).update(megatrons)
+
+
+@contextmanager
+def scales_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A block whose forward passes leave no trace in the scaling history of delayed FP8."""
+    layers = [module for module in modules if isinstance(module, TransformerEngineBaseModule)]
+    before = {id(state): [tensor.clone() for tensor in _tensors(state)] for state in _histories(layers)}
+    try:
+        yield
+    finally:
+        for state in _histories(layers):
+            history, scale = _tensors(state)
+            if id(state) in before:
+                for tensor, value in zip((history, scale), before[id(state)]):
+                    tensor.copy_(value)
+            else:  # it was made in the block
+                history.zero_()
+                scale.fill_(1.0)
+
+
+def _histories(layers: Iterable[TransformerEngineBaseModule]) -> Iterator[DelayedScalingRecipeState]:
+    for layer in layers:
+        states = (layer.fp8_meta.get(f"scaling_{way}") for way in ("fwd", "bwd"))
+        yield from (state for state in states if isinstance(state, DelayedScalingRecipeState))
+
+
+def _tensors(state: DelayedScalingRecipeState) -> tuple[Tensor, Tensor]:
+    return state.amax_history, state.scale
 
 
 def _as_it_is(weight: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -96,11 +97,22 @@ def forward(trainer: Trainer, micro_batches: Sequence[Batch]) -> float:
     for chunk in trainer.chunks:
         chunk.eval()
     try:
-        return _pass(trainer, micro_batches, lambda phase: None, forward_only=True)
+        with _scales_kept(trainer):
+            return _pass(trainer, micro_batches, lambda phase: None, forward_only=True)
     finally:
         trainer.pipeline.borrowed = None  # without gradients, it has nothing to return
         for chunk in trainer.chunks:
             chunk.train()
+
+
+def _scales_kept(trainer: Trainer) -> contextlib.AbstractContextManager:
+    """A block whose forward passes do not change the scales that training computes in FP8 with."""
+    config = trainer.chunks[0].config
+    if not config.fp8 or config.fp8_recipe != "delayed":
+        return contextlib.nullcontext()
+    from nvlm.llm.fp8 import scales_kept
+
+    return scales_kept(module for chunk in trainer.chunks for module in chunk.modules())
 
 
 def _pass(trainer: Trainer, micro_batches: Sequence[Batch], mark: Callable[[str], None], forward_only: bool) -> float:

@@ -218,7 +218,7 @@ def whole_run(overrides: tuple[str, ...], run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
+WHOLE = pytest.mark.parametrize(
     "settings",
     [
         ("precision=fp8_delayed", "precision.encoder=true"),
@@ -229,6 +229,9 @@ def whole_run(overrides: tuple[str, ...], run: Path) -> list[dict]:
     ],
     ids=["delayed", "current"],
 )  # fmt: skip
+
+
+@WHOLE
 def test_a_run_learns_saves_answers_and_goes_on(settings, tmp_path):
     overrides = (*SMALL, "arch=hybrid", "evaluate.questions=6", "train.save_every=4", "train.threads=1", *settings)
     run = tmp_path / "run"
@@ -239,3 +242,13 @@ def test_a_run_learns_saves_answers_and_goes_on(settings, tmp_path):
         both[-1]["loss"] < 0.8 * both[0]["loss"]
         and (run / "evaluation" / "heldout" / "step_00000008" / "score.json").is_file()
     )
+
+
+@WHOLE
+def test_evaluation_disturbs_neither_scales_nor_weights(settings, tmp_path):
+    overrides = (*SMALL, "arch=hybrid", "train.save_every=4", "train.threads=1", "train.steps=6", *settings)
+    measured = ("evaluate.every=1", "evaluate.losses=4", "evaluate.questions=4", "evaluate.batch=2")
+    alone = run_distributed(whole_run, 1, (*overrides, "evaluate=none"), tmp_path / "alone")[0]
+    inside = run_distributed(whole_run, 1, (*overrides, *measured), tmp_path / "inside")[0]
+    assert [line["loss"] for line in inside] == [line["loss"] for line in alone]
+    assert [line["grad_norm"] for line in inside] == [line["grad_norm"] for line in alone]
