@@ -176,7 +176,7 @@ def test_a_killed_sweep_leaves_no_run_and_no_lock_behind(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", ALONE, str(tmp_path)], env=environment) as process:
         deadline = time.monotonic() + 60
-        while not (tmp_path / "a" / LOG).exists() or len(log(tmp_path, "a").splitlines()) < 2:
+        while "a" not in ledger.read(tmp_path) or len(log(tmp_path, "a").splitlines()) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         with pytest.raises(ConfigError, match=f"sweep folder .*: got one in use by process {process.pid} on"):
