@@ -15,6 +15,7 @@ from pathlib import Path
 from nvlm.config.values import Config, ConfigError
 from nvlm.data.sources.registry import build_records
 from nvlm.evaluate.gallery import gallery
+from nvlm.evaluate.looks import explain_some
 from nvlm.evaluate.losses import FILE, add_losses, measure, read_losses, told_losses
 from nvlm.evaluate.report import write_report
 from nvlm.evaluate.score import SCORE, Score, folder_of, remove, score_of, told, unanswered, write
@@ -103,6 +104,8 @@ class During:
             except ConfigError as error:  # all ranks raise it
                 self._say(f"task {name} was not evaluated after step {step}: {error}")
                 continue
+            if task and answered and step == self.config.train.steps and name == self.asked.tasks[0]:
+                explain_some(model, task, answered.rows, self.run_dir)
             if task and answered and groups.is_first_rank():
                 scores |= self._result(model, task, answered, step, paged=not scores)
         return scores

@@ -15,3 +15,9 @@ def check_explains(config: Config) -> None:
     if config.parallel.pipeline > 1:
         fix = f"parallel.pipeline=1 parallel.tensor={config.parallel.replica}"
         raise problem("parallel.pipeline", config.parallel.pipeline, "1 with explain=...", fix)
+
+
+def explains(config: Config) -> bool:
+    """Whether the model of `config` can be explained in its layout."""
+    layout = config.parallel
+    return bool(description(config.arch.name).keys) and layout.pipeline == 1 and layout.context == 1

@@ -14,6 +14,7 @@ from nvlm.commands.evaluate import main
 from nvlm.data.loader import Steps
 from nvlm.evaluate import task as evaluation
 from nvlm.evaluate.during import During
+from nvlm.explain.looks import from_mapping
 from nvlm.runs.folder import find_checkpoint, step_of
 from tests.boards import scalars
 from tests.e2e import preloaded
@@ -51,6 +52,19 @@ def test_evaluation_does_not_disturb_the_run(inside, tmp_path):
     assert list(json.loads((run / "losses.json").read_text())) == ["0", "2", "4", "6"]
     assert sorted(scalars(run / "tensorboard", "heldout/exact_match")) == [2, 4, 6]
     assert output.count("heldout exact_match=") == 3
+
+
+def test_the_run_leaves_where_it_looked(inside):
+    """For reports; of the first questions whose tiles are cross-attended."""
+    run, _ = inside
+    given = {(row["question"], row["answer"]) for row in answers(run / "evaluation" / "heldout" / "step_00000006")}
+    files = sorted((run / "looks").iterdir())
+    assert [path.name for path in files] == [f"heldout_{number}.looks.json" for number in range(3)]
+    for values in (json.loads(path.read_text()) for path in files):
+        looks = from_mapping(values)
+        assert (values["question"], values["answer"]) in given and len(looks.tiles) > 1
+        assert "".join(token.text for token in looks.tokens).startswith(values["answer"])
+        assert abs(looks.attention.sum(-1) - 1).max() < 1e-3
 
 
 def test_the_best_checkpoint_outlives_the_newest(inside):

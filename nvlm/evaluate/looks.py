@@ -1,0 +1,64 @@
+"""Where the model looked for some of its answers, after the last step: RUN/looks/TASK_N.looks.json, for reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from nvlm.data.pack import collate
+from nvlm.evaluate.asking import Asked, asked, longest, processor_of
+from nvlm.evaluate.score import Row
+from nvlm.evaluate.tasks import Task
+from nvlm.explain.check import explains
+from nvlm.explain.looks import to_mapping
+from nvlm.explain.measure import looks_of
+from nvlm.generate.decode import continue_rows
+from nvlm.generate.generator import Generator
+from nvlm.generate.sampling import Sampling
+from nvlm.processes import groups
+from nvlm.runs.files import write_whole
+from nvlm.runs.sinks import spared
+
+_MOST = 3  # answers of a run
+_LONGEST = 64  # tokens of an answer
+
+
+def explain_some(model: Generator, task: Task, rows: Mapping[int, Row], run_dir: Path) -> None:
+    """Answer some of the questions of `rows` again, and write what the answers read. Of `evaluate.gallery` questions,
+    the first with cross-attended tiles; nothing for models that have none and for layouts that are not supported.
+
+    A collective call, in which one replica has work.
+    """
+    if not explains(model.config) or groups.data_rank()[0]:
+        return
+    alone = replace(model, vision=model.vision.within_replica())
+    shown = islice(_with_keys(alone, task, rows), _MOST)
+    for place, (one, row) in enumerate(shown):
+        looks = looks_of(alone, one.sample, _answer(alone, task, one), one.sketch.pictures.plans)
+        if groups.is_first_rank():
+            told = {"question": row["question"], "answer": row["answer"]}
+            path = run_dir / "looks" / f"{task.name}_{place}.looks.json"
+            with spared(str(path)):
+                path.parent.mkdir(exist_ok=True)
+                write_whole(path, json.dumps(to_mapping(looks) | told) + "\n")
+
+
+def _with_keys(model: Generator, task: Task, rows: Mapping[int, Row]) -> Iterator[tuple[Asked, Row]]:
+    processor = processor_of(task, model.config)
+    numbers = (number for number, row in rows.items() if "reason" not in row)
+    for number in islice(numbers, model.config.evaluate.gallery):
+        one = asked(task, number, processor)
+        if isinstance(one, Asked) and one.sketch.lengths[1]:
+            yield one, rows[number]
+
+
+def _answer(model: Generator, task: Task, one: Asked) -> list[int]:
+    config, tokenizer = model.config, processor_of(task, model.config).tokenizer
+    row = collate([[one.sample]], config.vision.tile_size, config.row_multiple).to(model.device)
+    (batch,) = model.vision.encode([row])
+    sampling = Sampling(max_new_tokens=min(longest(task, config), _LONGEST))
+    (ids,) = continue_rows(model.pipeline, batch, sampling, tokenizer.ends, config.row_multiple)
+    return ids
