@@ -7,7 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from nvlm.config.values import Config
+from nvlm.data.images import decode_image
 from nvlm.data.pack import collate
 from nvlm.evaluate.asking import Asked, asked, longest, processor_of
 from nvlm.evaluate.score import Row
@@ -18,12 +21,15 @@ from nvlm.explain.measure import looks_of
 from nvlm.generate.decode import continue_rows
 from nvlm.generate.generator import Generator
 from nvlm.generate.sampling import Sampling
+from nvlm.inspect.document import data_url
 from nvlm.processes import groups
 from nvlm.runs.files import write_whole
 from nvlm.runs.sinks import spared
+from nvlm.tiling.pixels import to_rgb
 
 _MOST = 3  # answers of a run
 _LONGEST = 64  # tokens of an answer
+_PICTURE = (256, 14_000)  # the longest side in px, and about the most bytes
 
 
 def explain_some(model: Generator, task: Task, rows: Mapping[int, Row], run_dir: Path) -> None:
@@ -39,11 +45,16 @@ def explain_some(model: Generator, task: Task, rows: Mapping[int, Row], run_dir:
     for place, (one, row) in enumerate(shown):
         looks = looks_of(alone, one.sample, _answer(alone, task, one), one.sketch.pictures.plans)
         if groups.is_first_rank():
-            told = {"question": row["question"], "answer": row["answer"]}
+            pictures = [_picture(image, model.config) for image in one.question.record.images]
+            told = {"question": row["question"], "answer": row["answer"], "pictures": pictures}
             path = run_dir / "looks" / f"{task.name}_{place}.looks.json"
             with spared(str(path)):
                 path.parent.mkdir(exist_ok=True)
                 write_whole(path, json.dumps(to_mapping(looks) | told) + "\n")
+
+
+def _picture(image: Any, config: Config) -> str:
+    return data_url(to_rgb(decode_image(image, config.data.max_pixels)), *_PICTURE)
 
 
 def _with_keys(model: Generator, task: Task, rows: Mapping[int, Row]) -> Iterator[tuple[Asked, Row]]:

@@ -21,6 +21,7 @@ def write(looks: Looks, config: Config, answer: Answer, question: str, out: Path
     processor = build_processor(config, placement_rule(config.arch.name))
     shown = pictures(answer.record, answer.sketch.pictures.plans, answer.prompt.pixels, processor)
     model = str(config.init.checkpoint or config.name)
-    write_whole(values, json.dumps(to_mapping(looks) | {"question": question, "answer": answer.text}) + "\n")
+    told = {"question": question, "answer": answer.text, "pictures": [picture.url for picture in shown]}
+    write_whole(values, json.dumps(to_mapping(looks) | told) + "\n")
     write_whole(out, page(looks, Asked(model, question, answer.text, shown), values.name))
     return out, values

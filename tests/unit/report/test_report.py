@@ -284,7 +284,9 @@ def test_looks_in_a_run_s_folder_are_shown(tmp_path, configured):
         "version": 1, "arch": "xattn", "tokens": [{"text": HOSTILE, "id": 1, "probability": 0.5}], "grids": [[2, 1]],
         "tiles": [{"image": 0, "tile": n, "tag": f"<tile_{n}>"} for n in range(3)], "layers": [2, 4],
         "gates": [0.5, 0.0],
-        "attention": shares, "tags": rest, "strength": rest, "effect": [[0.0] * 3], "question": "Why?", "answer": "x",
+        "attention": shares, "tags": rest, "strength": rest,
+        "effect": [[1e9, 0.0, -0.5]], "question": "Why?", "answer": "x",
+        "pictures": ["data:image/jpeg;base64,AAAA", "https://example.org/x.jpg", "javascript:alert(1)"],
     }  # fmt: skip
     (folder / "looks").mkdir()
     (folder / "looks" / "one.looks.json").write_text(json.dumps(values))
@@ -293,4 +295,6 @@ def test_looks_in_a_run_s_folder_are_shown(tmp_path, configured):
     page = (tmp_path / "report.html").read_text()
     squares = re.findall(r'--share: (\d+)%; grid-(area: 1 / \d|column: 1)"', page)
     assert squares == [("70", "area: 1 / 1"), ("20", "area: 1 / 2"), ("10", "column: 1")]
+    assert re.findall(r"--lost: (\d+)%", page) == ["100", "0", "0"]
+    assert "data:image/jpeg;base64,AAAA" in page and "example.org" not in page and "javascript:" not in page
     assert "<script>" not in page and "two.looks.json cannot be read" in page
