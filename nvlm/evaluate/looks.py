@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -36,16 +36,20 @@ def explain_some(model: Generator, task: Task, rows: Mapping[int, Row], run_dir:
     """Answer some of the questions of `rows` again, and write what the answers read. Of `evaluate.gallery` questions,
     the first with cross-attended tiles; nothing for models that have none and for layouts that are not supported.
 
-    A collective call, in which one replica has work.
+    A collective call, in which one replica has work. `rows`: as in nvlm.evaluate.task.Answered.
     """
-    if not explains(model.config) or groups.data_rank()[0]:
+    if not explains(model.config):
+        return
+    asked_of = [number for number, row in rows.items() if "reason" not in row][: model.config.evaluate.gallery]
+    numbers = groups.from_first_rank(asked_of)
+    if groups.data_rank()[0]:
         return
     alone = replace(model, vision=model.vision.within_replica())
-    shown = islice(_with_keys(alone, task, rows), _MOST)
-    for place, (one, row) in enumerate(shown):
+    for place, (number, one) in enumerate(islice(_with_keys(alone, task, numbers), _MOST)):
         looks = looks_of(alone, one.sample, _answer(alone, task, one), one.sketch.pictures.plans)
         if groups.is_first_rank():
             pictures = [_picture(image, model.config) for image in one.question.record.images]
+            row = rows[number]
             told = {"question": row["question"], "answer": row["answer"], "pictures": pictures}
             path = run_dir / "looks" / f"{task.name}_{place}.looks.json"
             with spared(str(path)):
@@ -57,13 +61,12 @@ def _picture(image: Any, config: Config) -> str:
     return data_url(to_rgb(decode_image(image, config.data.max_pixels)), *_PICTURE)
 
 
-def _with_keys(model: Generator, task: Task, rows: Mapping[int, Row]) -> Iterator[tuple[Asked, Row]]:
+def _with_keys(model: Generator, task: Task, numbers: Sequence[int]) -> Iterator[tuple[int, Asked]]:
     processor = processor_of(task, model.config)
-    numbers = (number for number, row in rows.items() if "reason" not in row)
-    for number in islice(numbers, model.config.evaluate.gallery):
+    for number in numbers:
         one = asked(task, number, processor)
         if isinstance(one, Asked) and one.sketch.lengths[1]:
-            yield one, rows[number]
+            yield number, one
 
 
 def _answer(model: Generator, task: Task, one: Asked) -> list[int]:
