@@ -8,6 +8,7 @@ from nvlm.commands.compose import compose_config
 from nvlm.data.sources.registry import build_records
 from nvlm.evaluate import task as evaluation
 from nvlm.evaluate.kept import Kept
+from nvlm.evaluate.looks import explain_some
 from nvlm.evaluate.stop import Stopped
 from nvlm.evaluate.tasks import Task, build_task
 from nvlm.generate.generator import Generator
@@ -39,8 +40,9 @@ def model_of(config, device) -> Generator:
     return Generator(config, trainer.pipeline, trainer.vision, device)
 
 
-def answered(overrides, folder=None):
-    """This rank's result, and the numbers of questions that its replica answered."""
+def answered(overrides, folder=None, looks=None):
+    """This rank's result, and the numbers of questions that its replica answered. `looks`: where it writes what some of
+    the answers looked at."""
     config, own, batch = compose_config(*SMALL, *overrides), [], evaluation.answer_batch
 
     def counted(model, task, prompts, processor):
@@ -51,7 +53,10 @@ def answered(overrides, folder=None):
         evaluation.answer_batch = counted
         try:
             kept = Kept(folder, {}) if folder else None
-            found = evaluation.evaluate(model_of(config, device), build_task("heldout", config), kept)
+            model, task = model_of(config, device), build_task("heldout", config)
+            found = evaluation.evaluate(model, task, kept)
+            if looks:
+                explain_some(model, task, found.rows, looks)
         finally:
             evaluation.answer_batch = batch
         return found.rows, own, groups.data_rank()[0]
@@ -63,9 +68,12 @@ def alone():
 
 
 @pytest.mark.parametrize(("world", "layout"), ALL)
-def test_a_layout_gives_the_answers_of_one_process(world, layout, alone):
+def test_a_layout_gives_the_answers_of_one_process(world, layout, alone, tmp_path):
     for arch in ("hybrid",) if world == 2 else alone:
-        ranks = run_distributed(answered, world, (f"arch={arch}", *layout.split()))
+        (tmp_path / arch).mkdir()
+        ranks = run_distributed(answered, world, (f"arch={arch}", *layout.split()), None, tmp_path / arch)
+        explained = arch == "hybrid" and not any(word in layout for word in ("pipeline", "context"))
+        assert len(list(tmp_path.glob(f"{arch}/looks/*.looks.json"))) == 3 * explained
         assert ranks[0][0] == alone[arch] and len(alone[arch]) == 11
         assert all(rows == {} for rows, _, _ in ranks[1:])
         replicas = {replica: own for _, own, replica in ranks}
