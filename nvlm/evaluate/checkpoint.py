@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nvlm.config.mapping import to_mapping
 from nvlm.config.values import Config, problem
 from nvlm.evaluate.asking import longest
 from nvlm.evaluate.kept import Kept
@@ -21,6 +22,9 @@ from nvlm.evaluate.tasks import Task, build_task
 from nvlm.generate.generator import Generator, build_generator
 from nvlm.inputs import identity
 from nvlm.processes import groups
+
+# Keys of the model that change no answer: where files are, and how tiles are spread and encoded (always exactly).
+_FREE = ("llm.tokenizer", "vision.balance", "vision.tiles_per_call", "vision.graph", "tiling.resize")
 
 
 def evaluate_checkpoint(config: Config, root: Path, checkpoint: Path, step: int) -> None:
@@ -58,19 +62,21 @@ def _evaluate(model: Generator, task: Task, root: Path, checkpoint: Path, step: 
 
 
 def definition(config: Config, task: Task) -> dict[str, Any]:
-    """What determines the answers, besides the questions: the weights by their content, the task without its metric,
-    and what makes a prompt of a question."""
-    weights = identity.of_first_weights(config)
+    """What determines the answers, besides the questions: the weights by their content, the model that is built around
+    them, the task without its metric, and what makes a prompt of a question."""
+    weights, values = identity.of_first_weights(config), to_mapping(config)
     asked = {name: value for name, value in asdict(task.config).items() if name != "metric"}
     data = {name: getattr(config.data, name) for name in ("system", "tokenize", "max_pixels")}
     return {
         "checkpoint": weights.digest if weights else None,
         "task": asked | {"max_new_tokens": longest(task, config)},
         "examples": {"shots": task.shots} | ({"split": task.examples.split, "seed": config.seed} if task.shots else {}),
-        "tiling": {"max_tiles": config.tiling.max_tiles, "tag": config.tiling.tag},
         "data": data,
-        "llm": {"chat": config.llm.chat, "bos": config.llm.bos, "max_positions": config.llm.max_positions},
         "precision": {"name": config.precision.name},
+        "peft": {"scale": config.peft.scale},
+    } | {
+        group: {key: value for key, value in values[group].items() if f"{group}.{key}" not in _FREE}
+        for group in ("arch", "llm", "vision", "tiling")
     }
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from nvlm.config.values import Config, ConfigError
 from nvlm.data.sources.registry import build_records
 from nvlm.evaluate.gallery import gallery
+from nvlm.evaluate.kept import clear
 from nvlm.evaluate.looks import explain_some
 from nvlm.evaluate.losses import FILE, add_losses, measure, read_losses, told_losses
 from nvlm.evaluate.report import write_report
-from nvlm.evaluate.score import SCORE, Score, folder_of, remove, score_of, told, unanswered, write
+from nvlm.evaluate.score import SCORE, Score, folder_of, score_of, told, unanswered, write
 from nvlm.evaluate.stop import Stop, Stopped
 from nvlm.evaluate.task import Answered, evaluate
 from nvlm.evaluate.tasks import Task, build_task, label
@@ -46,7 +47,6 @@ class During:
         self.asks = self.asked.questions != 0
         self.root = run_dir / "evaluation"
         self.tasks: dict[str, Task | None] = {}
-        self.top = self._mean_of_best()
 
     def due(self, step: int) -> bool:
         """Whether something is measured after `step` steps."""
@@ -104,10 +104,10 @@ class During:
             except ConfigError as error:  # all ranks raise it
                 self._say(f"task {name} was not evaluated after step {step}: {error}")
                 continue
-            if task and answered and step == self.config.train.steps and name == self.asked.tasks[0]:
-                explain_some(model, task, answered.rows, self.run_dir)
             if task and answered and groups.is_first_rank():
                 scores |= self._result(model, task, answered, step, paged=not scores)
+            if task and answered and step == self.config.train.steps and name == self.asked.tasks[0]:
+                explain_some(model, task, answered.rows, self.run_dir)
         return scores
 
     def _task(self, name: str) -> Task | None:
@@ -128,7 +128,7 @@ class During:
         if groups.is_first_rank():
             with spared(f"{self.root}: older results"):
                 for name in self.asked.tasks:
-                    remove(self._folder(name, step))
+                    clear(self._folder(name, step))
                 if step == self.config.train.steps:
                     (self.run_dir / "report.html").unlink(missing_ok=True)
 
@@ -151,21 +151,24 @@ class During:
         return {task.name: score}
 
     def _is_best(self, scores: dict[str, Score]) -> bool:
-        """Whether the chosen task's score is the best so far. A collective call."""
+        """Whether the chosen task's score is above that of the checkpoint that is kept as the best. A collective
+        call."""
         if self.asked.best is None:
             return False
-        score = scores.get(label(self.asked.best, self.asked.shots))
-        better = score is not None and (self.top is None or score.whole.mean > self.top)
-        if score is not None and better:
-            self.top = score.whole.mean
+        score, better = scores.get(label(self.asked.best, self.asked.shots)), False
+        if score is not None:  # on the first rank
+            top = self._mean_of_best()
+            better = top is None or score.whole.mean > top
         return groups.from_first_rank(better)
 
     def _mean_of_best(self) -> float | None:
-        """The score of the checkpoint that an earlier part of the run kept as its best."""
-        if self.asked.best is None or (kept := best(self.run_dir)) is None:
+        """The score of the checkpoint that is kept as the best; None if there is none, or no score of it."""
+        try:
+            kept = best(self.run_dir)
+            path = kept and self._folder(self.asked.best, step_of(kept)) / SCORE
+            return float(json.loads(path.read_text("utf-8"))["mean"]) if path and path.is_file() else None
+        except (ConfigError, OSError, ValueError, TypeError, KeyError):  # somebody changed these files
             return None
-        path = self._folder(self.asked.best, step_of(kept)) / SCORE
-        return json.loads(path.read_text("utf-8"))["mean"] if path.is_file() else None
 
     def _say(self, line: str) -> None:
         if groups.is_first_rank():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 
 from nvlm.config.values import problem
 from nvlm.evaluate.order import Prompt
-from nvlm.evaluate.score import ANSWERS, Row, Score, digest, remove, write
+from nvlm.evaluate.score import ANSWERS, SCORE, Row, Score, digest, write
 from nvlm.runs.files import write_whole
 from nvlm.runs.ownership import flat, typed
 
@@ -38,19 +39,20 @@ class Kept:
         Raises ConfigError if they are answers of another checkpoint, to other questions or in other settings.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / DEFINITION).is_file():
+        begun = (self.folder / DEFINITION).is_file()
+        if begun:
             self._compare(json.loads((self.folder / DEFINITION).read_text("utf-8")))
-        else:  # at most the result of a run's own evaluation, whose checkpoint is not known by its content
-            remove(self.folder)
-            for part in self._parts():
-                part.unlink()
-            write_whole(self.folder / DEFINITION, json.dumps(self.definition, indent=1) + "\n")
-        rows = [row for path in (self.folder / ANSWERS, *self._parts()) for row in _rows(path)]
         numbers = {prompt.digest: prompt.index for prompt in prompts}
+        rows = [row for path in (self.folder / ANSWERS, *_parts(self.folder)) for row in _rows(path)]
+        rows = [row for row in rows if "reason" not in row]
         for row in rows:
-            if "reason" not in row and digest(row) not in numbers:
+            if digest(row) not in numbers:
                 raise self._other("question", f"{row['id']}, which this evaluation does not ask", "the same questions")
-        return {numbers[digest(row)]: row for row in rows if "reason" not in row}
+        if not begun:  # at most the result of a run's own evaluation, whose checkpoint is not known by its content
+            clear(self.folder)
+            write_whole(self.folder / DEFINITION, json.dumps(self.definition, indent=1) + "\n")
+            return {}
+        return {numbers[digest(row)]: row for row in rows}
 
     def append(self, replica: int, rows: Iterable[Row]) -> None:
         """Add answers of `replica`. Raises OSError."""
@@ -60,7 +62,7 @@ class Kept:
     def finish(self, rows: Sequence[Row], score: Score) -> None:
         """Write all answers, in order, and the score. On the first rank alone. Raises OSError."""
         write(self.folder, rows, score)
-        for part in self._parts():
+        for part in _parts(self.folder):
             part.unlink()
 
     @contextmanager
@@ -82,9 +84,6 @@ class Kept:
             expected = "one that no other evaluation uses"
             raise problem(str(self.folder), "a folder in use", expected, "out=DIR, or wait for the other") from None
 
-    def _parts(self) -> list[Path]:
-        return sorted(self.folder.glob("answers.*.jsonl"))
-
     def _compare(self, found: Mapping[str, Any]) -> None:
         before, now = flat(dict(found)), flat(self.definition)
         for key in dict.fromkeys((*now, *before)):
@@ -94,6 +93,16 @@ class Kept:
     def _other(self, what: str, got: str, expected: object):
         fix = "out=DIR for a new evaluation, or delete the folder"
         return problem(f"{self.folder}: {what}", got, str(expected), fix)
+
+
+def clear(folder: Path) -> None:
+    """Delete what an evaluation has left in `folder`, so that nothing of it can be taken for a newer one's."""
+    for path in (folder / SCORE, folder / ANSWERS, folder / DEFINITION, *_parts(folder)):
+        path.unlink(missing_ok=True)
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("answers.[0-9]*.jsonl"))  # answers.scores.jsonl is no part
 
 
 def _rows(path: Path) -> list[Row]:
@@ -110,7 +119,7 @@ def _rows(path: Path) -> list[Row]:
             row = json.loads(line)
             row["id"], row["answer"]
         except (ValueError, KeyError, TypeError):
-            fix = f"sed -i {number}d {path}, which asks this question again"
+            fix = f"sed -i {number}d {shlex.quote(str(path))}, which asks this question again"
             raise problem(f"{path}, line {number}", "a damaged line", "an answer", fix) from None
         rows.append(row)
     return rows

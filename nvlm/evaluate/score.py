@@ -95,12 +95,6 @@ def digest(row: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(question, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def remove(folder: Path) -> None:
-    """Delete an evaluation's files, so that no older score remains if new ones cannot be written."""
-    for name in (SCORE, ANSWERS):
-        (folder / name).unlink(missing_ok=True)
-
-
 def write(folder: Path, rows: Sequence[Row], score: Score) -> None:
     """Write the answers and then the score into `folder`. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)

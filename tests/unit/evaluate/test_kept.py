@@ -7,9 +7,12 @@ import json
 import pytest
 
 from nvlm.config.values import ConfigError
-from nvlm.evaluate.kept import Kept
+from nvlm.evaluate.checkpoint import definition
+from nvlm.evaluate.kept import Kept, clear
 from nvlm.evaluate.order import Prompt
 from nvlm.evaluate.score import digest, score_of, scored
+from nvlm.evaluate.tasks import Task
+from nvlm.tasks.files import read_task
 
 DEFINITION = {"checkpoint": "c0ffee", "task": {"name": "t", "shots": 0}, "tiling": {"tag": "1d"}}
 
@@ -70,6 +73,19 @@ def test_answers_of_something_else_are_refused_and_stay(stopped, changed, said):
     assert len(stopped.begin(prompts(6))) == 4
 
 
+TASK = Task(read_task("heldout"), questions=(), count=0)
+
+
+@pytest.mark.parametrize("word", ["arch.bind_tags=false", "llm.rope_theta=5e5", "tiling.tag=none", "precision=fp32"])
+def test_another_model_around_the_same_weights_gives_other_answers(configured, word):
+    assert definition(configured("arch=hybrid", word), TASK) != definition(configured("arch=hybrid"), TASK)
+
+
+def test_how_a_model_is_run_changes_no_answer(configured):
+    words = ("vision.tiles_per_call=3", "tiling.resize=fast", "parallel.tensor=2", "evaluate.batch=3", "seed=5")
+    assert definition(configured(*words), TASK) == definition(configured(), TASK)
+
+
 def test_answers_to_other_questions_are_refused(stopped):
     with pytest.raises(ConfigError, match="question: got q0, which this evaluation does not ask"):
         stopped.begin(prompts(6, "Who?"))
@@ -96,6 +112,22 @@ def test_a_run_s_own_result_is_replaced(tmp_path):
     (tmp_path / "score.json").write_text("{}")
     assert Kept(tmp_path, DEFINITION).begin(prompts(1)) == {}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["task.json"]
+
+
+def test_a_run_s_own_result_stays_if_it_has_other_questions(tmp_path):
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row(0)) + "\n" + json.dumps(row(1)) + "\n")
+    (tmp_path / "score.json").write_text("{}")
+    for fewer in (prompts(1), prompts(2, "Who?")):
+        with pytest.raises(ConfigError, match="which this evaluation does not ask.*Fix: out=DIR"):
+            Kept(tmp_path, DEFINITION).begin(fewer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "score.json"]
+
+
+def test_scores_of_the_answers_beside_them_are_no_answers(stopped):
+    (stopped.folder / "answers.scores.jsonl").write_text('{"id": "q0", "score": 1.0}\n')  # by answers=FILE metric=...
+    assert len(stopped.begin(prompts(6))) == 4
+    clear(stopped.folder)
+    assert [path.name for path in stopped.folder.iterdir()] == ["answers.scores.jsonl"]
 
 
 def test_two_evaluations_do_not_share_a_folder(tmp_path):

@@ -41,6 +41,15 @@ def without_a_chat_format(values: dict) -> None:
     del values["llm"]["chat"]
 
 
+def without_tasks_of_an_evaluation(values: dict) -> None:
+    for key in ("every", "best", "tasks", "path", "shots", "metric", "tokens"):
+        del values["evaluate"][key]
+
+
+def without_what_pages_are_about(values: dict) -> None:
+    values["data"].pop("about", None)
+
+
 EARLIER = (
     without_logging,
     without_an_image_folder,
@@ -48,6 +57,8 @@ EARLIER = (
     without_a_chat_format,
     with_lengths_of_the_language_model,
     with_the_keys_of_all_sources,
+    without_tasks_of_an_evaluation,
+    without_what_pages_are_about,
 )
 
 
