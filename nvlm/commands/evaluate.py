@@ -28,7 +28,6 @@ limit=N         only the first N questions of each task
 out=DIR         the folder of the results; default: the run's folder evaluation/
 parallel.data=2 evaluate.batch=16 and other keys change the run's configuration
 
-
 answers=FILE    score the answers of a file; of two files, also the difference on the questions that both have
 metric=NAME     vqa_accuracy, textvqa_accuracy, anls, relaxed_accuracy, exact_match, ocrbench, choice, mmmu, mathvista,
                 cider or gsm8k"""

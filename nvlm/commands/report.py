@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from nvlm.commands.mistakes import answered_or_helped
 from nvlm.config.values import problem
-from nvlm.report.runs import Run, read_runs, split_paths
+from nvlm.report.runs import Run, folders_of, read_runs
 from nvlm.runs.files import write_whole
-from nvlm.runs.place import check_place
+from nvlm.runs.place import check_place, split_paths
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
 def _answer(arguments: Sequence[str]) -> int:
     started = time.perf_counter()
     given = _given(arguments)
-    paths = split_paths(given.get("runs", ""))
+    paths = split_paths(given.get("runs", ""), folders_of)
     if not paths:
         raise problem("runs", "nothing", "folders of runs", "runs=runs/sweep")
     shown = _shown(given.get("show", "8"))

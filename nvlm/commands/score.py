@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -19,6 +20,7 @@ from nvlm.metrics.line import Line
 from nvlm.metrics.registry import METRICS, scored, unread
 from nvlm.processes.workers import report
 from nvlm.runs.files import write_whole
+from nvlm.runs.place import split_paths
 
 KEYS = ("answers", "metric")
 
@@ -52,7 +54,7 @@ def _words(arguments: Sequence[str]) -> tuple[str, list[Path]]:
     words = dict(word.partition("=")[::2] for word in arguments)
     if unknown := [key for key in words if key not in KEYS]:
         raise problem(unknown[0], "an unknown key", "answers=FILE metric=NAME", f"leave out {unknown[0]}")
-    files = [name for name in words["answers"].split(",") if name]
+    files = split_paths(words["answers"], os.path.exists)
     if not 1 <= len(files) <= 2:
         raise problem("answers", f"{len(files)} files", "one, or two to compare", "answers=FILE or answers=FILE,FILE")
     names, metric = ", ".join(METRICS), words.get("metric")
@@ -70,6 +72,8 @@ def _shared(first: Answers, second: Answers) -> list[tuple[Line, Line]]:
         got = f"no common id in {first.path} and {second.path}"
         raise problem("answers", got, "two files of the same questions", f"answers={first.path} for one of them")
     for one, other in found:
+        if one.reason or other.reason:  # a question that could not be asked has no references
+            continue
         if (one.references, one.options) != (other.references, other.options):
             got = f"different references or options for id {one.id!r} in {first.path} and {second.path}"
             raise problem("answers", got, "two files of the same questions", f"answers={first.path} for one of them")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,15 @@ def read_evaluations(run_dir: Path) -> tuple[tuple[Evaluation, ...], tuple[str, 
         for step, folder in scored:
             try:
                 found.append(_evaluation(task.name, step, folder, last=folder == scored[-1][1]))
-            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            except (
+                OSError,
+                ValueError,
+                TypeError,
+                LookupError,
+                AttributeError,
+                OverflowError,
+                RecursionError,
+            ) as error:
                 faults.append(f"{task.name}: the evaluation at step {step} cannot be read ({_reason(error)})")
     return tuple(found), tuple(faults)
 
@@ -92,12 +101,18 @@ def _interval(values: Mapping) -> Interval:
 
 
 def read_answers(path: Path) -> dict[str, Answer]:
-    """The answers in a file by id. Raises ValueError for a line that is no answer, and for a file that is too large."""
+    """The answers in a file by id; where records share an id, those after the first by "ID (2)" and so on. Raises
+    ValueError for a line that is no answer, and for a file that is too large."""
     if path.stat().st_size > _LARGEST:
         raise ValueError(f"{path.name} has more than {_LARGEST:,} bytes")
     with open(path, encoding="utf-8") as file:
         answers = [_answer(json.loads(line)) for line in file if line.strip()]
-    return {answer.id: answer for answer in answers}
+    seen: Counter[str] = Counter()
+    found = {}
+    for answer in answers:
+        seen[answer.id] += 1
+        found[answer.id if seen[answer.id] == 1 else f"{answer.id} ({seen[answer.id]})"] = answer
+    return found
 
 
 def _answer(row: Mapping) -> Answer:

@@ -54,7 +54,7 @@ def looks(grid: Grid) -> tuple[tuple[Look, ...], tuple[str, ...]]:
             for path in sorted((run.folder / "looks").glob("*.looks.json")):
                 try:
                     found.append(_look(cell.row, cell.column, run, path))
-                except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+                except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
                     faults.append(f"{run.name}: {path.name} cannot be read ({type(error).__name__}: {error})"[:300])
     found.sort(key=lambda look: look.question)
     return tuple(found[:_MOST]), tuple(faults)

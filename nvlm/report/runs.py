@@ -6,7 +6,7 @@ import glob
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +74,7 @@ def read_runs(paths: Sequence[str]) -> tuple[list[Run], list[Missing]]:
     for folder in dict.fromkeys(one.resolve() for inner in found.values() for one in inner):
         try:
             runs.append(_read(folder, known.get(folder)))
-        except (ConfigError, OSError, ValueError) as error:
+        except (ConfigError, OSError, ValueError, ArithmeticError, RecursionError) as error:
             missing.append(Missing(folder, str(error)))
     # A run that left no folder is told if its sweep was named, not if single runs of it were.
     within = [folder for folder in sweeps if any(folder.is_relative_to(one) for one in folders)]
@@ -84,25 +84,29 @@ def read_runs(paths: Sequence[str]) -> tuple[list[Run], list[Missing]]:
     missing += [Missing(folder, "no run") for folder, inner in found.items() if not (sweeps[folder] or inner)]
     if not runs:
         raise problem("runs", ", ".join(paths), f"folders of runs{_reasons(missing)}", "runs=runs/sweep")
-    return runs, missing
+    return _by_metric(runs), missing
+
+
+def _by_metric(runs: Sequence[Run]) -> list[Run]:
+    """`runs`, in which a task that was scored by several metrics is a task for each of them: their scores do not
+    compare."""
+    metrics: dict[str, set[str]] = {}
+    for run in runs:
+        for one in run.evaluations:
+            metrics.setdefault(one.task, set()).add(one.metric)
+
+    def apart(one: Evaluation) -> Evaluation:
+        return replace(one, task=f"{one.task} ({one.metric})") if len(metrics[one.task]) > 1 else one
+
+    return [replace(run, evaluations=tuple(map(apart, run.evaluations))) for run in runs]
 
 
 def _reasons(missing: Sequence[Missing]) -> str:
     return f"; {missing[0].folder}: {missing[0].reason}" if missing else ""
 
 
-def split_paths(text: str) -> list[str]:
-    """The paths in a list with commas. Names of runs contain commas too, so the longest piece that exists counts."""
-    parts, paths = text.split(","), []
-    while parts:
-        lengths = (n for n in range(len(parts), 0, -1) if _folders(",".join(parts[:n])))
-        taken = next(lengths, 1)
-        paths.append(",".join(parts[:taken]))
-        parts = parts[taken:]
-    return [path for path in paths if path]
-
-
-def _folders(path: str) -> list[Path]:
+def folders_of(path: str) -> list[Path]:
+    """The folders that `path` names or, as a pattern, matches; none if there are none."""
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         return [Path(path)]
@@ -110,8 +114,8 @@ def _folders(path: str) -> list[Path]:
 
 
 def _matching(path: str) -> list[Path]:
-    """The folders that `path` names or, as a pattern, matches."""
-    found = _folders(path)
+    """The same. Raises ConfigError if there are none."""
+    found = folders_of(path)
     if not found:
         raise problem("runs", named(path), "a folder of runs, or a pattern that matches some", "runs=runs/sweep")
     return found

@@ -109,7 +109,7 @@ def _sample(name: str, seed: int, answers: Mapping[tuple[str, str], Mapping[str,
 
 def _records(run: Run, task: str) -> tuple[Records | None, str]:
     """The records of the run's questions, and why there are none."""
-    if task != "heldout":
+    if task.partition(" ")[0] != "heldout":  # a metric may follow
         return None, f"Pictures are shown of held-out records alone, not of {task}."
     try:
         return build_records(run.config.data, run.config.seed, heldout=True), ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from nvlm.config.values import problem
@@ -25,6 +26,17 @@ def sweep_folder(overrides: str) -> str:
     digest = hashlib.sha256(os.fsencode(overrides)).hexdigest()[:10]
     short = os.fsencode(name)[: _LONGEST - len(digest) - 1]
     return f"{short.decode(errors='ignore')}-{digest}"
+
+
+def split_paths(text: str, exists: Callable[[str], object]) -> list[str]:
+    """The paths in a list with commas. Names of runs contain commas too, so the longest piece that exists counts."""
+    parts, paths = text.split(","), []
+    while parts:
+        lengths = (n for n in range(len(parts), 0, -1) if exists(",".join(parts[:n])))
+        taken = next(lengths, 1)
+        paths.append(",".join(parts[:taken]))
+        parts = parts[taken:]
+    return [path for path in paths if path]
 
 
 def check_place(folder: Path, key: str) -> None:

@@ -40,6 +40,17 @@ def test_two_files_are_compared_on_the_questions_that_both_have(tmp_path, capsys
     assert [cell.strip() for cell in row.split("│")[1:-1]] == ["2", "+50.00", "+0.00 to +100.00", "1", "0", "1"]
 
 
+def test_runs_of_a_sweep_are_compared_though_one_could_not_read_an_image(tmp_path, capsys):
+    """Their folders have commas in their names."""
+    folders = [tmp_path / f"arch={arch},seed=1" for arch in ("decoder", "xattn")]
+    broken = {**ROWS[0], "answer": "", "references": [], "reason": "broken image"}
+    for folder, rows in zip(folders, (ROWS, [broken, *ROWS[1:]])):
+        folder.mkdir()
+        write(folder / "answers.jsonl", rows)
+    assert main([f"answers={folders[0]}/answers.jsonl,{folders[1]}/answers.jsonl", "metric=exact_match"]) == 0
+    assert "-33.33" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

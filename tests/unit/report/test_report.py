@@ -14,7 +14,9 @@ from html.parser import HTMLParser
 import pytest
 
 from nvlm.commands.report import main
-from nvlm.report.runs import split_paths
+from nvlm.report.answers import read_answers
+from nvlm.report.runs import folders_of
+from nvlm.runs.place import split_paths
 from tests.sweep_folders import Made, answered, with_seed, write_run
 
 HOSTILE = "<script>alert(1)</script>&\"'$x_1^2$ | `a` {{ 7 * 7 }}"
@@ -199,9 +201,27 @@ def test_runs_that_were_asked_other_questions_are_paired_on_common_ones(tmp_path
     assert "were asked different questions" in (tmp_path / "report.html").read_text()
 
 
+def test_scores_of_several_metrics_are_not_compared(tmp_path, configured):
+    for arch, metric in (("decoder", "exact_match"), ("xattn", "exact_match"), ("hybrid", "anls")):
+        folder = write_run(tmp_path / arch, with_seed(configured(f"arch={arch}"), 1), Made(), lines(30))
+        score = folder / "evaluation/heldout/step_60/score.json"
+        score.write_text(json.dumps(json.loads(score.read_text()) | {"metric": metric}))
+    assert main([f"runs={tmp_path}", "show=0"]) == 0
+    rows = list(csv.DictReader((tmp_path / "cells.csv").open()))
+    found = {(row["task"], row["row"]) for row in rows}
+    plain, similar = "heldout (exact_match)", "heldout (anls)"
+    assert found == {(plain, "NVLM-D"), (plain, "NVLM-X"), (similar, "NVLM-H")}
+
+
+def test_records_that_share_an_id_are_all_counted(tmp_path):
+    (tmp_path / "a").write_text("".join(json.dumps(row | {"id": "q"}) + "\n" for row in lines(2)[:3]))
+    found = read_answers(tmp_path / "a")
+    assert [(name, one.score) for name, one in found.items()] == [("q", 1.0), ("q (2)", 1.0), ("q (3)", 0.0)]
+
+
 def test_damaged_evaluations_are_told_and_do_not_count(tmp_path, configured):
     config = configured("arch=xattn")
-    for seed, damage in ((1, "cut"), (2, "no score"), (3, "fine"), (4, "nan")):
+    for seed, damage in ((1, "cut"), (2, "no score"), (3, "fine"), (4, "nan"), (5, "deep"), (6, "huge")):
         folder = write_run(tmp_path / f"{seed}", with_seed(config, seed), Made()) / "evaluation/heldout/step_60"
         if damage == "cut":
             (folder / "answers.jsonl").write_bytes((folder / "answers.jsonl").read_bytes()[:-20])
@@ -209,9 +229,13 @@ def test_damaged_evaluations_are_told_and_do_not_count(tmp_path, configured):
             (folder / "score.json").unlink()
         if damage == "nan":
             edit(folder / "answers.jsonl", lambda row: row | {"score": float("nan")})
+        if damage == "deep":
+            (folder / "score.json").write_text("[" * 100_000)
+        if damage == "huge":
+            edit(folder / "answers.jsonl", lambda row: row | {"score": 10**400})
     assert main([f"runs={tmp_path}", "show=0"]) == 0
     page = Page((tmp_path / "report.html").read_text()).text
-    assert page.count("cannot be read") == 2 and page.count("has not ended") == 1 and "1 of 4 runs" in page
+    assert page.count("cannot be read") == 4 and page.count("has not ended") == 1 and "1 of 6 runs" in page
 
 
 @pytest.mark.parametrize(
@@ -236,9 +260,9 @@ def test_names_with_commas_are_no_lists(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("arch=a,seed=1", "arch=a,seed=2", "b"):
         (tmp_path / name).mkdir()
-    assert split_paths("arch=a,seed=1,b") == ["arch=a,seed=1", "b"]
-    assert split_paths("arch=a,seed=*,b") == ["arch=a,seed=*", "b"]
-    assert split_paths("c,b") == ["c", "b"]
+    assert split_paths("arch=a,seed=1,b", folders_of) == ["arch=a,seed=1", "b"]
+    assert split_paths("arch=a,seed=*,b", folders_of) == ["arch=a,seed=*", "b"]
+    assert split_paths("c,b", folders_of) == ["c", "b"]
 
 
 def test_pictures_of_heldout_pages(tmp_path, configured):
