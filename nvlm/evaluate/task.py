@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from nvlm.config.values import problem
@@ -51,11 +52,12 @@ def evaluate(
     mine = share([prompt for prompt in prompts if prompt.index in missing], *groups.data_rank())
     found: list[tuple[int, Row]] = []
     stopped = False
-    for batch in batches(mine, limits.batch, limits.tokens, longest(task, model.config)):
+    waiting = batches(mine, limits.batch, limits.tokens, longest(task, model.config))
+    for read in ahead(lambda batch: [(one.index, asked(task, one.index, processor)) for one in batch], waiting):
         progress(len(found), len(mine))
         if stopped := stop is not None and groups.any_rank(stop(), model.vision.team.replica, model.device):
             break
-        new = answer_batch(model, task, batch, processor)
+        new = answer_batch(model, task, read, processor)
         if kept is not None and groups.is_replica_writer():
             kept.append(groups.data_rank()[0], [row for _, row in new])
         found += new
@@ -90,9 +92,23 @@ def _begun(kept: Kept | None, prompts: Sequence[Prompt]) -> dict[int, Row]:
     return found
 
 
-def answer_batch(model: Generator, task: Task, batch: Sequence[Prompt], processor: Processor) -> list[tuple[int, Row]]:
-    """(number of the question, its row) for each of `batch`. A collective call of the ranks of a replica."""
-    read = [(prompt.index, asked(task, prompt.index, processor)) for prompt in batch]
+def ahead[Batch, Read](read: Callable[[Batch], Read], waiting: Iterable[Batch]) -> Iterator[Read]:
+    """`read` of each batch, in a thread that reads the next one meanwhile: pictures are decoded while the model
+    computes. Nothing else may read from the same files."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        coming = None
+        for batch in waiting:
+            before, coming = coming, pool.submit(read, batch)
+            if before is not None:
+                yield before.result()
+        if coming is not None:
+            yield coming.result()
+
+
+def answer_batch(
+    model: Generator, task: Task, read: Sequence[tuple[int, Asked | Unasked]], processor: Processor
+) -> list[tuple[int, Row]]:
+    """(number of the question, its row) for each of `read`. A collective call of the ranks of a replica."""
     rows = [(index, one.row()) for index, one in read if isinstance(one, Unasked)]
     fit = [(index, one) for index, one in read if isinstance(one, Asked)]
     if fit:

@@ -45,9 +45,9 @@ def answered(overrides, folder=None, looks=None):
     the answers looked at."""
     config, own, batch = compose_config(*SMALL, *overrides), [], evaluation.answer_batch
 
-    def counted(model, task, prompts, processor):
-        own.extend(prompt.index for prompt in prompts)
-        return batch(model, task, prompts, processor)
+    def counted(model, task, read, processor):
+        own.extend(index for index, _ in read)
+        return batch(model, task, read, processor)
 
     with joined(config) as device:
         evaluation.answer_batch = counted
