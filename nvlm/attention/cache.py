@@ -16,10 +16,13 @@ from nvlm.attention.precision import for_kernel
 
 
 class KeyValues:
-    """The keys and values [X, B, G, D] of one attention module, in the precision of the kernels."""
+    """The keys and values [X, B, G, D] of one attention module, in the precision of the kernels.
+
+    They lie in memory as [B, G, X, D], so that a kernel reads those of one head of one row in a piece.
+    """
 
     def __init__(self) -> None:
-        self.buffers: tuple[Tensor, Tensor] | None = None
+        self.buffers: tuple[Tensor, Tensor] | None = None  # [B, G, X or more, D]
         self.length = 0
 
     def __bool__(self) -> bool:
@@ -29,36 +32,41 @@ class KeyValues:
     def pair(self) -> tuple[Tensor, Tensor]:
         """All keys and all values so far, as views."""
         assert self.buffers is not None, "the cache is empty"
-        keys, values = self.buffers
-        return keys.narrow(0, 0, self.length), values.narrow(0, 0, self.length)
+        keys, values = (buffer.narrow(2, 0, self.length).permute(2, 0, 1, 3) for buffer in self.buffers)
+        return keys, values
 
     def keep(self, key_XBGD: Tensor, value_XBGD: Tensor) -> tuple[Tensor, Tensor]:
         """Replace what is cached: for keys that never grow."""
-        self.buffers, self.length = (for_kernel(key_XBGD), for_kernel(value_XBGD)), len(key_XBGD)
-        return self.buffers
+        self.buffers, self.length = (_by_head(key_XBGD).contiguous(), _by_head(value_XBGD).contiguous()), len(key_XBGD)
+        return self.pair
 
     def append(self, key_SBGD: Tensor, value_SBGD: Tensor) -> tuple[Tensor, Tensor]:
         """Append to what is cached; returns all of it."""
-        new, columns, before = (for_kernel(key_SBGD), for_kernel(value_SBGD)), key_SBGD.shape[0], self.length
+        new, columns, before = (_by_head(key_SBGD), _by_head(value_SBGD)), len(key_SBGD), self.length
         self.length += columns
-        if self.buffers is None or self.buffers[0].shape[0] < self.length:
+        if self.buffers is None or self.buffers[0].shape[2] < self.length:
             self.buffers = tuple(self._larger(number, x) for number, x in enumerate(new))
         for buffer, x in zip(self.buffers, new):
-            buffer.narrow(0, before, columns).copy_(x)
+            buffer.narrow(2, before, columns).copy_(x)
         return self.pair
 
-    def _larger(self, number: int, like_SBGD: Tensor) -> Tensor:
+    def _larger(self, number: int, like_BGSD: Tensor) -> Tensor:
         """A buffer with 50% spare room, so that appending is cheap on average."""
-        buffer = like_SBGD.new_empty(self.length + self.length // 2 + 64, *like_SBGD.shape[1:])
+        rows, groups, _, width = like_BGSD.shape
+        buffer = like_BGSD.new_empty(rows, groups, self.length + self.length // 2 + 64, width)
         if self.buffers is not None:
             old = self.buffers[number]
-            buffer[: len(old)] = old
+            buffer[:, :, : old.shape[2]] = old
         return buffer
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows."""
         if self.buffers is not None:
-            self.buffers = tuple(buffer.index_select(1, rows) for buffer in self.buffers)
+            self.buffers = tuple(buffer.index_select(0, rows) for buffer in self.buffers)
+
+
+def _by_head(x_XBGD: Tensor) -> Tensor:
+    return for_kernel(x_XBGD).permute(1, 2, 0, 3)
 
 
 @dataclass(frozen=True, slots=True)
