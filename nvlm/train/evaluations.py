@@ -52,25 +52,30 @@ class Evaluations:
     checkpoints: Checkpoints
     on_phase: Callable[[int, str], None]
 
-    def before(self, first: int, steps: int, guard: Guard) -> None:
-        """What is due before the step after `first`: at the start, and after a kill during an evaluation."""
-        if first < steps and self.evaluation is not None:
-            if self.evaluation.due(0) if first == 0 else self.evaluation.missing(first):
-                self(first, guard)
+    def before(self, first: int, steps: int, guard: Guard) -> bool:
+        """What is due before the step after `first`: at the start, and after the end of a run in an evaluation. False
+        if it was given up."""
+        if first == steps or self.evaluation is None:
+            return True
+        wanted = self.evaluation.due(0) if first == 0 else self.evaluation.missing(first)
+        return not wanted or self(first, guard)
 
     def due(self, step: int) -> bool:
         """Whether the run is evaluated after `step`."""
         return self.evaluation is not None and self.evaluation.due(step)
 
-    def __call__(self, step: int, guard: Guard) -> None:
-        """Evaluate after `step` steps, log the scores, and keep the best checkpoint."""
+    def __call__(self, step: int, guard: Guard) -> bool:
+        """Evaluate after `step` steps, log the scores, and keep the best checkpoint. False if a signal ended it."""
         assert self.evaluation is not None
         self.checkpoints.poll(wait=True)  # a failure from here on must not cost the checkpoint of this step
         alive = functools.partial(self.on_phase, step, "evaluate")
         alive()
         measured = self.evaluation(self.trainer, step, alive, lambda: bool(self.signals.came))
         if measured is None:
-            return
+            if self.metrics.active:
+                print(f"the evaluation after step {step} was given up; resume=auto makes up for it")
+            return False
         self.metrics.scores(step, measured.scores)
         if measured.best and not guard.bad_in_row:  # after a bad step the weights may be at fault
             self.checkpoints.keep_best(self.trainer, step, guard.numbers())
+        return True

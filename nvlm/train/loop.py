@@ -99,7 +99,7 @@ def train(
     `on_phase`: called at the start of each phase of a step. Raises BrokenRun after too many bad steps in a row.
     """
     first, guard = loaded.step, Guard(config.train.spike_factor, **loaded.numbers)
-    settings, due, waiting = config.train, False, idle.expected(config)
+    settings, due, stop, waiting = config.train, False, False, idle.expected(config)
     active = groups.is_first_rank()
     profiler = build_profiler(run_dir) if config.profile and active else None
     with (
@@ -110,7 +110,9 @@ def train(
         Phases(on_phase, profiler) as mark,
     ):
         evaluate = Evaluations(evaluation, trainer, signals, metrics, checkpoints, on_phase)
-        evaluate.before(first, settings.steps, guard)
+        if not evaluate.before(first, settings.steps, guard):
+            signals.obey()
+            return
         mark(first + 1, "data")
         coming = load_steps(steps, first, config.data.workers, pinned=has_cuda())
         loader = impatient(coming, signals.came, settings.stop_seconds / 4)
@@ -133,26 +135,34 @@ def train(
                 raise broken(guard, step, result.loss, result.grad_norm, sample_ids(data))
             due |= step % settings.save_every == 0
             # After a bad step the weights may be at fault, so a periodic save waits for a good one.
-            if last or result.stop or (due and not guard.bad_in_row):
+            if saved := last or result.stop or (due and not guard.bad_in_row):
                 mark(step, "save")
                 checkpoints.save(trainer, step, guard.numbers())
                 due = False
-            if result.stop:
-                checkpoints.close()
-                signals.obey()
-                if active:
-                    print(metrics.tally)
-                    name = signal.Signals(signals.came[0] if signals.came else signal.SIGTERM).name
-                    print(f"stopped by {name} after step {step}, checkpoint saved")
-                return
-            if not last and evaluate.due(step):
+            stop = result.stop
+            if not (stop or last) and evaluate.due(step):
                 mark(step, "evaluate")
-                evaluate(step, guard)
+                stop = not evaluate(step, guard)
+                if stop and not saved:  # a resumed run begins with the evaluation that was given up
+                    checkpoints.save(trainer, step, guard.numbers())
+            if stop:
+                break
             mark(step + 1, "data")
         if active:
             print(metrics.tally)
-        if evaluate.due(settings.steps):
-            evaluate(settings.steps, guard)
+        if not stop and evaluate.due(settings.steps):
+            stop = not evaluate(settings.steps, guard)
+        if stop:
+            _stopped(checkpoints, signals, metrics)
+
+
+def _stopped(checkpoints: Checkpoints, signals: Signals, metrics: Metrics) -> None:
+    """End the run, whose last step was saved, because of a signal."""
+    checkpoints.close()
+    signals.obey()
+    if metrics.active:
+        name = signal.Signals(signals.came[0] if signals.came else signal.SIGTERM).name
+        print(f"stopped by {name} after step {metrics.step}, checkpoint saved")
 
 
 def sample_ids(data: StepData) -> list[str]:

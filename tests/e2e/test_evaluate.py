@@ -217,8 +217,8 @@ def test_a_signal_during_an_evaluation_saves_and_the_resumed_run_makes_up_for_it
         for pid in alive(tmp_path):
             os.kill(pid, signal.SIGKILL)
     run = tmp_path / "runs" / "run"
-    assert (run / "checkpoints" / "latest").read_text() == "step_00000005\n"
-    assert "stopped by SIGTERM after step 5" in (tmp_path / "output").read_text()
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000004\n"
+    assert "stopped by SIGTERM after step 4" in (tmp_path / "output").read_text()
     train(tmp_path, "name=run", *INSIDE, "resume=auto")
     assert losses(run) == losses(inside[0])
-    assert list(scores(run)) == [2, 6]
+    assert list(scores(run)) == [2, 4, 6]
