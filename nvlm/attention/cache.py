@@ -18,7 +18,7 @@ from nvlm.attention.precision import for_kernel
 class KeyValues:
     """The keys and values [X, B, G, D] of one attention module, in the precision of the kernels.
 
-    They lie in memory as [B, G, X, D], so that a kernel reads those of one head of one row in a piece.
+    They lie in memory as [B, G, X, D], so that a kernel reads those of one head of one row in one piece.
     """
 
     def __init__(self) -> None:

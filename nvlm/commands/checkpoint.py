@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nvlm.commands.compose import check_overrides
+from nvlm.commands.words import own_words
 from nvlm.config.data import Blend, DataConfig
 from nvlm.config.mapping import to_mapping
 from nvlm.config.values import Config, problem
@@ -38,7 +39,7 @@ class Request:
 
 def parse(arguments: Sequence[str]) -> Request:
     """The request of a command line. Raises ConfigError."""
-    own, others = _split(arguments)
+    own, others = own_words(arguments, KEYS)
     if not own.get("checkpoint"):
         expected = "a run folder, its checkpoints/best, or one of its checkpoints/step_N"
         raise problem("checkpoint", "nothing", expected, "checkpoint=RUN, or answers=FILE metric=NAME")
@@ -84,19 +85,6 @@ def check(request: Request) -> None:
         if build_task(name, request.config) is None:
             got = f"no held-out records in data={request.config.data.source.source}"
             raise problem(f"task={name}", got, "some", "data=jsonl data.heldout_path=FILE")
-
-
-def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    own, others = {}, []
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise problem("command line", repr(word), "key=value", "--help lists the keys")
-        if key in KEYS:
-            own[key] = value
-        else:
-            others.append(word)
-    return own, others
 
 
 def _count(own: dict[str, str], key: str, least: int, default: int | None) -> int | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvlm.commands.compose import check_overrides
+from nvlm.commands.words import own_words
 from nvlm.config.data import DataConfig
 from nvlm.config.fields import named
 from nvlm.config.mapping import from_mapping, to_mapping
@@ -58,7 +59,7 @@ class Request:
 
 def parse(arguments: Sequence[str]) -> Request:
     """The request of a command line. Raises ConfigError."""
-    own, others = _split(arguments)
+    own, others = own_words(arguments, OPTIONS)
     chat = _number(own, "chat", {"true": True, "false": False}.__getitem__, False)
     sampling = Sampling(
         max_new_tokens=_number(own, "max_new_tokens", int, Sampling().max_new_tokens),
@@ -91,20 +92,6 @@ def _page(name: str, config: Config, images: bool, chat: bool) -> Path:
     if not page.parent.is_dir() or not os.access(page.parent, os.W_OK | os.X_OK):
         raise problem("explain", named(page), "a page in a folder that exists and can be written", "explain=out.html")
     return page
-
-
-def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The command's own keys, verbatim, and the other words. Hydra would parse special characters in a prompt."""
-    own, others = {}, []
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise problem("command line", repr(word), "key=value", "--help lists the keys")
-        if key in OPTIONS:
-            own[key] = value
-        else:
-            others.append(word)
-    return own, others
 
 
 def _number(own: dict[str, str], key: str, kind, default):

@@ -28,6 +28,21 @@ def plain_words(arguments: Sequence[str]) -> list[str]:
     return [word if word.startswith("-") else _plain(word, sweep) for word in arguments]
 
 
+def own_words(arguments: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The values of a command's own `keys`, verbatim, and the other words. Hydra would parse special characters in a
+    prompt. Raises ConfigError for a word without a value."""
+    own, others = {}, []
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise problem("command line", repr(word), "key=value", "--help lists the keys")
+        if key in keys:
+            own[key] = value
+        else:
+            others.append(word)
+    return own, others
+
+
 def parse(word: str) -> Override:
     """Parse one word with Hydra's parser. Raises ConfigError."""
     try:

@@ -157,17 +157,18 @@ class During:
             return False
         score, better = scores.get(label(self.asked.best, self.asked.shots)), False
         if score is not None:  # on the first rank
-            top = self._mean_of_best()
+            top = self._mean_of_best(score.metric)
             better = top is None or score.whole.mean > top
         return groups.from_first_rank(better)
 
-    def _mean_of_best(self) -> float | None:
-        """The score of the checkpoint that is kept as the best; None if there is none, or no score of it."""
+    def _mean_of_best(self, metric: str) -> float | None:
+        """The score of the checkpoint that is kept as the best; None if there is none, or no score of it by `metric`."""
         try:
             kept = best(self.run_dir)
             path = kept and self._folder(self.asked.best, step_of(kept)) / SCORE
-            return float(json.loads(path.read_text("utf-8"))["mean"]) if path and path.is_file() else None
-        except (ConfigError, OSError, ValueError, TypeError, KeyError):  # somebody changed these files
+            found = json.loads(path.read_text("utf-8")) if path and path.is_file() else {}
+            return float(found["mean"]) if found.get("metric") == metric else None
+        except (ConfigError, OSError, ValueError, TypeError, AttributeError, KeyError):  # somebody changed these files
             return None
 
     def _say(self, line: str) -> None:
