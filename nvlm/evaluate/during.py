@@ -162,7 +162,7 @@ class During:
         return groups.from_first_rank(better)
 
     def _mean_of_best(self, metric: str) -> float | None:
-        """The score of the checkpoint that is kept as the best; None if there is none, or no score of it by `metric`."""
+        """The score of the checkpoint that is kept as the best; None without one, or without its score by `metric`."""
         try:
             kept = best(self.run_dir)
             path = kept and self._folder(self.asked.best, step_of(kept)) / SCORE
