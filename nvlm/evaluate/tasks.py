@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nvlm.config.task import TaskConfig
 from nvlm.config.values import Config, problem
-from nvlm.data.record import BadRecord
+from nvlm.data.record import BadRecord, one_record
 from nvlm.data.sources.registry import build_records
 from nvlm.metrics.line import Line
 from nvlm.metrics.needs import lacking
@@ -78,7 +78,8 @@ def _check_metric(metric: str, questions: Questions) -> None:
     """Raise ConfigError if the first question that can be read lacks what `metric` needs."""
     for index in range(min(_TRIED, len(questions))):
         try:
-            first = questions[index]
+            with one_record():
+                first = questions[index]
         except BadRecord:
             continue
         fields = {key: getattr(first, key) for key in ("references", "options", "type", "category")}

@@ -68,7 +68,7 @@ def open_answer(line: Line) -> float:
 
 
 def _key_texts(answer: str) -> list[str]:
-    """What follows the words that announce an answer, by line; the whole answer if there is nothing such.
+    """What follows the words that announce an answer, by line; the whole answer if there are none.
 
     The evaluator also means to split at sentences, by a capital letter after a period, but has lower-cased the text."""
     whole = answer.strip().strip(".").lower()

@@ -73,7 +73,7 @@ class Evaluations:
         measured = self.evaluation(self.trainer, step, alive, lambda: bool(self.signals.came))
         if measured is None:
             if self.metrics.active:
-                print(f"the evaluation after step {step} was given up; resume=auto makes up for it")
+                print(f"the evaluation after step {step} was interrupted; resume=auto repeats it")
             return False
         self.metrics.scores(step, measured.scores)
         if measured.best and not guard.bad_in_row:  # after a bad step the weights may be at fault
