@@ -114,13 +114,18 @@ def runs(arguments: Sequence[str]) -> Iterator[tuple[str, ...]]:
     overrides = [parse(word) for word in plain_words(arguments) if not word.startswith("-")]
     for override in overrides:
         _check_group(override)
-    choices = [
-        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
-        if o.is_sweep_override()
-        else [o.input_line]
-        for o in overrides
-    ]
-    return itertools.product(*choices)
+    return itertools.product(*map(_choices, overrides))
+
+
+def _choices(override: Override) -> list[str]:
+    """`override` once for each of its values. Raises ConfigError if there are none, as in range(1,1)."""
+    if not override.is_sweep_override():
+        return [override.input_line]
+    choices = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    if not choices:
+        key = override.key_or_group
+        raise problem(key, f"no values in {override.input_line!r}", "at least one", f"{key}=A,B")
+    return choices
 
 
 def _check_group(override: Override) -> None:

@@ -114,7 +114,9 @@ def _print(found: Report, out: Path, seconds: float) -> None:
     for task in found.tasks:
         if task.overall:
             console.print(_table(found, task), markup=False)
-    counted = f"{len(found.runs)} runs, {len(found.left_out)} not counted"
+    left_out = len(found.left_out)
+    total = len(found.runs) + len(found.missing)
+    counted = f"{total} run{'s' * (total != 1)}" + (f", of which {left_out} not counted" if left_out else "")
     console.print(f"{counted}: {out / 'report.html'} ({seconds:.1f} s)", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -145,7 +145,8 @@ def _init(config: Config) -> None:
 
 def _schedule(config: Config) -> None:
     if config.optim.warmup >= config.train.steps:
-        raise problem("optim.warmup", config.optim.warmup, f"fewer than train.steps={config.train.steps}", "lower it")
+        fix = f"optim.warmup={config.train.steps // 10}"
+        raise problem("optim.warmup", config.optim.warmup, f"fewer than train.steps={config.train.steps}", fix)
     if config.optim.min_lr > config.optim.lr:
         expected = f"at most optim.lr={config.optim.lr:g}, from which it falls"
         raise problem("optim.min_lr", config.optim.min_lr, expected, f"optim.min_lr={config.optim.lr / 10:g}")

@@ -30,7 +30,7 @@ def lacking(metric: str, line: Line) -> Lack | None:
         fix = 'add the accepted answers, such as "references": ["two", "2"]'
         return Lack(key="references", got="none", expected="at least one", fix=fix)
     if metric in ANNOTATED and count <= ENOUGH:
-        expected = f"at least {ENOUGH + 1}, one by annotator (the benchmark has 10)"
+        expected = f"at least {ENOUGH + 1}, one per annotator (the benchmark has 10)"
         return Lack(
             key="references", got=str(count), expected=expected, fix="metric=exact_match, or all annotators' answers"
         )

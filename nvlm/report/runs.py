@@ -83,7 +83,8 @@ def read_runs(paths: Sequence[str]) -> tuple[list[Run], list[Missing]]:
     missing += [Missing(folder, _why(known[folder])) for folder in sorted(listed - read)]
     missing += [Missing(folder, "no run") for folder, inner in found.items() if not (sweeps[folder] or inner)]
     if not runs:
-        raise problem("runs", ", ".join(paths), f"folders of runs{_reasons(missing)}", "runs=runs/sweep")
+        got = f"{', '.join(paths)}, where nothing can be shown ({_reasons(missing)})"
+        raise problem("runs", got, "folders of runs that have begun", "runs=runs/sweep")
     return _by_metric(runs), missing
 
 
@@ -102,7 +103,9 @@ def _by_metric(runs: Sequence[Run]) -> list[Run]:
 
 
 def _reasons(missing: Sequence[Missing]) -> str:
-    return f"; {missing[0].folder}: {missing[0].reason}" if missing else ""
+    """What the first folder lacks, and how many others there are."""
+    more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return f"{missing[0].folder}: {missing[0].reason}{more}"
 
 
 def folders_of(path: str) -> list[Path]:

@@ -81,8 +81,11 @@ def findings(report: Report, task: Task) -> list[str]:
     best, grid = task.overall[task.best], report.grid
     unit = "%" if task.percent else ""
     equals = [place for place, one in task.overall.items() if one.mean == best.mean]
-    if len(equals) == len(task.overall) > 1:
-        found = [f"All {len(equals)} cells score {score(best.mean, task.percent)}{unit}."]
+    if len(task.overall) == 1:
+        found = []
+    elif len(equals) == len(task.overall):
+        cells = "Both cells" if len(equals) == 2 else f"All {len(equals)} cells"
+        found = [f"{cells} score {score(best.mean, task.percent)}{unit}."]
     else:
         found = [f"The highest score is that of {listed(list(map(named, equals)))}: {told(best, task.percent, unit)}."]
     if task.column_gaps:

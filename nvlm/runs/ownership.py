@@ -121,7 +121,8 @@ def begin(config: Config, run_dir: Path, fresh: bool) -> None:
 
 def unwritable(run_dir: Path, error: OSError) -> ConfigError:
     """The error for a run folder that cannot be written."""
-    fix = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "hydra.run.dir=DIR names another"
+    other = "another folder: hydra.run.dir=DIR, or hydra.sweep.dir=DIR for a sweep"
+    fix = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else other
     return problem(f"run folder {run_dir}", error.strerror or error, "a folder that can be written", fix)
 
 

@@ -182,7 +182,7 @@ def test_a_sweep_without_scores_still_has_curves(tmp_path, configured, capsys):
     assert main([f"runs={tmp_path}", "show=0"]) == 0
     page = (tmp_path / "report.html").read_text()
     assert "No run has answered questions yet" in page and "<svg viewBox" in page and "NVLM-X" in page
-    assert "2 runs, 0 not counted" in capsys.readouterr().out
+    assert "2 runs: " in capsys.readouterr().out
 
 
 def test_a_run_that_has_not_made_a_step_is_told(tmp_path, configured):
@@ -245,7 +245,7 @@ def test_damaged_evaluations_are_told_and_do_not_count(tmp_path, configured):
         (["runs=nowhere"], "runs: got 'nowhere'"),
         (["runs=.", "depth=3"], "command line: got 'depth=3'"),
         (["runs=.", "show=many"], "show: got 'many'"),
-        (["runs=empty"], "folders of runs; "),
+        (["runs=empty"], "no run)"),
     ],
 )
 def test_mistakes_are_one_line(words, told, tmp_path, monkeypatch, capsys):
