@@ -19,6 +19,7 @@ from nvlm.evaluate.tasks import build_task, check_tasks
 from nvlm.generate.config import config_of
 from nvlm.inputs.check import check_weights
 from nvlm.runs.folder import find_checkpoint, read_run_config, step_of
+from nvlm.runs.place import check_place
 from nvlm.tasks.files import read_task
 from nvlm.tasks.registry import RECORDS
 
@@ -61,6 +62,9 @@ def _asked(own: dict[str, str], others: Sequence[str]) -> tuple[dict[str, Any], 
     path, words = None, list(others)
     if any(read_task(name).layout != RECORDS for name in tasks):
         path, words = _taken("data.path", others)
+    if own.get("metric") and all(read_task(name).layout != RECORDS for name in tasks):
+        expected = "none, since a benchmark has its own; answers=FILE scores its answers by another"
+        raise problem("metric", own["metric"], expected, f"leave metric={own['metric']} out")
     asked = {
         "every": 0,
         "best": None,
@@ -79,7 +83,9 @@ def _asked(own: dict[str, str], others: Sequence[str]) -> tuple[dict[str, Any], 
 
 
 def check(request: Request) -> None:
-    """Raise ConfigError if a task cannot be asked: its questions are not there, or its metric is unknown."""
+    """Raise ConfigError if a task cannot be asked: its questions are not there, or its metric is unknown. Likewise if
+    the results cannot be written."""
+    check_place(request.root, "out")
     check_tasks(request.config)
     for name in request.config.evaluate.tasks:
         if build_task(name, request.config) is None:

@@ -132,10 +132,11 @@ def _check_group(override: Override) -> None:
     """Check that a group is set to one of its files. Hydra's own error does not name the group."""
     group, got = override.key_or_group, override.value()
     if (CONF / group).is_dir() and not override.is_sweep_override() and not isinstance(got, str | list):
-        raise _unknown_value(group, str(got).lower() if got is not None else "null")
+        raise unknown_value(group, str(got).lower() if got is not None else "null")
 
 
-def _unknown_value(group: str, got: str) -> ConfigError:
+def unknown_value(group: str, got: str) -> ConfigError:
+    """The error for a group that has no file `got`."""
     known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
     near = get_close_matches(got, known, n=1)
     key = "+experiment" if group == "experiment" else group  # not set by default
@@ -161,7 +162,7 @@ def explain(error: Exception, also: Sequence[str] = (), words: Sequence[str] = (
         groups = [word for word, key in zip(words, chosen, strict=True) if (CONF / key).is_dir() and key != match[1]]
         return unknown_key(match[1], also, groups)
     if match := re.search(r"Could not find '([^']+)/([^'/]*)'", text):
-        return _unknown_value(match[1], match[2])
+        return unknown_value(match[1], match[2])
     if "Could not load 'hydra/launcher/submitit" in text:
         what, expected = "hydra/launcher=slurm", "it, which sends the runs of a sweep to Slurm"
         return problem(what, "no hydra-submitit-launcher", expected, f"pip install -e '{ROOT}[slurm]'")

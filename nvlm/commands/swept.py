@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from nvlm.commands.compose import CONF
+from nvlm.commands.compose import CONF, unknown_value
 from nvlm.commands.words import SWEEP_FLAGS, parse, plain_words, quoted
 from nvlm.config.values import problem
 from nvlm.runs.ownership import typed
@@ -82,10 +82,17 @@ def _experiment(words: Sequence[str]) -> str:
         return ""
     chosen = parse(named[-1])
     if not chosen.is_sweep_override():
-        return str(chosen.value())
+        return _known(str(chosen.value()))
     if sweeps := [name for name in chosen.sweep_string_iterator() if _listed(str(name))]:
         raise problem(named[-1], f"the sweep {sweeps[0]} in a sweep", "one sweep at a time", f"+experiment={sweeps[0]}")
     return ""
+
+
+def _known(experiment: str) -> str:
+    """`experiment`, of which there must be a file: otherwise its lists would be missing without a word."""
+    if not (CONF / "experiment" / f"{experiment}.yaml").is_file():
+        raise unknown_value("experiment", experiment)
+    return experiment
 
 
 def _listed(experiment: str) -> dict[str, str]:

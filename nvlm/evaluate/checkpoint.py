@@ -55,9 +55,9 @@ def _evaluate(model: Generator, task: Task, root: Path, checkpoint: Path, step: 
         rows = list(answered.rows.values())
         score = score_of(rows, task.name, task.config.metric, step, str(checkpoint), len(answered.unanswered))
         kept.finish(rows, score)
-    for line in told(score, answered.unanswered):
-        print(line)
     print(f"{score.line()} questions={score.whole.count} seconds={time.monotonic() - began:.0f}")
+    for line in told(score, answered.unanswered):
+        print(f"  {line}")
     print(f"answers and score: {folder}", flush=True)
 
 

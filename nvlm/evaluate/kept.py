@@ -47,7 +47,9 @@ class Kept:
         rows = [row for row in rows if "reason" not in row]
         for row in rows:
             if digest(row) not in numbers:
-                raise self._other("question", f"{row['id']}, which this evaluation does not ask", "the same questions")
+                raise self._other(
+                    "question", f"{row['id']}, which this evaluation does not ask", "the same questions or more"
+                )
         if not begun:  # at most the result of a run's own evaluation, whose checkpoint is not known by its content
             clear(self.folder)
             write_whole(self.folder / DEFINITION, json.dumps(self.definition, indent=1) + "\n")

@@ -52,5 +52,7 @@ def check_place(folder: Path, key: str) -> None:
         got = "a folder that this user may not write"
     else:
         return
+    if key == "out":
+        raise problem(f"out={folder}", f"{nearest}, {got}", "a folder that can be written", "out=DIR")
     fix = "name=OTHER" if nearest.name == folder.name else f"{key}=DIR, or another working directory"
     raise problem(f"run folder {folder}", f"{nearest}, {got}", "a folder that can be written", fix)

@@ -154,6 +154,8 @@ WRONG = {
     ("checkpoint=RUN", "arch=decoder"): "arch: got decoder, expected hybrid, which",
     ("checkpoint=RUN", "task=docqa"): "task: got 'docqa', expected one of",
     ("checkpoint=RUN", "task=docvqa"): "data.path: got nothing, expected the folder of docvqa's files",
+    ("checkpoint=RUN", "task=docvqa", "metric=anls"): "metric: got anls, expected none, since a benchmark has its own",
+    ("checkpoint=RUN", "out=r.jsonl"): "r.jsonl, a file, expected a folder that can be written. Fix: out=DIR",
     ("checkpoint=RUN", "limit=none"): "limit: got 'none', expected a number of questions",
     ("checkpoint=RUN", "metric=bleu"): "metric: got bleu, expected one of",
     ("checkpoint=RUN", "data=jsonl"): "data.heldout_path: got nothing, expected the records that are asked",
@@ -167,7 +169,7 @@ WRONG = {
 def test_mistakes_are_named(inside, tmp_path, words, capfd):
     run, _ = inside
     (tmp_path / "r.jsonl").write_text('{"messages": [{"role": "user", "content": "?"}]}\n')
-    assert command(tmp_path, *(word.replace("RUN", str(run)) for word in words), "out=out") == 2
+    assert command(tmp_path, "out=out", *(word.replace("RUN", str(run)) for word in words)) == 2
     assert WRONG[words] in capfd.readouterr().err
 
 

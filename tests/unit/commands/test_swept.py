@@ -141,3 +141,13 @@ def test_single_runs_are_no_sweep():
     assert swept(["-m", "seed=1,2", "--cfg", "job"]) is None
     assert swept([TAGS, "seed=1", "tiling=1d", "arch=xattn"]) is None  # one run of the sweep, by itself
     assert swept(["-m", "seed=1", "hydra/launcher=slurm"]) is not None  # Hydra wants -m for a single job, too
+
+
+def test_a_key_without_values_is_refused():
+    with pytest.raises(ConfigError, match="seed: got no values in 'seed=range.1,1.', .* Fix: seed=A,B"):
+        combinations("-m", "seed=range(1,1)", "optim.lr=1,2")
+
+
+def test_an_unknown_experiment_is_named_also_without_values_to_sweep_over():
+    with pytest.raises(ConfigError, match="experiment: got 'ablate_tag', .*Fix: .experiment=ablate_tags"):
+        swept(plain_words(["-m", "+experiment=ablate_tag"]))
