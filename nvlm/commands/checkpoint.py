@@ -15,7 +15,7 @@ from nvlm.commands.words import own_words
 from nvlm.config.data import Blend, DataConfig
 from nvlm.config.mapping import to_mapping
 from nvlm.config.values import Config, problem
-from nvlm.evaluate.tasks import build_task, check_tasks
+from nvlm.evaluate.tasks import build_task, check_names, check_tasks
 from nvlm.generate.config import config_of
 from nvlm.inputs.check import check_weights
 from nvlm.runs.folder import find_checkpoint, read_run_config, step_of
@@ -86,6 +86,7 @@ def check(request: Request) -> None:
     """Raise ConfigError if a task cannot be asked: its questions are not there, or its metric is unknown. Likewise if
     the results cannot be written."""
     check_place(request.root, "out")
+    check_names(request.config)
     check_tasks(request.config)
     for name in request.config.evaluate.tasks:
         if build_task(name, request.config) is None:

@@ -28,7 +28,7 @@ from nvlm.data.look import check_data
 from nvlm.estimate.memory import fewest_gpus, gpus_needed
 from nvlm.estimate.parameters import parameters
 from nvlm.estimate.refuse import check_memory
-from nvlm.evaluate.tasks import check_tasks
+from nvlm.evaluate.tasks import check_names, check_tasks
 from nvlm.inputs.check import check_weights
 from nvlm.processes.launchers import Task, check_allocation, find_task
 from nvlm.processes.workers import EXPLAINED, run_workers, take_forks_along
@@ -165,18 +165,21 @@ def check_machine(config: Config) -> None:
         words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
         check_data(config, placement_rule(config.arch.name), f"python launch/prepare.py {shlex.join(words)}")
         check_launcher(config)
-        check_evaluation(config)
         check_logging(config)
         check_devices(config)
         check_engine(config)
+    check_evaluation(config)
     check_fits(config)
 
 
 def check_evaluation(config: Config) -> None:
-    """Raise ConfigError if a task that the run is to be evaluated on is unknown or its files are missing."""
+    """Raise ConfigError if a task that the run is to be evaluated on is unknown, or its files or references are
+    missing. A dry run checks only the names."""
     if config.evaluate.questions != 0:
         try:
-            check_tasks(config)
+            check_names(config)
+            if not config.dry_run:
+                check_tasks(config)
         except ConfigError as error:  # which names the key of launch/evaluate.py
             raise ConfigError(str(error).replace("data.path", "evaluate.path")) from None
 

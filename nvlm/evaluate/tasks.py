@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from nvlm.config.task import TaskConfig
 from nvlm.config.values import Config, problem
 from nvlm.data.record import BadRecord, one_record
-from nvlm.data.sources.registry import build_records
+from nvlm.data.sources.registry import build_records, first_records
 from nvlm.metrics.line import Line
 from nvlm.metrics.needs import lacking
 from nvlm.metrics.registry import METRICS
 from nvlm.tasks.files import read_task
 from nvlm.tasks.question import Question, Questions
-from nvlm.tasks.records import RecordQuestions
+from nvlm.tasks.records import RecordQuestions, question_of
 from nvlm.tasks.registry import RECORDS, build_questions, check_folder, folder_of
 from nvlm.tasks.release import KEY
 from nvlm.tasks.shots import Examples, examples_of, with_examples
@@ -82,19 +83,43 @@ def _check_metric(metric: str, questions: Questions) -> None:
                 first = questions[index]
         except BadRecord:
             continue
-        fields = {key: getattr(first, key) for key in ("references", "options", "type", "category")}
-        if lack := lacking(metric, Line(id="", answer="", **fields)):
-            got = f"{metric}, and {questions.name(index)} with {lack.got} as {lack.key}"
-            raise problem("evaluate.metric", got, f"{lack.key}: {lack.expected}", "evaluate.metric=exact_match")
-        return
+        return _check_serves(first, questions.name(index), metric)
+
+
+def _check_serves(question: Question, name: str, metric: str) -> None:
+    fields = {key: getattr(question, key) for key in ("references", "options", "type", "category")}
+    if lack := lacking(metric, Line(id="", answer="", **fields)):
+        got = f"{metric}, and {name} with {lack.got} as {lack.key}"
+        raise problem("evaluate.metric", got, f"{lack.key}: {lack.expected}", "evaluate.metric=exact_match")
+
+
+def check_names(config: Config) -> None:
+    """Raise ConfigError if config.evaluate names a task or a metric that does not exist."""
+    _metric(config)
+    for name in config.evaluate.tasks:
+        read_task(name)
 
 
 def check_tasks(config: Config) -> None:
-    """Raise ConfigError if a task of config.evaluate is unknown, or if files of a benchmark are missing."""
-    _metric(config)
+    """Raise ConfigError if files of a benchmark are missing, or if a source's first readable held-out record lacks what
+    the metric needs."""
     for task in map(read_task, config.evaluate.tasks):
         if task.layout != RECORDS:
             check_folder(task, _folder(task, config))
+        elif metric := _metric(config):
+            _check_first(config, metric)
+
+
+def _check_first(config: Config, metric: str) -> None:
+    for source in first_records(config.data.source, heldout=True):
+        for name, read in islice(source.records, _TRIED):
+            try:
+                with one_record():
+                    first = question_of(read())
+            except BadRecord:
+                continue
+            _check_serves(first, name, metric)
+            break
 
 
 def _folder(task: TaskConfig, config: Config) -> Path:

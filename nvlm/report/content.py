@@ -80,6 +80,14 @@ class Report:
         return [*undone, *doubled, *((one.folder.name, "no run", one.reason) for one in self.missing)]
 
     @property
+    def left_out_alike(self) -> list[tuple[list[str], str, str]]:
+        """The same, with the names of those that have state and reason in common."""
+        alike: dict[tuple[str, str], list[str]] = {}
+        for name, state, reason in self.left_out:
+            alike.setdefault((state, reason), []).append(name)
+        return [(names, state, reason) for (state, reason), names in alike.items()]
+
+    @property
     def seeds(self) -> list[int]:
         """All seeds."""
         return sorted({run.config.seed for run in self.runs})

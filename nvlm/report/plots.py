@@ -20,6 +20,8 @@ _VARIABLES = {_INK: "--ink", _FAINT: "--faint", _LINE: "--line"} | {
     _SERIES.format(number): f"--c{number}" for number in range(SERIES)
 }
 _GAP = 0.085  # between labels, as a share of the panel's height
+_LETTER = 0.6 * _TEXT / (72 * _SIZE[0])  # the width of a letter, at most, as a share of the figure's
+_LONGEST = 26  # letters of a label
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,8 @@ def draw(panel: Panel, number: int) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report", "path.simplify": False}):
         figure = Figure(figsize=_SIZE)
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.105, 0.16, 0.71, 0.8))
+        room = _LETTER * max([len(_shortened(line.label)) for line in panel.lines] or [0]) + 0.03  # for the labels
+        axes = figure.add_axes((0.105, 0.16, min(0.71, 0.895 - room), 0.8))
         _lines(axes, panel)
         _frame(axes, panel)
         _labels(axes, panel)
@@ -138,9 +141,14 @@ def _labels(axes, panel: Panel) -> None:
     places = spread([y for _, _, y in ends])
     for (line, x, _), y in zip(ends, places):
         axes.text(
-            max(x, 0.0) + 0.02, y, line.label, transform=axes.transAxes, color=_SERIES.format(line.colour),
+            max(x, 0.0) + 0.02, y, _shortened(line.label), transform=axes.transAxes, color=_SERIES.format(line.colour),
             fontsize=_TEXT, va="center", parse_math=False,
         )  # fmt: skip
+
+
+def _shortened(label: str) -> str:
+    """`label`, or its beginning and end if it is long: labels often differ in their ends."""
+    return label if len(label) <= _LONGEST else f"{label[: _LONGEST // 2 - 1]}...{label[2 - _LONGEST // 2 :]}"
 
 
 def spread(places: Sequence[float], gap: float = _GAP) -> list[float]:
@@ -173,13 +181,20 @@ def _cleaned(svg: str, title: str, number: int) -> str:
         svg = svg.replace(colour, f"var({variable})")
     svg = re.sub(r"font-family: [^;\"]*;? ?| transform=\"rotate\(-0 [^\"]*\"", "", svg)
     svg = re.sub(r" ?\n(?=[A-Za-z\"])", "", svg)
-    svg = re.sub(r"-?\d+\.\d{2,}", lambda match: f"{float(match[0]):.1f}".removesuffix(".0"), svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: _NUMBER.sub(_short, tag[0]), svg)  # not in labels
     svg = re.sub(r">\s+<", "><", svg)
     width, height = (round(72 * side) for side in _SIZE)
     name = re.sub(r"[<>&\"]", "", title)
     return re.sub(
         r"<svg[^>]*>", f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{name}">', svg, count=1
     ).strip()
+
+
+_NUMBER = re.compile(r"-?\d+\.\d{2,}")
+
+
+def _short(number: re.Match) -> str:
+    return f"{float(number[0]):.1f}".removesuffix(".0")
 
 
 def pretty_unit(largest: float) -> tuple[float, str]:

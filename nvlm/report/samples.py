@@ -104,7 +104,8 @@ def _spread(scores: Mapping[tuple[str, str], float]) -> tuple[float, float]:
 def _sample(name: str, seed: int, answers: Mapping[tuple[str, str], Mapping[str, Answer]], pictures) -> Sample:
     given = {place: one[name] for place, one in answers.items()}
     first = next(iter(given.values()))
-    return Sample(name, seed, first.question, first.references, first.category, first.tiles, given, pictures)
+    tiles = max((one.tiles for one in given.values() if one.tiles is not None), default=None)  # as the picture shows
+    return Sample(name, seed, first.question, first.references, first.category, tiles, given, pictures)
 
 
 def _records(run: Run, task: str) -> tuple[Records | None, str]:

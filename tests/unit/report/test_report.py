@@ -266,16 +266,18 @@ def test_names_with_commas_are_no_lists(tmp_path, monkeypatch):
 
 
 def test_pictures_of_heldout_pages(tmp_path, configured):
-    """The page on which architectures disagree is drawn again from the run's configuration, with its tags."""
+    """The page on which architectures disagree is drawn again from the run's configuration, with its tags. Its number
+    of tiles is that of the largest tiling, which is drawn."""
     pytest.importorskip("sklearn")
-    for arch, answer in (("decoder", "0"), ("xattn", "7")):
+    for arch, answer, tiles in (("decoder", "0", 0), ("xattn", "7", 2)):
         config = with_seed(configured(f"arch={arch}", "data.heldout_records=4"), 1)
-        rows = [{"id": f"heldout-1-{n}", "question": "?", "answer": answer, "references": ["7"], "tiles": 2,
+        rows = [{"id": f"heldout-1-{n}", "question": "?", "answer": answer, "references": ["7"], "tiles": tiles,
                  "score": float(answer == "7"), "category": "tile"} for n in range(4)]  # fmt: skip
         write_run(tmp_path / arch, replace(config), Made(), rows)
     assert main([f"runs={tmp_path}", "show=3"]) == 0
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/jpeg") == 3 and "&lt;tile_1&gt;" in page
+    assert page.count("· 2 tiles ·") == 3
 
 
 MEASURE = """<script>
