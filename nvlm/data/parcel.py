@@ -31,12 +31,22 @@ class Parcel:
 
     def opened(self) -> StepData:
         """The step, with tensors."""
-        return _each_batch(self.closed, lambda batch: _converted(batch, np.ndarray, torch.from_numpy))
+        return _each_batch(self.closed, open_batch)
 
 
 def close(step: StepData) -> Parcel:
     """`step` as a parcel."""
-    return Parcel(_each_batch(step, lambda batch: _converted(batch, torch.Tensor, torch.Tensor.numpy)))
+    return Parcel(_each_batch(step, close_batch))
+
+
+def close_batch(batch: Batch) -> Batch:
+    """`batch` with arrays in place of all tensors but pixels."""
+    return _converted(batch, torch.Tensor, torch.Tensor.numpy)
+
+
+def open_batch(batch: Batch) -> Batch:
+    """`batch` with tensors again."""
+    return _converted(batch, np.ndarray, torch.from_numpy)
 
 
 def _each_batch(step: StepData, change: Callable[[Batch], Batch]) -> StepData:

@@ -1,32 +1,19 @@
-"""Greedy answers to encoded prompts."""
+"""Greedy answers to batches of prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-
-from nvlm.arch.pipeline import Pipeline
-from nvlm.data.batch import Sample
-from nvlm.data.pack import collate
+from nvlm.data.batch import Batch
 from nvlm.data.text.tokenizer import ChatTokenizer
 from nvlm.generate.decode import continue_rows
+from nvlm.generate.generator import Generator
 from nvlm.generate.sampling import Sampling
 from nvlm.generate.text import words
-from nvlm.vision.prepass import BalancedVision
 
 
-def answer(
-    pipeline: Pipeline,
-    vision: BalancedVision,
-    prompts: Sequence[Sample],
-    tokenizer: ChatTokenizer,
-    max_new_tokens: int,
-    device: torch.device,
-    tile_size: int,
-    multiple: int,
-) -> list[str]:
-    """The model's greedy answer to each prompt, up to an end token or `max_new_tokens`."""
-    (batch,) = vision.encode([collate([[prompt] for prompt in prompts], tile_size, multiple).to(device)])
-    sampling = Sampling(max_new_tokens=max_new_tokens)
-    return [words(ids, tokenizer) for ids in continue_rows(pipeline, batch, sampling, tokenizer.ends, multiple)]
+def answer(model: Generator, batch: Batch, tokenizer: ChatTokenizer, max_new_tokens: int) -> list[str]:
+    """The model's greedy answer to each row of `batch`, up to an end token or `max_new_tokens`. A collective call of
+    a replica's ranks."""
+    vision = model.vision.within_replica()  # replicas may have different numbers of batches
+    (batch,) = vision.encode([batch.to(model.device)])
+    sampling, multiple = Sampling(max_new_tokens=max_new_tokens), model.config.row_multiple
+    return [words(ids, tokenizer) for ids in continue_rows(model.pipeline, batch, sampling, tokenizer.ends, multiple)]

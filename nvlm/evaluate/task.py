@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nvlm.config.values import problem
 from nvlm.data.outline import Processor
 from nvlm.evaluate.answer import answer
-from nvlm.evaluate.asking import Asked, Unasked, asked, longest, measured, processor_of
+from nvlm.evaluate.asking import Unasked, longest, measured, processor_of
 from nvlm.evaluate.kept import Kept
 from nvlm.evaluate.order import Prompt, batches, share
+from nvlm.evaluate.reading import Read, Reader, read_ahead
 from nvlm.evaluate.score import Row, scored
 from nvlm.evaluate.stop import Stop, Stopped
 from nvlm.evaluate.tasks import Task
@@ -53,7 +53,7 @@ def evaluate(
     found: list[tuple[int, Row]] = []
     stopped = False
     waiting = batches(mine, limits.batch, limits.tokens, longest(task, model.config))
-    for read in ahead(lambda batch: [(one.index, asked(task, one.index, processor)) for one in batch], waiting):
+    for read in read_ahead(Reader(task, processor, waiting, model.config.row_multiple), model.config):
         progress(len(found), len(mine))
         if stopped := stop is not None and groups.any_rank(stop(), model.vision.team.replica, model.device):
             break
@@ -92,36 +92,9 @@ def _begun(kept: Kept | None, prompts: Sequence[Prompt]) -> dict[int, Row]:
     return found
 
 
-def ahead[Batch, Read](read: Callable[[Batch], Read], waiting: Iterable[Batch]) -> Iterator[Read]:
-    """`read` of each batch, in a thread that reads the next one meanwhile: pictures are decoded while the model
-    computes. Nothing else may read from the same files."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        coming = None
-        for batch in waiting:
-            before, coming = coming, pool.submit(read, batch)
-            if before is not None:
-                yield before.result()
-        if coming is not None:
-            yield coming.result()
-
-
-def answer_batch(
-    model: Generator, task: Task, read: Sequence[tuple[int, Asked | Unasked]], processor: Processor
-) -> list[tuple[int, Row]]:
-    """(number of the question, its row) for each of `read`. A collective call of the ranks of a replica."""
-    rows = [(index, one.row()) for index, one in read if isinstance(one, Unasked)]
-    fit = [(index, one) for index, one in read if isinstance(one, Asked)]
-    if fit:
-        config = model.config
-        texts = answer(
-            model.pipeline,
-            model.vision.within_replica(),  # replicas may have different numbers of batches
-            [one.sample for _, one in fit],
-            processor.tokenizer,
-            longest(task, config),
-            model.device,
-            config.vision.tile_size,
-            config.row_multiple,
-        )
-        rows += [(index, one.row(text)) for (index, one), text in zip(fit, texts)]
-    return rows
+def answer_batch(model: Generator, task: Task, read: Read, processor: Processor) -> list[tuple[int, Row]]:
+    """(number of the question, its row) for each that was `read`. A collective call of the ranks of a replica."""
+    if read.batch is None:
+        return list(read.unasked)
+    texts = answer(model, read.batch, processor.tokenizer, longest(task, model.config))
+    return [*read.unasked, *((index, row | {"answer": text}) for (index, row), text in zip(read.rows, texts))]

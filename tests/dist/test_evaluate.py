@@ -24,7 +24,12 @@ SMALL = (
     "evaluate.batch=3", "evaluate.questions=null", "evaluate.max_new_tokens=5",
 )  # fmt: skip
 LAYOUTS = {
-    2: ["parallel.data=2", "parallel.tensor=2 parallel.sequence=true", "parallel.pipeline=2", "parallel.context=2"],
+    2: [
+        "parallel.data=2 data.workers=1",
+        "parallel.tensor=2 parallel.sequence=true",
+        "parallel.pipeline=2",
+        "parallel.context=2",
+    ],
     4: ["parallel.data=2 parallel.pipeline=2 parallel.virtual=2", "parallel.data=2 parallel.tensor=2"],
 }
 ALL = [
@@ -46,7 +51,7 @@ def answered(overrides, folder=None, looks=None):
     config, own, batch = compose_config(*SMALL, *overrides), [], evaluation.answer_batch
 
     def counted(model, task, read, processor):
-        own.extend(index for index, _ in read)
+        own.extend(index for index, _ in (*read.rows, *read.unasked))
         return batch(model, task, read, processor)
 
     with joined(config) as device:

@@ -110,11 +110,11 @@ def test_a_stopped_evaluation_goes_on(inside, tmp_path, monkeypatch):
     words = (f"checkpoint={run}", "out=out", "evaluate.batch=5")
     asked, answer = [], evaluation.answer
 
-    def twice(pipeline, vision, prompts, *others):
+    def twice(model, batch, *others):
         if len(asked) == 2:
             raise Stop
-        asked.append(len(prompts))
-        return answer(pipeline, vision, prompts, *others)
+        asked.append(len(batch.tokens))
+        return answer(model, batch, *others)
 
     monkeypatch.setattr(evaluation, "answer", twice)
     with pytest.raises(Stop):
