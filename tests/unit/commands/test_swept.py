@@ -67,7 +67,7 @@ def test_the_paper_s_comparison_has_five_tilings_and_three_architectures_with_th
         ("bind", "tiling=1d", 1, 1),
         ("llm", "arch=hybrid", 1, 1),
         ("frozen", "arch=hybrid", 2, 1),
-        ("text", "arch=hybrid", 2, 2),
+        ("text", "arch=hybrid", 1, 1),
     ],
 )
 def test_an_ablation_s_runs_draw_the_same_samples_about_positions(name, fixed, runs, sources):
