@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.e2e.runs import ROOT, losses, train
@@ -45,6 +46,7 @@ def contents(index):
     return {path.name: path.read_bytes() for path in (index / "records").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_killed_walk_goes_on_and_its_index_trains_like_the_records(tmp_path):
     rng = np.random.default_rng(0)
     for number in range(9):
