@@ -1,4 +1,4 @@
-"""An evaluation that is given up because its run has to stop."""
+"""An evaluation that is interrupted because its run has to stop."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ _VARIABLES = {_INK: "--ink", _FAINT: "--faint", _LINE: "--line"} | {
 _GAP = 0.085  # between labels, as a share of the panel's height
 _LETTER = 0.6 * _TEXT / (72 * _SIZE[0])  # the width of a letter, at most, as a share of the figure's
 _LONGEST = 26  # letters of a label
+_NUMBER = re.compile(r"-?\d+\.\d{2,}")  # with more digits than an attribute needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +189,6 @@ def _cleaned(svg: str, title: str, number: int) -> str:
     return re.sub(
         r"<svg[^>]*>", f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{name}">', svg, count=1
     ).strip()
-
-
-_NUMBER = re.compile(r"-?\d+\.\d{2,}")
 
 
 def _short(number: re.Match) -> str:

@@ -36,7 +36,7 @@ class Evaluation(Protocol):
     def __call__(
         self, trainer: Trainer, step: int, alive: Callable[[], None], stop: Callable[[], bool]
     ) -> Measured | None:
-        """What is due after `step` steps; None if it was given up because `stop` was true on some rank. `alive` is
+        """What is due after `step` steps; None if it was interrupted because `stop` was true on some rank. `alive` is
         called before each batch."""
         ...
 
@@ -54,7 +54,7 @@ class Evaluations:
 
     def before(self, first: int, steps: int, guard: Guard) -> bool:
         """What is due before the step after `first`: at the start, and after the end of a run in an evaluation. False
-        if it was given up."""
+        if it was interrupted."""
         if first == steps or self.evaluation is None:
             return True
         wanted = self.evaluation.due(0) if first == 0 else self.evaluation.missing(first)

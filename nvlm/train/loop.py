@@ -143,7 +143,7 @@ def train(
             if not (stop or last) and evaluate.due(step):
                 mark(step, "evaluate")
                 stop = not evaluate(step, guard)
-                if stop and not saved:  # a resumed run begins with the evaluation that was given up
+                if stop and not saved:  # a resumed run begins with the evaluation that was interrupted
                     checkpoints.save(trainer, step, guard.numbers())
             if stop:
                 break
