@@ -6,6 +6,8 @@ import json
 import os
 import signal
 
+import pytest
+
 from nvlm.runs.folder import read_run_config, steps_done
 from tests.e2e.preloaded import at, run, start, wait_for
 
@@ -26,6 +28,7 @@ def losses(folder) -> dict[int, dict[str, float]]:
     return {int(step): {name: one["loss"] for name, one in row.items()} for step, row in rows.items()}
 
 
+@pytest.mark.slow
 def test_stages_follow_each_other_and_go_on_after_a_signal(tmp_path):
     text, pretrain, sft = (tmp_path / "runs" / "mine" / name for name in ("tiny_text", "tiny_pretrain", "tiny_sft"))
     process = start(tmp_path, *FEW, "name=mine")
