@@ -61,7 +61,7 @@ def work(request: Request) -> int:
     """Evaluate as one rank of the layout."""
     from nvlm.commands import launch
 
-    launch.quiet()
+    launch.begin_process(request.config.parallel)
     from nvlm.evaluate.checkpoint import evaluate_checkpoint
 
     try:

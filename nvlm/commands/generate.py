@@ -34,7 +34,7 @@ def _answer(arguments: Sequence[str]) -> int:
 
 def work(request: Request) -> int:
     """Hold the conversation, as one rank of the layout."""
-    launch.quiet()
+    launch.begin_process(request.config.parallel)
     from nvlm.data.record import BadRecord
     from nvlm.generate.generator import Conversation, check, opened
 

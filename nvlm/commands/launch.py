@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from nvlm.arch.registry import placement_rule
 from nvlm.commands.mistakes import answered
+from nvlm.config.compute import ParallelConfig
 from nvlm.config.hardware import GPUS, known_gpu
 from nvlm.config.mapping import from_mapping, to_mapping
 from nvlm.config.rules import check_world, validate
@@ -30,6 +31,7 @@ from nvlm.estimate.parameters import parameters
 from nvlm.estimate.refuse import check_memory
 from nvlm.evaluate.tasks import check_names, check_tasks
 from nvlm.inputs.check import check_weights
+from nvlm.processes.environment import set_defaults
 from nvlm.processes.launchers import Task, check_allocation, find_task
 from nvlm.processes.workers import EXPLAINED, run_workers, take_forks_along
 from nvlm.runs.folder import steps_done
@@ -102,13 +104,19 @@ def spawn(
 
 def work(config: Config, run_dir: Path, started: float, refusal: str | None = None) -> None:
     """Train in this process. `refusal`: the first rank's reason not to start, which it passes to the others."""
-    quiet()
+    begin_process(config.parallel)
     steady_streams()
     take_forks_along()
     from nvlm.evaluate.during import evaluation_of
     from nvlm.train.loop import run
 
     run(config, run_dir, refusal, evaluation_of(config, run_dir, started))
+
+
+def begin_process(parallel: ParallelConfig) -> None:
+    """Prepare this process, one rank of the layout, for the imports of torch and Megatron."""
+    set_defaults(os.environ, parallel, int(os.environ.get("WORLD_SIZE", 1)))
+    quiet()
 
 
 def quiet() -> None:
