@@ -115,7 +115,7 @@ def name(config: Config) -> str:
 
 
 def overrides(config: Config, replicas: int) -> str:
-    """The command-line overrides that select the layout."""
+    """The command-line overrides that select the layout, whatever else the command line and its experiment set."""
     p = config.parallel
     values = {
         "parallel.tensor": p.tensor,
@@ -128,8 +128,7 @@ def overrides(config: Config, replicas: int) -> str:
         "parallel.distributed_optimizer": str(p.distributed_optimizer).lower(),
         "train.recompute": config.train.recompute,
     }
-    one = {"parallel.pipeline", "parallel.virtual", "parallel.context", "parallel.context_heads", "parallel.data"}
-    return " ".join(f"{key}={value}" for key, value in values.items() if not (key in one and value == 1))
+    return " ".join(f"{key}={value}" for key, value in values.items())
 
 
 def candidates(config: Config, gpus: int, fixed: Sequence[str]) -> Iterator[Config]:

@@ -1,7 +1,8 @@
 """The work of a replica's step, with one sample representing all.
 
 The sample is one image with `tiles` regular tiles, thumbnail and tags, and text, all of it with labels. By default it
-has the maximum number of tiles, and text fills the row. Lengths are as computed, including padding.
+has the maximum number of tiles, and its text is as long as data.seq_length allows. Rows take as many such samples as
+fit. Lengths are as computed, including padding.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def step_load(config: Config, replicas: int, tiles: int | None = None, text: int
     tiles = config.tiling.max_tiles if tiles is None else tiles
     if text is None:
         image = sample_work(config, 0, tiles).tokens
-        text = max((data.row_length if data.row_length > image else data.seq_length) - image, 1)
+        longest = min(data.seq_length, data.row_length)  # rows may be shorter than the longest sample
+        text = max((longest if longest > image else data.seq_length) - image, 1)
     sample = sample_work(config, text, tiles)
     a_row = max(1, data.row_length // sample.tokens)
     if sample.keys:

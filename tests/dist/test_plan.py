@@ -27,8 +27,8 @@ from tests.dist.run import joined, run_distributed
 from tests.models import TILE, sample_of, small_config
 
 WORLDS = {
-    "hybrid 72b": ("+experiment=nvlm_h_72b_sft",),
-    "decoder 72b, pipeline 4": ("+experiment=nvlm_d_72b_sft",),
+    "hybrid 72b": ("+experiment=nvlm_h_72b_sft", "parallel.pipeline=1", "parallel.virtual=1"),
+    "decoder 72b, interleaved": ("+experiment=nvlm_d_72b_sft",),
     "xattn 34b, interleaved": ("+experiment=nvlm_x_34b_pretrain", "parallel.pipeline=2", "parallel.virtual=3"),
     "hybrid 34b, language model frozen": ("+experiment=nvlm_h_34b_pretrain", "parallel.pipeline=5"),
     "tied, stages without cross-attention": ("arch=hybrid", "llm.tied=true", "parallel.pipeline=4"),

@@ -25,7 +25,15 @@ SUITES = {
     "peers": (["tests/parity/test_peers.py"], 15),
     "generation": (["tests/parity/test_generate.py", "tests/dist/test_generate.py", "-k", "not with_and_without"], 10),
     "published": (["tests/dist/test_published.py"], 8),
-    "steps": (["tests/dist/test_overlap.py", "tests/dist/test_nothing_there.py", "-k", "not 4 and not tensor and not context"], 6),
+    "steps": (
+        [
+            "tests/dist/test_overlap.py",
+            "tests/dist/test_nothing_there.py",
+            "-k",
+            "not 4 and not tensor and not context",
+        ],
+        6,
+    ),
 }
 QUICK = ("hybrid",)
 

@@ -17,6 +17,7 @@ from nvlm.commands.plan import main
 from nvlm.config.hardware import GPUS, GiB
 from nvlm.config.rules import check_world, validate
 from nvlm.config.values import ConfigError
+from nvlm.data.pack import pack
 from nvlm.estimate.flops import model_flops
 from nvlm.estimate.layouts import candidates, name, overrides, plan
 from nvlm.estimate.load import step_load
@@ -27,24 +28,41 @@ from nvlm.estimate.speed import bubble_share, speed
 
 ROOT = Path(__file__).resolve().parents[3]
 H100 = GPUS["h100"]
+# NVLM-H 72B in the paper's layout, one sample to a row: it just fits 128 GPUs.
+TIGHT = ("+experiment=nvlm_h_72b_sft", "dry_run=true", "parallel.pipeline=1", "parallel.virtual=1",
+         "data.row_length=1280", "data.cross_length=1566")  # fmt: skip
 
 
 # --- what a step is made of ---
 
 
-def test_a_sample_fills_its_row_and_a_replica_its_micro_batches(configured):
+def test_samples_fill_rows_and_rows_a_replica_s_step(configured):
     config = configured("+experiment=nvlm_h_72b_sft", "dry_run=true", "train.global_batch=256")
     load = step_load(config, replicas=8)
-    assert (load.length, load.rows, load.micro_batches, load.samples) == (1280, 1, 32, 32)
-    assert (load.stream_from_tiles, load.keys_from_tiles, load.work.tiles) == (256, 6 * 256, 7)
+    assert (load.length, load.rows, load.micro_batches, load.samples) == (4 * 1280, 1, 8, 32)
+    assert (load.stream_from_tiles, load.keys_from_tiles, load.work.tiles) == (4 * 256, 4 * 6 * 256, 4 * 7)
     assert load.tiles == 32 * 7
-    assert load.work.tokens == 1280 and load.work.keys == 6 * (256 + 5)
-    assert load.work.outputs == 1280 - 256 - 5  # no label on an image's tokens
+    assert load.work.tokens == 4 * 1280 and load.work.keys == 4 * 6 * (256 + 5)
+    assert load.work.outputs == 4 * (1280 - 256 - 5)  # no label on an image's tokens
+
+
+@pytest.mark.parametrize("arch", "dxh")
+@pytest.mark.parametrize("size", ["34b", "72b"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_rows_of_the_recipes_hold_several_samples(configured, arch, size, stage):
+    config = configured(f"+experiment=nvlm_{arch}_{size}_{stage}", "dry_run=true")
+    each = 8 if stage == "pretrain" else 2 if arch == "d" else 4
+    load = step_load(config, replicas=16)
+    samples = config.train.global_batch // 16
+    assert load.tiles == samples * load.work.tiles // each and load.length == each * config.data.seq_length
+    longest = (load.work.tokens // each, load.work.keys // each)
+    rows = pack([longest] * samples, config.data.row_length, config.data.cross_length)
+    assert [len(row) for row in rows] == [each] * (samples // each)
+    assert load.length <= 8192 and config.llm.layers % config.parallel.pipeline_stages == 0
 
 
 def test_short_samples_share_rows_until_one_of_both_budgets_is_full(configured):
-    keys = ["data.row_length=5120", "data.cross_length=3200"]
-    config = configured("+experiment=nvlm_h_72b_sft", "dry_run=true", *keys)
+    config = configured(*TIGHT, "data.row_length=5120", "data.cross_length=3200")
     load = step_load(config, replicas=4, tiles=2, text=100)  # 361 tokens, 522 keys: six to a row
     assert (load.work.tokens, load.work.keys) == (6 * 361, 6 * 522)
     assert load.micro_batches == -(-64 // 6)
@@ -76,7 +94,7 @@ def test_in_flight_is_what_megatrons_schedule_keeps(configured, ranks, virtual, 
 
 def test_each_part_falls_with_what_cuts_it(configured):
     def need(*keys, replicas=8):
-        return memory(configured("+experiment=nvlm_h_72b_sft", "dry_run=true", *keys), replicas)
+        return memory(configured(*TIGHT, *keys), replicas)
 
     plain, more = need(), need(replicas=16)
     assert more.optimizer == plain.optimizer / 2 and more.weights == plain.weights
@@ -95,7 +113,7 @@ def test_each_part_falls_with_what_cuts_it(configured):
     assert 1.5 * plain.weights < fp8.weights < 2 * plain.weights and fp8.activations < plain.activations
     offloaded = need("train.offload=true")
     assert offloaded.activations < 0.2 * plain.activations
-    least = least_memory(configured("+experiment=nvlm_h_72b_sft", "dry_run=true"), 8)
+    least = least_memory(configured(*TIGHT), 8)
     assert least.total < plain.total and least.features == least.reserve == 0
 
 
@@ -119,6 +137,7 @@ def test_the_papers_layouts_of_34b_fit_its_gpus(configured):
     for letter in "dxh":
         config = configured(f"+experiment=nvlm_{letter}_34b_sft", "dry_run=true")
         assert memory(config, 128 // config.parallel.replica).total < H100.memory
+        assert config.parallel.virtual == (5 if letter == "d" else 1)
 
 
 # --- speed ---
@@ -140,9 +159,9 @@ def test_bubble_and_traffic_are_the_schedules(configured):
     def laid(*keys):
         return configured("+experiment=nvlm_d_72b_sft", "dry_run=true", *keys)
 
-    assert bubble_share(laid(), 32) == 3 / 32
-    assert bubble_share(laid("parallel.virtual=5"), 32) == 3 / 160
-    one = laid("parallel.pipeline=1")
+    assert bubble_share(laid("parallel.virtual=1"), 32) == 3 / 32
+    assert bubble_share(laid(), 32) == 3 / 160
+    one = laid("parallel.pipeline=1", "parallel.virtual=1")
     load = step_load(one, 2)
     assert speed(one, 2, H100, load).traffic.pipeline == 0
     # One layer's four collectives of the forward, four of the backward, and two gathers for weights' gradients.
@@ -271,13 +290,13 @@ def test_the_command_tells_all_parts_and_writes_them(tmp_path):
 
 
 def test_a_run_that_cannot_fit_is_refused_with_a_change_that_helps(configured):
-    config = configured("+experiment=nvlm_h_72b_sft", "dry_run=true")
+    config = configured(*TIGHT)
     with pytest.raises(ConfigError) as refused:
         check_memory(config, 64, "NVIDIA H100 80GB HBM3", H100.memory)
     said = str(refused.value)
     assert "got 79." in said and "gradients 34.9" in said and "Fix: train.recompute=selective" in said
     assert "launch/plan.py gpus=64" in said
-    helped = configured("+experiment=nvlm_h_72b_sft", "dry_run=true", "train.recompute=selective")
+    helped = configured(*TIGHT, "train.recompute=selective")
     check_memory(helped, 64, "", H100.memory)
     check_memory(config, 64, "", GPUS["h200"].memory)
     check_memory(config, 128, "", H100.memory)
@@ -293,7 +312,7 @@ def test_a_run_that_cannot_fit_is_refused_with_a_change_that_helps(configured):
     ],
 )
 def test_the_change_is_enough(configured, keys, processes, fix):
-    base = ("+experiment=nvlm_h_72b_sft", "dry_run=true", *keys)
+    base = (*TIGHT, *keys)
     with pytest.raises(ConfigError, match="memory: got") as refused:
         check_memory(configured(*base), processes, "h100", H100.memory)
     words = str(refused.value).partition("Fix: ")[2].partition(" (")[0]
