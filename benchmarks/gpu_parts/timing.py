@@ -1,0 +1,57 @@
+"""The clock of the GPU benchmarks, and what machine it ran on."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+WARM_UP = 2  # calls that are not timed: compilation, choice of kernels, growth of the allocator
+
+
+def machine() -> dict[str, str]:
+    """The device, torch's version, and the commit: NVLM_COMMIT where the tree has no history."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
+    commit = os.environ.get("NVLM_COMMIT") or _output(git) or "unknown"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    return {"device": name, "torch": torch.__version__, "commit": commit}
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def timed(function: Callable[[], object], repeats: int) -> float:
+    """Median seconds of a call, after calls that warm up."""
+    seconds = []
+    for number in range(repeats + WARM_UP):
+        wait()
+        began = time.perf_counter()
+        function()
+        wait()
+        if number >= WARM_UP:
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def wait() -> None:
+    """Until the GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def forget() -> None:
+    """Free the memory of deleted objects."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
