@@ -168,7 +168,7 @@ def adapters_of(model: VisionLanguageModel) -> dict[str, tuple[Tensor, Tensor]]:
 @torch.no_grad()
 def merged_weights(model: VisionLanguageModel, config: Config) -> dict[str, Tensor]:
     """Weights in fp64, under the names of a model without adapters."""
-    named = {name: p.double() for name, p in model.named_parameters() if ".adapter." not in name}
+    named = {name: p.double() for name, p in model.weights().items() if ".adapter." not in name}
     for name, (down, up) in adapters_of(model).items():
         named[name] = named[name] + config.peft.alpha / config.peft.rank * (up.double() @ down.double())
     return named

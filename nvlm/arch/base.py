@@ -35,7 +35,8 @@ from nvlm.attention.rotary import rotary_angles, rotary_frequencies
 from nvlm.config.values import Config, pipeline_layers
 from nvlm.data.batch import IGNORE, Batch, check_placeholders
 from nvlm.llm import backend
-from nvlm.llm.build import FUSED_NORMS, block_submodules, llm_config, of_megatron
+from nvlm.llm.backend import of_megatron
+from nvlm.llm.build import FUSED_NORMS, block_submodules, llm_config
 from nvlm.llm.dropout import remember_places
 from nvlm.llm.layer import DecoderBlock, learns, project
 from nvlm.llm.loss import token_losses

@@ -96,11 +96,8 @@ def _rows(whole: KernelChoice, keys: KernelChoice | None, trains: bool) -> Rows:
 
 
 def uses_engine(config: Config, machine: Machine) -> bool:
-    """Whether the decoder layers use Transformer Engine.
-
-    Linears with adapters use Megatron's own layers; fp32 is for comparisons, which need torch's arithmetic.
-    """
-    return machine.cuda and machine.te and config.precision.dtype == "bf16" and config.peft.name == "none"
+    """Whether the decoder layers use Transformer Engine. fp32 is for comparisons, which need torch's arithmetic."""
+    return machine.cuda and machine.te and config.precision.dtype == "bf16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

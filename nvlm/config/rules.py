@@ -201,8 +201,6 @@ def _precision(config: Config) -> None:
         # Megatron gathers mxfp8 weights through the gradient buffer, in bf16.
         expected = "a recipe whose weights can be gathered in FP8: fp8_delayed, fp8_current or fp8_blockwise"
         raise problem("precision.param_gather", True, expected, "precision.param_gather=false")
-    if config.peft.name != "none":
-        raise problem("peft", config.peft.name, "none with FP8: adapted linears compute in bf16", "precision=bf16")
     widths = {
         "llm.hidden": llm.hidden,
         "llm.ffn / parallel.tensor": llm.ffn // tensor,

@@ -1,10 +1,12 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) on Megatron's tensor-parallel linears.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on tensor-parallel linears, Megatron's or Transformer Engine's.
 
 An adapted linear computes W x + alpha / rank * up(down(x)). `up` starts at zero, so a fresh adapter changes nothing.
 Names: `weight` is the base's, `adapter.down.weight` [rank, in] and `adapter.up.weight` [out, rank] are added.
 
 Only `rank` numbers per token cross tensor-parallel ranks. Column-parallel: `down` is replicated and `up` is split like
 the base. Row-parallel: `down` is split like the base, its output is summed, and `up` is replicated.
+
+`down` and `up` are plain linears in the model's dtype, even if the base multiplies in FP8.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
 from nvlm.config.values import Config, PeftConfig
-from nvlm.llm.backend import engine, uses_te
+from nvlm.llm.backend import engine, of_megatron, uses_te
 from nvlm.llm.dropout import COLUMNS, KEYS, dropped, places
 from nvlm.llm.norm import RMSNorm
 from nvlm.weights.merge import ADAPTER
@@ -31,9 +33,18 @@ from nvlm.weights.merge import ADAPTER
 _OF_KEYS = ("cross_attention.linear_kv",)  # linears that read cross-attended keys, not the text stream
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kinds:
+    """The classes of a layer's linears."""
+
+    column: type  # split along its output
+    normed: type  # the same, after a norm
+    row: type  # split along its input
+
+
 @dataclass(frozen=True, slots=True)
 class Linears:
-    """Builders of one layer's linears: Megatron's, with adapters if `peft` is given, or Transformer Engine's (`te`)."""
+    """Builders of one layer's linears: Megatron's or Transformer Engine's (`te`), with adapters if `peft` is given."""
 
     peft: PeftConfig | None
     seed: int
@@ -42,26 +53,37 @@ class Linears:
 
     def column(self, name: str) -> Callable[..., nn.Module]:
         """Builder of the linear `name`, split along its output."""
-        if self.te:
-            return engine().TEColumnParallelLinear
-        return self._adapted(AdaptedColumnLinear, name) if self.peft else ColumnParallelLinear
+        return self._builder(self._kinds.column, name)
 
     def normed(self, name: str) -> Callable[..., nn.Module]:
         """Builder of the linear `name`, split along its output, which follows a norm: fused with it if `te`."""
-        return engine().TELayerNormColumnParallelLinear if self.te else self.column(name)
+        return self._builder(self._kinds.normed, name)
 
     def row(self, name: str) -> Callable[..., nn.Module]:
         """Builder of the linear `name`, split along its input."""
-        if self.te:
-            return engine().TERowParallelLinear
-        return self._adapted(AdaptedRowLinear, name) if self.peft else RowParallelLinear
+        return self._builder(self._kinds.row, name)
 
     @property
     def norm(self) -> Callable[..., nn.Module]:
         """Builder of the norm before a `normed` linear; the identity if they are fused."""
         return IdentityOp if self.te else RMSNorm
 
-    def _adapted(self, kind: type, name: str) -> Callable:
+    @property
+    def _kinds(self) -> Kinds:
+        if not self.te:
+            return _ADAPTED if self.peft else _PLAIN
+        if self.peft:
+            from nvlm.llm.te_adapters import ADAPTED
+
+            return ADAPTED
+        te = engine()
+        return Kinds(
+            column=te.TEColumnParallelLinear, normed=te.TELayerNormColumnParallelLinear, row=te.TERowParallelLinear
+        )
+
+    def _builder(self, kind: type, name: str) -> Callable[..., nn.Module]:
+        if not self.peft:
+            return kind
         seed = f"{self.seed} adapter {self.layer} {name}"
         return functools.partial(kind, peft=self.peft, seed=seed, **({"reads": KEYS} if name in _OF_KEYS else {}))
 
@@ -84,7 +106,7 @@ class _Whole(nn.Linear):
 
 
 class Adapter(nn.Module):
-    """alpha / rank * up(down(dropout(x))). `seed` determines the dropout masks; `reads` says what x holds.
+    """up(alpha / rank * down(dropout(x))). `seed` determines the dropout masks; `reads` says what x holds.
 
     `columns` and `features`: this tensor-parallel rank if the ranks split x along that dimension, else 0.
     """
@@ -98,7 +120,7 @@ class Adapter(nn.Module):
         self.linear, self.columns, self.features = zlib.crc32(f"{seed} dropout".encode()), columns, features
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * self.up(self.down(self._drop(x))[0])[0]
+        return self.up(self.scale * self.down(self._drop(x))[0])[0]
 
     def _drop(self, x_SBF: Tensor) -> Tensor:
         if not self.training or not self.dropout:
@@ -108,8 +130,24 @@ class Adapter(nn.Module):
         return dropped(x_SBF, self.dropout, self.linear, place_SB, first=self.features * width)
 
 
-class AdaptedColumnLinear(ColumnParallelLinear):
-    """A column-parallel linear with an adapter; `seed` determines its initial weights."""
+class Adapted:
+    """A linear's part that concerns its `adapter`; the base class of the linear itself comes after this one."""
+
+    adapter: Adapter
+
+    def forward(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """Like the base class."""
+        output, bias = super().forward(x, *args, **kwargs)
+        return output + self.adapter(x), bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Like the base class."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return state | _sharded_adapter(self, prefix, sharded_offsets, metadata)
+
+
+class AdaptedColumn(Adapted):
+    """Adds an adapter to a column-parallel linear; `seed` determines its initial weights."""
 
     def __init__(
         self,
@@ -124,7 +162,7 @@ class AdaptedColumnLinear(ColumnParallelLinear):
     ) -> None:
         super().__init__(inputs, outputs, config=config, **kwargs)
         self.gated = kwargs.get("stride", 1) == 2  # each rank holds its share of gate, then its share of up
-        split = config.sequence_parallel
+        split, config = config.sequence_parallel, of_megatron(config)
         shared = {key: kwargs[key] for key in ("stride", "tp_group") if key in kwargs}
         up = ColumnParallelLinear(
             peft.rank, outputs, config=config, init_method=nn.init.zeros_, bias=False, gather_output=False, **shared
@@ -134,15 +172,9 @@ class AdaptedColumnLinear(ColumnParallelLinear):
         nn.init.zeros_(up.weight)  # needed if Megatron is configured not to initialize weights
         _begin(self.adapter.down.weight, inputs, seed)
 
-    def forward(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """Like the base class."""
-        output, bias = super().forward(x, *args, **kwargs)
-        return output + self.adapter(x), bias
-
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Like the base class. A gated linear's `up` is stored with gate before up, like its weight."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        state |= _sharded_adapter(self, prefix, sharded_offsets, metadata)
         if self.gated:
             name = f"{prefix}{ADAPTER}.up.weight"
             state[name] = apply_swiglu_sharded_factory(
@@ -151,8 +183,8 @@ class AdaptedColumnLinear(ColumnParallelLinear):
         return state
 
 
-class AdaptedRowLinear(RowParallelLinear):
-    """A row-parallel linear with an adapter; `seed` determines its initial weights."""
+class AdaptedRow(Adapted):
+    """Adds an adapter to a row-parallel linear; `seed` determines its initial weights."""
 
     def __init__(
         self, inputs: int, outputs: int, *, config: TransformerConfig, peft: PeftConfig, seed: str, **kwargs
@@ -161,7 +193,7 @@ class AdaptedRowLinear(RowParallelLinear):
         down = RowParallelLinear(
             inputs,
             peft.rank,
-            config=config,
+            config=of_megatron(config),
             init_method=nn.init.zeros_,
             bias=False,
             input_is_parallel=True,
@@ -172,15 +204,17 @@ class AdaptedRowLinear(RowParallelLinear):
         self.adapter = Adapter(down, up, peft, seed, COLUMNS, columns=0, features=self.tp_group.rank())
         _begin(down.weight, inputs, seed, self.tp_group)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Like the base class."""
-        output, bias = super().forward(x)
-        return output + self.adapter(x), bias
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Like the base class."""
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return state | _sharded_adapter(self, prefix, sharded_offsets, metadata)
+class AdaptedColumnLinear(AdaptedColumn, ColumnParallelLinear):
+    """Megatron's column-parallel linear with an adapter."""
+
+
+class AdaptedRowLinear(AdaptedRow, RowParallelLinear):
+    """Megatron's row-parallel linear with an adapter."""
+
+
+_PLAIN = Kinds(column=ColumnParallelLinear, normed=ColumnParallelLinear, row=RowParallelLinear)
+_ADAPTED = Kinds(column=AdaptedColumnLinear, normed=AdaptedColumnLinear, row=AdaptedRowLinear)
 
 
 def _sharded_adapter(linear: nn.Module, prefix: str, sharded_offsets: tuple, metadata: dict | None) -> dict:

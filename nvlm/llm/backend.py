@@ -5,11 +5,16 @@ Imports Transformer Engine only when needed: the import takes seconds, and a bro
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
 from nvlm.attention import choice
 from nvlm.config.values import TE_INSTALL, Config, problem
 from nvlm.processes import device
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
 
 _AMAX_HISTORY = 1024  # steps of maximum values for delayed scaling
 
@@ -79,7 +84,7 @@ def describe(config: Config) -> str:
     if not device.has_cuda():
         return f"layers: torch on CPU, {precision}"
     reason = why_not_te()
-    why = f"no Transformer Engine: {reason}; {TE_INSTALL} makes it faster" if reason else "as fp32 and adapters need it"
+    why = f"no Transformer Engine: {reason}; {TE_INSTALL} makes it faster" if reason else "as fp32 needs it"
     return f"layers: torch and Megatron-Core, {precision} ({why})"
 
 
@@ -109,6 +114,14 @@ def fp8_settings(config: Config) -> dict:
         num_layers_at_start_in_bf16=precision.edges,
         num_layers_at_end_in_bf16=precision.edges,
     )
+
+
+def of_megatron(te: TransformerConfig, **changes) -> TransformerConfig:
+    """The configuration for modules that never use Transformer Engine, derived from that of layers that may.
+
+    Fused accumulation of gradients in Megatron's own linears needs Apex.
+    """
+    return dataclasses.replace(te, gradient_accumulation_fusion=False, **changes)
 
 
 def engine():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer import ModuleSpec, TransformerConfig
@@ -106,11 +104,6 @@ def llm_config(config: Config) -> TransformerConfig:
         hetereogenous_dist_checkpoint=True,  # some layers have cross-attention, others not
         perform_initialization=not (config.init.llm or config.init.release or config.init.checkpoint),  # loaded instead
     )
-
-
-def of_megatron(te: TransformerConfig, **changes) -> TransformerConfig:
-    """The configuration for modules that never use Transformer Engine, derived from that of layers that may."""
-    return dataclasses.replace(te, gradient_accumulation_fusion=False, **changes)
 
 
 def layer_spec(config: Config, number: int, cross_attention: ModuleSpec | None = None) -> ModuleSpec:

@@ -25,7 +25,8 @@ def remember_places(place_BS: Tensor, place_BX: Tensor) -> None:
     recomputed after the forward passes of later ones.
     """
     tracker = get_cuda_rng_tracker()
-    places = {_NAMES[COLUMNS]: place_BS.t(), _NAMES[KEYS]: place_BX.t()}
+    # Contiguous, so that masks and gradients are: Transformer Engine takes no other gradient of a norm's output.
+    places = {_NAMES[COLUMNS]: place_BS.t().contiguous(), _NAMES[KEYS]: place_BX.t().contiguous()}
     tracker.set_states(tracker.get_states() | places)
 
 

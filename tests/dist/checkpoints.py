@@ -58,8 +58,8 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
 
 def held_by(trainer: Trainer) -> dict[str, torch.Tensor]:
     """What one process without the distributed optimizer holds, under the names that a checkpoint should use."""
-    named = {}
-    for name, weight in trainer.chunks[0].module.named_parameters():
+    named, module = {}, trainer.chunks[0].module
+    for name, weight in ((module.whole_name(name), weight) for name, weight in module.named_parameters()):
         named[name] = weight.detach()
         main = getattr(weight, "main_param", weight)
         if weight.requires_grad:

@@ -15,8 +15,8 @@ PACKAGES = Path(sys.prefix, "engine")
 
 
 def prepare(fused_gradients: bool = True) -> None:
-    """Have `nvlm` choose Transformer Engine's layers wherever there are no adapters, also in fp32, where results can be
-    compared to rounding, and pack rows as on a GPU. Before Megatron's first import.
+    """Have `nvlm` choose Transformer Engine's layers, also in fp32, where results can be compared to rounding, and pack
+    rows as on a GPU. Before Megatron's first import.
 
     `fused_gradients`: weight gradients are added to Megatron's buffers, which a model must have then.
     """
@@ -32,7 +32,7 @@ def prepare(fused_gradients: bool = True) -> None:
 
     device._use_torch_optimizers = lambda: None  # Transformer Engine's own, on the kernels from here
     backend.this_machine = lambda: choice.GPU_WITH_TE
-    choice.uses_engine = lambda config, machine: config.peft.name == "none"
+    choice.uses_engine = lambda config, machine: True
     if not fused_gradients:
         plain = build.base_config
         build.base_config = lambda config, **shape: plain(config, **shape | {"gradient_accumulation_fusion": False})

@@ -18,6 +18,7 @@ MODELS = [f"tests/parity/test_{part}.py" for part in ("models", "sight", "placeh
 SUITES = {
     "hybrid": ([*MODELS, "-k", "hybrid"], 80),
     "other models": ([*MODELS, "-k", "not hybrid"], 140),
+    "adapters": (["tests/parity/test_adapters.py", "tests/dist/test_adapters.py", "-m", "not slow"], 40),
     "fp8": (["tests/engine/suites/fp8.py"], 20),
     "plan": (["tests/engine/suites/plan.py"], 54),
     "gpu": (["tests/engine/suites/gpu.py"], 1),

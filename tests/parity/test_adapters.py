@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from nvlm.arch.base import VisionLanguageModel
 from nvlm.arch.groups import parameter_group
 from nvlm.arch.pipeline import build_parts
 from nvlm.data.batch import Batch
-from nvlm.llm.adapters import AdaptedColumnLinear, AdaptedRowLinear
+from nvlm.llm.adapters import Adapted
 from nvlm.train.optim import freeze
 from nvlm.weights.merge import adapter_names, is_adapter, merge
 from tests.models import adapter_gradients, batch_of, build_twins, reference_sample, small_config
@@ -40,10 +41,15 @@ def merge_state(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
 def merge_in_place(model: torch.nn.Module) -> None:
     """Merge the adapters of `model` into its weights; they stay, with an `up` of zero."""
     for linear in model.modules():
-        if isinstance(linear, AdaptedColumnLinear | AdaptedRowLinear):
+        if isinstance(linear, Adapted):
             down, up = linear.adapter.down.weight, linear.adapter.up.weight
             linear.weight.copy_(merge(linear.weight, down, up, linear.adapter.scale))
             up.zero_()
+
+
+def logits_of(model: VisionLanguageModel, batch: Batch) -> Tensor:
+    """Of all tokens, with the rows arranged as in training."""
+    return model.logits(model.hidden(model.attends().arranged(batch).batch))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -103,14 +109,13 @@ def test_merged_weights_give_the_adapted_logits(arch):
     twins, (plain,) = build_twins(config), build_parts(small_config(f"arch={arch}"))
     batch = batch_of([[ONE], [TEXT]], twins)
     with torch.no_grad():
-        expected = twins.model.logits(twins.model.hidden(batch))
+        expected = logits_of(twins.model, batch)
         state = merge_state(dict(twins.model.named_parameters()), config.peft.scale)
         assert state.keys() == dict(plain.named_parameters()).keys()
         plain.load_state_dict(state, strict=False)
         merge_in_place(twins.model)
         for model in (plain, twins.model):
-            logits = model.logits(model.hidden(batch))
-            assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+            assert (logits_of(model, batch) - expected).abs().max() < 1e-5 * expected.abs().max()
     again = merge_state(dict(twins.model.named_parameters()), config.peft.scale)
     assert all(torch.equal(again[name], state[name]) for name in state)  # nothing is merged twice
 

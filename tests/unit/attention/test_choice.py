@@ -38,10 +38,10 @@ TABLE = [
     (X + BF16, GPU_WITH_TE, TRAINING, "te", "flex", LINE),
     (H + BF16, GPU_WITH_TE, EVALUATION, "dense", "dense", LINE),
     (H + BF16, GPU_WITH_TE, CACHED, "dense", "dense", LINE),
-    # Neither fp32 nor adapters use it, nor a machine where it does not load.
+    (H + BF16 + LORA, GPU_WITH_TE, TRAINING, "te", "flex", LINE),
+    # fp32 does not use it, nor a machine where it does not load.
     (D, GPU_WITH_TE, TRAINING, "flex", None, KEPT),
     (H, GPU_WITH_TE, TRAINING, "flex", "flex", KEPT),
-    (H + BF16 + LORA, GPU_WITH_TE, TRAINING, "flex", "flex", KEPT),
     (H + BF16, GPU, TRAINING, "flex", "flex", KEPT),
     (H + BF16, GPU, EVALUATION, "dense", "dense", KEPT),
     (D + BF16, GPU, CACHED, "dense", None, KEPT),
@@ -109,9 +109,9 @@ def test_what_kernels_keep_is_the_choice_s():
         Kernels(joint=True, rotary=True, fused_norm=False),
     )
     for options in (D, X, H):
-        assert kernels_of(small_config(*options, *BF16)) == engine
-        for other in ((), BF16 + LORA):  # fp32 and adapters
-            assert kernels_of(small_config(*options, *other)) == torch_s
+        for other in (BF16, BF16 + LORA):
+            assert kernels_of(small_config(*options, *other)) == engine
+        assert kernels_of(small_config(*options)) == torch_s  # fp32
         assert kernels_of(small_config(*options, *BF16), GPU) == torch_s
     spread = kernels_of(small_config(*D, *CONTEXT))
     assert spread.apart and not spread.joint and not spread.dense

@@ -79,7 +79,6 @@ from nvlm.estimate.lengths import most_image_tokens
         (["precision=bf16", "precision.edges=1"], ("precision.edges", "nothing without FP8", "mxfp8")),
         (["precision=bf16", "precision.encoder=true"], ("precision.encoder", "nothing without FP8")),
         (["precision=fp8_blockwise"], ("llm.kv_heads", "64", "a multiple of 128", "precision=bf16")),
-        (["precision=mxfp8", "peft=lora"], ("peft", "none with FP8")),
         (["train.offload=true", "train.recompute=full"], ("train.offload", "train.recompute=none")),
         (["train.offload=true", "parallel.pipeline=2"], ("train.offload", "parallel.pipeline=1")),
         (["train.recompute=some"], ("train.recompute", "'some'", "none, selective, full")),
