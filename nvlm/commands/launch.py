@@ -242,15 +242,16 @@ def check_fits(config: Config) -> None:
 
 
 def check_engine(config: Config) -> None:
-    """Raise ConfigError if FP8 or offload needs Transformer Engine and it is not installed. Loads nothing."""
+    """Raise ConfigError if something needs Transformer Engine and it is not installed. Loads nothing."""
     if importlib.util.find_spec("transformer_engine") is not None:
         return
     if config.precision.recipe:
         what, fix = f"precision={config.precision.name}", f"{TE_INSTALL}, or precision=bf16"
         raise problem(what, "no Transformer Engine", "Transformer Engine, whose kernels compute in FP8", fix)
-    if config.train.offload:
-        fix = f"{TE_INSTALL}, or train.offload=false"
-        raise problem("train.offload=true", "no Transformer Engine", "Transformer Engine, which moves the tensors", fix)
+    asked = {"train.offload": config.train.offload, "parallel.userbuffers": config.parallel.userbuffers}
+    for key in (key for key, value in asked.items() if value):
+        fix = f"{TE_INSTALL}, or {key}=false"
+        raise problem(f"{key}=true", "no Transformer Engine", "Transformer Engine, which moves the tensors", fix)
 
 
 def check_processes(config: Config, gpus: int) -> None:

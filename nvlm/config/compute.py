@@ -53,6 +53,7 @@ class ParallelConfig:
     context: Count
     context_heads: Count  # context-parallel ranks that trade columns for heads; the others gather keys
     sequence: bool
+    userbuffers: bool  # Transformer Engine sends a linear's input or output in pieces, behind products of others
     data: Count  # number of replicas that launch/train.py starts itself
     distributed_optimizer: bool
     timeout_minutes: Annotated[float, Range(above=0, most=525_600, example=10)]  # without progress until abort

@@ -10,6 +10,7 @@ from nvlm.config.fields import FileName, FilePath
 from nvlm.config.mapping import kinds_of
 from nvlm.config.values import Config, problem
 
+_BUFFERED = ("bf16", "fp8_current", "fp8_delayed")  # precisions whose operands fit Transformer Engine's userbuffers
 PROFILED = 6  # steps needed for a complete trace
 
 
@@ -133,6 +134,27 @@ def _layout(config: Config) -> None:
         raise problem("parallel.context_heads", p.context_heads, expected, fix)
 
 
+def _userbuffers(config: Config) -> None:
+    p, precision = config.parallel, config.precision.name
+    if not p.userbuffers:
+        return
+    what, off = "parallel.userbuffers", "parallel.userbuffers=false"
+    if not p.sequence:
+        expected = "parallel.sequence=true, whose gathers and scatters it hides"
+        raise problem(f"{what}=true", "parallel.sequence=false", expected, f"parallel.sequence=true, or {off}")
+    if precision not in _BUFFERED:
+        raise problem(f"{what}=true", f"precision={precision}", f"one of {', '.join(_BUFFERED)}", off)
+    if config.train.micro_batch > 1:
+        expected = "1, as a step's last micro-batch may have fewer rows; longer rows take as many samples"
+        length = config.train.micro_batch * config.data.row_length
+        fix = f"train.micro_batch=1 data.row_length={length}, or {off}"
+        raise problem(f"train.micro_batch with {what}=true", config.train.micro_batch, expected, fix)
+    if config.data.row_length < config.data.seq_length:
+        expected = f"at least data.seq_length={config.data.seq_length}: all rows have the same length"
+        fix = f"data.row_length={config.data.seq_length}, or {off}"
+        raise problem(f"data.row_length with {what}=true", config.data.row_length, expected, fix)
+
+
 def _init(config: Config) -> None:
     given = [name for name in ("llm", "release", "checkpoint") if getattr(config.init, name)]
     if len(given) > 1:
@@ -237,7 +259,19 @@ def _memory(config: Config) -> None:
 
 def validate(config: Config) -> Config:
     """Return `config`, or raise ConfigError for the first rule that it breaks (lengths: nvlm.estimate.lengths)."""
-    for rule in (_data, _shapes, _layout, _init, _schedule, _stage, _peft, _precision, _memory, _evaluate):
+    for rule in (
+        _data,
+        _shapes,
+        _layout,
+        _userbuffers,
+        _init,
+        _schedule,
+        _stage,
+        _peft,
+        _precision,
+        _memory,
+        _evaluate,
+    ):
         rule(config)
     return config
 

@@ -263,6 +263,11 @@ class Config:
         context = self.parallel.context
         return self.precision.multiple * self.parallel.tensor * (2 * context if context > 1 else 1)
 
+    @property
+    def padded_length(self) -> int | None:
+        """The number of tokens that all rows of training are padded to; None: the longest of their micro-batch."""
+        return -(-self.data.row_length // self.row_multiple) * self.row_multiple if self.parallel.userbuffers else None
+
 
 def cross_layers(config: Config) -> tuple[int, ...]:
     """1-based numbers of the layers that carry gated cross-attention (NVLM section 4.5: every k-th)."""

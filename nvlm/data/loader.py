@@ -103,8 +103,8 @@ class Steps(Dataset):
     steps: int
     micro_batch: int  # packed rows
     row_length: int  # tokens
-    data_rank: int
-    data_size: int
+    data_rank: int = 0
+    data_size: int = 1
     multiple: int = 8  # row lengths are multiples of this many tokens
     window: int = 1  # steps whose records are packed together
     groups: int = 1  # the number of micro-batches is a multiple of this
@@ -112,6 +112,7 @@ class Steps(Dataset):
     seat: int = 0  # this process's rank within the replica
     seats: int = 1  # ranks of the replica, among which a step's images are divided
     index: Index | None = None  # of the records
+    length: int | None = None  # tokens that all rows are padded to; None: the longest of their micro-batch
 
     def __len__(self) -> int:
         return self.steps
@@ -192,7 +193,7 @@ class Steps(Dataset):
 
     def _collate(self, step: int, rows: Sequence[tuple[int, list[Sample]]]) -> Batch:
         samples, numbers = [row for _, row in rows], [number for number, _ in rows]
-        return collate(samples, self.processor.tile_size, self.multiple, step=step, numbers=numbers)
+        return collate(samples, self.processor.tile_size, self.multiple, step=step, numbers=numbers, length=self.length)
 
     def micro_batches(self, rows: list) -> list[list]:
         """Groups of `rows`, at least one; the last ones may be short or empty."""
@@ -214,9 +215,8 @@ def steps_of(config: Config, placement: PlacementRule) -> Steps:
         micro_batch=config.train.micro_batch,
         row_length=config.data.row_length,
         window=config.data.window,
-        data_rank=0,
-        data_size=1,
         multiple=config.row_multiple,
+        length=config.padded_length,
         groups=config.parallel.pipeline if config.parallel.virtual > 1 else 1,  # interleaved stages take turns
     )
 

@@ -118,33 +118,35 @@ def collate(
     *,
     step: int = 0,
     numbers: Sequence[int] | None = None,
+    length: int | None = None,
 ) -> Batch:
     """Concatenate each row's samples; pad all rows to the longest, rounded up to a multiple of `multiple` tokens.
 
+    `length`: the text stream of all rows gets this many tokens instead, at least those of the longest row.
     `numbers`: each row's number among the rows of all replicas in `step`; by default, 0, 1, ... If there are no rows,
     the batch is one row of padding, so that a rank without data still takes part in the step.
     """
     rows, numbers = rows or [[]], numbers or range(max(1, len(rows)))
     samples = [sample for row in rows for sample in row]
 
-    def padded(name: str, value: int) -> Tensor:
-        return _padded([_joined([getattr(s, name) for s in row]) for row in rows], value, multiple)
+    def padded(name: str, value: int, length: int | None = length) -> Tensor:
+        return _padded([_joined([getattr(s, name) for s in row]) for row in rows], value, multiple, length)
 
-    def numbered(name: str) -> Tensor:
-        return _padded([_numbered([getattr(s, name).numel() for s in row]) for row in rows], PAD, multiple)
+    def numbered(name: str, length: int | None = length) -> Tensor:
+        return _padded([_numbered([getattr(s, name).numel() for s in row]) for row in rows], PAD, multiple, length)
 
     def counts(name: str) -> Tensor:
         return torch.tensor([getattr(s, name).numel() for s in samples], dtype=torch.long)
 
     positions = [_joined([torch.arange(s.tokens.numel()) for s in row]) for row in rows]
     tags = [torch.tensor(tag, dtype=torch.long) for s in samples for tag in s.cross_tags]
-    tokens, cross_tokens = padded("tokens", 0), padded("cross_tokens", 0)
+    tokens, cross_tokens = padded("tokens", 0), padded("cross_tokens", 0, None)
     empty = torch.zeros(0, 3, tile_size, tile_size, dtype=torch.uint8)
     return Batch(
         ids=tuple(tuple(s.id for s in row) for row in rows),
         tokens=tokens,
         labels=padded("labels", IGNORE),
-        positions=_padded(positions, 0, multiple),
+        positions=_padded(positions, 0, multiple, length),
         sample=numbered("tokens"),
         image=padded("image", PAD),
         tile=padded("tile", ALL_TILES),
@@ -153,9 +155,9 @@ def collate(
         place=places_of(step, numbers, tokens.shape[1]),
         cross_tokens=cross_tokens,
         cross_place=places_of(step, numbers, cross_tokens.shape[1]),
-        cross_sample=numbered("cross_tokens"),
-        cross_image=padded("cross_image", PAD),
-        cross_tile=padded("cross_tile", PAD),
+        cross_sample=numbered("cross_tokens", None),
+        cross_image=padded("cross_image", PAD, None),
+        cross_tile=padded("cross_tile", PAD, None),
         cross_rows=_tile_rows(samples, "cross_rows"),
         cross_counts=counts("cross_rows"),
         cross_lengths=torch.tensor([n for s in samples for n in s.cross_lengths], dtype=torch.long),
@@ -175,10 +177,11 @@ def _numbered(lengths: list[int]) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
 
 
-def _padded(rows: list[Tensor], value: int, multiple: int) -> Tensor:
-    """[B, longest row rounded up to a multiple of `multiple`], never empty."""
+def _padded(rows: list[Tensor], value: int, multiple: int, length: int | None) -> Tensor:
+    """[B, `length`]; without one, [B, longest row rounded up to a multiple of `multiple`], never empty."""
     stacked = pad_sequence(rows, batch_first=True, padding_value=value)
-    short = max(-stacked.shape[1] % multiple, multiple if stacked.shape[1] == 0 else 0)
+    short = (length or max(multiple, math.ceil(stacked.shape[1] / multiple) * multiple)) - stacked.shape[1]
+    assert short >= 0, f"a row of {stacked.shape[1]} tokens, expected at most {length}"
     return torch.nn.functional.pad(stacked, (0, short), value=value)
 
 

@@ -30,6 +30,7 @@ _ONE_PROCESS = {
     "context": 1,
     "context_heads": 1,
     "sequence": False,
+    "userbuffers": False,
     "data": 1,
     "distributed_optimizer": False,
 }
@@ -80,9 +81,10 @@ def config_of(
 
 def for_generation(config: Config) -> Config:
     """Return `config`, or raise ConfigError if its layout cannot generate text or its weights are missing."""
-    for key in ("context", "data"):
-        got = getattr(config.parallel, key)
-        if got != 1:
-            raise problem(f"parallel.{key}", got, "1 to generate text", f"parallel.{key}=1")
+    for key in ("context", "data", "userbuffers"):
+        got, needed = getattr(config.parallel, key), _ONE_PROCESS[key]
+        if got != needed:
+            what = str(needed).lower()
+            raise problem(f"parallel.{key}", got, f"{what} to generate text", f"parallel.{key}={what}")
     check_weights(config)
     return config

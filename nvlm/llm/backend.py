@@ -41,14 +41,16 @@ def why_not_te() -> str | None:
 
 
 def check_precision(config: Config) -> None:
-    """Raise ConfigError if this machine cannot run config.precision or train.offload.
+    """Raise ConfigError if this machine cannot run config.precision, train.offload or parallel.userbuffers.
 
-    FP8 needs a GPU and a Transformer Engine that support the recipe; offload needs both as well.
+    FP8 needs a GPU and a Transformer Engine that support the recipe; the others need both as well.
     """
     precision = config.precision
-    if config.train.offload and (why_not_te() or not device.has_cuda()):
-        got = f"no Transformer Engine ({why_not_te()})" if why_not_te() else "a machine without a usable GPU"
-        raise problem("train.offload=true", got, "Transformer Engine on a GPU", f"{TE_INSTALL}, or train.offload=false")
+    asked = {"train.offload": config.train.offload, "parallel.userbuffers": config.parallel.userbuffers}
+    for key in (key for key, value in asked.items() if value):
+        if why_not_te() or not device.has_cuda():
+            got = f"no Transformer Engine ({why_not_te()})" if why_not_te() else "a machine without a usable GPU"
+            raise problem(f"{key}=true", got, "Transformer Engine on a GPU", f"{TE_INSTALL}, or {key}=false")
     if precision.recipe is None:
         return
     what = f"precision={precision.name}"

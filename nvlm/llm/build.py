@@ -85,6 +85,10 @@ def llm_config(config: Config) -> TransformerConfig:
         hierarchical_context_parallel_sizes=list(p.context_mesh) if p.context > 1 else None,
         cp_comm_type="a2a+p2p" if p.context > 1 else None,
         sequence_parallel=p.sequence,
+        tp_comm_overlap=p.userbuffers,
+        # The gradient of a linear's input is scattered behind the product of its weight's gradient. A frozen weight has
+        # none, and Transformer Engine would not scatter at all; so it goes behind the product that makes it.
+        tp_comm_overlap_rs_dgrad=p.userbuffers and frozen(config),
         # Messages between two ranks are matched in the order of posting. If the previous stage is also the next one,
         # batched sends and receives in both directions would be mismatched, silently.
         overlap_p2p_comm=p.virtual > 1,
@@ -104,6 +108,11 @@ def llm_config(config: Config) -> TransformerConfig:
         hetereogenous_dist_checkpoint=True,  # some layers have cross-attention, others not
         perform_initialization=not (config.init.llm or config.init.release or config.init.checkpoint),  # loaded instead
     )
+
+
+def frozen(config: Config) -> bool:
+    """Whether the weights of the decoder's own linears do not learn."""
+    return not config.stage.train_llm or "llm" in config.adapted
 
 
 def layer_spec(config: Config, number: int, cross_attention: ModuleSpec | None = None) -> ModuleSpec:

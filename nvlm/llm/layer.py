@@ -76,7 +76,17 @@ class DecoderLayer(SeededLayer):
 
 
 class DecoderBlock(TransformerBlock):
-    """The layers of a pipeline stage; they use the fast path for inference."""
+    """The layers of a pipeline stage; they use the fast path for inference, and userbuffers only for training."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.overlaps = _overlaps(self)
+
+    def train(self, mode: bool = True) -> DecoderBlock:
+        """Like the base class."""
+        for linear, name in self.overlaps:
+            setattr(linear, name, mode)
+        return super().train(mode)
 
     def forward(
         self,
@@ -102,6 +112,12 @@ class DecoderBlock(TransformerBlock):
         for layer in self.layers:
             x_SBH = layer.evaluated(x_SBH, packed_seq_params.columns, context, packed_seq_params.keys, rotation)
         return x_SBH if self.final_layernorm is None else self.final_layernorm(x_SBH)
+
+
+def _overlaps(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The linears in `module` that use userbuffers, with the names of the settings that say so."""
+    settings = [(one, name, value) for one in module.modules() for name, value in vars(one).items()]
+    return [(one, name) for one, name, value in settings if name.startswith("ub_") and value is True]
 
 
 def learns(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from nvlm.export.text import training_note
 from nvlm.inputs import identity
 from nvlm.inputs.drawn import counts_of, told
 from nvlm.llm.backend import check_precision, describe
+from nvlm.llm.userbuffers import userbuffers
 from nvlm.processes import groups
 from nvlm.processes.device import has_cuda
 from nvlm.processes.workers import Signals
@@ -60,6 +61,7 @@ def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: E
             raise ConfigError(reason)
         check_world(config, groups.world_size())
         check_precision(config)
+        opened.enter_context(userbuffers(config))
         steps = build_steps(config)
         resumed = config.resume == "auto" and latest(run_dir) is not None
         if resumed:

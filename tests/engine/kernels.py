@@ -27,6 +27,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tests.engine.overlap import (  # noqa: F401
+    CommOverlap,
+    CommOverlapHelper,
+    CommOverlapP2P,
+    CommOverlapType,
+    device_supports_multicast,
+    get_stream_priority_range,
+    ubuf_built_with_mpi,
+)
+
 CAPABILITY = (9, 0)  # of the GPU that is answered for: Hopper's, whose FP8 products want both operands' rows
 
 
@@ -165,8 +175,15 @@ def generic_gemm(
     accumulate, use_split_accumulator, comm_overlap=None, comm_type=None, extra_output=None, bulk_overlap=False,
     alpha=1.0, beta=0.0,
 ):  # fmt: skip
-    """op(B) op(A) in cuBLAS's column order: (product, gradient of the bias, input of GELU, extra output)."""
-    assert not gelu and comm_overlap is None and quantizer is None
+    """op(B) op(A) in cuBLAS's column order: (product, gradient of the bias, input of GELU, extra output).
+
+    `comm_overlap`: a buffer, whose exchange of kind `comm_type` is part of the product or beside it (`bulk_overlap`).
+    """
+    assert not gelu and quantizer is None
+    if comm_type is CommOverlapType.AG:
+        comm_overlap.gather(apart=bulk_overlap)
+    elif comm_type is CommOverlapType.RS and bulk_overlap:
+        comm_overlap.scatter_itself()
     a, b = _plain(A), _plain(B)
     for operand, transposed in ((A, not transa), (B, transb)):
         _check_fp8_operand(operand, transposed)
@@ -183,6 +200,8 @@ def generic_gemm(
         D.copy_((D.float() if accumulate else 0) + out.view_as(D))
         return D, bias_grad, None, extra_output
     dtype = _TORCH[DType(int(out_dtype))] if out_dtype is not None else A.dtype
+    if comm_type is CommOverlapType.RS and not bulk_overlap:
+        comm_overlap.scatter(_flat(out.to(dtype)), extra_output, apart=False)
     return out.to(dtype), bias_grad, None, extra_output
 
 

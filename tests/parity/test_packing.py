@@ -85,6 +85,19 @@ def test_rows_in_a_line_lose_and_learn_the_same(arch, twins):
         assert (line[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max().clamp(min=1e-3), name
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_rows_of_a_given_length_lose_the_same(arch, twins):
+    rows = [[sample_of(story, twins[arch].config) for story in row] for row in ROWS]
+    tight, wide = (twins[arch].vision.encode(collate(rows, TILE, length=length)) for length in (None, 1024))
+    length = tight.tokens.shape[1]
+    assert wide.tokens.shape == (len(ROWS), 1024) and length < 1000
+    assert wide.cross_tokens.shape == tight.cross_tokens.shape
+    losses = twins[arch].model(wide)
+    assert torch.allclose(losses[:, :length], twins[arch].model(tight), atol=1e-5) and not losses[:, length:].any()
+    with pytest.raises(AssertionError, match="expected at most 8"):
+        collate(rows, TILE, length=8)
+
+
 @pytest.mark.parametrize("lined", [False, True], ids=["rows", "a line"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_whole_model_with_block_masks(arch, lined, twins, monkeypatch):

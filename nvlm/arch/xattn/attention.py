@@ -34,7 +34,8 @@ class GatedCrossAttention(MegatronModule, KeepsKeys):
         self.head_dim = config.kv_channels
         width = config.num_attention_heads * config.kv_channels
         init = init_method_normal(init_std)
-        config = dataclasses.replace(config, perform_initialization=True)  # may be new while others are loaded
+        # It may be new while others are loaded. Userbuffers are for the linears of Megatron's own layer.
+        config = dataclasses.replace(config, perform_initialization=True, tp_comm_overlap=False)
         shared = dict(init_method=init, bias=False, is_expert=False, tp_group=pg_collection.tp)
         column = dict(gather_output=False, skip_bias_add=False, **shared)
         build_q = linears.normed("cross_attention.linear_q")

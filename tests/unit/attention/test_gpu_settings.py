@@ -38,16 +38,20 @@ def test_rows_that_are_no_line_turn_without_the_fused_kernel(configured, gpu, mo
     assert made == [True, False]
 
 
-def test_offload_without_transformer_engine_is_refused(configured, monkeypatch):
-    config = configured("arch=decoder", "train.offload=true")
+BUFFERED = ("parallel.userbuffers=true", "parallel.tensor=2", "parallel.sequence=true", "data.row_length=512")
+
+
+@pytest.mark.parametrize("words", [("train.offload=true",), (*BUFFERED, "precision=bf16")], ids=["offload", "buffers"])
+def test_what_only_transformer_engine_can_do_is_refused_without_it(words, configured, monkeypatch):
+    config, key = configured("arch=decoder", "train.micro_batch=1", *words), words[0].removesuffix("=true")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="train.offload=true: got no Transformer Engine, .* or train.offload=false"):
+    with pytest.raises(ConfigError, match=f"{key}=true: got no Transformer Engine, .* or {key}=false"):
         launch.check_engine(config)
     monkeypatch.setattr(backend, "why_not_te", lambda: "ImportError: not here")
-    with pytest.raises(ConfigError, match=r"train.offload=true: got no Transformer Engine \(ImportError: not here\)"):
+    with pytest.raises(ConfigError, match=rf"{key}=true: got no Transformer Engine \(ImportError: not here\)"):
         backend.check_precision(config)
     monkeypatch.setattr(backend, "why_not_te", lambda: None)
-    with pytest.raises(ConfigError, match="train.offload=true: got a machine without a usable GPU"):
+    with pytest.raises(ConfigError, match=f"{key}=true: got a machine without a usable GPU"):
         backend.check_precision(config)
 
 

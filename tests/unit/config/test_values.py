@@ -12,6 +12,8 @@ from nvlm.config.rules import check_world
 from nvlm.config.values import ConfigError, cross_layers
 from nvlm.estimate.lengths import most_image_tokens
 
+BUFFERED = ("parallel.userbuffers=true", "parallel.tensor=2", "parallel.sequence=true")
+
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
@@ -79,6 +81,14 @@ from nvlm.estimate.lengths import most_image_tokens
         (["precision=bf16", "precision.edges=1"], ("precision.edges", "nothing without FP8", "mxfp8")),
         (["precision=bf16", "precision.encoder=true"], ("precision.encoder", "nothing without FP8")),
         (["precision=fp8_blockwise"], ("llm.kv_heads", "64", "a multiple of 128", "precision=bf16")),
+        ([*BUFFERED[:1]], ("parallel.userbuffers=true", "parallel.sequence=false", "parallel.sequence=true, or")),
+        ([*BUFFERED, "precision=fp32"], ("precision=fp32", "bf16, fp8_current, fp8_delayed", "userbuffers=false")),
+        ([*BUFFERED, "precision=mxfp8"], ("precision=mxfp8", "bf16, fp8_current, fp8_delayed")),
+        ([*BUFFERED, "precision=bf16"], ("train.micro_batch", "data.row_length=", "train.micro_batch=1")),
+        (
+            [*BUFFERED, "precision=bf16", "train.micro_batch=1"],
+            ("data.row_length", "data.seq_length=512", "data.row_length=512"),
+        ),
         (["train.offload=true", "train.recompute=full"], ("train.offload", "train.recompute=none")),
         (["train.offload=true", "parallel.pipeline=2"], ("train.offload", "parallel.pipeline=1")),
         (["train.recompute=some"], ("train.recompute", "'some'", "none, selective, full")),

@@ -257,6 +257,12 @@ def test_the_number_of_micro_batches_is_rounded_up_with_empty_ones():
     assert all(batch.num_tokens == 0 for batch in grouped.micro_batches[count:])
 
 
+def test_all_micro_batches_of_a_run_can_have_one_length():
+    steps = replace(steps_of(Words(40), row_length=40, groups=4), length=256)
+    assert {batch.tokens.shape[1] for step in range(3) for batch in steps[step].micro_batches} == {256}
+    assert all(rows_of(steps[step]) == rows_of(replace(steps, length=None)[step]) for step in range(3))
+
+
 # --- lengths ---
 
 

@@ -46,6 +46,10 @@ def without_tasks_of_an_evaluation(values: dict) -> None:
         del values["evaluate"][key]
 
 
+def without_userbuffers(values: dict) -> None:
+    del values["parallel"]["userbuffers"]
+
+
 def without_what_pages_are_about(values: dict) -> None:
     values["data"].pop("about", None)
 
@@ -59,6 +63,7 @@ EARLIER = (
     with_the_keys_of_all_sources,
     without_tasks_of_an_evaluation,
     without_what_pages_are_about,
+    without_userbuffers,
 )
 
 
