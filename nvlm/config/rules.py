@@ -146,7 +146,7 @@ def _userbuffers(config: Config) -> None:
         raise problem(f"{what}=true", f"precision={precision}", f"one of {', '.join(_BUFFERED)}", off)
     if config.train.micro_batch > 1:
         expected = "1, as a step's last micro-batch may have fewer rows; longer rows take as many samples"
-        length = config.train.micro_batch * config.data.row_length
+        length = max(config.train.micro_batch * config.data.row_length, config.data.seq_length)
         fix = f"train.micro_batch=1 data.row_length={length}, or {off}"
         raise problem(f"train.micro_batch with {what}=true", config.train.micro_batch, expected, fix)
     if config.data.row_length < config.data.seq_length:

@@ -20,7 +20,7 @@ SUITES = {
     "other models": ([*MODELS, "-k", "not hybrid"], 140),
     "adapters": (["tests/parity/test_adapters.py", "tests/dist/test_adapters.py", "-m", "not slow"], 40),
     "fp8": (["tests/engine/suites/fp8.py"], 20),
-    "userbuffers": (["tests/engine/suites/userbuffers.py"], 9),
+    "userbuffers": (["tests/engine/suites/userbuffers.py"], 12),
     "plan": (["tests/engine/suites/plan.py"], 54),
     "gpu": (["tests/engine/suites/gpu.py"], 1),
     "layouts": (["tests/dist/test_layouts.py", "-m", "not slow"], 40),
