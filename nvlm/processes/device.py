@@ -58,11 +58,14 @@ class Moment:
         else:
             self._time = time.perf_counter()
 
+    def passed(self) -> bool:
+        """Whether the GPU's queue has reached this moment."""
+        return not has_cuda() or self._event.query()
+
     def since(self, earlier: Moment) -> float:
-        """Seconds since `earlier`. Waits until this moment has passed."""
+        """Seconds since `earlier`, of a moment that has passed."""
         if not has_cuda():
             return self._time - earlier._time
-        self._event.synchronize()
         return earlier._event.elapsed_time(self._event) / 1000
 
 

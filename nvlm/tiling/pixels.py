@@ -98,9 +98,14 @@ def normalize(
         )
     # On CUDA, torch divides by a Python number through its reciprocal, one bit off; dividing by a tensor is exact.
     white = torch.full((), 255.0, device=pixels.device)
-    shift, scale = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
+    shift, scale = (_by_channel(values, pixels.device) for values in (mean, std))
     # In place: the tiles of a whole window take a gigabyte in float32, and one copy is enough.
     return pixels.to(torch.float32).div_(white).sub_(shift).div_(scale).to(dtype)
+
+
+def _by_channel(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    """[3, 1, 1], filled on the device: a copy from the host would wait until the GPU has no other work."""
+    return torch.cat([torch.full((1, 1, 1), value, device=device) for value in values])
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from nvlm.processes.workers import Signals
+from nvlm.train import garbage
 from nvlm.train.checkpoint.save import Checkpoints
 from nvlm.train.guard import Guard
 from nvlm.train.metrics import Metrics
@@ -70,7 +71,8 @@ class Evaluations:
         self.checkpoints.poll(wait=True)  # a failure from here on must not cost the checkpoint of this step
         alive = functools.partial(self.on_phase, step, "evaluate")
         alive()
-        measured = self.evaluation(self.trainer, step, alive, lambda: bool(self.signals.came))
+        with garbage.automatic():
+            measured = self.evaluation(self.trainer, step, alive, lambda: bool(self.signals.came))
         if measured is None:
             if self.metrics.active:
                 print(f"the evaluation after step {step} was interrupted; resume=auto repeats it")

@@ -34,6 +34,7 @@ from nvlm.train.begin import begin
 from nvlm.train.checkpoint.restore import Loaded, load
 from nvlm.train.checkpoint.save import Checkpoints
 from nvlm.train.evaluations import Evaluation, Evaluations
+from nvlm.train.garbage import Collector
 from nvlm.train.guard import Guard, broken
 from nvlm.train.metrics import Metrics, print_groups, skipped_lines
 from nvlm.train.optim import build_optimizer, count_groups, freeze, wrap
@@ -110,6 +111,7 @@ def train(
         Metrics(config, run_dir, first, active, tracker) as metrics,
         Checkpoints(settings, run_dir, loaded.ends) as checkpoints,
         Phases(on_phase, profiler) as mark,
+        Collector() as collect,
     ):
         evaluate = Evaluations(evaluation, trainer, signals, metrics, checkpoints, on_phase)
         if not evaluate.before(first, settings.steps, guard):
@@ -125,6 +127,7 @@ def train(
             result = train_step(trainer, data, guard, signals.came, functools.partial(mark, step))
             mark(step, "log")
             metrics.record(result, mark.lap())
+            collect(step)
             waiting, warning = idle.after_step(waiting, trainer.chunks, result.work.tiles)
             if warning and active:
                 print(warning)

@@ -1,12 +1,15 @@
 """A step's phases: their times, and their names in profiles.
 
 Phases follow one another without gaps: data (waiting for the loader), vision, forward-backward, optimizer, log, save.
+The optimizer's phase begins again with the update, before which the host has waited for the GPU: on a GPU a lap ends
+there, and the update counts for the next step.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -42,20 +45,30 @@ class Phases:
 
     def __call__(self, step: int, phase: str) -> None:
         self.on_phase(step, phase)
+        if not self.begun or (self.step, self.begun[-1][0]) != (step, phase):
+            self._name(step, phase)
+        self.begun.append((phase, device.Moment()))
+
+    def _name(self, step: int, phase: str) -> None:
+        """Give the work that follows its name in profiles."""
         self.range.close()
         if self.profiler is not None and self.step not in (None, step):
             self.profiler.step()
         self.step = step
         self.range.enter_context(device.named_range(phase))
-        self.begun.append((phase, device.Moment()))
 
     def lap(self) -> dict[str, float]:
-        """Seconds by phase since the last lap; the current phase continues."""
-        ends = [moment for _, moment in self.begun[1:]] + [device.Moment()]
+        """Seconds by phase since the end of the last lap; the current phase continues.
+
+        Does not wait for the GPU, whose queue would run empty: the lap ends at the last phase that the GPU has begun,
+        and what follows counts for the next lap. On CPU it ends now.
+        """
+        begun = [*self.begun, (self.begun[-1][0], device.Moment())]
+        end = next(number for number in reversed(range(len(begun))) if number == 0 or begun[number][1].passed())
         seconds: dict[str, float] = {}
-        for (phase, moment), end in zip(self.begun, ends):
-            seconds[phase] = seconds.get(phase, 0.0) + end.since(moment)
-        self.begun = [(self.begun[-1][0], ends[-1])]
+        for (phase, moment), (_, following) in pairwise(begun[: end + 1]):
+            seconds[phase] = seconds.get(phase, 0.0) + following.since(moment)
+        self.begun = begun[end:]
         return seconds
 
 

@@ -153,6 +153,7 @@ def train_step(
     loss = sums["loss"] / max(count["trained_tokens"], 1)
     # Without a gradient Adam would still move weights.
     bad = count["trained_tokens"] == 0 or is_bad(guard, loss, finite=not sums["broken"])
+    mark("optimizer")  # a second time, where the GPU has no work left: its times up to here are known
     if not bad:
         update(trainer.optimizer, grad_norm)
     lr = trainer.schedule.get_lr({})
