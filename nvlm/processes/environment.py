@@ -15,7 +15,7 @@ def set_defaults(environment: MutableMapping[str, str], parallel: ParallelConfig
     """Add what a process of a run of `processes` needs to `environment`, before it starts CUDA. Variables that are
     already there keep their values."""
     for name, value in defaults(parallel, processes).items():
-        if _OLDER_NAMES.get(name) not in environment:
+        if _OLDER_NAMES.get(name, name) not in environment:
             environment.setdefault(name, value)
 
 
