@@ -123,13 +123,17 @@ class Pipeline:
             part.borrowed = None if hasattr(part, "embedding") else self.borrowed
 
     @torch.no_grad()
-    def finalize(self, chunks: list, *args, **kwargs) -> None:
-        """Sum gradients over the copies on several stages, then reduce over replicas as Megatron does."""
+    def finalize(self, chunks: list, tokens: Tensor | None = None, **kwargs) -> None:
+        """Sum gradients over the copies on several stages, then reduce over replicas as Megatron does.
+
+        `tokens`: this rank's number of trained tokens. Megatron would divide its whole gradient buffer by the global
+        number; `nvlm.train.optim.update` divides this rank's shard.
+        """
         if self.borrowed is not None:
             self._return_words()
         for copied in self.copied:
             copied.sum_gradients()
-        finalize_model_grads(chunks, *args, **kwargs)
+        finalize_model_grads(chunks, **kwargs)
 
     def _return_words(self) -> None:
         rows = self.borrowed.rows

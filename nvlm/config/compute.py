@@ -56,6 +56,7 @@ class ParallelConfig:
     userbuffers: bool  # Transformer Engine sends a linear's input or output in pieces, behind products of others
     data: Count  # number of replicas that launch/train.py starts itself
     distributed_optimizer: bool
+    gradients: Annotated[str, Choice("bf16", "fp32")]  # how the distributed optimizer's travel; the sums are fp32
     timeout_minutes: Annotated[float, Range(above=0, most=525_600, example=10)]  # without progress until abort
 
     @property

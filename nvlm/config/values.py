@@ -258,6 +258,12 @@ class Config:
         return () if self.peft.name == "none" else tuple(t for t in self.peft.targets if t not in self.stage.new)
 
     @property
+    def gradients_in_bf16(self) -> bool:
+        """Whether replicas send each other gradients in bf16: never those of a run in fp32."""
+        p = self.parallel
+        return p.distributed_optimizer and p.gradients == "bf16" and self.precision.dtype == "bf16"
+
+    @property
     def row_multiple(self) -> int:
         """Packed row lengths must be a multiple of this many tokens."""
         context = self.parallel.context

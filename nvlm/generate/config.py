@@ -33,6 +33,7 @@ _ONE_PROCESS = {
     "userbuffers": False,
     "data": 1,
     "distributed_optimizer": False,
+    "gradients": "fp32",
 }
 
 

@@ -7,7 +7,7 @@ _ADDED = {
     "logging": {"name": "none", "project": None, "entity": None, "mode": "online"},
     "vision": {"encoder": "internvit"},
     "llm": {"chat": "chatml"},
-    "parallel": {"userbuffers": False},
+    "parallel": {"userbuffers": False, "gradients": "fp32"},
 }
 # Keys that are no longer written. They were only tables of defaults; the chosen values are under data and train.
 _DROPPED = {"llm": ("seq_length", "cross_length", "steps")}

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nvlm.arch.base import VisionLanguageModel
 from nvlm.arch.groups import parameter_group
 from nvlm.config.values import GROUPS, Config
 from nvlm.llm.build import DTYPES
+from nvlm.train.reduce import BUCKET, send_in_bf16
 from nvlm.weights.merge import is_adapter
 
 
@@ -62,12 +62,14 @@ def _shards(parameter: torch.nn.Parameter) -> int:
 
 
 def wrap(model: VisionLanguageModel, config: Config) -> DistributedDataParallel:
-    """The model in Megatron's DDP, with gradients normalised by the global number of tokens."""
+    """The model in Megatron's DDP, with fp32 gradients of the sum of all losses."""
+    overlap, in_bf16 = config.parallel.overlap, config.gradients_in_bf16
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
+        bucket_size=BUCKET if in_bf16 and overlap else None,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
-        overlap_grad_reduce=config.parallel.overlap,
-        overlap_param_gather=config.parallel.overlap,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
         check_for_nan_in_grad=False,  # train_step checks the norm
         fp8_param_gather=config.precision.param_gather,
     )
@@ -76,6 +78,8 @@ def wrap(model: VisionLanguageModel, config: Config) -> DistributedDataParallel:
 
         keep_in_fp8(model.decoder)
     wrapped = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=model)
+    if in_bf16:
+        send_in_bf16(wrapped)
     if not config.precision.param_gather:  # FP8 tensors cannot be broadcast; replicas start with equal weights anyway
         wrapped.broadcast_params()
     return wrapped
@@ -136,17 +140,28 @@ def take_up(schedule: OptimizerParamScheduler, kept: dict) -> tuple[float, float
 
 
 def prepare(optimizer: MegatronOptimizer) -> float:
-    """Prepare the gradients for an `update`, which may be omitted; returns their norm over all ranks."""
+    """Prepare the gradients of the sum of all losses for an `update`, which may be omitted; returns their norm over
+    all ranks."""
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 
 
-def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
-    """Clip the prepared gradients, whose norm is `grad_norm`, and update the weights.
+def update(optimizer: MegatronOptimizer, grad_norm: float, tokens: int) -> None:
+    """Divide the prepared gradients, whose norm is `grad_norm`, by the number of trained tokens, clip them, and update
+    the weights.
 
-    Megatron's step() does this and `prepare` in one call, which leaves no room to refuse the update.
+    Megatron's step() clips and does `prepare` in one call, which leaves no room to refuse the update. It also divides
+    the whole buffer on every rank; here one pass over this rank's shard does both.
     """
-    parameters = optimizer.get_parameters()
-    if optimizer.config.clip_grad > 0 and parameters:
-        clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=grad_norm)
+    gradients = [parameter.grad for parameter in optimizer.get_parameters() if parameter.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, _factor(optimizer.config.clip_grad, grad_norm, tokens))
     optimizer.step_with_ready_grads()
+
+
+def _factor(clip: float, grad_norm: float, tokens: int) -> float:
+    """Factor from gradients of a sum over `tokens`, of norm `grad_norm`, to those of the mean, of norm `clip` at most.
+
+    `clip`: 0 for no limit. As in torch.nn.utils.clip_grad_norm_, 1e-6 is added to the norm.
+    """
+    return min(1.0, clip / (grad_norm / tokens + 1e-6)) / tokens if clip > 0 else 1 / tokens

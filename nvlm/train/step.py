@@ -72,7 +72,7 @@ def _forward(batches, model):
 
 
 def sum_loss(batch: Batch, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum and number of this rank's losses; Megatron divides by the global number once, at the end."""
+    """Sum and number of this rank's losses. Megatron asks for both, but `optim.update` divides the gradients."""
     labels_BS = batch.labels[:, own_columns(batch.labels.shape[1])]
     total, count = loss_BS.sum(), (labels_BS != IGNORE).sum().int()
     return total, count, {"loss": total.detach()}
@@ -81,7 +81,7 @@ def sum_loss(batch: Batch, loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, T
 def forward_backward(
     trainer: Trainer, micro_batches: Sequence[Batch], mark: Callable[[str], None] = lambda phase: None
 ) -> float:
-    """Encode the step's tiles on all ranks, then accumulate the gradients of the mean loss over all trained tokens.
+    """Encode the step's tiles on all ranks, then accumulate the gradients of the sum of losses over all trained tokens.
 
     Returns this rank's part of the sum of losses.
     """
@@ -146,16 +146,17 @@ def train_step(
     """
     part = forward_backward(trainer, data.micro_batches, mark)
     mark("optimizer")
-    grad_norm = prepare(trainer.optimizer)
-    own = {"broken": not math.isfinite(part + grad_norm), "stop": bool(stop), "loss": part * groups.is_loss_rank()}
+    norm_of_sum = prepare(trainer.optimizer)
+    own = {"broken": not math.isfinite(part + norm_of_sum), "stop": bool(stop), "loss": part * groups.is_loss_rank()}
     sums = summed(own | _counts(data), trainer.device)
     count = {name: int(total) for name, total in sums.items() if name not in own}
-    loss = sums["loss"] / max(count["trained_tokens"], 1)
+    tokens = max(count["trained_tokens"], 1)
+    loss = sums["loss"] / tokens
     # Without a gradient Adam would still move weights.
     bad = count["trained_tokens"] == 0 or is_bad(guard, loss, finite=not sums["broken"])
     mark("optimizer")  # a second time, where the GPU has no work left: its times up to here are known
     if not bad:
-        update(trainer.optimizer, grad_norm)
+        update(trainer.optimizer, norm_of_sum, tokens)
     lr = trainer.schedule.get_lr({})
     trainer.schedule.step(increment=1)
     return StepResult(
@@ -163,7 +164,7 @@ def train_step(
         **{name: count[name] for name in _COUNTED},
         work=Work(**{name: count[f"work {name}"] for name in _WORK}),
         tiles_by_replica=tuple(count[f"tiles of replica {r}"] for r in range(groups.data_rank()[1])),
-        grad_norm=grad_norm,
+        grad_norm=norm_of_sum / tokens,
         lr=lr,
         updated=not bad,
         guard=after(guard, loss, bad),

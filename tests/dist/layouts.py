@@ -139,10 +139,12 @@ def step_in_layout(case: Case, out: Path) -> Outcome:
             torch.tensor([part if groups.is_loss_rank() else 0.0, trained], dtype=torch.float64)
         ).tolist()
         trainer.optimizer.prepare_grads()
-        norm = trainer.optimizer.get_grad_norm()
+        norm = trainer.optimizer.get_grad_norm() / count
         learning = [p for part in trainer.pipeline.parts for p in part.parameters()]
         for parameter in learning:
-            parameter.data.copy_(parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter))
+            parameter.data.copy_(
+                parameter.main_grad / count if parameter.requires_grad else torch.zeros_like(parameter)
+            )
         differ = max((spread_of(copied) for copied in trainer.pipeline.copied), default=0.0)
         if dist_rank() == 0:
             out.mkdir()

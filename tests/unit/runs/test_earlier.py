@@ -54,6 +54,10 @@ def without_what_pages_are_about(values: dict) -> None:
     values["data"].pop("about", None)
 
 
+def without_a_precision_of_gradients(values: dict) -> None:
+    del values["parallel"]["gradients"]
+
+
 EARLIER = (
     without_logging,
     without_an_image_folder,
@@ -64,6 +68,7 @@ EARLIER = (
     without_tasks_of_an_evaluation,
     without_what_pages_are_about,
     without_userbuffers,
+    without_a_precision_of_gradients,
 )
 
 
