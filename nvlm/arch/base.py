@@ -41,6 +41,7 @@ from nvlm.llm.dropout import remember_places
 from nvlm.llm.layer import DecoderBlock, learns, project
 from nvlm.llm.loss import token_losses
 from nvlm.llm.norm import LayerNorm
+from nvlm.processes.device import to_device
 from nvlm.processes.groups import seeded
 
 Project = Callable[[Tensor], Tensor]
@@ -177,7 +178,7 @@ class VisionLanguageModel(MegatronModule):
         else:
             check_placeholders(batch)
             own_S = own_columns(batch.tokens.shape[1])
-            columns_S = own_S.to(batch.tokens.device, non_blocking=True)
+            columns_S = to_device(own_S, batch.tokens.device)
             if self.drops_inputs and self.training:
                 remember_places(batch.place[:, columns_S], batch.cross_place)
             masks = self.attends().masks(batch, columns_S, self.use.keys)
@@ -248,8 +249,8 @@ class VisionLanguageModel(MegatronModule):
         labels_SB = labels[:, own_columns(labels.shape[1]).to(labels.device)].t()
         # Answers are a small part of a row. Logits elsewhere would cost as much per token and take most of the memory.
         learned_N = (labels_SB != IGNORE).flatten().nonzero()[:, 0]
-        labels_N = labels_SB.flatten()[learned_N].to(hidden_SBH.device, non_blocking=True)
-        learned_N = learned_N.to(hidden_SBH.device, non_blocking=True)
+        labels_N = to_device(labels_SB.flatten()[learned_N], hidden_SBH.device)
+        learned_N = to_device(learned_N, hidden_SBH.device)
         logits_N1V = self.logits(self._whole(hidden_SBH).flatten(0, 1)[learned_N][:, None])
         loss_N1 = token_losses(logits_N1V, labels_N[:, None])
         return loss_N1.new_zeros(labels_SB.numel()).index_put((learned_N,), loss_N1[:, 0]).view_as(labels_SB).t()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from nvlm.data.batch import ROW_END, Batch
+from nvlm.processes.device import to_device
 
 
 def picture_tokens(
@@ -24,4 +25,4 @@ def picture_tokens(
     tokens = (rows_n != ROW_END).nonzero()[:, 0]
     tokens_NH = project(batch.features_of(rows_n[tokens]))
     ends_nH = row_end_H.to(tokens_NH.dtype).expand(len(rows_n), -1)
-    return ends_nH.index_put((tokens.to(tokens_NH.device, non_blocking=True),), tokens_NH)
+    return ends_nH.index_put((to_device(tokens, tokens_NH.device),), tokens_NH)

@@ -25,6 +25,7 @@ from nvlm.config.values import Config
 from nvlm.data.batch import IMAGE, PAD, Batch
 from nvlm.llm.build import llm_config
 from nvlm.processes import groups
+from nvlm.processes.device import to_device
 from nvlm.tiling.placement import TileUse
 
 _COPIED = ("projector.", "fusion.", "embedding.")
@@ -153,7 +154,7 @@ def _tag_ids(batches: Sequence[Batch]) -> Tensor:
     hosts = [batch.on_host for batch in batches]
     found = [host.cross_tokens[host.cross_tokens != IMAGE] for host in hosts]
     found += [host.cross_tags[host.cross_tags != PAD] for host in hosts]
-    return torch.cat([found[0].new_zeros(1), *found]).unique().to(batches[0].tokens.device)
+    return to_device(torch.cat([found[0].new_zeros(1), *found]).unique(), batches[0].tokens.device)
 
 
 def build_pipeline(config: Config, parts: list[VisionLanguageModel]) -> Pipeline:

@@ -10,6 +10,8 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
+from nvlm.processes.device import to_device
+
 
 def zigzag(length: int, rank: int, size: int) -> Tensor:
     """Columns [length / size] of `rank`; raises ValueError if `length` is not a multiple of 2 x size."""
@@ -47,4 +49,4 @@ def gather_columns(hidden_SBH: Tensor) -> Tensor:
     if group.size() == 1:
         return hidden_SBH.detach()
     whole = tensor_parallel.gather_from_sequence_parallel_region(hidden_SBH.detach(), group=group)
-    return whole[all_columns(len(whole)).argsort().to(whole.device)]
+    return whole[to_device(all_columns(len(whole)).argsort(), whole.device)]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nvlm.attention.choice import Rows
 from nvlm.data.batch import PAD, Batch, in_line, without_padding
+from nvlm.processes.device import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def samples_in_line(sample_T: Tensor, longest: int, device: torch.device) -> Pac
     begins_T = (sample_T == PAD) & (numbers_T % longest == 0)
     begins_T[1:] |= sample_T[1:] != sample_T[:-1]
     begins_T[0] = True
-    ends = torch.cat((begins_T.nonzero()[:, 0], numbers_T[-1:] + 1)).int().to(device, non_blocking=True)
+    ends = to_device(torch.cat((begins_T.nonzero()[:, 0], numbers_T[-1:] + 1)).int(), device)
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
     )

@@ -20,6 +20,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from nvlm.processes.device import to_device
+
 IGNORE = -100  # label: no loss at this position
 IMAGE = -1  # token id: placeholder of one tile token
 PAD = -1  # sample, image and tile numbers of padding; image number of text before any image
@@ -96,9 +98,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        if torch.device(device) == self.tokens.device:
+        place = torch.device(device)
+        if place == self.tokens.device:
             return self
-        moved = {name: x.to(device, non_blocking=True) for name, x in self._moving().items()}
+        moved = {name: to_device(x, place) for name, x in self._moving().items()}
         return replace(self, host=self.on_host, **moved)
 
     def pin_memory(self) -> Batch:
@@ -130,7 +133,7 @@ class Batch:
         assert not bool((rows_n == ROW_END).any()), "the end of a map's row has no feature"
         here_n = self.feature_rows[rows_n]
         assert bool((here_n != PAD).all()), "features of a tile that was not sent to this process"
-        return self.features.index_select(0, here_n.to(self.features.device, non_blocking=True))
+        return self.features.index_select(0, to_device(here_n, self.features.device))
 
     def tiles_of(self, rows_n: Tensor) -> Tensor:
         """The tile of each of the tile tokens `rows_n`, without row ends; on the CPU."""
@@ -160,7 +163,7 @@ def places_of(step: int, rows_B: Sequence[int], length: int) -> Tensor:
 def in_line(batch: Batch) -> Batch:
     """`batch` with its rows, including padding, concatenated into one; visibility does not change."""
     counts = torch.tensor([0, *(len(row) for row in batch.ids)], device="cpu")
-    first_B = counts.cumsum(0)[:-1].to(batch.tokens.device, non_blocking=True)  # the number of each row's first sample
+    first_B = to_device(counts.cumsum(0)[:-1], batch.tokens.device)  # the number of each row's first sample
 
     def numbered(sample_BS: Tensor) -> Tensor:
         return torch.where(sample_BS == PAD, PAD, sample_BS + first_B[:, None]).view(1, -1)
@@ -188,7 +191,7 @@ def without_padding(batch: Batch, multiple: int) -> tuple[Batch, Tensor]:
     spare = -len(real) % multiple if len(real) else multiple
     columns_T = torch.cat((real, padding.nonzero()[:spare, 0]))
     host = None if line.host is None else _columns_of(line.host, columns_T)
-    columns_T = columns_T.to(line.tokens.device, non_blocking=True)
+    columns_T = to_device(columns_T, line.tokens.device)
     return replace(_columns_of(line, columns_T), host=host), columns_T
 
 

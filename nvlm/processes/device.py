@@ -39,6 +39,20 @@ def gpu_name() -> str | None:
     return torch.cuda.get_device_name() if has_cuda() else None
 
 
+def to_device(x: torch.Tensor, place: torch.device) -> torch.Tensor:
+    """`x`, computed on the CPU, on `place`. The host does not wait for what a GPU still has to do.
+
+    CUDA copies page-locked memory while the host goes on, but may wait for the GPU before it copies other memory. torch
+    keeps a pool of page-locked memory, so none is allocated once training runs.
+    """
+    return page_locked(x, place).to(place, non_blocking=True)
+
+
+def page_locked(x: torch.Tensor, place: torch.device) -> torch.Tensor:
+    """`x` in page-locked memory if it is on the CPU and `place` is a GPU."""
+    return x.pin_memory() if place.type == "cuda" and x.is_cpu else x
+
+
 def peak_memory() -> int:
     """The most bytes that this process has had at once so far: allocated by torch on its GPU, or on CPU resident."""
     if has_cuda():

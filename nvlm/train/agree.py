@@ -7,17 +7,17 @@ import torch.distributed as dist
 
 from nvlm.config.values import ConfigError
 from nvlm.data.loader import Failed, StepData
+from nvlm.processes import groups
 
 
 def agreed(data: StepData, replica: dist.ProcessGroup, device: torch.device) -> StepData:
     """`data` without the records that any rank of the replica could not decode. A collective call of the replica.
 
-    Usually there are none, which one sum tells. Raises ConfigError on all ranks if one found that its data changed.
+    Usually there are none, which one sum tells. A replica of one rank does not wait for its GPU. Raises ConfigError
+    on all ranks if one found that its data changed.
     """
-    count = torch.tensor(len(data.failed) + (data.changed is not None), device=device)
-    if replica.size() > 1:
-        dist.all_reduce(count, group=replica)
-    if not count:
+    here = bool(data.failed) or data.changed is not None
+    if not (groups.any_rank(here, replica, device) if replica.size() > 1 else here):
         return data
     found: list[tuple[str | None, tuple[Failed, ...]]] = [(None, ())] * replica.size()
     dist.all_gather_object(found, (data.changed, data.failed), group=replica)

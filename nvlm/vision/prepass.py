@@ -29,6 +29,7 @@ from torch import Tensor
 
 from nvlm.data.batch import EVERYWHERE, PAD, Batch
 from nvlm.processes import groups
+from nvlm.processes.device import to_device
 from nvlm.tiling.placement import TileUse
 from nvlm.vision.path import VisionPath
 
@@ -146,7 +147,7 @@ class BalancedVision:
             return self._encode(own_T3, tokens_T)
         sent = spread(seat_counts(everyone, self.team.replica.size(), self.team.seat))
         out, back = sent[group.rank()], [row[group.rank()] for row in sent]
-        come_T = exchange(tokens_T.to(own_T3.device), out, back, group).cpu()
+        come_T = exchange(to_device(tokens_T, own_T3.device), out, back, group).cpu()
         features_nC = self._encode(exchange(own_T3, out, back, group), come_T)
         return exchange(features_nC, _sums(come_T, back), _sums(tokens_T, out), group)
 
@@ -174,7 +175,7 @@ def _share_pixels(pixels_t3: Tensor, holder_T: Tensor, seat_T: Tensor, team: Tea
     moved = not torch.equal(from_T, seat_T)
     sent = order[from_T[order] == team.seat] if moved else seats[team.seat]
     rows = (here_T.cumsum(0) - 1)[sent]
-    own_T3 = pixels_t3[rows.to(pixels_t3.device, non_blocking=True)]
+    own_T3 = pixels_t3[to_device(rows, pixels_t3.device)]
     if moved:
         own_T3 = exchange(own_T3, counts[:, team.seat].tolist(), counts[team.seat].tolist(), team.replica)
     return seats, own_T3
@@ -216,7 +217,7 @@ def _deal(
     picked = [wanted_T[mine].nonzero()[:, 0] for wanted_T in wanted]
     arriving = [tiles[wanted[team.seat][tiles]] for tiles in seats]
     rows_n = token_rows(torch.cat(picked), tokens_T[mine])
-    send = features_nC.index_select(0, rows_n.to(features_nC.device, non_blocking=True))
+    send = features_nC.index_select(0, to_device(rows_n, features_nC.device))
     out = [int(tokens_T[mine[places]].sum()) for places in picked]
     received = exchange(send, out, [int(tokens_T[tiles].sum()) for tiles in arriving], team.replica)
     return received, torch.cat(arriving)

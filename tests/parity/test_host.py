@@ -9,12 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvlm.arch.pipeline import build_parts
 from nvlm.attention.rows import samples_in_line
 from nvlm.data.batch import in_line
 from nvlm.data.pack import collate
+from nvlm.processes import device
+from nvlm.vision.encoders.registry import description_of
+from nvlm.vision.path import VisionPath, solo_groups
 from tests.models import TILE, sample_of, small_config
 from tests.stories import ONE, ONE_TILE, TEXT, TWO
 
@@ -46,11 +50,40 @@ class NothingAsked(TorchDispatchMode):
         if there and by_mask and not (len(args) > 2 and args[2].numel() == 1):  # one number is filled in
             raise Asked(f"{name} by a mask")
         out = func(*args, **kwargs)
-        if name == "_to_copy" and out.is_meta != args[0].is_meta and not kwargs.get("non_blocking"):
-            raise Asked("a copy that waits")
-        if name == "copy_" and args[0].is_meta != args[1].is_meta and not (args[2:] and args[2]):
-            raise Asked("a copy that waits")
+        if name == "_to_copy" and out.is_meta != args[0].is_meta:
+            copied(args[0], bool(kwargs.get("non_blocking")))
+        if name == "copy_" and args[0].is_meta != args[1].is_meta:
+            copied(args[1], bool(args[2:] and args[2]))
         return out
+
+
+def copied(source: torch.Tensor, non_blocking: bool) -> None:
+    """Raises Asked for a copy between host and device that waits."""
+    if not non_blocking:
+        raise Asked("a copy that waits")
+    if not source.is_meta and not hasattr(source, "page_locked"):
+        raise Asked("a copy from memory that is not page-locked")
+
+
+class NothingMade(TorchFunctionMode):
+    """Raises Asked where the host makes a tensor of Python numbers on the meta device: torch copies them and waits."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.tensor, torch.as_tensor) and META == torch.device((kwargs or {}).get("device") or "cpu"):
+            raise Asked("numbers that are copied")
+        return func(*args, **kwargs or {})
+
+
+@pytest.fixture(autouse=True)
+def locked(monkeypatch):
+    """A stand-in for page-locked memory, which needs a GPU."""
+
+    def page_locked(x: torch.Tensor, place: torch.device) -> torch.Tensor:
+        x = x.clone() if place == META and x.is_cpu else x
+        x.page_locked = True
+        return x
+
+    monkeypatch.setattr(device, "page_locked", page_locked)
 
 
 def batch_on_meta(config):
@@ -67,7 +100,7 @@ def test_forward_and_backward_ask_for_no_number(arch, recompute, megatron):
     with torch.device("meta"):
         model = build_parts(config)[0].to(META)
     batch = batch_on_meta(config)
-    with NothingAsked():
+    with NothingMade(), NothingAsked():
         loss_BS = model(batch)
         torch.autograd.backward(loss_BS.sum())
     assert loss_BS.is_meta and loss_BS.shape == batch.tokens.shape
@@ -85,6 +118,21 @@ def test_a_line_is_cut_without_asking(megatron):
     assert packed.cu_seqlens_q.is_meta and len(packed.cu_seqlens_q) > 5
     with NothingAsked(), pytest.raises(Asked):
         samples_in_line(line.sample[0], 64, META)
+
+
+def test_a_batch_moves_and_its_tiles_are_encoded_without_waiting(megatron):
+    config = small_config("arch=hybrid", "vision.tiles_per_call=2", "vision.graph=false")
+    batch = collate([[sample_of(TWO, config)]], TILE)
+    with META:
+        path = VisionPath(description_of(config.vision).build(config, solo_groups()).to(META), config.vision)
+    with NothingMade(), NothingAsked():
+        moved = batch.to(META)
+        features_NC = path.features(moved.pixels)
+    assert len(moved.pixels) > 2 and features_NC.is_meta and len(features_NC) == int(batch.tile_tokens.sum())
+    with NothingAsked(), pytest.raises(Asked, match="not page-locked"):
+        batch.tokens.to(META, non_blocking=True)
+    with NothingMade(), pytest.raises(Asked):
+        torch.tensor([0.5], device=META)
 
 
 def test_a_batch_that_was_changed_alone_is_not_asked(megatron):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nvlm.arch.pictures import picture_tokens
 from nvlm.data.batch import IMAGE, Batch
+from nvlm.processes.device import to_device
 
 
 def fill(words_BSH: Tensor, batch: Batch, columns_S: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
@@ -21,5 +22,5 @@ def fill(words_BSH: Tensor, batch: Batch, columns_S: Tensor, project: Callable[[
     places_N = places_BL[:, columns_S].flatten().nonzero()[:, 0]
     numbers_N = numbers_BL[:, columns_S].flatten()[places_N].cpu()
     tiles_NH = picture_tokens(batch, batch.stream_rows[numbers_N], project).to(words_BSH.dtype)
-    places_N = places_N.to(device, non_blocking=True)
+    places_N = to_device(places_N, device)
     return words_BSH.flatten(0, 1).index_put((places_N,), tiles_NH).view_as(words_BSH)

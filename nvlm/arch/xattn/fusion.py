@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nvlm.arch.pictures import picture_tokens
 from nvlm.data.batch import IMAGE, Batch
 from nvlm.llm.norm import RMSNorm
+from nvlm.processes.device import to_device
 
 
 def key_norm(config: TransformerConfig) -> RMSNorm:
@@ -37,6 +38,6 @@ class TileKeys(nn.Module):
 def place(words_BXH: Tensor, tiles_NH: Tensor, batch: Batch) -> Tensor:
     """Keys [X, B, H]: `tiles_NH` at the IMAGE positions of `batch.cross_tokens`, words elsewhere."""
     places_N = (batch.on_host.cross_tokens == IMAGE).flatten().nonzero()[:, 0]
-    places_N = places_N.to(words_BXH.device, non_blocking=True)
+    places_N = to_device(places_N, words_BXH.device)
     tiles_NH = tiles_NH.to(words_BXH.dtype)
     return words_BXH.flatten(0, 1).index_put((places_N,), tiles_NH).view_as(words_BXH).transpose(0, 1).contiguous()

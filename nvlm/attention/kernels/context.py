@@ -18,6 +18,7 @@ from nvlm.attention.context import attended_columns
 from nvlm.attention.kernel import Kernel, PairKernel, View
 from nvlm.config.values import Config
 from nvlm.data.batch import Batch
+from nvlm.processes.device import to_device
 
 
 class ContextAttention(nn.Module):
@@ -55,7 +56,7 @@ class Context(Kernel):
     def columns(self, batch: Batch) -> View:
         """For whole rows. Every rank holds all sample numbers, so no communication is needed."""
         columns = attended_columns(batch.tokens.shape[1], self.ranks)
-        queries_S, keys_X = (x.to(batch.tokens.device, non_blocking=True) for x in columns)
+        queries_S, keys_X = (to_device(x, batch.tokens.device) for x in columns)
         return View(self, self.kernel.among(batch, queries_S, keys_X))
 
     def attend(

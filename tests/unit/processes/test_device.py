@@ -14,3 +14,13 @@ def test_peak_memory_on_cpu_is_the_most_so_far(monkeypatch):
     after = device.peak_memory()
     assert 1.5 * before < after < 3 * before
     assert device.peak_memory() >= after
+
+
+def test_what_a_gpu_gets_is_page_locked(monkeypatch):
+    locked = torch.ones(1)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: locked)
+    x = torch.zeros(2)
+    assert device.page_locked(x, torch.device("cuda", 0)) is locked
+    assert device.page_locked(x, torch.device("cpu")) is x is device.to_device(x, torch.device("cpu"))
+    there = torch.zeros(2, device="meta")
+    assert device.page_locked(there, torch.device("cuda", 0)) is there
