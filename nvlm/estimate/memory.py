@@ -110,9 +110,19 @@ def rank_memory(
         optimizer=_optimizer(config, parameters.learning, replicas),
         activations=activations,
         features=_features(config, load, stages),
-        workspace=highest - activations,
+        workspace=highest - activations + userbuffers(config),
         reserve=OUTSIDE + FRAGMENTED * highest,
     )
+
+
+def userbuffers(config: Config) -> float:
+    """Transformer Engine's twelve communication buffers of a row's tokens: eight for gathers, which FP8 halves, and
+    four for scatters. With layers in FP8 and in bf16 there are those of both."""
+    if not config.parallel.userbuffers:
+        return 0.0
+    fp8, both = config.precision.recipe is not None, config.precision.edges > 0
+    bytes_each = (8 + 4 * 2) * fp8 + (12 * 2) * (both or not fp8)
+    return bytes_each * config.padded_length / config.parallel.context * config.llm.hidden
 
 
 def _optimizer(config: Config, learning: int, replicas: int) -> float:

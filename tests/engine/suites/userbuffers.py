@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformer_engine.pytorch.module import layernorm_linear, linear
+from transformer_engine.pytorch.module import base, layernorm_linear, linear
 
 from nvlm.arch.pipeline import next_logits
 from nvlm.attention.cache import generating
 from nvlm.commands.compose import compose_config
 from nvlm.data.loader import load_steps
+from nvlm.estimate import memory
+from nvlm.llm.build import frozen
 from nvlm.llm.userbuffers import userbuffers
 from nvlm.train.loop import build_steps, build_trainer
 from nvlm.train.step import Trainer, forward, settle, train_step
@@ -36,6 +38,8 @@ def train(overrides: tuple[str, ...], on: bool) -> tuple[list[tuple[float, float
     length = replace(config, parallel=replace(config.parallel, userbuffers=True)).padded_length
     others = count_messages()
     with joined(config) as device, userbuffers(config):
+        if on and not frozen(config):  # then two buffers are of another kind
+            assert memory.userbuffers(config) == sum(buffer.whole.nbytes for buffer in base._ub_communicators.values())
         trainer = build_trainer(config, device)
         steps = build_steps(config)
         assert steps.length == (length if on else None)
