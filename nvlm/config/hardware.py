@@ -23,6 +23,7 @@ class GPU:
     link: float  # to the other GPUs of its node, one direction
     network: float  # to other nodes, per GPU, one direction: typical
     node: int  # GPUs in a typical node
+    processors: int  # streaming multiprocessors
 
     def peak(self, precision: str) -> float | None:
         """Dense FLOP/s in this precision, the same for all FP8 recipes; None: not supported."""
@@ -42,6 +43,7 @@ GPUS = {
         link=450e9,
         network=50e9,
         node=8,
+        processors=132,
     ),
     "h100-pcie": GPU(  # without NVLink: PCIe 5.0 x16; a typical server has one 400 Gb/s port per two GPUs
         device_names=("NVIDIA H100 PCIe",),
@@ -53,6 +55,7 @@ GPUS = {
         link=64e9,
         network=25e9,
         node=8,
+        processors=114,
     ),
     # NVIDIA H200 data sheet, SXM.
     "h200": GPU(
@@ -65,6 +68,7 @@ GPUS = {
         link=450e9,
         network=50e9,
         node=8,
+        processors=132,
     ),
     # NVIDIA A100 80GB data sheet, SXM; DGX A100: one HDR InfiniBand port of 200 Gb/s per GPU.
     "a100-80gb": GPU(
@@ -77,6 +81,7 @@ GPUS = {
         link=300e9,
         network=25e9,
         node=8,
+        processors=108,
     ),
     # NVIDIA Blackwell architecture brief, HGX B200 at 1000 W; DGX B200: one ConnectX-7 of 400 Gb/s per GPU.
     "b200": GPU(
@@ -89,6 +94,7 @@ GPUS = {
         link=900e9,
         network=50e9,
         node=8,
+        processors=148,
     ),
 }
 

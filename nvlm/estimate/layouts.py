@@ -104,6 +104,15 @@ def plan(
     )
 
 
+def best_by_cut(fitting: Sequence[Option]) -> list[Option]:
+    """The fastest layout of each tensor x pipeline x context; others differ only in recomputation or virtual stages."""
+    found: dict[tuple[int, ...], Option] = {}
+    for option in fitting:
+        p = option.config.parallel
+        found.setdefault((p.tensor, p.pipeline, p.context), option)
+    return list(found.values())
+
+
 def name(config: Config) -> str:
     """A short name of a layout."""
     p = config.parallel

@@ -32,6 +32,7 @@ class Load:
     stream_from_tiles: int  # tile tokens in the text streams of a micro-batch
     keys_from_tiles: int
     micro_batches: int
+    each: int  # samples in a full micro-batch
     samples: int  # in a replica's step
 
     @property
@@ -68,11 +69,12 @@ def step_load(config: Config, replicas: int, tiles: int | None = None, text: int
     return Load(
         work=Work(**{f.name: each * getattr(sample, f.name) for f in dataclasses.fields(Work)}),
         rows=rows,
-        length=_up(min(a_row, samples) * sample.tokens, config.row_multiple),
+        length=config.padded_length or _up(min(a_row, samples) * sample.tokens, config.row_multiple),
         keys=_up(min(a_row, samples) * sample.keys, config.row_multiple),
         stream_from_tiles=each * stream,
         keys_from_tiles=each * keys,
         micro_batches=micro_batches,
+        each=each,
         samples=samples,
     )
 
@@ -88,6 +90,7 @@ def batch_load(batch: Batch, work: Work) -> Load:
         stream_from_tiles=len(batch.tiles_of(batch.stream_rows)),
         keys_from_tiles=len(batch.tiles_of(batch.cross_rows)),
         micro_batches=1,
+        each=sum(map(len, batch.ids)),
         samples=sum(map(len, batch.ids)),
     )
 

@@ -11,9 +11,10 @@ from rich.table import Table
 from nvlm.attention.choice import kernels_of
 from nvlm.config.values import Config
 from nvlm.estimate import memory as need
-from nvlm.estimate import speed as pace
-from nvlm.estimate.layouts import Option, Plan, name, overrides
+from nvlm.estimate import pace
+from nvlm.estimate.layouts import Option, Plan, best_by_cut, name, overrides
 from nvlm.estimate.memory import GiB, Memory, gib, rank_memory
+from nvlm.estimate.speed import PARTS
 
 _RECOMPUTES = ("none", "selective", "full")
 
@@ -44,15 +45,6 @@ def print_plan(found: Plan, config: Config, top: int) -> None:
         which = refusal.layouts[0] if count == 1 else f"{count} layouts like {refusal.layouts[0]}"
         console.print(f"refused: {refusal.reason} ({which})", highlight=False, soft_wrap=True)
     console.print(_assumptions(config), highlight=False)
-
-
-def best_by_cut(fitting: Sequence[Option]) -> list[Option]:
-    """The fastest layout of each tensor x pipeline x context; others differ only in recomputation or virtual stages."""
-    found: dict[tuple[int, ...], Option] = {}
-    for option in fitting:
-        p = option.config.parallel
-        found.setdefault((p.tensor, p.pipeline, p.context), option)
-    return list(found.values())
 
 
 def as_json(found: Plan) -> dict:
@@ -129,8 +121,7 @@ def _times() -> dict[str, Callable[[Option], str]]:
 
         return show
 
-    parts = ("vision", "compute", "tensor", "context", "pipeline", "bubble", "data", "optimizer")
-    return {name: part(name) for name in parts}
+    return {name: part(name) for name in PARTS}
 
 
 def _sample(found: Plan, config: Config) -> str:
@@ -150,8 +141,11 @@ def _assumptions(config: Config) -> str:
     engine = "Transformer Engine's kernels" if kernels_of(config).fused_norm else "Megatron's and torch's kernels"
     return (
         f"Assumed: all samples are like this one; {engine}; {gib(need.OUTSIDE)} per GPU outside torch's allocator, and "
-        f"{need.FRAGMENTED:.0%} of temporary memory lost to fragmentation. Share of peak: matrix products "
-        f"{pace.PRODUCTS:.0%} (FP8 {pace.FP8_PRODUCTS:.0%}), attention {pace.SCORES:.0%}, encoder {pace.ENCODER:.0%}, "
-        f"links and network {pace.LINKS:.0%}. Tensor-parallel traffic of the backward pass overlaps with computation. "
-        f"MFU does not count recomputation. These are predictions, not measurements."
+        f"{need.FRAGMENTED:.0%} of temporary memory lost to fragmentation. Share of peak: matrix products up to "
+        f"{pace.PRODUCTS:.0%} (FP8 {pace.FP8_PRODUCTS:.0%}), less for few tokens and narrow slices; attention up to "
+        f"{pace.SCORES:.0%}, encoder {pace.ENCODER:.0%} (FP8 {pace.FP8_ENCODER:.0%}), links {pace.LINKS:.0%}, network "
+        f"{pace.NETWORK:.0%}, {1e6 * pace.LATENCY:.0f} us a message. The host launches a layer's kernels in "
+        f"{1e3 * pace.HOST_LAYER:.1f} to {1e3 * (pace.HOST_LAYER + pace.HOST_TENSOR):.1f} ms and those of gated "
+        f"cross-attention in {1e3 * pace.HOST_CROSS:.1f} ms. MFU does not count recomputation. These are predictions, "
+        f"not measurements."
     )

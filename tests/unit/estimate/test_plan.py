@@ -18,13 +18,12 @@ from nvlm.config.hardware import GPUS, GiB
 from nvlm.config.rules import check_world, validate
 from nvlm.config.values import ConfigError
 from nvlm.data.pack import pack
-from nvlm.estimate.flops import model_flops
 from nvlm.estimate.layouts import candidates, name, overrides, plan
 from nvlm.estimate.load import step_load
 from nvlm.estimate.memory import least_memory, memory, most_in_flight, rank_memory
 from nvlm.estimate.parameters import held
 from nvlm.estimate.refuse import check_memory
-from nvlm.estimate.speed import bubble_share, speed
+from nvlm.estimate.speed import speed
 
 ROOT = Path(__file__).resolve().parents[3]
 H100 = GPUS["h100"]
@@ -138,60 +137,6 @@ def test_the_papers_layouts_of_34b_fit_its_gpus(configured):
         config = configured(f"+experiment=nvlm_{letter}_34b_sft", "dry_run=true")
         assert memory(config, 128 // config.parallel.replica).total < H100.memory
         assert config.parallel.virtual == (5 if letter == "d" else 1)
-
-
-# --- speed ---
-
-
-@pytest.mark.parametrize("keys", [(), ("parallel.pipeline=2",), ("stage=pretrain",), ("train.recompute=full",)])
-def test_a_step_takes_longer_than_its_products_at_the_peak(configured, keys):
-    config = configured("+experiment=nvlm_h_72b_sft", "dry_run=true", *keys)
-    load = step_load(config, 4)
-    found = speed(config, 4, H100, load)
-    gpus = 4 * config.parallel.replica
-    assert found.flops == 4 * load.micro_batches * model_flops(config, load.work).total
-    assert 1.5 < found.step / (found.flops / gpus / H100.bf16) < 5
-    again = speed(dataclasses.replace(config, train=dataclasses.replace(config.train, recompute="full")), 4, H100, load)
-    assert again.flops == found.flops and (again.step > found.step or config.train.recompute == "full")
-
-
-def test_bubble_and_traffic_are_the_schedules(configured):
-    def laid(*keys):
-        return configured("+experiment=nvlm_d_72b_sft", "dry_run=true", *keys)
-
-    assert bubble_share(laid("parallel.virtual=1"), 32) == 3 / 32
-    assert bubble_share(laid(), 32) == 3 / 160
-    one = laid("parallel.pipeline=1", "parallel.virtual=1")
-    load = step_load(one, 2)
-    assert speed(one, 2, H100, load).traffic.pipeline == 0
-    # One layer's four collectives of the forward, four of the backward, and two gathers for weights' gradients.
-    each = 10 * 7 / 8 * load.tokens * 8192 * 2
-    assert speed(one, 2, H100, load).traffic.tensor == load.micro_batches * 80 * each
-    alone = laid("parallel.tensor=1", "parallel.sequence=false")
-    sent = speed(alone, 1, H100, step_load(alone, 1)).traffic
-    assert sent.tensor == sent.context == sent.data == 0 and sent.pipeline > 0
-
-
-L70 = "llm.layers=80 llm.hidden=8192 llm.heads=64 llm.ffn=28672 parallel.tensor=4 parallel.virtual=5"
-L405 = "llm.layers=128 llm.hidden=16384 llm.heads=128 llm.ffn=53248 parallel.tensor=8 parallel.virtual=8"
-# TFLOP/s a GPU of Llama 3 runs on H100, rows of 8192 tokens: the Llama 3 paper in bf16 (126 layers there), and
-# Megatron-Bridge's pages in FP8.
-PUBLISHED = [
-    (430, 8192, 2048, f"{L405} parallel.pipeline=16"),
-    (400, 16384, 2048, f"{L405} parallel.pipeline=16"),
-    (731, 64, 256, f"{L70} parallel.pipeline=8 precision=fp8_current"),
-    (744, 8, 128, "parallel.tensor=1 parallel.sequence=false precision=fp8_current"),
-    (827, 1024, 1024, f"{L405} parallel.pipeline=8 parallel.context=2 precision=fp8_current"),
-]
-
-
-@pytest.mark.parametrize(("published", "gpus", "batch", "keys"), PUBLISHED)
-def test_published_runs_come_out(configured, published, gpus, batch, keys):
-    rows = ("data.seq_length=8192", "data.row_length=8192", f"train.global_batch={batch}", "llm.vocab_multiple=128")
-    config = configured("arch=decoder", "llm=llama3.1-8b", "dry_run=true", *rows, *keys.split())
-    replicas = gpus // config.parallel.replica
-    found = speed(config, replicas, H100, step_load(config, replicas, tiles=0))
-    assert found.flops / found.step / gpus / 1e12 == pytest.approx(published, rel=0.12)
 
 
 # --- layouts ---
