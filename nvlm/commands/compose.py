@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -44,20 +44,30 @@ OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)  # f
 OmegaConf.register_new_resolver("by_arch", _by_arch, replace=True)  # for conf/lengths
 
 
-def to_config(composed: DictConfig) -> Config:
-    """Hydra's composed configuration as a validated value."""
+def to_config(composed: DictConfig, rules: Callable[[Config], Config] = validate) -> Config:
+    """Hydra's composed configuration as a value that is validated by `rules` across its fields."""
     values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     if names := values.get("stages"):
         raise problem("stages", ", ".join(names), "one of them, for this command", f"+experiment={names[-1]}")
     values.pop("sweep", None)  # of an experiment: nvlm.commands.swept has made words of it
     if "sources" in values["data"]:
         values["data"]["sources"] = sources_by_name(values["data"]["sources"])
-    return check_lengths(check_encoder(check_architecture(validate(from_mapping(Config, values)))))
+    return check_lengths(check_encoder(check_architecture(rules(from_mapping(Config, values)))))
 
 
 def compose_config(*overrides: str) -> Config:
     """The configuration in conf/ with `overrides`, validated."""
     return to_config(_compose(overrides))
+
+
+def unlaid_config(*overrides: str) -> Config:
+    """The configuration in conf/ with `overrides` but with an open layout: rules across fields are not applied yet."""
+    try:
+        return to_config(_compose(overrides), lambda config: config)
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise explain(error, words=overrides) from None
 
 
 def unchecked_values(*overrides: str) -> dict:

@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from nvlm.commands.auto import check_not_swept, with_layout
 from nvlm.commands.compose import CONF, check_overrides, effective, explain, runs, to_config
 from nvlm.commands.mistakes import answered
 from nvlm.commands.stages import Stage, check_sequence, stages_of
@@ -46,7 +47,7 @@ def _answer(started: float) -> int:
         return _through_stages(stages, started)
     if sweep := swept(words):
         return _sweep(sweep, started)
-    sys.argv[1:] = effective(words)  # Hydra parses them again
+    sys.argv[1:] = with_layout(effective(words), _folder)  # Hydra parses them again
     configs = check_overrides(sys.argv[1:])
     if len(configs) > 1:
         raise problem("command line", f"{len(configs)} runs", "one, or -m for a sweep", "add -m")
@@ -66,6 +67,7 @@ def _sweep(sweep: Swept, started: float) -> int:
 
     command = shlex.join(["python", "launch/train.py", *sys.argv[1:]])
     words = effective(sweep.words)
+    check_not_swept(words)
     check_names([sweep.name(one) for one in runs(words)])
     configs = check_overrides(words)
     elsewhere = any(word.startswith("hydra/launcher=") for word in words)
@@ -120,7 +122,7 @@ def _through_stages(stages: Sequence[Stage], started: float) -> int:
     """
     from nvlm.commands import launch
 
-    given = [effective(stage.words) for stage in stages]
+    given = [with_layout(effective(stage.words), _folder) for stage in stages]
     configs = _check_stages(stages, given)
     if configs[0].dry_run:
         return _dry_run(configs)

@@ -135,6 +135,7 @@ def overrides(config: Config, replicas: int) -> str:
         "parallel.context_heads": p.context_heads,
         "parallel.data": replicas,
         "parallel.distributed_optimizer": str(p.distributed_optimizer).lower(),
+        "parallel.gradients": p.gradients,
         "train.recompute": config.train.recompute,
     }
     return " ".join(f"{key}={value}" for key, value in values.items())
