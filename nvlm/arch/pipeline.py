@@ -107,6 +107,12 @@ class Pipeline:
     lend: bool  # stages without the embedding need tags
     borrowed: BorrowedWords | None = field(default=None)
 
+    def shape(self, batches: Sequence[Batch]) -> tuple[int, int] | None:
+        """Columns and rows of the hidden states of all `batches`, over all ranks of a stage; None if they differ."""
+        attends = self.parts[0].attends()
+        shapes = {attends.arranged_shape(batch) for batch in batches}
+        return shapes.pop() if len(shapes) == 1 else None
+
     @torch.no_grad()
     def begin(self, batches: Sequence[Batch]) -> None:
         """Send the embeddings of the batches' tags to the stages without the embedding."""

@@ -13,7 +13,7 @@ from nvlm.attention import choice, kernels
 from nvlm.attention.cache import Past
 from nvlm.attention.choice import Machine, Mode, Rows
 from nvlm.attention.kernel import Kernel, Masks, View
-from nvlm.attention.rows import Arranged, arranged
+from nvlm.attention.rows import Arranged, arranged, arranged_shape
 from nvlm.config.values import Config
 from nvlm.data.batch import Batch
 
@@ -35,6 +35,10 @@ class ModelAttention:
     def arranged(self, batch: Batch) -> Arranged:
         """`batch` with its rows arranged for the kernels."""
         return arranged(batch, self.rows, self.multiple)
+
+    def arranged_shape(self, batch: Batch) -> tuple[int, int] | None:
+        """Columns and rows of `batch` once it is arranged; None if its padding decides."""
+        return arranged_shape(batch, self.rows)
 
     def masks(self, batch: Batch, columns_S: Tensor, keys: bool) -> Masks:
         """The views of an arranged batch. `keys`: whether there are cross-attention layers."""

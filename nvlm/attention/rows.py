@@ -44,6 +44,12 @@ def arranged(batch: Batch, rows: Rows, multiple: int) -> Arranged:
     return Arranged(line, tuple(batch.tokens.shape), columns_T)
 
 
+def arranged_shape(batch: Batch, rows: Rows) -> tuple[int, int] | None:
+    """Columns and rows of `batch` once it is arranged; None if its padding decides."""
+    count, columns = batch.tokens.shape
+    return {Rows.KEPT: (columns, count), Rows.LINE: (count * columns, 1)}.get(rows)
+
+
 def samples_in_line(sample_T: Tensor, longest: int, device: torch.device) -> PackedSeqParams:
     """The boundaries of the samples in a line, of at most `longest` tokens each, for kernels on `device`.
 

@@ -7,15 +7,15 @@ planned from image headers. Pixels are read when a step needs them, and cut as p
 from __future__ import annotations
 
 import math
-import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from nvlm.config.values import Config
+from nvlm.data.ahead import in_processes
 from nvlm.data.amounts import Work
 from nvlm.data.batch import Batch, Sample
 from nvlm.data.blend import build_order
@@ -113,6 +113,7 @@ class Steps(Dataset):
     seats: int = 1  # ranks of the replica, among which a step's images are divided
     index: Index | None = None  # of the records
     length: int | None = None  # tokens that all rows are padded to; None: the longest of their micro-batch
+    even: bool = False  # without `length`, the longest of the step, so that all micro-batches have one length
 
     def __len__(self) -> int:
         return self.steps
@@ -146,7 +147,8 @@ class Steps(Dataset):
         ]
         samples = iter(decoded)
         rows = [(number, [next(samples) for _ in row]) for number, row in zip(mine, planned, strict=True)]
-        batches = tuple(self._collate(step, part) for part in self.micro_batches(rows))
+        length = self._length(planned)
+        batches = tuple(self._collate(step, part, length) for part in self.micro_batches(rows))
         return StepData(
             batches,
             records=len(every) + len(skipped),
@@ -191,9 +193,16 @@ class Steps(Dataset):
             )
         return sample
 
-    def _collate(self, step: int, rows: Sequence[tuple[int, list[Sample]]]) -> Batch:
+    def _length(self, rows: Sequence[Sequence[Planned]]) -> int | None:
+        """Tokens that a step's rows are padded to; None: the longest of their micro-batch."""
+        if self.length is not None or not self.even:
+            return self.length
+        longest = max((sum(one.lengths[0] for one in row) for row in rows), default=0)
+        return max(1, math.ceil(longest / self.multiple)) * self.multiple
+
+    def _collate(self, step: int, rows: Sequence[tuple[int, list[Sample]]], length: int | None) -> Batch:
         samples, numbers = [row for _, row in rows], [number for number, _ in rows]
-        return collate(samples, self.processor.tile_size, self.multiple, step=step, numbers=numbers, length=self.length)
+        return collate(samples, self.processor.tile_size, self.multiple, step=step, numbers=numbers, length=length)
 
     def micro_batches(self, rows: list) -> list[list]:
         """Groups of `rows`, at least one; the last ones may be short or empty."""
@@ -217,6 +226,7 @@ def steps_of(config: Config, placement: PlacementRule) -> Steps:
         window=config.data.window,
         multiple=config.row_multiple,
         length=config.padded_length,
+        even=config.parallel.pipeline > 1,  # or stages would have to tell one another
         groups=config.parallel.pipeline if config.parallel.virtual > 1 else 1,  # interleaved stages take turns
     )
 
@@ -287,14 +297,3 @@ def load_steps(steps: Steps, first: int, workers: int, pinned: bool = False) -> 
     order = range(first, len(steps))
     found = in_processes(_Delivered(steps), workers, sampler=order, collate_fn=close, pin_memory=pinned)
     return map(Parcel.opened, found)  # workers start now, not with the first step that is asked for
-
-
-def in_processes(dataset: Dataset, workers: int, **options) -> Iterator:
-    """The items of `dataset`, read by `workers` processes, which start at once (0: by this process).
-
-    `options`: further ones of torch's DataLoader, whose advice to have no more workers than cores is not printed.
-    """
-    ahead = 2 if workers else None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        return iter(DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=ahead, **options))

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from torch.utils.data import Dataset
 
 from nvlm.config.values import Config
+from nvlm.data.ahead import in_processes
 from nvlm.data.batch import Batch
-from nvlm.data.loader import in_processes
 from nvlm.data.outline import Processor
 from nvlm.data.pack import collate
 from nvlm.data.parcel import close_batch, open_batch

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Dataset
 
-from nvlm.data.loader import in_processes
+from nvlm.data.ahead import in_processes
 from nvlm.data.order import Drawn, Order
 from nvlm.data.outline import Processor
 from nvlm.data.sources.registry import Records

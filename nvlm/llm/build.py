@@ -93,7 +93,7 @@ def llm_config(config: Config) -> TransformerConfig:
         # batched sends and receives in both directions would be mismatched, silently.
         overlap_p2p_comm=p.virtual > 1,
         batch_p2p_comm=p.virtual == 1,
-        # Row lengths vary. Megatron requires this dispatcher for variable lengths, even without experts.
+        # Row lengths may vary: train.step knows when. Megatron then requires this dispatcher, even without experts.
         variable_seq_lengths=p.pipeline > 1,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,

@@ -120,14 +120,17 @@ def _pass(trainer: Trainer, micro_batches: Sequence[Batch], mark: Callable[[str]
     batches = trainer.vision.encode([batch.to(trainer.device) for batch in micro_batches])
     mark("forward-backward")
     trainer.pipeline.begin(batches)
+    shape = trainer.pipeline.shape(batches)
+    # Otherwise stages tell one another the shape of each message, for which the host waits until the GPU is idle.
+    trainer.chunks[0].config.variable_seq_lengths = shape is None
     iterators = [iter(batches) for _ in trainer.chunks]
     losses = get_forward_backward_func()(
         forward_step_func=_forward,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=list(trainer.chunks),
         num_microbatches=len(batches),
-        seq_length=batches[0].tokens.shape[1],
-        micro_batch_size=batches[0].tokens.shape[0],
+        seq_length=shape[0] if shape else 0,
+        micro_batch_size=shape[1] if shape else 0,
         forward_only=forward_only,
     )
     return sum(float(loss["loss"]) for loss in losses)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from nvlm.data.batch import Sample
 from nvlm.data.pack import collate
 from nvlm.processes import groups
 from nvlm.train.loop import build_trainer
+from nvlm.train.optim import prepare as prepare_gradients
 from nvlm.train.step import Trainer, forward_backward
 from tests.dist.run import joined, save_without_a_server
 from tests.models import TILE, Story, Twins, below, build_twins, reference_sample, sample_of, to_reference
@@ -92,8 +94,8 @@ def load_weights(trainer: Trainer, folder: Path) -> None:
         parts[number].load_state_dict(state)
 
 
-def own_batches(case: Case) -> list:
-    """This replica's micro-batches: every n-th."""
+def own_batches(case: Case, length: int | None = None) -> list:
+    """This replica's micro-batches: every n-th. `length`: of all rows; by default the longest of their micro-batch."""
     rank, size = groups.data_rank()
     config, (seat, seats) = case.config, groups.seat()
     first = [0, *itertools.accumulate(map(len, case.micro_batches))]
@@ -103,6 +105,7 @@ def own_batches(case: Case) -> list:
             TILE,
             config.row_multiple,
             numbers=range(number, number + len(rows)),
+            length=length,
         )
         for rows, number in list(zip(case.micro_batches, first))[rank::size]
     ]
@@ -152,6 +155,22 @@ def step_in_layout(case: Case, out: Path) -> Outcome:
         states = [part.sharded_state_dict(metadata=metadata()) for part in trainer.pipeline.parts]
         dist_checkpointing.save({f"part{n}": state for n, state in enumerate(states)}, str(out))
         return Outcome(loss / count, float(norm), sum(encoded), differ)
+
+
+def shapes_told(case: Case) -> list[tuple[float, float, int]]:
+    """This rank's part of the loss, the gradients' norm and how often it told a stage the shape of a message: with rows
+    as long as their micro-batch needs, and with rows of one length."""
+    told, real = [], P2PCommunicator._communicate_shapes
+    P2PCommunicator._communicate_shapes = lambda *given: told.append(given) or real(*given)
+    with joined(case.config) as device:
+        trainer, found = build_trainer(case.config, device), []
+        load_weights(trainer, case.folder / "weights")
+        longest = max(batch.tokens.shape[1] for batch in own_batches(case))
+        for length in (None, longest):
+            told.clear()
+            part = forward_backward(trainer, own_batches(case, length))
+            found.append((part, prepare_gradients(trainer.optimizer), len(told)))
+    return found
 
 
 def dist_rank() -> int:

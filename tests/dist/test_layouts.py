@@ -6,16 +6,27 @@ Tolerance: 1e-5 of each tensor's largest value, all gates together (worst seen 3
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from nvlm.processes.groups import distributed
-from tests.dist.layouts import MICRO_BATCHES, Case, Outcome, gradients_of, prepare, reference_gradients, run_cases
+from tests.dist.layouts import (
+    MICRO_BATCHES,
+    Case,
+    Outcome,
+    gradients_of,
+    prepare,
+    reference_gradients,
+    run_cases,
+    shapes_told,
+)
 from tests.dist.run import run_distributed
 from tests.models import Twins, small_config
 from tests.near import assert_gradients_near
+from tests.stories import ONE, SIX, TEXT, TWO
 
 MODELS = {
     "decoder": ("arch=decoder",),
@@ -113,6 +124,28 @@ def test_loss_and_gradients_equal_the_reference(world, layout, model, expected, 
         assert rank.copies_differ == 0
     gradients = gradients_of(expected.twins[model], out)
     assert_gradients_near(gradients, expected.gradients[model], cancelling=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("world", "sizes"),
+    [
+        (2, dict(pipeline=2)),
+        (2, dict(pipeline=2, virtual=2)),
+        pytest.param(4, dict(pipeline=2, tensor=2, sequence=True), marks=pytest.mark.slow),
+        pytest.param(4, dict(pipeline=2, context=2, context_heads=2), marks=pytest.mark.slow),
+    ],
+)
+def test_stages_tell_no_shapes_if_rows_have_one_length(world, sizes, expected):
+    """On a GPU the host would wait for each. Without its cross-attention, a CPU's rows would have no padding."""
+    rows = (((TWO,), (TEXT,)), ((ONE,), (TEXT,)), ((TEXT,), (SIX,)), ((TEXT,), (TEXT,)))
+    case = replace(expected.cases["hybrid"], micro_batches=rows).laid_out(**sizes)
+    ranks = run_distributed(shapes_told, world, case)
+    for (_, norm, told), (_, same, none) in ranks:
+        assert told > 0 and none == 0
+        assert same == pytest.approx(norm, rel=1e-5)
+    # Context-parallel ranks divide rows of another length elsewhere.
+    loss, same = (sum(found[which][0] for found in ranks) for which in (0, 1))
+    assert same == pytest.approx(loss, rel=1e-5) and loss > 0
 
 
 def norm_of(gradients: dict[str, torch.Tensor]) -> float:

@@ -18,9 +18,10 @@ from PIL import Image
 
 from nvlm.arch import registry
 from nvlm.commands.compose import compose_config
+from nvlm.data.ahead import in_processes
 from nvlm.data.batch import IGNORE, IMAGE, check_placeholders
 from nvlm.data.images import image_size
-from nvlm.data.loader import Steps, in_processes, load_steps, plan_window
+from nvlm.data.loader import Steps, load_steps, plan_window
 from nvlm.data.order import Drawn, Order
 from nvlm.data.outline import Pictures, build_processor, outline
 from nvlm.data.pack import deal, pack
@@ -102,6 +103,14 @@ def same(a, b):
             x, y = getattr(one, field.name), getattr(other, field.name)
             assert torch.equal(x, y) if torch.is_tensor(x) else x == y, field.name
     return a.skipped == b.skipped and a.records == b.records
+
+
+def test_micro_batches_of_a_step_have_one_length_if_asked():
+    plain, even = (steps_of(Words(60), micro_batch=1, multiple=4, even=even) for even in (False, True))
+    for step in range(3):
+        differ, alike = ({batch.tokens.shape[1] for batch in steps[step].micro_batches} for steps in (plain, even))
+        assert len(differ) > 1 and alike == {max(differ)}
+        assert rows_of(plain[step]) == rows_of(even[step])
 
 
 # --- rows ---
