@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
@@ -150,6 +150,12 @@ class _Once(torch.autograd.Function):
         return None, *(found.pop() if isinstance(x, Tensor) and x.requires_grad else None for x in inner)
 
 
+def _flash(query_BNSD: Tensor, *rest, **options) -> Tensor:
+    """Attention whose output lies in memory as that of flash attention and cuDNN: [B, S, N, D]."""
+    out_BNSD = nn.functional.scaled_dot_product_attention(query_BNSD, *rest, **options)
+    return out_BNSD.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 @contextlib.contextmanager
 def kernels_of_a_gpu() -> Iterator[None]:
     """Inside, functions that are one kernel on a GPU are counted as one: torch's own, and those that are compiled."""
@@ -158,19 +164,23 @@ def kernels_of_a_gpu() -> Iterator[None]:
 
     from nvlm.attention import kernel
     from nvlm.attention.kernels import dense, flex
+    from nvlm.vision.encoders.internvit import frozen
 
     kernels = [
         (functional, "rms_norm", "other", True),
         (functional, "layer_norm", "other", True),
-        (dense, "scaled_dot_product_attention", "attention", False),
         (flex, "attend_blocks", "attention", False),
         (fused_bias_dropout, "bias_dropout_add_fused_train", "compiled", False),
         (fused_bias_dropout, "bias_dropout_add_fused_inference", "compiled", False),
         (fused_bias_swiglu, "swiglu", "compiled", False),
         (fused_bias_swiglu, "swiglu_back", "compiled", False),
+        (frozen, "add_rms_norm", "compiled", False),
+        (frozen, "add_layer_norm", "compiled", False),
+        (frozen, "norm_both", "compiled", False),
     ]
     with contextlib.ExitStack() as stack:
         for module, name, kind, copies in kernels:
             stack.enter_context(mock.patch.object(module, name, once(getattr(module, name), kind, copies)))
+        stack.enter_context(mock.patch.object(dense, "scaled_dot_product_attention", once(_flash, "attention")))
         stack.enter_context(mock.patch.object(kernel, "for_kernel", lambda x: x))  # a CPU attends in fp32
         yield

@@ -84,8 +84,10 @@ def encoder_layer(tiles: int = 4, overrides: tuple[str, ...] = ()) -> Row:
     for layers in (1, 2):
         config = compose_config(*ENCODER, *overrides, f"vision.layers={layers}")
         side = config.vision.tile_size
+        known = description_of(config.vision)
         with torch.device("meta"), torch.no_grad():
-            encoder = description_of(config.vision).build(config, solo_groups()).to("meta").eval()
+            encoder = known.build(config, solo_groups()).to("meta")
+            encoder = known.frozen(encoder, config.vision, 1).eval()
             pixels = torch.empty(tiles, 3, side, side, device="meta")
             with kernels_of_a_gpu(), Counting() as mode:
                 encoder(pixels)

@@ -31,7 +31,7 @@ from nvlm.processes import groups
 from nvlm.train.optim import freeze, wrap
 from nvlm.train.step import Trainer, forward_backward
 from nvlm.vision.encoders.registry import description_of
-from nvlm.vision.path import VisionPath, solo_groups
+from nvlm.vision.path import frozen, solo_groups
 from nvlm.vision.prepass import BalancedVision, build_team
 
 
@@ -74,7 +74,7 @@ def learner(config: Config) -> Iterator[Trainer]:
         parts[0].config.finalize_model_grads_func = stages.finalize
         fresh = replace(config, init=replace(config.init, vision=None))
         encoder = description_of(config.vision).build(fresh, solo_groups()).to(device)
-        path = VisionPath(encoder, replace(config.vision, graph=False))
+        path = frozen(encoder, replace(fresh, vision=replace(config.vision, graph=False)))
         vision = BalancedVision(path, build_team(tile_use_of_rank(config, 0), config.vision.balance))
         yield Trainer(chunks, stages, vision, SimpleNamespace(zero_grad=lambda: None), None, device, {})
 

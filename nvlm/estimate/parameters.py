@@ -72,8 +72,10 @@ def parameters(config: Config) -> dict[str, Count]:
 
 
 def encoder_parameters(config: Config) -> int:
-    """Parameter count of the vision encoder, which is replicated on every rank."""
-    return _size(encoder_weights(config))
+    """Parameter count of the frozen encoder, which every rank holds; factors are multiplied into its linears."""
+    encoder = model_of(config).encoder
+    factors = sum(module.size for module in encoder.layer if isinstance(module, Parameter) and module.factor)
+    return _size(encoder_weights(config)) - encoder.layers * factors
 
 
 def held(config: Config, rank: int) -> Held:

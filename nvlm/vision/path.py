@@ -55,12 +55,23 @@ class VisionPath:
         return (self.full if len(pixels_T3) == self.vision.tiles_per_call else self.encoder)(pixels_T3)
 
 
+def load_encoder(config: Config, place: torch.device) -> nn.Module:
+    """The encoder of `config` with its weights, under the names of its description. A collective call."""
+    encoder = description_of(config.vision).build(config, solo_groups()).to(place)
+    read(vision_source(config), ["vision"], {name: parameter.data for name, parameter in encoder.named_parameters()})
+    return encoder
+
+
 def build_vision(config: Config, place: torch.device) -> VisionPath:
-    """The encoder of `config` with its weights, on device `place`. A collective call."""
-    source, vision = vision_source(config), config.vision
-    encoder = description_of(vision).build(config, solo_groups()).to(place)
-    read(source, ["vision"], {name: parameter.data for name, parameter in encoder.named_parameters()})
-    if config.precision.encoder:
+    """The frozen encoder of `config` with its weights, on device `place`. A collective call."""
+    return frozen(load_encoder(config, place), config)
+
+
+def frozen(encoder: nn.Module, config: Config) -> VisionPath:
+    """`encoder`, which its description built, for inference alone; its tensors are taken over."""
+    vision, precision = config.vision, config.precision
+    encoder = description_of(vision).frozen(encoder, vision, precision.multiple if precision.encoder else 1)
+    if precision.encoder:
         path = VisionPath(encoder, replace(vision, graph=False))
-        quantize(path, lambda linear: FP8Linear(linear, config.precision), vision.tile_size)
+        quantize(path, lambda linear: FP8Linear(linear, precision), vision.tile_size)
     return VisionPath(encoder, vision)

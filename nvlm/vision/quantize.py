@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 from nvlm.config.compute import PrecisionConfig
@@ -24,34 +23,29 @@ MOST = 0.1  # relative error of the features: FP8 with three mantissa bits round
 
 
 class FP8Linear(nn.Module):
-    """A Megatron linear of one tensor-parallel rank, with FP8 weights."""
+    """A linear with FP8 weights; its product adds the bias. The rows of its input fit `precision.multiple`."""
 
-    def __init__(self, linear: nn.Module, precision: PrecisionConfig) -> None:
+    def __init__(self, linear: nn.Linear, precision: PrecisionConfig) -> None:
         super().__init__()
         import transformer_engine.pytorch as te
 
-        outputs, inputs = linear.weight.shape
-        self.precision, self.apart = precision, linear.skip_bias_add
-        self.bias = linear.bias
-        with torch.no_grad(), te.fp8_model_init(enabled=True, recipe=frozen_recipe(precision.name)):
-            self.linear = te.Linear(inputs, outputs, bias=False, params_dtype=linear.weight.dtype)
+        self.recipe, has_bias = frozen_recipe(precision.name), linear.bias is not None
+        with torch.no_grad(), te.fp8_model_init(enabled=True, recipe=self.recipe):
+            self.linear = te.Linear(
+                linear.in_features, linear.out_features, bias=has_bias, params_dtype=linear.weight.dtype
+            )
             self.linear.weight.copy_(linear.weight)
+            if has_bias:
+                self.linear.bias.copy_(linear.bias)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(output, None), or (output, bias) if the linear leaves the bias to its caller."""
+    def forward(self, x: Tensor) -> Tensor:
         import transformer_engine.pytorch as te
 
-        rows = x.flatten(0, -2)
-        short = -len(rows) % self.precision.multiple
-        with te.fp8_autocast(enabled=True, fp8_recipe=frozen_recipe(self.precision.name)):
-            out = self.linear(nn.functional.pad(rows, (0, 0, 0, short)))
-        out = out[: len(rows)].unflatten(0, x.shape[:-1])
-        if self.apart or self.bias is None:
-            return out, self.bias
-        return out + self.bias, None
+        with te.fp8_autocast(enabled=True, fp8_recipe=self.recipe):
+            return self.linear(x)
 
 
-def quantize(path: VisionPath, make: Callable[[nn.Module], nn.Module], tile_size: int, tiles: int = 4) -> float:
+def quantize(path: VisionPath, make: Callable[[nn.Linear], nn.Module], tile_size: int, tiles: int = 4) -> float:
     """Replace each linear of the encoder by `make(linear)`.
 
     Returns the relative error (root mean square) of the features of `tiles` tiles of noise. Raises ConfigError if it
@@ -63,7 +57,7 @@ def quantize(path: VisionPath, make: Callable[[nn.Module], nn.Module], tile_size
     exact = path.features(pixels).float()
     for module in list(path.encoder.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, ColumnParallelLinear | RowParallelLinear):
+            if isinstance(child, nn.Linear):
                 setattr(module, name, make(child).eval())
     error = float((path.features(pixels).float() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
     if not error <= MOST:

@@ -19,7 +19,7 @@ from nvlm.data.batch import Batch
 from nvlm.data.pack import collate
 from nvlm.inputs.sources import model_source
 from nvlm.train.begin import begin
-from nvlm.vision.path import build_vision
+from nvlm.vision.path import build_vision, load_encoder
 from nvlm.weights.parts import published
 from tests.dist.run import joined, run_distributed
 from tests.published import (
@@ -171,7 +171,7 @@ def release_in_layout(overrides: tuple[str, ...], folder: Path) -> dict[str, Ten
         parts = build_parts(config)
         origins = begin(parts, config)
         source = model_source(config)
-        encoder = {n: p.data for n, p in build_vision(config, device).encoder.named_parameters()}
+        encoder = {n: p.data for n, p in load_encoder(config, device).named_parameters()}
         held = {name: tensor for part in parts for name, tensor in part.weights().items()}
         given = [part for group, some in source.parts.items() if group != "vision" for part in some]
         out = published([part for part in given if part.ours in held], held)

@@ -64,7 +64,7 @@ def modules(vision):
 DESCRIPTION = EncoderDescription(
     name="patches", code=("patches.Patches",), mean=MEAN, std=STD, unseen=(), fixed={"qk_norm": True}, shipped={},
     unused=("pool.",), modules=modules, parts=parts, check_config=check_config, export=None,
-    build=lambda config, groups: Patches(),
+    build=lambda config, groups: Patches(), frozen=lambda encoder, vision, multiple: encoder,
 )  # fmt: skip
 
 

@@ -28,7 +28,8 @@ class EncoderDescription:
 
     `build`: (config, a Megatron ProcessGroupCollection of single-rank groups) -> the Megatron module that maps
     normalised pixels [T, 3, px, px] to features [T, P, D] of the P patches of each tile. It imports model.py, and thus
-    torch.
+    torch. `frozen`: (what `build` built, with its weights, which it may use up, the configuration, a number that the
+    rows of each linear's input must be a multiple of) -> a module with the same features for inference alone.
     """
 
     name: str  # vision.encoder
@@ -43,4 +44,5 @@ class EncoderDescription:
     parts: Callable[[VisionConfig, Mapping[str, Stored]], list[Part]]  # (config, stored tensors) -> published
     check_config: Callable[[Mapping, VisionConfig, str], None]  # (config.json, ours, the setting naming the folder)
     build: Callable[[Config, Any], Any]
+    frozen: Callable[[Any, VisionConfig, int], Any]
     export: Callable[[VisionConfig, Sequence[Part]], ExportedEncoder] | None  # None: no export

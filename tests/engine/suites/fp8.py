@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from megatron.core.fp8_utils import is_float8tensor
+from torch import nn
 
+from benchmarks.kernel_counts import Counting
 from nvlm.arch.pipeline import build_parts, next_logits
 from nvlm.attention.cache import generating
 from nvlm.commands.compose import compose_config
+from nvlm.config.compute import PrecisionConfig
 from nvlm.data.loader import load_steps
 from nvlm.estimate.load import step_load
 from nvlm.estimate.memory import rank_memory
@@ -24,6 +29,8 @@ from nvlm.train.checkpoint import restore
 from nvlm.train.checkpoint.save import latest
 from nvlm.train.loop import build_steps
 from nvlm.train.step import settle
+from nvlm.vision.path import build_vision
+from nvlm.vision.quantize import FP8Linear, quantize
 from tests.dist import run as run_module
 from tests.dist.checkpoints import built, saved, tensors_in
 from tests.dist.run import joined, run_distributed
@@ -252,3 +259,42 @@ def test_evaluation_disturbs_neither_scales_nor_weights(settings, tmp_path):
     inside = run_distributed(whole_run, 1, (*overrides, *measured), tmp_path / "inside")[0]
     assert [line["loss"] for line in inside] == [line["loss"] for line in alone]
     assert [line["grad_norm"] for line in inside] == [line["grad_norm"] for line in alone]
+
+
+class Padded(nn.Module):
+    """An FP8 linear that pads its own input with zeros."""
+
+    def __init__(self, linear: nn.Linear, precision: PrecisionConfig) -> None:
+        super().__init__()
+        self.linear, self.multiple = FP8Linear(linear, precision), precision.multiple
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(0, -2)
+        padded = nn.functional.pad(rows, (0, 0, 0, -len(rows) % self.multiple))
+        return self.linear(padded)[: len(rows)].unflatten(0, x.shape[:-1])
+
+
+def encoder_features(tiles: int) -> list[tuple[torch.Tensor, Counter]]:
+    """Features and the operations behind them: in bf16, in FP8 with each linear padding its input, and as they are."""
+    config = compose_config(*SMALL, "arch=decoder", "precision=fp8_current", "precision.encoder=true")
+    exact = dataclasses.replace(config, precision=dataclasses.replace(config.precision, encoder=False))
+    side, found = config.vision.tile_size, []
+    with joined(config) as device:
+        plain, apart, path = build_vision(exact, device), build_vision(exact, device), build_vision(config, device)
+        quantize(apart, lambda linear: Padded(linear, config.precision), side)
+        pixels = torch.randint(0, 256, (tiles, 3, side, side), dtype=torch.uint8)
+        for each in (plain, apart, path):
+            with Counting() as mode:
+                found.append((each.features(pixels), mode.count.names))
+    return found
+
+
+@pytest.mark.parametrize("tiles", [1, 3])
+def test_the_encoder_pads_once_a_pass(tiles):
+    found = run_distributed(encoder_features, 1, tiles)[0]
+    (plain, before), (apart, padding), (features, operations) = [(x.float(), names) for x, names in found]
+    assert padding["constant_pad_nd"] == 4 * 4  # linears
+    assert not operations["constant_pad_nd"] and operations["cat"] == before["cat"]
+    scale = plain.square().mean().sqrt()
+    of_fp8, of_padding = (float((features - other).square().mean().sqrt() / scale) for other in (plain, apart))
+    assert of_padding < 0.05 * of_fp8 and 0.002 < of_fp8 < 0.1, (of_padding, of_fp8)

@@ -159,6 +159,12 @@ def _build(config: Config, groups):
     return InternViT(config, groups)
 
 
+def _frozen(encoder, vision: VisionConfig, multiple: int):
+    from nvlm.vision.encoders.internvit.frozen import FrozenInternViT
+
+    return FrozenInternViT(encoder, vision, multiple)
+
+
 def modules(vision: VisionConfig) -> EncoderModules:
     """Patch embedding, class token and positions, then pre-norm layers with layer scale; no final norm."""
     d, patches, own = vision.hidden, (vision.tile_size // vision.patch) ** 2, dict(group="vision")
@@ -210,5 +216,6 @@ INTERNVIT = EncoderDescription(
     parts=_parts_of,
     check_config=check_config,
     build=_build,
+    frozen=_frozen,
     export=_export,
 )
