@@ -37,7 +37,7 @@ CAST = 6  # bytes for each FP8 element of a linear's inputs and of its output's 
 LINKS = 0.73  # share of the bandwidth of links within a node
 NETWORK = 0.84  # and of the network between nodes
 LATENCY = 18e-6  # seconds until a message starts to flow
-BUFFERED = 1 / 3  # parallel.userbuffers: the part of shown messages that still shows
+BUFFERED = 0.5  # parallel.userbuffers: what shown messages still cost, in pieces and with slower products
 
 # Seconds in which the host launches the kernels of a micro-batch, forward and backward.
 HOST_LAYER = 1.5e-3

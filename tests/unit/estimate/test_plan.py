@@ -165,12 +165,12 @@ def test_every_layout_is_listed_once_or_refused_with_a_reason(configured):
 
 
 def test_a_layout_in_words_is_that_layout(configured):
-    base = ("+experiment=nvlm_h_72b_sft", "dry_run=true")
-    found = plan(configured(*base), 128, H100)
+    base = ("arch=hybrid", "llm=yi-34b", "dry_run=true", "parallel.virtual=5", "parallel.pipeline=2")
+    found = plan(configured(*base), 32, H100)
     for option in found.fitting[:: len(found.fitting) // 5]:
         said = configured(*base, *overrides(option.config, option.replicas).split())
         assert dataclasses.replace(said.parallel, data=1) == dataclasses.replace(option.config.parallel, data=1)
-        assert said.parallel.data * said.parallel.replica == 128
+        assert said.parallel.data * said.parallel.replica == 32
         assert said.train == option.config.train
 
 
