@@ -112,6 +112,7 @@ class VisionLanguageModel(MegatronModule):
         self.first_layer = pipeline_layers(config, pipeline_stage).start
         self.attention = {mode: build_attention(config, backend.this_machine(), mode) for mode in Mode}
         self.drops_inputs = bool(config.adapted) and config.peft.dropout > 0
+        self.sums_keys = "xattn" not in config.adapted  # as arch.xattn.attention expects
         self.borrowed: Callable[[Tensor], Tensor] | None = None  # embeds tags on stages without the embedding
         virtual = pipeline_stage // config.parallel.pipeline if config.parallel.virtual > 1 else None
         self.register_buffer("frequencies", rotary_frequencies(config.llm), persistent=False)
@@ -195,7 +196,9 @@ class VisionLanguageModel(MegatronModule):
         return self.attention[Mode.CACHED if past is not None else Mode.TRAINING if learns(self) else Mode.EVALUATION]
 
     def _keys(self, batch: Batch) -> Tensor:
-        return self.shared["fusion"](batch, self.shared["projector"], self.embed)
+        keys_XBH = self.shared["fusion"](batch, self.shared["projector"], self.embed)
+        # Each tensor-parallel rank has the gradients of its own heads.
+        return tensor_parallel.copy_to_tensor_model_parallel_region(keys_XBH) if self.sums_keys else keys_XBH
 
     def _stream(self, batch: Batch, own_S: Tensor | slice, columns_S: Tensor | slice, tiles: bool) -> Tensor:
         # The same columns twice: `own_S` for the batch on the host, `columns_S` for this one.
@@ -251,7 +254,8 @@ class VisionLanguageModel(MegatronModule):
         learned_N = (labels_SB != IGNORE).flatten().nonzero()[:, 0]
         labels_N = to_device(labels_SB.flatten()[learned_N], hidden_SBH.device)
         learned_N = to_device(learned_N, hidden_SBH.device)
-        logits_N1V = self.logits(self._whole(hidden_SBH).flatten(0, 1)[learned_N][:, None])
+        # Indexing would sort its indices in the backward pass.
+        logits_N1V = self.logits(self._whole(hidden_SBH).flatten(0, 1).index_select(0, learned_N)[:, None])
         loss_N1 = token_losses(logits_N1V, labels_N[:, None])
         return loss_N1.new_zeros(labels_SB.numel()).index_put((learned_N,), loss_N1[:, 0]).view_as(labels_SB).t()
 

@@ -12,18 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from nvlm.config.values import cross_layers
 from nvlm.processes.groups import distributed
+from nvlm.train.loop import build_trainer
+from nvlm.train.step import forward_backward
 from tests.dist.layouts import (
     MICRO_BATCHES,
     Case,
     Outcome,
     gradients_of,
+    own_batches,
     prepare,
     reference_gradients,
     run_cases,
     shapes_told,
 )
-from tests.dist.run import run_distributed
+from tests.dist.run import joined, run_distributed
 from tests.models import Twins, small_config
 from tests.near import assert_gradients_near
 from tests.stories import ONE, SIX, TEXT, TWO
@@ -151,6 +155,30 @@ def test_stages_tell_no_shapes_if_rows_have_one_length(world, sizes, expected):
 def norm_of(gradients: dict[str, torch.Tensor]) -> float:
     """Norm of all gradients together."""
     return float(torch.stack([g.norm() for g in gradients.values()]).norm())
+
+
+def sums_of_keys(case: Case) -> int:
+    """How often a step sums the gradient of whole keys over tensor-parallel ranks."""
+    with joined(case.config) as device:
+        trainer, [batch] = build_trainer(case.config, device), own_batches(case)
+        rows, keys = batch.cross_tokens.shape
+        assert keys not in (rows, batch.tokens.shape[1])
+        summed, plain = [], torch.distributed.all_reduce
+
+        def counted(tensor, *args, **kwargs):
+            summed.append(tuple(tensor.shape) == (keys, rows, case.config.llm.hidden))
+            return plain(tensor, *args, **kwargs)
+
+        torch.distributed.all_reduce = counted
+        forward_backward(trainer, [batch])
+        return sum(summed)
+
+
+@pytest.mark.parametrize("model", ["xattn", "hybrid"])
+def test_the_gradient_of_keys_is_summed_once_for_all_layers(model, expected):
+    case = replace(expected.cases[model], micro_batches=MICRO_BATCHES[:1])
+    assert len(cross_layers(case.config)) == 2
+    assert run_distributed(sums_of_keys, 2, case.laid_out(tensor=2, sequence=True)) == [1, 1]
 
 
 @pytest.mark.parametrize("model", ["decoder", "xattn", "hybrid"])

@@ -41,7 +41,8 @@ class GatedCrossAttention(MegatronModule, KeepsKeys):
         build_q = linears.normed("cross_attention.linear_q")
         self.linear_q = build_q(config.hidden_size, width, config=config, **column)
         # Every rank holds all keys; they are never split by sequence or context parallelism. So this rank's queries see
-        # all of them, and the sum over ranks completes the gradient of the keys.
+        # all of them, and the sum over ranks completes the gradient of the keys: `nvlm.arch.base` sums it once for all
+        # layers. An adapter completes its part of that gradient itself, so with adapters each layer sums its own.
         whole = dataclasses.replace(
             config,
             sequence_parallel=False,
@@ -52,6 +53,8 @@ class GatedCrossAttention(MegatronModule, KeepsKeys):
         kv_width = 2 * config.num_query_groups * config.kv_channels
         build_kv = linears.column("cross_attention.linear_kv")
         self.linear_kv = build_kv(config.hidden_size, kv_width, config=whole, **column)
+        if linears.peft is None:
+            _leave_sum(self.linear_kv)
         build_proj = linears.row("cross_attention.linear_proj")
         self.linear_proj = build_proj(
             width,
@@ -84,3 +87,11 @@ class GatedCrossAttention(MegatronModule, KeepsKeys):
         key_value = self.linear_kv(states_XBH)[0].unflatten(-1, (self.groups, 2, self.head_dim))
         pair = key_value.unbind(dim=-2)
         return pair if self.cache is None else self.cache.keep(*pair)
+
+
+def _leave_sum(linear: nn.Module) -> None:
+    """Let the column-parallel `linear` return only this tensor-parallel rank's part of its input's gradient."""
+    if hasattr(linear, "parallel_mode"):
+        linear.parallel_mode = None  # Transformer Engine: it has already split the weight
+    else:
+        linear.allreduce_dgrad, linear.disable_grad_reduce = False, True
