@@ -130,5 +130,5 @@ def generating(parts: Sequence[nn.Module]) -> Iterator[None]:
 
 
 # Settings that do not work with one column: it cannot be split, FP8 products need the number of tokens to be a multiple
-# of at least 8, and the fused rotary embedding gives all rows the same position.
-_ONE_COLUMN = {"sequence_parallel": False, "fp8": None, "apply_rope_fusion": False}
+# of at least 8, and the fused rotary embeddings give all rows the same position.
+_ONE_COLUMN = {"sequence_parallel": False, "fp8": None, "apply_rope_fusion": False, "fused_single_qkv_rope": False}

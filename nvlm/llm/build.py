@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -18,7 +18,7 @@ from nvlm.config.values import Config, cross_layers
 from nvlm.llm import backend
 from nvlm.llm.adapters import linears_of
 from nvlm.llm.backend import engine, fp8_settings, uses_te
-from nvlm.llm.layer import DecoderLayer, SeededLayer
+from nvlm.llm.layer import ColumnAttention, DecoderLayer, SeededLayer
 from nvlm.llm.norm import RMSNorm
 from nvlm.llm.swiglu import SwiGLU
 from nvlm.processes import device
@@ -52,14 +52,16 @@ def base_config(config: Config, **shape) -> TransformerConfig:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         masked_softmax_fusion=False,
+        bias_dropout_fusion=False,  # without bias and dropout, it would be a compiled function around one addition
         # Fusions take minutes to compile on CPU; gradient fusion in Megatron's own linears needs Apex.
-        **(dict(bias_activation_fusion=cuda, bias_dropout_fusion=cuda, gradient_accumulation_fusion=False) | shape),
+        **(dict(bias_activation_fusion=cuda, gradient_accumulation_fusion=False) | shape),
     )
 
 
 def llm_config(config: Config) -> TransformerConfig:
     """The TransformerConfig of the language model under `config`'s layout."""
     llm, p = config.llm, config.parallel
+    line = choose(config, backend.this_machine(), Mode.TRAINING).rows is Rows.LINE
     return base_config(
         config,
         num_layers=llm.layers,
@@ -99,8 +101,9 @@ def llm_config(config: Config) -> TransformerConfig:
         calculate_per_token_loss=True,
         **_RECOMPUTE[config.train.recompute],
         **fp8_settings(config),
-        # The fused kernel supports only one row.
-        apply_rope_fusion=choose(config, backend.this_machine(), Mode.TRAINING).rows is Rows.LINE,
+        # The fused kernels support only one row. The second splits queries, keys and values as well.
+        apply_rope_fusion=line,
+        fused_single_qkv_rope=line,
         gradient_accumulation_fusion=uses_te(config),
         # Offloaded layer by layer; the last layer is needed again immediately.
         cpu_offloading=config.train.offload,
@@ -131,7 +134,7 @@ def layer_spec(config: Config, number: int, cross_attention: ModuleSpec | None =
         submodules=TransformerLayerSubmodules(
             input_layernorm=linears.norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=ColumnAttention,
                 params={"attn_mask_type": AttnMaskType.arbitrary},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linears.normed("self_attention.linear_qkv"),

@@ -12,12 +12,24 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from nvlm.attention.kernel import Masks, View
 from nvlm.processes.groups import seeded
+
+
+class ColumnAttention(SelfAttention):
+    """Megatron's self-attention, without the `packed_seq_params` that bring the layer its views.
+
+    Megatron would take rows for packed ones, and split queries, keys and values apart from their rotary embedding.
+    """
+
+    def forward(self, hidden_states: Tensor, attention_mask: View, *, packed_seq_params: Masks | None = None, **kwargs):
+        """Like the base class."""
+        return super().forward(hidden_states, attention_mask, **kwargs)
 
 
 class SeededLayer(TransformerLayer):

@@ -450,6 +450,21 @@ def fused_rope_backward(grad, freqs, start_positions, layout, interleaved, cu_se
     return _turned(grad, freqs[: grad.shape[0]], -1)
 
 
+def fused_qkv_rope_forward(qkv, q_freqs, k_freqs, start_positions, widths, layout, interleaved, cp_size, cp_rank):
+    assert qkv.is_contiguous() and start_positions is None
+    query, key, value = qkv.split(list(widths), dim=-1)
+    query = query.reshape(*qkv.shape[:2], -1, widths[1])
+    query = fused_rope_forward(query, q_freqs, None, layout, interleaved, None, cp_size, cp_rank)
+    key = fused_rope_forward(key, k_freqs, None, layout, interleaved, None, cp_size, cp_rank)
+    return query, key, value.contiguous()
+
+
+def fused_qkv_rope_backward(query, key, value, q_freqs, k_freqs, widths, layout, interleaved, cp_size, cp_rank):
+    query = fused_rope_backward(query, q_freqs, None, layout, interleaved, None, cp_size, cp_rank)
+    key = fused_rope_backward(key, k_freqs, None, layout, interleaved, None, cp_size, cp_rank)
+    return torch.cat((query.reshape(*key.shape[:3], widths[0]), key, value), -1)
+
+
 def multi_tensor_l2norm(chunk_size, noop, tensor_lists, per_tensor=False):
     norms = torch.stack([x.float().norm() for x in tensor_lists[0]])
     return norms.norm().reshape(1), norms if per_tensor else torch.empty(0)
