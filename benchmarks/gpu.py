@@ -3,8 +3,8 @@
     python benchmarks/gpu.py [--out gpu.jsonl] [--only SECTION ...] [--tiles 6 5 4 3 2 1] [--toy]
 
 Each row is appended to --out as soon as it is measured. The same command goes on after the rows that are there, and
-each section can be run apart. Guessed at 15 minutes on one Hopper GPU with 80 GB or more, never timed: accuracy 4,
-throughput 6, peers 4; benchmarks/gpu_cells.py runs the same in pieces for a given number of seconds. Without a GPU, or
+each section can be run apart. Guessed at 14 minutes on one Hopper GPU with 80 GB or more, never timed: accuracy 4,
+throughput 7, peers 2; benchmarks/gpu_cells.py runs the same in pieces for a given number of seconds. Without a GPU, or
 with --toy, all runs at toy size: its figures then show that it works, but nothing about speed.
 
 accuracy    A small model of each architecture learns the built-in pages, with the same steps in fp32 and in each
@@ -14,10 +14,11 @@ attention   Packed self- and cross-attention with the kernels of training, compa
 throughput  What the card gives: a copy and a matrix product. Then forward and backward of NVLM-D, -X and -H with
             Yi-34B's and InternViT-6B's full widths and a fifth of their layers (12 of 60, 9 of 45, 2 of 10 with
             cross-attention), so that the work has the paper's proportions (Table 3: 1,024 text tokens per sample, the
-            whole language model learns). Four rows of packed samples per step. No optimizer: its state does not fit one
-            GPU, and training distributes it over replicas. TFLOP/s and MFU count no padding (nvlm.estimate.flops);
-            `planned memory` and `planned time` are the planner's over the measured ones. At the first number of tiles,
-            time by kernel as well.
+            whole language model learns). A step has four rows, each of two samples of NVLM-D or four of NVLM-X or -H,
+            as in the recipes, or fewer if they do not fit. It has no optimizer: its state does not fit one GPU, and
+            training distributes it over replicas. TFLOP/s and MFU count no padding (nvlm.estimate.flops); `planned
+            memory` and `planned time` are the planner's over the measured ones. At the first number of tiles, time by
+            kernel as well.
 peers       The same NVLM-D samples with Megatron-Core's LLaVAModel and with transformers (benchmarks/peers.py).
 
 Figures are medians. Exit status 1 if results are wrong or a cell failed, not if it is slow; 75 after a CUDA error that
@@ -40,13 +41,13 @@ from rich.console import Console
 
 from benchmarks import gpu_cells
 from benchmarks.gpu_parts.rows import as_table, rows_of
-from benchmarks.gpu_parts.sizes import ARCHITECTURES, Size, precisions, size_of
+from benchmarks.gpu_parts.sizes import ARCHITECTURES, precisions, size_of
 from benchmarks.gpu_parts.timing import machine
 from nvlm.commands.launch import quiet
 
 SECTIONS = ("accuracy", "attention", "throughput", "peers")
 TIMED = ("bf16", "fp8_current", "mxfp8")
-TWO_SAMPLES = 6144  # tokens a row in which NVLM-D has two samples of 6 tiles
+ONE_SAMPLE = 4096  # tokens a row in which NVLM-D has one sample of 6 tiles
 
 
 def main() -> int:
@@ -63,11 +64,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         out = options.out or Path(folder, "gpu.jsonl")
         for section in options.only:
-            names = cells_of(section, able, size)
+            names = cells_of(section, able)
             if status := gpu_cells.run(names, size, out, facts):
                 return status
             console.print(as_table(section, against_decoder(rows_of_cells(out, names, facts))))
-        wanted = [name for section in options.only for name in cells_of(section, able, size)]
+        wanted = [name for section in options.only for name in cells_of(section, able)]
         bad = [row for row in rows_of_cells(out, wanted, facts) if row.get("right") is False or "error" in row]
     console.print(f"wrong: {len(bad)} rows" if bad else "right", highlight=False)
     return int(bool(bad))
@@ -83,7 +84,7 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def cells_of(section: str, able: Sequence[str], size: Size) -> list[str]:
+def cells_of(section: str, able: Sequence[str]) -> list[str]:
     """The section's cells, by the names that gpu_cells.py has for them. `able`: the precisions of this machine."""
     if section == "accuracy":
         return [f"accuracy/{arch}/{'/'.join(able)}" for arch in ARCHITECTURES]
@@ -92,8 +93,7 @@ def cells_of(section: str, able: Sequence[str], size: Size) -> list[str]:
     if section == "peers":
         return ["llava/bf16", "transformers/bf16"]
     names = [f"{arch}/{precision}" for arch in ARCHITECTURES for precision in TIMED if precision in able]
-    two = [f"decoder/bf16+{TWO_SAMPLES}"] if 1024 < size.row < TWO_SAMPLES else []
-    return ["ceilings", *names, *two]
+    return ["ceilings", *names, f"decoder/bf16+{ONE_SAMPLE}"]
 
 
 def rows_of_cells(out: Path, names: Sequence[str], facts: dict[str, str]) -> list[dict]:

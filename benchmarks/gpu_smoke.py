@@ -12,6 +12,7 @@ out without one. SMOKE_SECONDS=150: a way that takes longer is ended.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -38,10 +39,12 @@ WAYS: dict[str, tuple[str, str]] = {
     "bf16": ("precision=bf16", ENGINE),
     "fp8_current": ("precision=fp8_current", ENGINE),
     "attention": ("", EITHER),
+    "text": ("precision=bf16 data.form=text", EITHER),
     "cli": (
         "precision=bf16 arch=hybrid train.steps=12 optim.warmup=2 train.save_every=6 evaluate.questions=6",
         EITHER,
     ),
+    "lora": ("precision=fp8_current peft=lora", ENGINE),
     "fp8_delayed": ("precision=fp8_delayed", ENGINE),
     "fp8_blockwise": ("precision=fp8_blockwise", ENGINE),
     "recompute": ("precision=bf16 train.recompute=full", ENGINE),
@@ -54,6 +57,8 @@ WAYS: dict[str, tuple[str, str]] = {
 # Largest relative difference of the first step's loss, and of its gradient norm, by the precision's first word.
 LIMITS = {"fp32": (1e-3, 1e-2), "bf16": (0.01, 0.05), "fp8": (0.02, 0.15)}
 ARCHITECTURES = ("decoder", "xattn", "hybrid")
+# What changes losses by more than rounding, so that it has a reference of its own: rows without images, adapters.
+APART = ("data.form=text", "peft=lora")
 SMALL = ("train.global_batch=8", "train.micro_batch=4", "data.records=64", "seed=7")
 
 
@@ -127,10 +132,11 @@ def config_of(arch: str, overrides: str):
 def reference(path: str) -> None:
     """What this machine computes in fp32, as JSON."""
     kept = {}
-    for arch in ARCHITECTURES:
-        kept[arch] = found = steps_of(config_of(arch, "precision=fp32"))
-        print(arch, [round(x, 4) for x in found.losses], [round(x, 3) for x in found.norms], found.seconds, flush=True)
-    Path(path).write_text(json.dumps({arch: found._asdict() for arch, found in kept.items()}) + "\n")
+    for name in itertools.product(ARCHITECTURES, ("", *APART)):
+        kept[" ".join(name)] = found = steps_of(config_of(name[0], f"precision=fp32 {name[1]}"))
+        losses, norms = ([round(x, 4) for x in values] for values in (found.losses, found.norms))
+        print(*name, losses, norms, found.seconds, flush=True)
+    Path(path).write_text(json.dumps({name: found._asdict() for name, found in kept.items()}) + "\n")
 
 
 def way(name: str, path: str) -> None:
@@ -168,9 +174,10 @@ def rows_of(name: str, overrides: str, path: str) -> Iterator[dict]:
             yield failed("", error)
         return
     kept = json.loads(Path(path).read_text())
+    apart = next((words for words in APART if words in overrides.split()), "")
     for arch in ARCHITECTURES:
         try:
-            yield compared(arch, overrides, Steps(**kept[arch]))
+            yield compared(arch, overrides, Steps(**kept[f"{arch} {apart}"]))
         except Exception as error:
             yield failed(arch, error)
 
@@ -186,40 +193,59 @@ def kernels() -> Iterator[dict]:
 
 
 def compared(arch: str, overrides: str, exact: Steps) -> dict:
-    """Losses and gradient norms of the first step, relative to `exact`.
-
-    Later losses follow an update, in which a new model enlarges rounding: of those only the fall is compared.
-    """
+    """The row of an architecture."""
     from nvlm.llm import backend
 
     config = config_of(arch, overrides)
     backend.check_precision(config)
     got = steps_of(config)
+    return {"arch": arch, "layers": backend.describe(config)} | judged(got, exact, config.precision.name)
+
+
+def judged(got: Steps, exact: Steps, precision: str) -> dict:
+    """The first step's loss and gradient norm relative to `exact`, and whether they are close enough.
+
+    Later losses follow an update, in which a new model enlarges rounding: of those only the fall is compared.
+    """
     apart, norm = (abs(a[0] / b[0] - 1) for a, b in ((got.losses, exact.losses), (got.norms, exact.norms)))
     fall = (got.losses[0] - got.losses[-1]) / (exact.losses[0] - exact.losses[-1])
-    loss_limit, norm_limit = LIMITS[config.precision.name.partition("_")[0]]
-    row = {"arch": arch, "layers": backend.describe(config), "losses": got.losses, "seconds": got.seconds}
-    row |= {"apart": apart, "norm apart": norm, "fall": fall, "same data": got.data == exact.data}
-    return row | {"right": apart < loss_limit and norm < norm_limit and fall > 0.5}
+    loss_limit, norm_limit = LIMITS[precision.partition("_")[0]]
+    row = {"losses": got.losses, "seconds": got.seconds, "apart": apart, "norm apart": norm, "fall": fall}
+    right = apart < loss_limit and norm < norm_limit and fall > 0.5
+    return row | {"same data": got.data == exact.data, "right": right}
 
 
 def command_line(overrides: str) -> Iterator[dict]:
-    """A run as people start it: learn, save, answer; then its last steps once more, from the checkpoint before."""
-    from benchmarks.gpu_parts.ways import last_line
+    """Commands as people type them, up to the first that fails: a run that learns, saves and answers; its last steps
+    once more, from the checkpoint before; its export; an answer to a picture."""
+    from PIL import Image
 
     with tempfile.TemporaryDirectory() as folder:
-        for more in ("", " resume=auto"):
-            *_, before, last = [None, None, *sorted(Path(folder, "checkpoints").glob("step_*"))]
-            if before:
-                shutil.rmtree(last)
-                before.with_name("latest").write_text(before.name + "\n")
-            command = [sys.executable, "launch/train.py", f"hydra.run.dir={folder}", *(overrides + more).split()]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            print(done.stdout)
-            error = {} if done.returncode == 0 else {"error": last_line(done.stdout)[:200]}
-            yield {"arch": "resumed" if more else "begun", "right": done.returncode == 0} | error
-            if error:
-                return
+        run = Path(folder, "run")
+        yield (begun := typed("begun", "train", f"hydra.run.dir={run}", *overrides.split()))
+        if not begun["right"]:
+            return
+        *_, before, last = sorted((run / "checkpoints").glob("step_*"))
+        shutil.rmtree(last)
+        (run / "checkpoints" / "latest").write_text(before.name + "\n")
+        yield (resumed := typed("resumed", "train", f"hydra.run.dir={run}", *overrides.split(), "resume=auto"))
+        if not resumed["right"]:
+            return
+        yield typed("exported", "export_hf", f"checkpoint={run}", f"out={folder}/exported")
+        Image.new("RGB", (224, 112), "gray").save(f"{folder}/picture.png")
+        asked = f"image={folder}/picture.png", "prompt=How many rows?"
+        yield typed("generated", "generate", f"checkpoint={run}", *asked)
+
+
+def typed(name: str, command: str, *words: str) -> dict:
+    """A row about `python launch/COMMAND.py WORDS`, whose output goes to the log."""
+    from benchmarks.gpu_parts.ways import last_line
+
+    line = [sys.executable, f"launch/{command}.py", *words]
+    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout)
+    right = done.returncode == 0
+    return {"arch": name, "right": right} | ({} if right else {"error": last_line(done.stdout)[:200]})
 
 
 def failed(arch: str, error: Exception) -> dict:

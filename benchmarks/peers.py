@@ -42,8 +42,8 @@ from nvlm.config.values import Config
 from nvlm.data.batch import IGNORE, IMAGE, Sample
 from nvlm.data.pack import collate
 from nvlm.inputs.sources import projector_parts
-from nvlm.llm.backend import engine, uses_te
-from nvlm.llm.build import DTYPES, FUSED_NORMS, llm_config, of_megatron
+from nvlm.llm.backend import engine, of_megatron, uses_te
+from nvlm.llm.build import DTYPES, FUSED_NORMS, llm_config
 from nvlm.llm.norm import FullWidthRMSNorm, LayerNorm
 from nvlm.tiling import normalize
 from nvlm.train.optim import wrap
@@ -363,10 +363,11 @@ def _vision_shape(config: Config) -> transformers.PretrainedConfig:
 
 
 def _compile(model: _Tiles) -> None:
-    layers = [*model.language_model.model.layers, *model.vision_model.encoder.layer]
-    # Its attention reads the layer's number, so each layer is compiled separately.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(layers))
-    for layer in layers:
+    for layer in model.language_model.model.layers:
+        layer.self_attn.layer_idx = (
+            0  # only a cache needs the number, and code that reads it is compiled for each layer
+        )
+    for layer in (*model.language_model.model.layers, *model.vision_model.encoder.layer):
         layer.compile(dynamic=False)
     model.mlp1.forward = torch.compile(model.mlp1.forward, dynamic=False)  # as a module of torch's own it is skipped
     model.language_model.loss_function = torch.compile(model.language_model.loss_function, dynamic=False)

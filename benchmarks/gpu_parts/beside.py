@@ -20,7 +20,7 @@ from nvlm.train.step import forward_backward
 def beside(peer: str, precision: str, size: Size) -> Iterator[dict]:
     """One row: our seconds and the peer's (llava or transformers), at the largest number of tiles."""
     config = compose_config(*size.overrides, "arch=decoder", f"precision={precision}", "tiling.tag=none")
-    samples = a_row(config, size, max(size.tiles))
+    samples = a_row(config, max(size.tiles), size.text, size.row)
     ours, our_peak = _own(config, samples, size.repeats), _peak()
     forget()
     name, its, its_peak = _of_peer(peer, config, samples, size.repeats)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,8 @@ from nvlm.llm import backend
 ARCHITECTURES = ("decoder", "xattn", "hybrid")
 TEXT = 1024  # tokens a sample (NVLM Table 3)
 TILES = (6, 3, 1)  # the first is the paper's
+# Tokens a row, as in the recipes: two samples of 6 tiles for NVLM-D, four for NVLM-X and -H.
+ROWS = {"decoder": 6400, "xattn": 4352, "hybrid": 5376}
 # Wide enough for every FP8 recipe; the encoder is the one that ships with the package.
 LEARNER = """llm.hidden=512 llm.heads=8 llm.kv_heads=4 llm.head_dim=64 llm.ffn=1536 optim.lr=5e-4 optim.warmup=5
 train.global_batch=16 train.micro_batch=4 data.workers=0 data.records=400 evaluate=none""".split()
@@ -35,7 +38,8 @@ class Size:
     """Sizes of the benchmarks.
 
     `overrides`: the configuration that is timed; `learner`: the one whose losses are compared, over `steps` steps.
-    `text`: tokens per sample; `row`: tokens per packed row; `micro_batches`: rows per timed step.
+    `text`: tokens per sample; `rows`: tokens per packed row by architecture; `row`: the same beside peers and dense
+    masks, which take more memory; `micro_batches`: rows per timed step.
     `repeats`: timed calls, of which the median counts; `tiles`: tiles per image, in the order of measurement.
     """
 
@@ -43,6 +47,7 @@ class Size:
     learner: tuple[str, ...]
     steps: int
     text: int
+    rows: Mapping[str, int]
     row: int
     micro_batches: int
     repeats: int
@@ -50,7 +55,7 @@ class Size:
 
 
 def size_of(toy: bool) -> Size:
-    """The full size, with rows as long as the memory allows, or the toy size."""
+    """The full size or the toy size."""
     if toy:
         learner = (*TOY, "train.global_batch=4", "train.micro_batch=2", "data.records=16", "optim.warmup=2")
         return Size(
@@ -58,10 +63,11 @@ def size_of(toy: bool) -> Size:
             learner=learner,
             steps=4,
             text=64,
+            rows=dict.fromkeys(ROWS, 256),
             row=256,
             micro_batches=2,
             repeats=2,
-            tiles=(6, 3, 1),
+            tiles=TILES,
         )
     roomy = torch.cuda.get_device_properties(0).total_memory > 100e9
     return Size(
@@ -69,6 +75,7 @@ def size_of(toy: bool) -> Size:
         learner=tuple(LEARNER),
         steps=50,
         text=TEXT,
+        rows=ROWS,
         row=8192 if roomy else 4096,
         micro_batches=4,
         repeats=3,
@@ -109,10 +116,10 @@ def _text_tokens(record: Record, processor: Processor) -> int:
     return sum(len(run.ids) for run in outline(record, processor).runs)
 
 
-def a_row(config: Config, size: Size, tiles: int) -> list[Sample]:
-    """Equal samples that fill a row."""
-    sample = a_sample(config, tiles, size.text)
-    count = max(1, size.row // len(sample.tokens))
+def a_row(config: Config, tiles: int, text: int, length: int) -> list[Sample]:
+    """Equal samples that fill a row of `length` tokens."""
+    sample = a_sample(config, tiles, text)
+    count = max(1, length // len(sample.tokens))
     return [replace(sample, id=f"{sample.id} {number}") for number in range(count)]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu_parts import trace
 from benchmarks.gpu_parts.sizes import Size, a_row
-from benchmarks.gpu_parts.timing import timed
+from benchmarks.gpu_parts.timing import forget, timed
 from nvlm.arch.pipeline import build_parts, build_pipeline, tile_use_of_rank
 from nvlm.attention.choice import kernels_of
 from nvlm.commands.compose import compose_config
@@ -28,6 +28,7 @@ from nvlm.estimate.memory import memory
 from nvlm.estimate.speed import speed
 from nvlm.llm import backend
 from nvlm.processes import groups
+from nvlm.processes.device import has_cuda
 from nvlm.train.optim import freeze, wrap
 from nvlm.train.step import Trainer, forward_backward
 from nvlm.vision.encoders.registry import description_of
@@ -38,22 +39,37 @@ from nvlm.vision.prepass import BalancedVision, build_team
 def steps(arch: str, how: str, size: Size) -> Iterator[dict]:
     """A row for each number of tiles, and where the time of the first one goes.
 
-    `how`: a precision; `-torch` behind it leaves Transformer Engine out, `+N` makes rows of up to N tokens.
+    `how`: a precision; `-torch` behind it leaves Transformer Engine out, `-encoder` has the encoder in FP8 as well, and
+    `+N` makes rows of up to N tokens.
     """
     how, _, length = how.partition("+")
-    precision = how.removesuffix("-torch")
-    size = replace(size, row=int(length)) if length else size
-    with without_engine() if how.endswith("-torch") else contextlib.nullcontext():
-        config = compose_config(*size.overrides, f"arch={arch}", f"precision={precision}")
+    precision, *options = how.split("-")
+    with without_engine() if "torch" in options else contextlib.nullcontext():
+        encoder = ("precision.encoder=true",) if "encoder" in options else ()
+        config = compose_config(*size.overrides, f"arch={arch}", f"precision={precision}", *encoder)
         began = time.perf_counter()
         with learner(config) as trainer:
-            built = {"row": size.row, "built s": round(time.perf_counter() - began, 1)}
+            built = {"row": int(length or size.rows[arch]), "built s": round(time.perf_counter() - began, 1)}
             for tiles in size.tiles:
-                batches = [one_batch(config, a_row(config, size, tiles))] * size.micro_batches
-                yield measured(config, tiles, batches, trainer, size.repeats) | built
+                samples, row = fitting(config, a_row(config, tiles, size.text, built["row"]), trainer, size)
+                yield {"arch": arch, "precision": how, "tiles": tiles} | row | built
                 if tiles == size.tiles[0]:
-                    yield {"arch": arch, "precision": how, "tiles": tiles, "row": size.row} | traced(batches, trainer)
+                    told = traced(step_of(config, samples, size), trainer)
+                    yield {"arch": arch, "precision": how, "tiles": tiles} | told
             del trainer  # else the next model would be built beside this one
+
+
+def fitting(config: Config, samples: Sequence[Sample], trainer: Trainer, size: Size) -> tuple[Sequence[Sample], dict]:
+    """As many of the samples as fit into memory in one row, and what was measured with them.
+
+    Raises torch.OutOfMemoryError if not even one does.
+    """
+    for count in range(len(samples), 1, -1):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return samples[:count], measured(config, step_of(config, samples[:count], size), trainer, size.repeats)
+        print(f"out of memory with {count} samples a row", flush=True)
+        forget()
+    return samples[:1], measured(config, step_of(config, samples[:1], size), trainer, size.repeats)
 
 
 def without_engine() -> contextlib.AbstractContextManager:
@@ -84,20 +100,25 @@ def one_batch(config: Config, samples: Sequence[Sample]) -> Batch:
     return collate([samples], config.vision.tile_size, config.row_multiple)
 
 
-def measured(config: Config, tiles: int, batches: Sequence[Batch], trainer: Trainer, repeats: int) -> dict:
-    """One row: a step of these micro-batches, which are equal."""
+def step_of(config: Config, samples: Sequence[Sample], size: Size) -> list[Batch]:
+    """The micro-batches of a timed step: the same row several times, in page-locked memory as the loader leaves it."""
+    batch = one_batch(config, samples)
+    return [batch.pin_memory() if has_cuda() else batch] * size.micro_batches
+
+
+def measured(config: Config, batches: Sequence[Batch], trainer: Trainer, repeats: int) -> dict:
+    """A step of these micro-batches, which are equal."""
     cuda = trainer.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    seconds = timed(lambda: forward_backward(trainer, batches), repeats)
+    seconds = timed(lambda: forward_backward(trainer, batches), repeats, warm_up=1)  # of several micro-batches
     batch, count = batches[0], len(batches)
     load = load_of(batch, count)
     samples, flops = load.samples, count * model_flops(config, load.work).total / seconds
     row = {
-        "arch": config.arch.name, "precision": config.precision.name,
-        "engine": "TE" if backend.uses_te(config) else "torch", "tiles": tiles, "samples": samples,
-        "micro-batches": count, "tokens": count * batch.num_tokens, "keys": count * load.keys, "ms": 1e3 * seconds,
+        "engine": "TE" if backend.uses_te(config) else "torch", "samples": samples, "micro-batches": count,
+        "tokens": count * batch.num_tokens, "keys": count * load.keys, "ms": 1e3 * seconds,
         "samples/s": samples / seconds, "TFLOP/s": flops / 1e12, "took s": round(time.perf_counter() - began, 1),
     }  # fmt: skip
     return row | (_on_gpu(config, load, seconds, flops) if cuda else {})
@@ -122,8 +143,5 @@ def _on_gpu(config: Config, load: Load, seconds: float, flops: float) -> dict:
     if gpu is None:
         return row
     foretold = speed(config, 1, gpu, load)
-    return {
-        "MFU": flops / gpu.peak(config.precision.name),
-        **row,
-        "planned time": (foretold.step - foretold.optimizer) / seconds,
-    }
+    planned_time = (foretold.step - foretold.optimizer) / seconds
+    return {"MFU": flops / gpu.peak(config.precision.name), **row, "planned time": planned_time}

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import torch
 
-WARM_UP = 2  # calls that are not timed: compilation, choice of kernels, growth of the allocator
-
 
 def machine() -> dict[str, str]:
     """The device, torch's version, and the commit: NVLM_COMMIT where the tree has no history."""
@@ -31,15 +29,15 @@ def _output(command: list[str]) -> str:
         return ""
 
 
-def timed(function: Callable[[], object], repeats: int) -> float:
-    """Median seconds of a call, after calls that warm up."""
+def timed(function: Callable[[], object], repeats: int, warm_up: int = 2) -> float:
+    """Median seconds of a call, after calls that compile, choose kernels and let the allocator grow."""
     seconds = []
-    for number in range(repeats + WARM_UP):
+    for number in range(repeats + warm_up):
         wait()
         began = time.perf_counter()
         function()
         wait()
-        if number >= WARM_UP:
+        if number >= warm_up:
             seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 

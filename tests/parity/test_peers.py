@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +32,7 @@ from nvlm.weights.published import LANGUAGE, VISION
 from tests.models import STD, TILE, load, parameters_of, sample_of, small_config
 from tests.stories import ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 PEERS = {"LLaVAModel": llava_model, "transformers": transformers_model}
 LLAMA3 = "{factor:4.0,low_freq_factor:1.0,high_freq_factor:4.0,original_max_position_embeddings:8192.0}"
@@ -145,3 +150,33 @@ def test_of_transformer_engines_layers_it_is_made_of_the_same_weights(precision,
     assert fused.count(True) == 4 * config.llm.layers + 2 and fused.count(False) == 4 * config.vision.layers
     norm = model.vision_projection.encoder.linear_fc1.layer_norm_bias
     assert torch.equal(norm, ours.weights["mlp1.0.bias"].bfloat16())
+
+
+COMPILED = """
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from benchmarks import peers
+from benchmarks.gpu_parts.sizes import TOY, a_row
+from nvlm.commands.compose import compose_config
+
+
+def compile_layer(layer, **how):
+    layer._compiled_call_impl = compile(layer._call_impl, backend=counter, **how)
+
+counter, compile = CompileCounter(), torch.compile
+torch.nn.Module.compile, torch.compile = compile_layer, lambda function, **how: function
+config = compose_config(*TOY, "arch=decoder", "precision=fp32", "tiling.tag=none", "vision.layers=3")
+model, samples = peers._Tiles(config, "sdpa"), a_row(config, 2, 64, 300)
+peers._compile(model)
+model(pixels=peers._pixels(samples).float(), **peers._rows(samples, False, torch.device("cpu")))
+assert len(model.language_model.model.layers) == 5 and counter.frame_count == 2, counter.frame_count
+"""
+
+
+@pytest.mark.slow
+def test_layers_of_a_kind_are_compiled_once():
+    """Compiling each of 21 layers would take minutes of a borrowed GPU."""
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
