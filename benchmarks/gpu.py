@@ -40,10 +40,9 @@ import torch
 from rich.console import Console
 
 from benchmarks import gpu_cells
-from benchmarks.gpu_parts.rows import as_table, rows_of
+from benchmarks.gpu_parts.rows import rows_of, tables
 from benchmarks.gpu_parts.sizes import ARCHITECTURES, precisions, size_of
-from benchmarks.gpu_parts.timing import machine
-from nvlm.commands.launch import quiet
+from benchmarks.gpu_parts.timing import machine, prepare
 
 SECTIONS = ("accuracy", "attention", "throughput", "peers")
 TIMED = ("bf16", "fp8_current", "mxfp8")
@@ -53,9 +52,9 @@ ONE_SAMPLE = 4096  # tokens a row in which NVLM-D has one sample of 6 tiles
 def main() -> int:
     """Run the sections, print their tables; returns the exit status."""
     options = parsed()
-    quiet()
-    size = size_of(options.toy or not torch.cuda.is_available())
-    size = replace(size, tiles=tuple(options.tiles))
+    prepare()
+    toy = options.toy or not torch.cuda.is_available()
+    size = replace(size_of(toy), tiles=tuple(options.tiles))
     facts, console = machine(), Console(width=150)
     console.print(" ".join(f"{key}: {value}" for key, value in facts.items()), highlight=False)
     able, refused = precisions(size)
@@ -67,7 +66,7 @@ def main() -> int:
             names = cells_of(section, able)
             if status := gpu_cells.run(names, size, out, facts):
                 return status
-            console.print(as_table(section, against_decoder(rows_of_cells(out, names, facts))))
+            console.print(*tables(section, against_decoder(rows_of_cells(out, names, facts))))
         wanted = [name for section in options.only for name in cells_of(section, able)]
         bad = [row for row in rows_of_cells(out, wanted, facts) if row.get("right") is False or "error" in row]
     console.print(f"wrong: {len(bad)} rows" if bad else "right", highlight=False)

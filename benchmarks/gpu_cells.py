@@ -33,8 +33,7 @@ import torch
 
 from benchmarks.gpu_parts.rows import rows_of, tell
 from benchmarks.gpu_parts.sizes import Size, size_of
-from benchmarks.gpu_parts.timing import forget, machine
-from nvlm.commands.launch import quiet
+from benchmarks.gpu_parts.timing import forget, machine, prepare
 from nvlm.config.values import ConfigError
 
 # Seconds that a cell is guessed to take on an H100, with the compilation that no cell before it did.
@@ -67,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the cells that are named, or all; returns the exit status."""
     out, seconds, *names = arguments
     began, toy = time.monotonic(), names[:1] == ["toy"]
-    quiet()
+    prepare()
     small = toy or not torch.cuda.is_available()
     size = size_of(small)
     if not small:

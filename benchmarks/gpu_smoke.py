@@ -141,11 +141,11 @@ def reference(path: str) -> None:
 
 def way(name: str, path: str) -> None:
     """One way: prints ROW and a line of JSON for each result."""
-    from nvlm.commands.launch import quiet
+    from benchmarks.gpu_parts.timing import prepare
     from nvlm.llm import backend
     from nvlm.processes.device import has_cuda
 
-    quiet()
+    prepare()
     overrides, needs = WAYS[name]
     if needs == ENGINE and (backend.why_not_te() or not has_cuda()):
         why = "no GPU" if not has_cuda() else backend.why_not_te()
@@ -188,7 +188,7 @@ def kernels() -> Iterator[dict]:
     from benchmarks.gpu_parts.sizes import size_of
 
     for row in attention(size_of(toy=True)):
-        errors = {"apart": row["error"], "norm apart": row["gradient error"]}
+        errors = {"apart": row["output error"], "norm apart": row["gradient error"]}
         yield {"arch": row["attention"], **errors, "right": row["right"]}
 
 

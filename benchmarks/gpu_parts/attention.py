@@ -87,7 +87,7 @@ def compared(config: Config, case: Case, repeats: int) -> dict:
     ms, dense_ms = (1e3 * timed(lambda f=f: _run(case, f, inputs), repeats) for f in (case.packed, case.dense.attend))
     return {
         "queries": case.queries, "keys": case.keys, "seen": float((~case.dense.mask).float().mean()),
-        "error": errors[0], "gradient error": max(errors[1:], default=None), "blind get zero": bool(zero),
+        "output error": errors[0], "gradient error": max(errors[1:], default=None), "blind get zero": bool(zero),
         "ms": ms, "dense ms": dense_ms, "right": bool(zero) and max(errors) < CLOSE,
     }  # fmt: skip
 

@@ -43,13 +43,20 @@ def short(row: Mapping[str, object]) -> dict:
     return kept
 
 
-def as_table(title: str, rows: Sequence[Mapping[str, object]]) -> Table:
-    """A table of rows; columns are those of any row, and long values are left out."""
-    table = Table(title=title, title_justify="left")
-    headings = list(dict.fromkeys(key for row in rows for key in row if key not in (*FACTS, *LONG, "cell")))
-    for heading in headings:
-        table.add_column(heading, justify="right", overflow="fold")
+def tables(title: str, rows: Sequence[Mapping[str, object]]) -> Iterator[Table]:
+    """A table for each kind of rows: those that have the same columns. Long values are left out."""
+    kinds: dict[tuple[str, ...], Table] = {}
     for row in rows:
-        values = (row.get(heading, "") for heading in headings)
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
-    return table
+        kept = {key: value for key, value in row.items() if key not in (*FACTS, *LONG, "cell")}
+        if tuple(kept) not in kinds:
+            kinds[tuple(kept)] = table = Table(title=title, title_justify="left")
+            for heading in kept:
+                table.add_column(heading, justify="right", overflow="fold")
+        kinds[tuple(kept)].add_row(*map(_text, kept.values()))
+    yield from kinds.values()
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(one)}" for key, one in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""The clock of the GPU benchmarks, and what machine it ran on."""
+"""The machine that the GPU benchmarks run on, and their clock."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from nvlm.commands.compose import compose_config
+from nvlm.commands.launch import quiet
+from nvlm.processes.environment import set_defaults
+
+
+def prepare() -> None:
+    """The environment that a training run on one GPU gives itself, and no library's warnings. Before CUDA starts."""
+    set_defaults(os.environ, compose_config("parallel=one").parallel, processes=1)
+    quiet()
 
 
 def machine() -> dict[str, str]:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import gpu, gpu_cells, gpu_check, gpu_smoke
 from benchmarks.gpu_parts import sizes, steps, trace
-from benchmarks.gpu_parts.rows import rows_of, short, tell
+from benchmarks.gpu_parts.rows import rows_of, short, tables, tell
 from benchmarks.gpu_parts.sizes import FULL, a_mixed_row, precisions, size_of
 from benchmarks.gpu_parts.ways import Way, verdict
 from nvlm.commands.compose import compose_config
@@ -171,6 +172,14 @@ def test_a_row_is_printed_in_short_and_kept_whole(tmp_path, capsys):
     assert list(rows_of(tmp_path / "out")) == [json.loads(json.dumps(row))]
     assert json.loads(capsys.readouterr().out) == short(row)
     assert short(row) == {"cell": "a", "ms": 1.235, "kernels": ["1.5 " + "k" * 60] * 6}
+
+
+def test_each_kind_of_rows_has_a_table_of_its_own(capsys):
+    speeds = [{"cell": "a", **FACTS, "ms": 1.23456, "losses": [1.0]}, {"cell": "b", **FACTS, "ms": 2.0, "losses": []}]
+    kinds = {"cell": "a", **FACTS, "by kind": {"products": 3.14159, "copies": 1.0}, "kernels": []}
+    Console(width=80).print(*tables("title", [*speeds, kinds]))
+    told = capsys.readouterr().out
+    assert told.count("title") == 2 and "1.235" in told and "products 3.142, copies 1" in told and "abc" not in told
 
 
 def test_speeds_are_compared_with_the_best_of_nvlm_d_where_it_was_timed():
