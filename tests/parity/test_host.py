@@ -18,7 +18,7 @@ from nvlm.data.batch import in_line
 from nvlm.data.pack import collate
 from nvlm.processes import device
 from nvlm.vision.encoders.registry import description_of
-from nvlm.vision.path import VisionPath, solo_groups
+from nvlm.vision.path import frozen, solo_groups
 from tests.models import TILE, sample_of, small_config
 from tests.stories import ONE, ONE_TILE, TEXT, TWO
 
@@ -124,7 +124,7 @@ def test_a_batch_moves_and_its_tiles_are_encoded_without_waiting(megatron):
     config = small_config("arch=hybrid", "vision.tiles_per_call=2", "vision.graph=false")
     batch = collate([[sample_of(TWO, config)]], TILE)
     with META:
-        path = VisionPath(description_of(config.vision).build(config, solo_groups()).to(META), config.vision)
+        path = frozen(description_of(config.vision).build(config, solo_groups()).to(META), config)
     with NothingMade(), NothingAsked():
         moved = batch.to(META)
         features_NC = path.features(moved.pixels)
