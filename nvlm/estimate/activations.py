@@ -164,6 +164,7 @@ def _chain(
     FP8.
     """
     kept = attended = 0.0  # `attended`: attention output that the next linear would save as its input
+    before: Module | None = None
     for module in modules:
         match module:
             case Norm():
@@ -174,20 +175,31 @@ def _chain(
                 keys_flow |= module.learns or module.adapts
             case Linear():
                 read = _input(module, s, tokens, fp8)
-                kept += read if module.adapts and s.config.peft.dropout else max(read - attended, 0)
+                apart = module.learns and fp8 or module.adapts and s.config.peft.dropout > 0
+                kept += read if apart else max(read - attended, 0)
+                if flows and module.adapts and isinstance(before, Norm):
+                    kept += tokens.own * module.inputs * _normalized(s, fp8)
                 attended, flows = 0.0, flows or module.learns or module.adapts
             case Attention():
                 flows |= keys_flow and module.sees == "keys"
                 kept += _attention(module, s) if flows else 0
                 copied = s.kernels.apart_keys if module.sees == "keys" else s.kernels.apart
-                attended = 0.0 if fp8 or copied else s.queries(module)
+                attended = 0.0 if copied else s.queries(module)
             case Activation():
                 widths = s.kernels.glu if module.gated else 1
                 kept += widths * tokens.whole * module.width / s.tensor * s.element if flows else 0
             case Parameter():  # a factor saves what it multiplies
                 kept += tokens.own * s.config.llm.hidden * s.element if module.learns else 0
                 flows |= module.learns
+        before = module
     return kept, flows
+
+
+def _normalized(s: _Sizes, fp8: bool) -> int:
+    """Bytes per element of a norm's output that a linear fused with it saves, besides what its adapter saves."""
+    if not s.kernels.fused_norm:
+        return 0
+    return 1 if fp8 else s.element * (s.config.peft.dropout > 0)  # without dropout the adapter saves the same tensor
 
 
 def _norm(norm: Norm, s: _Sizes) -> float:

@@ -96,6 +96,7 @@ def rank_memory(
 ) -> Memory:
     """The memory of a process on one pipeline rank."""
     parameters, element = held(config, pipeline_rank), element_bytes(config)
+    in_fp8_alone = parameters.kept_in_fp8 + parameters.adapted_in_fp8
     stages = pipeline_stages_of(config, pipeline_rank)
     chunks = [kept(config, pipeline_stage, load, kernels or kernels_of(config)) for pipeline_stage in stages]
     activations = most_in_flight([chunk.total for chunk in chunks], config, pipeline_rank, load.micro_batches)
@@ -104,7 +105,7 @@ def rank_memory(
     highest = max(working, encoding)
     return Memory(
         # FP8 weights are stored row-wise and column-wise, in addition to bf16 or instead of it.
-        weights=element * (parameters.all - parameters.kept_in_fp8) + 2 * parameters.quantized,
+        weights=element * (parameters.all - in_fp8_alone) + 2 * parameters.quantized,
         encoder=(1 if config.precision.encoder else element) * encoder_parameters(config),
         gradients=4 * parameters.learning,
         optimizer=_optimizer(config, parameters.learning, replicas),

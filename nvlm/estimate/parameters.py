@@ -28,6 +28,7 @@ class Held:
     learning: int
     quantized: int  # in linears that use FP8
     kept_in_fp8: int  # of these, trained ones that are kept only in FP8 (precision.param_gather)
+    adapted_in_fp8: int  # and frozen ones beside adapters, which are always kept only in FP8
     largest: int  # the largest trained weight
 
 
@@ -40,6 +41,7 @@ class Weight:
     size: int
     learns: bool
     quantized: bool = False
+    adapted: bool = False  # an adapter learns instead
     count: int = 1
 
 
@@ -88,6 +90,7 @@ def held(config: Config, rank: int) -> Held:
         learning=_size(learning),
         quantized=_size(weight for weight in found if weight.quantized),
         kept_in_fp8=_size(weight for weight in learning if weight.quantized and gathers),
+        adapted_in_fp8=_size(weight for weight in found if weight.quantized and weight.adapted),
         largest=max((weight.size for weight in learning), default=0),
     )
 
@@ -149,7 +152,8 @@ def _linear_weights(linear: Linear, tensor: int, fp8: bool, own: dict) -> Iterat
     inputs, outputs = linear.inputs // in_parts, linear.outputs // out_parts
     if linear.shares is None:
         rows = (linear.outputs + linear.padding) // out_parts
-        yield Weight(name=f"{linear.name}.weight", size=inputs * rows, quantized=fp8, **own)
+        adapted = linear.adapter > 0
+        yield Weight(name=f"{linear.name}.weight", size=inputs * rows, quantized=fp8, adapted=adapted, **own)
     if linear.bias:
         yield Weight(name=f"{linear.name}.bias", size=outputs, **own)
     if linear.adapter:

@@ -4,22 +4,29 @@ Engine is in use (nvlm.llm.backend)."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from megatron.core.fp8_utils import get_fp8_context
+import torch
+from megatron.core.fp8_utils import get_fp8_context, is_float8tensor
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 from transformer_engine.pytorch import LayerNormLinear, Linear
+from transformer_engine.pytorch.constants import FP8FwdTensorIdx
 from transformer_engine.pytorch.fp8 import DelayedScalingRecipeState, FP8GlobalStateManager
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+from transformer_engine.pytorch.quantized_tensor import Quantizer
+from transformer_engine.pytorch.tensor import Float8Quantizer
+
+from nvlm.llm.adapters import Adapted
 
 
-def keep_in_fp8(block: TransformerBlock) -> None:
-    """Turn the trainable weights of `block`'s FP8 linears into FP8 tensors.
+def keep_in_fp8(block: TransformerBlock, trained: bool) -> None:
+    """Turn weights of `block`'s FP8 linears into FP8 tensors: those beside adapters, and if `trained` those that learn.
 
-    Their original values are preserved for the optimizer's fp32 master weights. Call it after everything that writes
-    weights and before the DDP wrap, which moves the weights into its buffers.
+    Their original values stay in host memory: of trained ones for the optimizer's fp32 master weights, of frozen ones
+    for the checkpoint. Call it after everything that writes weights and before the DDP wrap, which moves the weights
+    into its buffers.
     """
     settings = dataclasses.replace(block.config, fp8_param=True)
     for layer in block.layers:
@@ -27,8 +34,12 @@ def keep_in_fp8(block: TransformerBlock) -> None:
             if not FP8GlobalStateManager.with_fp8_parameters():
                 continue  # one of the first or last layers, which compute in bf16
             for module in layer.modules():
-                if isinstance(module, Linear | LayerNormLinear) and module.weight.requires_grad:
+                if isinstance(module, Adapted) or (trained and _learns(module)):
                     _quantize(module)
+
+
+def _learns(module: nn.Module) -> bool:
+    return isinstance(module, Linear | LayerNormLinear) and module.weight.requires_grad
 
 
 def _quantize(linear: Linear | LayerNormLinear) -> None:
@@ -37,10 +48,29 @@ def _quantize(linear: Linear | LayerNormLinear) -> None:
         meta.init_fn = _as_it_is
     linear.primary_weights_in_fp8 = linear.preserve_high_precision_init_val = True
     linear.init_fp8_metadata()
+    if not linear.weight.requires_grad:
+        _scale_to(linear.weight, linear.quantizers["scaling_fwd"][FP8FwdTensorIdx.GEMM1_WEIGHT])
     TransformerEngineBaseModule.reset_parameters(linear)  # initializes, quantizes, keeps a copy for the optimizer
     for name, (learns, megatrons) in kept.items():
         parameter = linear.get_parameter(name).requires_grad_(learns)
         vars(parameter).update(megatrons)
+
+
+def _scale_to(weight: Tensor, quantizer: Quantizer) -> None:
+    """Fit the scale to a weight that will not be quantized again. Delayed scaling would use 1, before any history."""
+    if isinstance(quantizer, Float8Quantizer):
+        amax = weight.detach().abs().max().float()
+        quantizer.scale.copy_(torch.where(amax > 0, torch.finfo(torch.float8_e4m3fn).max / amax, 1.0))
+
+
+@torch.no_grad()
+def take_originals(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Set the frozen weights of `module` that are kept only in FP8, and their originals, to `tensors`, by name."""
+    for name, weight in module.named_parameters():
+        if is_float8tensor(weight) and not weight.requires_grad:
+            _scale_to(tensors[name], weight._quantizer)
+            weight.quantize_(tensors[name].to(weight.device))
+            weight.get_high_precision_init_val().copy_(tensors[name])
 
 
 @contextmanager

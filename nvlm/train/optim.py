@@ -73,14 +73,15 @@ def wrap(model: VisionLanguageModel, config: Config) -> DistributedDataParallel:
         check_for_nan_in_grad=False,  # train_step checks the norm
         fp8_param_gather=config.precision.param_gather,
     )
-    if config.precision.param_gather:
+    keeps_fp8 = model.config.fp8 and (config.precision.param_gather or config.adapted)
+    if keeps_fp8:
         from nvlm.llm.fp8 import keep_in_fp8
 
-        keep_in_fp8(model.decoder)
+        keep_in_fp8(model.decoder, trained=config.precision.param_gather)
     wrapped = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=model)
     if in_bf16:
         send_in_bf16(wrapped)
-    if not config.precision.param_gather:  # FP8 tensors cannot be broadcast; replicas start with equal weights anyway
+    if not keeps_fp8:  # FP8 tensors cannot be broadcast; replicas start with equal weights anyway
         wrapped.broadcast_params()
     return wrapped
 

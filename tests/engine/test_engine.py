@@ -18,7 +18,16 @@ MODELS = [f"tests/parity/test_{part}.py" for part in ("models", "sight", "placeh
 SUITES = {
     "hybrid": ([*MODELS, "-k", "hybrid"], 80),
     "other models": ([*MODELS, "-k", "not hybrid"], 140),
-    "adapters": (["tests/parity/test_adapters.py", "tests/dist/test_adapters.py", "-m", "not slow"], 40),
+    "adapters": (
+        [
+            "tests/parity/test_adapters.py",
+            "tests/dist/test_adapters.py",
+            "tests/engine/suites/adapters.py",
+            "-m",
+            "not slow",
+        ],
+        46,
+    ),
     "fp8": (["tests/engine/suites/fp8.py"], 20),
     "userbuffers": (["tests/engine/suites/userbuffers.py"], 12),
     "plan": (["tests/engine/suites/plan.py"], 54),

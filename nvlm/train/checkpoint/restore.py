@@ -84,6 +84,10 @@ def load(trainer: Trainer, folder: Path) -> Loaded:
             missing, unexpected = chunk.module.load_state_dict(state[f"model{number}"], strict=False)
         known = model[f"model{number}"].keys() - weights[f"model{number}"].keys()  # made from the optimizer's copies
         assert not unexpected and all(is_scale(name) or name in known for name in missing), (missing, unexpected)
+        if chunk.config.fp8:
+            from nvlm.llm.fp8 import take_originals
+
+            take_originals(chunk.module, state[f"model{number}"])
     run = state["run"]
     restore_optimizer(trainer, model, state, run["adam_step"])
     ends, planned = tuple(run.get("ends", ())), run["schedule"]["lr_decay_steps"]

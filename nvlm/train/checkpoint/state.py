@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
@@ -38,8 +39,10 @@ def model_state(trainer: Trainer) -> tuple[dict, dict]:
             for name, entry in entries.items()
             if not is_scale(name) or (delayed and isinstance(entry, ShardedObject))
         }
-        for frozen, part in enumerate(parts):
-            part[f"model{number}"] = {name: entry for name, entry in entries.items() if _is_frozen(entry) == frozen}
+        learns = {name: entry for name, entry in entries.items() if not _is_frozen(entry)}
+        frozen = {name: _original(entry) for name, entry in entries.items() if name not in learns}
+        for part, found in zip(parts, (learns, frozen)):
+            part[f"model{number}"] = found
     return parts
 
 
@@ -106,6 +109,11 @@ def metadata() -> dict:
 
 def _is_frozen(entry) -> bool:
     return isinstance(getattr(entry, "data", None), torch.nn.Parameter) and not entry.data.requires_grad
+
+
+def _original(entry: ShardedTensor | ShardedTensorFactory) -> ShardedTensor | ShardedTensorFactory:
+    """A frozen weight that is kept only in FP8 is stored as it was before, which host memory still has."""
+    return replace(entry, data=entry.data.get_high_precision_init_val()) if is_float8tensor(entry.data) else entry
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

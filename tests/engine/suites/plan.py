@@ -16,9 +16,10 @@ from tests.dist.ranks import ROWS, SETTINGS, WIDE, as_rank, frozen_parts, kept_b
 from tests.models import TILE, sample_of, small_config
 
 LAYOUTS = ("plain", "whole layers recomputed", "MLPs recomputed", "language model frozen", "tensor", "sequence")
+ADAPTERS = ("adapters", "adapters with dropout", "adapters beside new modules")
 
 
-@pytest.mark.parametrize("setting", LAYOUTS)
+@pytest.mark.parametrize("setting", LAYOUTS + ADAPTERS)
 @pytest.mark.parametrize("precision", ["bf16", "fp8_current", "fp8_delayed"])
 @pytest.mark.parametrize("arch", ["decoder", "xattn", "hybrid"])
 def test_a_forward_pass_keeps_what_is_foretold(arch, precision, setting, monkeypatch):
