@@ -29,13 +29,16 @@ class Rows(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the choice depends on: whether there is a GPU, and whether Transformer Engine loads."""
+    """What the choice depends on: whether there is a GPU, whether Transformer Engine loads, and whether its attention
+    takes packed rows there (cuDNN's does from Hopper on)."""
 
     cuda: bool
     te: bool
+    packs: bool
 
 
-CPU, GPU, GPU_WITH_TE = Machine(False, False), Machine(True, False), Machine(True, True)
+CPU, GPU, GPU_WITH_TE = Machine(False, False, False), Machine(True, False, False), Machine(True, True, True)
+BEFORE_HOPPER = Machine(True, True, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ def choose(config: Config, machine: Machine, mode: Mode) -> Chosen:
     keys = pairs if cross_layers(config) else None
     if config.parallel.context > 1:
         return Chosen(across(pairs), keys, Rows.KEPT)
-    whole = PER_SAMPLE if not machine.cuda else TE if uses_engine(config, machine) else FLEX
+    whole = PER_SAMPLE if not machine.cuda else TE if uses_engine(config, machine) and machine.packs else FLEX
     return Chosen(whole if trains else DENSE, keys, _rows(whole, keys, trains))
 
 
@@ -127,6 +130,6 @@ def kernels_of(config: Config, machine: Machine = GPU_WITH_TE) -> Kernels:
         apart_keys=keys is not None and keys.apart,
         dense=columns.mask,
         dense_keys=keys is not None and keys.mask,
-        rotary=not te,
+        rotary=chosen.rows is not Rows.LINE,
         fused_norm=te,
     )

@@ -30,7 +30,7 @@ class GPU:
         return {"fp32": self.fp32, "bf16": self.bf16}.get(precision, self.fp8)
 
 
-# Memory: total capacity in torch's out-of-memory messages (79.1 to 79.3, 139.8 and 178.3 GiB were observed).
+# Memory: total capacity in torch's out-of-memory messages (79.1 to 79.3, 139.8, 178.3 and 44.4 GiB were observed).
 GPUS = {
     # NVIDIA H100 data sheet, SXM and PCIe; HGX and DGX H100: one ConnectX-7 of 400 Gb/s per GPU.
     "h100": GPU(
@@ -82,6 +82,19 @@ GPUS = {
         network=25e9,
         node=8,
         processors=108,
+    ),
+    # NVIDIA L40S data sheet: without NVLink, PCIe 4.0 x16; a typical server has one 200 Gb/s port per two GPUs.
+    "l40s": GPU(
+        device_names=("NVIDIA L40S",),
+        memory=int(44.4 * GiB),
+        fp32=91.6e12,
+        bf16=366.5e12,  # half of FP8 and four times fp32; the data sheet has 362
+        fp8=733e12,
+        memory_bandwidth=864e9,
+        link=32e9,
+        network=12.5e9,
+        node=8,
+        processors=142,
     ),
     # NVIDIA Blackwell architecture brief, HGX B200 at 1000 W; DGX B200: one ConnectX-7 of 400 Gb/s per GPU.
     "b200": GPU(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 from typing import TYPE_CHECKING
 
 from nvlm.attention import choice
@@ -27,7 +28,14 @@ def uses_te(config: Config) -> bool:
 def this_machine() -> choice.Machine:
     """This machine, as the choice of attention kernels sees it."""
     cuda = device.has_cuda()
-    return choice.Machine(cuda=cuda, te=cuda and why_not_te() is None)
+    te = cuda and why_not_te() is None
+    return choice.Machine(cuda=cuda, te=te, packs=te and _packs())
+
+
+@functools.cache
+def _packs() -> bool:
+    """Whether Transformer Engine's attention takes packed rows: cuDNN's from Hopper on, else that of flash-attn."""
+    return device.is_hopper_or_later() or importlib.util.find_spec("flash_attn") is not None
 
 
 @functools.cache

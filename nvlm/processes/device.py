@@ -25,6 +25,11 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def is_hopper_or_later() -> bool:
+    """True if this process's GPU is of compute capability 9.0 or above."""
+    return torch.cuda.get_device_capability() >= (9, 0)
+
+
 def backend() -> str:
     """The torch.distributed backend of this machine."""
     return "nccl" if has_cuda() else "gloo"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nvlm.arch.pipeline import build_parts
-from nvlm.attention.choice import CPU, GPU, GPU_WITH_TE, Kernels, Mode, Rows, choose, kernels_of
+from nvlm.attention.choice import BEFORE_HOPPER, CPU, GPU, GPU_WITH_TE, Kernels, Mode, Rows, choose, kernels_of
 from nvlm.attention.kernel import CoreAttention
 from nvlm.attention.kernels import build
 from nvlm.attention.kernels.context import Context, ContextAttention
@@ -42,6 +42,7 @@ TABLE = [
     # fp32 does not use it, nor a machine where it does not load.
     (D, GPU_WITH_TE, TRAINING, "flex", None, KEPT),
     (H, GPU_WITH_TE, TRAINING, "flex", "flex", KEPT),
+    (H + BF16, BEFORE_HOPPER, TRAINING, "flex", "flex", KEPT),  # its attention does not take packed rows
     (H + BF16, GPU, TRAINING, "flex", "flex", KEPT),
     (H + BF16, GPU, EVALUATION, "dense", "dense", KEPT),
     (D + BF16, GPU, CACHED, "dense", None, KEPT),

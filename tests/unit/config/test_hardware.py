@@ -15,6 +15,7 @@ from nvlm.config.hardware import GPUS, known_gpu
         ("NVIDIA H200", "h200"),
         ("NVIDIA B200", "b200"),
         ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA L40S", "l40s"),
     ],
 )
 def test_a_gpu_is_known_by_its_whole_name(name, expected):

@@ -195,7 +195,10 @@ def test_where_nothing_fits_the_nearest_is_told(configured, capsys):
         (["gpus=0", "gpu=h100"], "gpus: got '0', expected a whole number of at least 1"),
         (["gpus=two", "gpu=h100"], "gpus: got 'two'"),
         (["gpus=-8", "gpu=h100"], "gpus: got '-8'"),
-        (["gpus=8", "gpu=h10"], "gpu: got 'h10', expected one of h100, h100-pcie, h200, a100-80gb, b200. Fix: gpu="),
+        (
+            ["gpus=8", "gpu=h10"],
+            "gpu: got 'h10', expected one of h100, h100-pcie, h200, a100-80gb, l40s, b200. Fix: gpu=",
+        ),
         (["gpus=8"], "gpu: got nothing, on a machine without a GPU"),
         (["gpus=8", "gpu=a100-80gb", "llm=qwen2-7b", "precision=fp8_current"], "expected a GPU with FP8"),
         (["gpus=8", "gpu=h100", "tiles=7"], "tiles: got 7, expected at most tiling.max_tiles=6"),
