@@ -103,13 +103,14 @@ def _kept(asked: _Asked, gpus: int, folder: Callable[[Sequence[str]], Path]) -> 
 
 
 def _best(asked: _Asked, gpus: int) -> list[str]:
-    from nvlm.estimate.best import best_layout, why
+    from nvlm.estimate.best import best_layout, waiting, why
     from nvlm.estimate.layouts import overrides
 
     gpu, kind = _gpu(asked.config, gpus)
     found = best_layout(asked.config, gpus, gpu, asked.fixed)
-    _say(f"{_AUTO}: {why(found, kind)}")
-    return overrides(found.fitting[0].config, found.fitting[0].replicas).split()
+    best = found.fitting[0]
+    _say("\n  ".join(filter(None, (f"{_AUTO}: {why(found, kind)}", waiting(best)))))
+    return overrides(best.config, best.replicas).split()
 
 
 def _gpu(config: Config, gpus: int) -> tuple[GPU, str]:

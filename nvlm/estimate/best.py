@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from nvlm.config.hardware import GPU
 from nvlm.config.rules import check_world, validate
 from nvlm.config.values import Config, ConfigError, problem
-from nvlm.estimate.layouts import Plan, best_by_cut, candidates, name, overrides, plan
+from nvlm.estimate.layouts import Option, Plan, best_by_cut, candidates, name, overrides, plan
 from nvlm.estimate.load import step_load
 from nvlm.estimate.memory import gib, memory
 
+_MUCH = 0.02  # of a step
 _TIMES = (2, 4, 8, 16, 32, 64)  # as many GPUs, for the first number that is enough
 
 
@@ -46,6 +47,16 @@ def why(found: Plan, kind: str) -> str:
         f"{gib(best.memory.total)} of {gib(found.gpu.memory)}; the fastest of {len(found.fitting)} layouts that fit"
         f"{next_best}\n  the same in words: {overrides(best.config, best.replicas)}"
     )
+
+
+def waiting(option: Option) -> str | None:
+    """A line about a layout whose GPUs often wait for the host, with rows that help; None if they do not."""
+    share, data = option.speed.host / option.speed.step, option.config.data
+    if share < _MUCH:
+        return None
+    words = f"data.row_length={4 * max(data.row_length, data.seq_length)}"
+    words += f" data.cross_length={4 * data.cross_length}" if data.cross_length else ""
+    return f"GPUs wait {share:.0%} of a step for the host to launch kernels for short rows: {words} fills them better"
 
 
 def _fits(config: Config, gpus: int, gpu: GPU, fixed: Sequence[str]) -> bool:

@@ -12,6 +12,7 @@ from nvlm.attention.choice import kernels_of
 from nvlm.config.values import Config
 from nvlm.estimate import memory as need
 from nvlm.estimate import pace
+from nvlm.estimate.best import waiting
 from nvlm.estimate.layouts import Option, Plan, best_by_cut, name, overrides
 from nvlm.estimate.memory import GiB, Memory, gib, rank_memory
 from nvlm.estimate.speed import PARTS
@@ -31,6 +32,8 @@ def print_plan(found: Plan, config: Config, top: int) -> None:
         console.print(_table("seconds of a step (GB that a GPU sends)", shown, _times()))
         first = shown[0]
         console.print(f"1 in words: {overrides(first.config, first.replicas)}", highlight=False)
+        if waits := waiting(first):
+            console.print(waits, highlight=False)
     elif found.nearest:
         near, over = found.nearest, found.nearest.memory.total - found.gpu.memory
         console.print(

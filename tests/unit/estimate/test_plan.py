@@ -18,6 +18,7 @@ from nvlm.config.hardware import GPUS, GiB
 from nvlm.config.rules import check_world, validate
 from nvlm.config.values import ConfigError
 from nvlm.data.pack import pack
+from nvlm.estimate.best import waiting
 from nvlm.estimate.layouts import candidates, name, overrides, plan
 from nvlm.estimate.load import step_load
 from nvlm.estimate.memory import least_memory, memory, most_in_flight, rank_memory
@@ -143,19 +144,19 @@ def test_the_papers_layouts_of_34b_fit_its_gpus(configured):
 
 
 def test_every_layout_is_listed_once_or_refused_with_a_reason(configured):
-    config = configured("+experiment=nvlm_h_72b_sft", "dry_run=true")
-    found = plan(config, 64, H100)
-    tried = list(candidates(config, 64, ()))
+    config = configured("arch=hybrid", "llm=yi-34b", "dry_run=true")
+    found = plan(config, 16, H100)
+    tried = list(candidates(config, 16, ()))
     refused = {layout for refusal in found.refused for layout in refusal.layouts}
     for candidate in tried:
         fits = [o for o in found.fitting if o.config == candidate]
         try:
-            replicas = check_world(validate(candidate), 64)
+            replicas = check_world(validate(candidate), 16)
         except ConfigError:
             assert not fits and name(candidate) in refused
             continue
         if memory(candidate, replicas).total <= H100.memory:
-            assert len(fits) == 1 and fits[0].gpus == 64
+            assert len(fits) == 1 and fits[0].gpus == 16
         else:
             assert not fits and name(candidate) in refused
     rates = [option.samples_per_second for option in found.fitting]
@@ -172,6 +173,17 @@ def test_a_layout_in_words_is_that_layout(configured):
         assert dataclasses.replace(said.parallel, data=1) == dataclasses.replace(option.config.parallel, data=1)
         assert said.parallel.data * said.parallel.replica == 32
         assert said.train == option.config.train
+
+
+def test_short_rows_are_told_with_longer_ones(configured):
+    fixed = ("parallel.tensor=8", "parallel.pipeline=1", "train.recompute=none")
+    for rows, said in (((1280, 1566), "data.row_length=5120 data.cross_length=6264"), ((5120, 6264), None)):
+        keys = (f"data.row_length={rows[0]}", f"data.cross_length={rows[1]}")
+        config = configured(
+            "arch=hybrid", "llm=yi-34b", "data=jsonl", "data.path=x.jsonl", "dry_run=true", *keys, *fixed
+        )
+        best = plan(config, 64, H100, [key.partition("=")[0] for key in fixed]).fitting[0]
+        assert (said in waiting(best)) if said else waiting(best) is None
 
 
 def test_what_is_asked_for_is_held_to(configured):
