@@ -40,7 +40,7 @@ LATENCY = 18e-6  # seconds until a message starts to flow
 BUFFERED = 0.5  # parallel.userbuffers: what shown messages still cost, in pieces and with slower products
 
 # Seconds in which the host launches the kernels of a micro-batch, forward and backward.
-HOST_LAYER = 1.5e-3
+HOST_LAYER = 1.3e-3
 HOST_TENSOR = 0.4e-3  # more in each layer with tensor parallelism
 HOST_CROSS = 1.6e-3  # gated cross-attention
 HOST_AGAIN = 0.5  # share for a layer that is computed again

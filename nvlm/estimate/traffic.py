@@ -82,10 +82,18 @@ def tensor_messages(config: Config, load: Load, rank: int) -> Sent:
     for branches, count in ((model.plain, plain), (model.carrier, carriers)):
         for branch in branches:
             found += (_scattered if p.sequence else _reduced)(config, branch, hidden).times(count)
-    # The gradient of the keys is all-reduced in each layer that reads them, and nothing hides it.
-    widths = sum(one.inputs for branch in model.carrier for one in linears(branch.modules) if one.reads_keys)
-    keys = 2 * load.rows * load.keys * widths * element_bytes(config) * (p.tensor - 1) / p.tensor
-    return found + Sent(keys, keys, 1).times(carriers * (load.keys > 0))
+    return found + _keys(config, load, stages)
+
+
+def _keys(config: Config, load: Load, stages: list[int]) -> Sent:
+    """The all-reduced gradient of the keys, which nothing hides: once in each (virtual) stage; if cross-attention has
+    adapters, in each of its layers."""
+    if not load.keys:
+        return Sent()
+    p, width = config.parallel, config.llm.hidden * element_bytes(config)
+    size = 2 * load.rows * load.keys * width * (p.tensor - 1) / p.tensor
+    layers = [carriers_of(config, pipeline_stage) for pipeline_stage in stages]
+    return Sent(size, size, 1).times(sum(layers) if "xattn" in config.adapted else sum(map(bool, layers)))
 
 
 def _scattered(config: Config, branch: Branch, hidden: float) -> Sent:

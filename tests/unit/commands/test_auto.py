@@ -46,7 +46,9 @@ def test_it_is_the_planner_s_best_and_is_said_with_the_reason(capsys):
     assert chosen.parallel == dataclasses.replace(best.config.parallel, data=best.replicas)
     assert chosen.train == best.config.train and "parallel=auto" not in words and "gpus=8" not in words
     said = capsys.readouterr().out
-    assert said.count("\n") == 2 and f"the fastest of {1 + len(others)} layouts that fit" in said
+    assert (
+        said.count("\n") == 3 and "GPUs wait 9" in said and f"the fastest of {1 + len(others)} layouts that fit" in said
+    )
     assert f"{best.samples_per_second:.1f} samples/s predicted" in said and "on 8 h100:" in said
     assert set(words) > set(said.partition("in words: ")[2].split())
 
