@@ -96,7 +96,7 @@ def test_recomputing_changes_no_step(arch, name):
         assert products > plain[1] * (1 + 0.05 * more)
 
 
-GATHER = (*SMALL, "arch=hybrid", "parallel.distributed_optimizer=true")
+GATHER = (*SMALL, "arch=hybrid", "parallel.distributed_optimizer=true", "parallel.gradients=bf16")
 
 
 @pytest.mark.parametrize("world", [1, 2])
