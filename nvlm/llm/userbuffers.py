@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from nvlm.config.values import Config, problem
+from nvlm.config.values import TE_INSTALL, Config, problem
 from nvlm.llm.build import DTYPES, frozen
 
 
@@ -21,9 +21,9 @@ def userbuffers(config: Config) -> Iterator[None]:
     if not config.parallel.userbuffers:
         yield
         return
+    _check_machine(config)
     from transformer_engine.pytorch import UserBufferQuantizationMode, destroy_ub, initialize_ub
 
-    _check_machine(config)
     precision = config.precision
     modes = [UserBufferQuantizationMode.FP8] if precision.recipe else []
     modes += [UserBufferQuantizationMode.NONE] if precision.recipe is None or precision.edges else []
@@ -44,12 +44,17 @@ def userbuffers(config: Config) -> Iterator[None]:
 
 
 def _check_machine(config: Config) -> None:
+    import transformer_engine.pytorch as te
+
+    what, off = "parallel.userbuffers=true", "parallel.userbuffers=false"
+    if not hasattr(te, "UserBufferQuantizationMode"):
+        raise problem(what, "an older Transformer Engine", "2.7 or later", f"{TE_INSTALL}, or {off}")
     from transformer_engine_torch import device_supports_multicast
 
     here, tensor = int(os.environ.get("LOCAL_WORLD_SIZE", 0)), config.parallel.tensor
     if here % tensor:
         expected = f"a divisor of the {here} processes of each machine, which share memory over NVLink"
-        raise problem("parallel.tensor with parallel.userbuffers=true", tensor, expected, "parallel.userbuffers=false")
+        raise problem(f"parallel.tensor with {what}", tensor, expected, off)
     if not device_supports_multicast() and os.environ.get("UB_SKIPMC", "0") == "0":
-        fix = "export UB_SKIPMC=1, which copies instead, or parallel.userbuffers=false"
-        raise problem("parallel.userbuffers=true", "a GPU or driver without multicast", "NVSwitch and its driver", fix)
+        fix = f"export UB_SKIPMC=1, which copies instead, or {off}"
+        raise problem(what, "a GPU or driver without multicast", "NVSwitch and its driver", fix)

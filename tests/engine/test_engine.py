@@ -29,7 +29,7 @@ SUITES = {
         46,
     ),
     "fp8": (["tests/engine/suites/fp8.py"], 20),
-    "userbuffers": (["tests/engine/suites/userbuffers.py"], 12),
+    "userbuffers": (["tests/engine/suites/userbuffers.py"], 15),
     "plan": (["tests/engine/suites/plan.py"], 54),
     "gpu": (["tests/engine/suites/gpu.py"], 1),
     "layouts": (["tests/dist/test_layouts.py", "-m", "not slow"], 40),

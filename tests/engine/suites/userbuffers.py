@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +16,7 @@ from transformer_engine.pytorch.module import base, layernorm_linear, linear
 from nvlm.arch.pipeline import next_logits
 from nvlm.attention.cache import generating
 from nvlm.commands.compose import compose_config
+from nvlm.config.values import ConfigError
 from nvlm.data.loader import load_steps
 from nvlm.estimate import memory
 from nvlm.llm.build import frozen
@@ -110,6 +114,40 @@ def test_steps_are_those_without_userbuffers(overrides):
         assert again == pytest.approx(evaluated, rel=1e-6)
         assert not none and exchanges
         assert sum(left.values()) < sum(others.values()) / 2
+
+
+def refused(change: Callable) -> str:
+    """What a machine is told after `change`."""
+    change()
+    with joined(config := compose_config(*SMALL, "precision=bf16", "parallel.userbuffers=true")):
+        with pytest.raises(ConfigError) as caught, userbuffers(config):
+            pass
+        return str(caught.value)
+
+
+def on_other_machines() -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+
+
+def without_multicast() -> None:
+    sys.modules["transformer_engine_torch"].device_supports_multicast = lambda: False
+
+
+def with_an_older_engine() -> None:
+    del sys.modules["transformer_engine.pytorch"].UserBufferQuantizationMode
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (on_other_machines, "parallel.tensor with parallel.userbuffers=true: got 2, expected a divisor of the 1 "),
+        (without_multicast, "got a GPU or driver without multicast, .* export UB_SKIPMC=1"),
+        (with_an_older_engine, "got an older Transformer Engine, expected 2.7 or later"),
+    ],
+)
+def test_a_machine_that_cannot_is_told_why(change, says):
+    for message in run_distributed(refused, 2, change):
+        assert re.search(says, message), message
 
 
 def test_every_message_of_a_decoder_layer_goes_through_a_buffer():
