@@ -15,8 +15,11 @@ from tests.engine.choose import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = [f"tests/parity/test_{part}.py" for part in ("models", "sight", "placeholders", "labels", "te")]
+ADAPTED = (
+    "tests/parity/test_adapters.py::test_adapters_alone_learn_in_their_groups_and_as_the_reference[hybrid-true-none]"
+)
 SUITES = {
-    "hybrid": ([*MODELS, "-k", "hybrid"], 80),
+    "hybrid": ([*MODELS, ADAPTED, "-k", "hybrid"], 81),
     "other models": ([*MODELS, "-k", "not hybrid"], 140),
     "adapters": (
         [
