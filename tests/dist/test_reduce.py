@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from nvlm.commands.compose import compose_config
+from nvlm.config.compute import ParallelConfig
 from nvlm.train import optim, reduce
 from tests.dist.checkpoints import SMALL, built, saved, tensors_in
 from tests.dist.run import joined, run_distributed
@@ -50,10 +51,11 @@ def test_each_rank_has_the_fp32_sum_of_rounded_gradients_in_its_shard(width, mes
         assert torch.equal(shards[1 - rank], before[1 - rank])
 
 
-def steps(gradients: str, bucket: int, out: Path) -> tuple[list[tuple[float, float]], int]:
-    """Loss and norm of three steps, whose state goes to `out`; the number of groups that gradients travel in."""
+def steps(gradients: str, bucket: int, out: Path, overlap: bool = True) -> tuple[list[tuple[float, float]], int]:
+    """Loss and norm of three steps; Adam's state after the first goes to `out`. The number of groups that gradients
+    travel in. Without `overlap`, they travel after the backward pass, as with pipeline stages."""
     with joined(compose_config(*RUN)) as device:
-        optim.BUCKET = bucket
+        optim.BUCKET, ParallelConfig.overlap = bucket, overlap
         trainer, step = built((*RUN, f"parallel.gradients={gradients}"), device)
         first = step()
         saved(trainer, RUN, out, 1)
@@ -72,14 +74,18 @@ def test_two_replicas_make_the_steps_of_fp32_within_one_rounding(tmp_path):
     assert groups > 3
     assert sent[0] == pytest.approx(exact[0], rel=1e-3)
     assert sent[2] == pytest.approx(exact[2], rel=1e-2)
-    expected, got = means(tmp_path / "fp32"), means(tmp_path / "bf16")
+    run_distributed(steps, 2, "bf16", reduce.BUCKET, tmp_path / "after", False)
+    expected, got, after = (means(tmp_path / name) for name in ("fp32", "bf16", "after"))
     assert expected.keys() == got.keys()
     for name, mean in expected.items():
+        assert torch.equal(after[name], got[name])
         assert 0 < (got[name] - mean).norm() <= 2**-8 * mean.norm(), name
 
 
+def in_turn(out: Path) -> list:
+    return [steps(gradients, reduce.BUCKET, out / gradients)[0] for gradients in ("fp32", "bf16")]
+
+
 def test_one_replica_keeps_every_bit(tmp_path):
-    [(exact, _)], [(kept, _)] = (
-        run_distributed(steps, 1, gradients, reduce.BUCKET, tmp_path / gradients) for gradients in ("fp32", "bf16")
-    )
+    [[exact, kept]] = run_distributed(in_turn, 1, tmp_path)
     assert kept == exact
