@@ -234,7 +234,7 @@ def test_a_way_that_computes_the_same_is_right(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_smoke, "SMALL", ("seed=7",))
     monkeypatch.setattr(gpu_smoke, "ARCHITECTURES", ("hybrid",))
     monkeypatch.setattr(gpu_smoke, "APART", ("data.form=text",))
-    path = str(tmp_path / "reference")
+    path = str(tmp_path / "new" / "reference")
     gpu_smoke.reference(path)
     for way in ("text", "fp8_current"):
         gpu_smoke.way(way, path)
