@@ -75,6 +75,8 @@ def fill(parts: Sequence, config) -> dict[str, str]:
     """Weights that depend on their names alone, whatever modules and device hold them. In place of `train.begin`."""
     import torch
 
+    from nvlm.weights.merge import is_adapter
+
     for part in parts:
         for name, tensor in part.weights().items():
             noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
@@ -86,7 +88,7 @@ def fill(parts: Sequence, config) -> dict[str, str]:
                 noise = 0.02 * noise
             else:
                 noise = noise * (0.5 if "embedding" in name else noise.shape[-1] ** -0.5)
-            tensor.copy_(noise)
+            tensor.copy_(0.3 * noise if is_adapter(name) else noise)  # less than the linear beside it, as once trained
     return {}
 
 
@@ -252,16 +254,15 @@ def typed(name: str, command: str, *words: str) -> dict:
 def failed(arch: str, error: Exception) -> dict:
     """The row of an exception, whose stack goes to the log."""
     traceback.print_exc()
-    return {"arch": arch, "right": False, "error": f"{type(error).__name__}: {error}".replace("\n", " ")[:300]}
+    return {"arch": arch, "right": False, "error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 
 def run(path: str, out: str, names: Sequence[str]) -> int:
-    """All ways at once; returns 1 if any is wrong. Both files are renewed after each way."""
+    """All ways at once; returns 1 if any is wrong. Few files in `out`, renewed after each way; logs beside `path`."""
     from benchmarks.gpu_parts.ways import Way, verdict
 
     folder, began = Path(out), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    # The logs are not in `folder`, so that few files have to be copied back.
     started = [
         Way.start(name, [__file__, "way", name, path], Path(path).with_name(f"{name}.log")) for name in names or WAYS
     ]
