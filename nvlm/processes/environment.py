@@ -1,4 +1,4 @@
-"""Environment variables that GPU libraries read once, when they start. Imports no torch."""
+"""Environment variables that CUDA and torch's libraries read once, when they start. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from nvlm.config.compute import ParallelConfig
 _ALLOCATOR = "PYTORCH_ALLOC_CONF"
 _OLDER_NAMES = {_ALLOCATOR: "PYTORCH_CUDA_ALLOC_CONF"}  # torch still reads it, and prefers it to the new one
 _MARGIN = "20"  # of an H100's 132 multiprocessors
+# Compiled products that oneDNN keeps on a CPU, by shape, in a cache of its own and one of torch's; both keep 1024 by
+# default. Rows have new lengths in each step, so hits are rare, and the host's memory grows for hundreds of steps.
+_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
 
 
 def set_defaults(environment: MutableMapping[str, str], parallel: ParallelConfig, processes: int) -> None:
-    """Add what a process of a run of `processes` needs to `environment`, before it starts CUDA. Variables that are
+    """Add what a process of a run of `processes` needs to `environment`, before it imports torch. Variables that are
     already there keep their values."""
     for name, value in defaults(parallel, processes).items():
         if _OLDER_NAMES.get(name, name) not in environment:
@@ -20,8 +23,11 @@ def set_defaults(environment: MutableMapping[str, str], parallel: ParallelConfig
 
 
 def defaults(parallel: ParallelConfig, processes: int) -> Mapping[str, str]:
-    """The variables by name. They do nothing on a CPU."""
-    found = {_ALLOCATOR: "expandable_segments:True"}  # row lengths vary, which would fragment the memory
+    """The variables by name."""
+    found = {
+        _ALLOCATOR: "expandable_segments:True",  # row lengths vary, which would fragment the memory
+        **_PRODUCTS,
+    }
     if processes > 1:
         found |= {
             "NCCL_DEBUG": "WARN",  # says which network failed, and nothing else

@@ -13,7 +13,11 @@ from nvlm.commands import evaluate, generate, launch
 from nvlm.commands.compose import compose_config
 from nvlm.processes.environment import set_defaults
 
-ALWAYS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+ALWAYS = {
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
+    "LRU_CACHE_CAPACITY": "32",
+}
 SEVERAL = ALWAYS | {
     "NCCL_DEBUG": "WARN",
     "TORCH_NCCL_HIGH_PRIORITY": "1",
