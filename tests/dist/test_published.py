@@ -83,7 +83,8 @@ def whole_logits(config: Config, parts: list) -> Tensor | None:
     ranks = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
     rank = ranks.index(dist.get_rank())
     for part in parts:
-        part.eval().config.apply_rope_fusion = False  # its kernel takes one row
+        part.eval().config.apply_rope_fusion = False  # its kernels take one row
+        part.config.fused_single_qkv_rope = False
         if not part.pre_process:
             shape = list(batch.tokens.shape[::-1]) + [config.llm.hidden]
             shape[0] //= config.parallel.context * (config.parallel.tensor if config.parallel.sequence else 1)

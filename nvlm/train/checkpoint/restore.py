@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.fp8_utils import is_float8tensor
 
 from nvlm.arch.base import VisionLanguageModel
 from nvlm.arch.groups import parameter_group
@@ -84,7 +85,7 @@ def load(trainer: Trainer, folder: Path) -> Loaded:
             missing, unexpected = chunk.module.load_state_dict(state[f"model{number}"], strict=False)
         known = model[f"model{number}"].keys() - weights[f"model{number}"].keys()  # made from the optimizer's copies
         assert not unexpected and all(is_scale(name) or name in known for name in missing), (missing, unexpected)
-        if chunk.config.fp8:
+        if any(is_float8tensor(weight) for weight in chunk.module.parameters()):
             from nvlm.llm.fp8 import take_originals
 
             take_originals(chunk.module, state[f"model{number}"])
