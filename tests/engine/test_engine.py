@@ -19,7 +19,11 @@ ADAPTED = (
     "tests/parity/test_adapters.py::test_adapters_alone_learn_in_their_groups_and_as_the_reference[hybrid-true-none]"
 )
 SUITES = {
-    "hybrid": ([*MODELS, ADAPTED, "-k", "hybrid"], 81),
+    "hybrid, packed rows": (
+        [*MODELS[:1], ADAPTED, "-k", "hybrid and (losses_and_gradients and packed or adapters)"],
+        9,
+    ),
+    "hybrid": ([*MODELS, "-k", "hybrid"], 80),
     "other models": ([*MODELS, "-k", "not hybrid"], 140),
     "adapters": (
         [
@@ -49,7 +53,7 @@ SUITES = {
         6,
     ),
 }
-QUICK = ("hybrid",)
+QUICK = ("hybrid, packed rows",)
 
 pytestmark = [
     pytest.mark.skipif(device.has_cuda(), reason="for machines without a GPU"),
