@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the pac
 STEPS = 3
 SECONDS = int(os.environ.get("SMOKE_SECONDS", 150))
 ENGINE, WITHOUT, EITHER = "transformer engine", "", "either"
-# name -> (overrides, whether Transformer Engine is needed). By value: the first rows tell most.
+# name -> (overrides, whether Transformer Engine is needed). Those that tell most come first: time may run out.
 WAYS: dict[str, tuple[str, str]] = {
     "fp32": ("precision=fp32", WITHOUT),
     "bf16-torch": ("precision=bf16", WITHOUT),

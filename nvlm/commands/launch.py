@@ -251,7 +251,7 @@ def check_engine(config: Config) -> None:
     asked = {"train.offload": config.train.offload, "parallel.userbuffers": config.parallel.userbuffers}
     for key in (key for key, value in asked.items() if value):
         fix = f"{TE_INSTALL}, or {key}=false"
-        raise problem(f"{key}=true", "no Transformer Engine", "Transformer Engine, which moves the tensors", fix)
+        raise problem(f"{key}=true", "no Transformer Engine", "Transformer Engine, whose feature this is", fix)
 
 
 def check_processes(config: Config, gpus: int) -> None:
