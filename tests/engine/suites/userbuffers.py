@@ -108,10 +108,11 @@ def count_messages() -> Counter[str]:
 )
 def test_steps_are_those_without_userbuffers(overrides):
     world = 4 if overrides[-1].startswith(("parallel.data", "parallel.virtual")) else 2
+    near = 1e-3 if "fp8" in overrides[1] else 1e-4  # rounding that another processor's products may differ by
     plain, hidden = (run_distributed(train, world, overrides, on) for on in (False, True))
     for (steps, evaluated, none, others), (same, again, exchanges, left) in zip(plain, hidden):
-        assert same == [pytest.approx(step, rel=1e-6) for step in steps]
-        assert again == pytest.approx(evaluated, rel=1e-6)
+        assert same == [pytest.approx(step, rel=near) for step in steps]
+        assert again == pytest.approx(evaluated, rel=near)
         assert not none and exchanges
         assert sum(left.values()) < sum(others.values()) / 2
 
