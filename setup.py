@@ -22,6 +22,7 @@ setup(
         "torchvision",
         "megatron-core>=0.19,<0.20",
         "psutil",  # Megatron's checkpoints hang without it
+        "av",  # decodes videos; its wheel has FFmpeg
         "datasets",
         "einops",  # Megatron's groups for two-dimensional context parallelism
         "hydra-core>=1.3",
