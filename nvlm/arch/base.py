@@ -63,29 +63,44 @@ class Architecture:
 
 
 class Projector(MegatronModule):
-    """LayerNorm, then a two-layer MLP (D, H) or one linear layer (X), no bias: [..., C] to [..., H].
+    """Features [..., C] to [..., H]. The architecture's description lists its modules.
 
-    NVLM section 4.5; the norm follows its public code. The MLP's inner width is the language model's.
+    `row_end` [H]: the learned vector at the end of each row of a feature map; None if the run has no such maps.
     """
 
     def __init__(self, config: Config, kind: str) -> None:
+        projector, llm = config.projector, llm_config(config)
         llm = of_megatron(
-            llm_config(config),
+            llm,
             sequence_parallel=False,  # tiles are not split along the sequence
             gated_linear_unit=False,
+            ffn_hidden_size=config.llm.hidden if projector.inner == "hidden" else config.llm.ffn,
             activation_func=nn.functional.gelu,
             bias_activation_fusion=False,  # Megatron's fused GELU is an approximation
+            add_bias_linear=projector.bias,
             add_qkv_bias=False,
             perform_initialization=True,  # it may be new while other weights are loaded
         )
         super().__init__(config=llm)
         width = config.vision.feature_width
-        self.norm = LayerNorm(llm, width, eps=1e-5)
+        self.norm = LayerNorm(llm, width, eps=1e-5) if projector.norm else nn.Identity()
+        self.first: ColumnParallelLinear | None = None
+        if kind == "deep":
+            self.first = ColumnParallelLinear(
+                width, width // 3, config=llm, init_method=llm.init_method, bias=projector.bias, gather_output=True
+            )
+            width //= 3
+            self.first_norm = LayerNorm(llm, width, eps=1e-5)
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        self.layers = MultimodalProjector(llm, linears, kind, width)
+        self.layers = MultimodalProjector(llm, linears, "affine" if kind == "affine" else "mlp", width)
+        end = torch.randn(config.llm.hidden, dtype=llm.params_dtype) * config.llm.hidden**-0.5
+        self.row_end = nn.Parameter(end) if config.row_ends else None
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layers(self.norm(features.to(self.config.params_dtype)))
+        hidden = self.norm(features.to(self.config.params_dtype))
+        if self.first is not None:
+            hidden = self.first_norm(nn.functional.gelu(self.first(hidden)[0]))
+        return self.layers(hidden)
 
 
 class VisionLanguageModel(MegatronModule):
@@ -118,8 +133,9 @@ class VisionLanguageModel(MegatronModule):
         self.register_buffer("frequencies", rotary_frequencies(config.llm), persistent=False)
         self.shared: dict[str, nn.Module] = {}  # a plain dict, so that modules owned by others are not registered here
         if self.use:
+            kind = architecture.description.projector_kind(config.projector)
             with seeded(config.seed, "projector"):
-                self._share("projector", others, lambda: Projector(config, architecture.description.projector))
+                self._share("projector", others, lambda: Projector(config, kind))
         if self.use.keys:
             self._share("fusion", others, lambda: architecture.keys(megatron))
         if self.pre_process or (self.post_process and config.llm.tied):

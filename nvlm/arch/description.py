@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from nvlm.config.modules import Activation, Branch, Linear, Module, Norm
-from nvlm.config.values import LLMConfig, VisionConfig
+from nvlm.config.modules import Activation, Branch, Linear, Module, Norm, Parameter
+from nvlm.config.values import LLMConfig, ProjectorConfig, VisionConfig
 
 KeyKind = Literal["tile", "tag"]
 
@@ -22,7 +22,7 @@ class Description:
     title: str  # its name in the paper
     tiles_in_stream: bool  # projected tiles occupy positions of the text stream
     keys: tuple[KeyKind, ...]  # what is cross-attended, each kind with its own norm; (): nothing
-    projector: Literal["mlp", "affine"]  # in Megatron's terms: two linears, or one
+    projector: Literal["mlp", "affine"]  # in NVLM, in Megatron's terms: two linears, or one
     carried: Callable[[LLMConfig], tuple[Branch, ...]]  # between self-attention and MLP in layers k, 2k, ...
     joins_text: bool  # tags may be tokenised with the surrounding text; else each tag is bound to its tile
     release_code: Mapping[str, str] | None  # auto_map of the published model's code; None: not published
@@ -42,19 +42,36 @@ class Description:
         """Whether keys contain words, so that pipeline stages without the embedding need embedded tags."""
         return "tag" in self.keys
 
-    def projector_modules(self, llm: LLMConfig, vision: VisionConfig) -> tuple[Module, ...]:
-        """The modules that project tile tokens to the language model's width (NVLM section 4.5)."""
-        width = vision.feature_width
-        norm = Norm(name="projector.norm", group="projector", width=width, bias=True)
-        place, own = "projector.layers.encoder", dict(group="projector")
-        if self.projector == "affine":
-            return norm, Linear(name=place, inputs=width, outputs=llm.hidden, split="outputs", **own)
-        return (
-            norm,
-            Linear(name=f"{place}.linear_fc1", inputs=width, outputs=llm.ffn, split="outputs", **own),
-            Activation(width=llm.ffn),
-            Linear(name=f"{place}.linear_fc2", inputs=llm.ffn, outputs=llm.hidden, split="inputs", **own),
-        )
+    def projector_kind(self, projector: ProjectorConfig) -> str:
+        """The kind of a run's projector: affine, mlp or deep."""
+        return projector.kind or self.projector
+
+    def projector_modules(
+        self, projector: ProjectorConfig, llm: LLMConfig, vision: VisionConfig, row_end: bool = False
+    ) -> tuple[Module, ...]:
+        """The modules that project tile tokens to the language model's width (NVLM section 4.5). `row_end`: with a
+        learned vector that ends the rows of feature maps."""
+        width, kind, h = vision.feature_width, self.projector_kind(projector), llm.hidden
+        own, bias = dict(group="projector"), dict(group="projector", bias=projector.bias)
+        found: list[Module] = []
+        if projector.norm:
+            found.append(Norm(name="projector.norm", width=width, bias=True, **own))
+        if kind == "deep":
+            inner = width // 3
+            first = Linear(name="projector.first", inputs=width, outputs=inner, split="outputs", **bias)
+            found += [first, Activation(width=inner), Norm(name="projector.first_norm", width=inner, bias=True, **own)]
+            width = inner
+        place = "projector.layers.encoder"
+        if kind == "affine":
+            found.append(Linear(name=place, inputs=width, outputs=h, split="outputs", **bias))
+        else:
+            inner = llm.ffn if projector.inner == "ffn" else h
+            found += [
+                Linear(name=f"{place}.linear_fc1", inputs=width, outputs=inner, split="outputs", **bias),
+                Activation(width=inner),
+                Linear(name=f"{place}.linear_fc2", inputs=inner, outputs=h, split="inputs", **bias),
+            ]
+        return (*found, Parameter(name="projector.row_end", size=h, **own)) if row_end else tuple(found)
 
     def key_norms(self, llm: LLMConfig) -> tuple[Norm, ...]:
         """The norm of each of `keys`."""

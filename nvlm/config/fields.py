@@ -84,6 +84,22 @@ class Take:
         return f"first:{number[0]}" if number else "all"
 
 
+class Grid:
+    """A grid of tiles as COLUMNSxROWS."""
+
+    FORM = re.compile(r"([1-9]\d?)x([1-9]\d?)")
+
+    def __contains__(self, value: str) -> bool:
+        return bool(self.FORM.fullmatch(value))
+
+    def __str__(self) -> str:
+        return "COLUMNSxROWS in tiles, such as 2x3 (divide a size in px by vision.tile_size)"
+
+    def instead(self, value: str) -> str:
+        """A grid that always exists."""
+        return "[1x2,2x1,2x2,1x3,3x1]"
+
+
 class FileName:
     """A name for a file or folder of the run: no path separators, and not hidden."""
 

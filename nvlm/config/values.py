@@ -11,7 +11,7 @@ from typing import Annotated
 
 from nvlm.config.compute import ParallelConfig, PrecisionConfig
 from nvlm.config.data import DataConfig
-from nvlm.config.fields import Choice, Count, FileName, Location, Natural, NotNegative, Positive, Range, Text
+from nvlm.config.fields import Choice, Count, FileName, Grid, Location, Natural, NotNegative, Positive, Range, Text
 from nvlm.config.hardware import GPUS
 from nvlm.tiling.grid import tokens_per_tile
 from nvlm.tiling.tags import TAG_STYLES
@@ -108,12 +108,43 @@ class VisionConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectorConfig:
+    """What maps a tile's tokens to the language model's width.
+
+    `kind`: one linear (affine), two with GELU between them (mlp), or three (deep: VILA's mlp_downsample_3x3, in which
+    the first makes a third of the width); None: what the architecture has in NVLM. `norm`: a LayerNorm comes first.
+    `inner`: the mlp's inner width, the language model's own or that of its MLPs.
+    """
+
+    name: str
+    kind: Annotated[str, Choice("affine", "mlp", "deep")] | None
+    norm: bool
+    bias: bool
+    inner: Annotated[str, Choice("hidden", "ffn")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TilingConfig:
-    """Dynamic high resolution: at most `max_tiles` regular tiles, tagged in style `tag`."""
+    """How an image becomes tiles (`kind`), of which at most `max_tiles` are cut from it, tagged in style `tag`.
+
+    dhr: NVLM's dynamic high resolution; anyres: LLaVA-NeXT's, from the grids `pinpoints`; crops: the image's own
+    resolution (LLaVA-NeXT-Ablations). The two latter make one feature map of the tiles, without their padding; with
+    `newline`, a learned vector ends its rows, and `cap` limits it to so many times the tokens of a tile. `base`: how
+    the whole picture becomes one tile. `several`: images of a record with several of them get one tile each (base), or
+    the tiles that each would get alone (same). `unpad`: whether the map's size is rounded down, as LLaVA's code does,
+    or to 7 digits first, as transformers does.
+    """
 
     max_tiles: Annotated[int, Range(1, 256)]
     tag: Annotated[str, Choice(*TAG_STYLES)]
     resize: Annotated[str, Choice("fast", "exact", "draft")]
+    kind: Annotated[str, Choice("dhr", "anyres", "crops")] = "dhr"
+    pinpoints: tuple[Annotated[str, Grid()], ...] = ()
+    newline: bool = False
+    cap: Annotated[float, Range(above=0, example=9)] | None = None
+    base: Annotated[str, Choice("stretch", "pad")] = "stretch"
+    several: Annotated[str, Choice("same", "base")] = "same"
+    unpad: Annotated[str, Choice("down", "digits")] = "down"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +272,7 @@ class Config:
     arch: ArchConfig
     llm: LLMConfig
     vision: VisionConfig
+    projector: ProjectorConfig
     tiling: TilingConfig
     data: DataConfig
     stage: StageConfig
@@ -256,6 +288,11 @@ class Config:
     def adapted(self) -> tuple[str, ...]:
         """The module groups with adapters, whose own weights are frozen."""
         return () if self.peft.name == "none" else tuple(t for t in self.peft.targets if t not in self.stage.new)
+
+    @property
+    def row_ends(self) -> bool:
+        """Whether a learned vector ends the rows of feature maps."""
+        return self.tiling.newline
 
     @property
     def gradients_in_bf16(self) -> bool:

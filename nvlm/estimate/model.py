@@ -80,21 +80,28 @@ class _Learning:
 
 def model_of(config: Config) -> Model:
     """The modules of a run with `config`."""
-    return _model(config.arch, config.llm, config.vision, config.stage.trainable, config.adapted, config.peft.rank)
+    learning = _Learning(config.stage.trainable, config.adapted, config.peft.rank)
+    return _model(config.arch, config.llm, config.vision, projector_modules(config), learning)
+
+
+def projector_modules(config: Config) -> tuple[Module, ...]:
+    """The modules of a run's projector."""
+    kind = description(config.arch.name)
+    return kind.projector_modules(config.projector, config.llm, config.vision, config.row_ends)
 
 
 @functools.lru_cache(maxsize=16)  # a planner needs the same one thousands of times
 def _model(
-    arch: ArchConfig, llm: LLMConfig, vision: VisionConfig, trainable: Sequence[str], adapted: Sequence[str], rank: int
+    arch: ArchConfig, llm: LLMConfig, vision: VisionConfig, projector: tuple[Module, ...], learning: _Learning
 ) -> Model:
-    kind, every, learning = description(arch.name), arch.cross_every, _Learning(trainable, adapted, rank)
+    kind, every = description(arch.name), arch.cross_every
     first, last = learning.within(self_attention(llm)), learning.within(gated_mlp(llm))
     carried = [learning.within(branch) for branch in kind.carried(llm)]
     [embedding] = learning.apart([word_embedding(llm)])
     return Model(
         description=kind,
         encoder=description_of(vision).modules(vision),
-        projector=learning.apart(kind.projector_modules(llm, vision)),
+        projector=learning.apart(projector),
         key_norms=dict(zip(kind.keys, learning.apart(kind.key_norms(llm)))),
         embedding=embedding,
         plain=(first, last),

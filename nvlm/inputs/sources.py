@@ -105,7 +105,8 @@ def whole_model(config: Config, encoder: Iterable[Part]) -> list[Part]:
 
 def projector_parts(config: Config) -> list[Part]:
     """The projector's tensors as they are published."""
-    return projector.parts(description(config.arch.name).projector_modules(config.llm, config.vision))
+    kind = description(config.arch.name)
+    return projector.parts(kind.projector_modules(config.projector, config.llm, config.vision, config.row_ends))
 
 
 def _key_norms(config: Config) -> list[Part]:

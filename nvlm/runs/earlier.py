@@ -7,6 +7,7 @@ _ADDED = {
     "logging": {"name": "none", "project": None, "entity": None, "mode": "online"},
     "vision": {"encoder": "internvit"},
     "llm": {"chat": "chatml"},
+    "projector": {"name": "nvlm", "kind": None, "norm": True, "bias": False, "inner": "ffn"},
     "parallel": {"userbuffers": False, "gradients": "fp32"},
 }
 # Keys that are no longer written. They were only tables of defaults; the chosen values are under data and train.

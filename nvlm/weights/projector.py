@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from nvlm.config.modules import Linear, Module, Norm
+from nvlm.config.modules import Linear, Module, Norm, Parameter
 from nvlm.weights.parts import Part
 
 
@@ -23,7 +23,11 @@ def _of_module(published: str, module: Module) -> list[Part]:
         case Linear(name=ours):
             split = 0 if module.split == "outputs" else 1
             shape = (module.outputs, module.inputs)
-            return [Part(name=f"{published}.weight", shape=shape, ours=f"{ours}.weight", split=split)]
+            weight = Part(name=f"{published}.weight", shape=shape, ours=f"{ours}.weight", split=split)
+            bias = dict(shape=shape[:1], ours=f"{ours}.bias", split=None if split else 0)
+            return [weight, Part(name=f"{published}.bias", **bias)] if module.bias else [weight]
+        case Parameter(name=ours, size=size):
+            return [Part(name="image_newline", shape=(size,), ours=ours)]
     return []
 
 
