@@ -76,6 +76,7 @@ def dims_of(config: Config) -> RefDims:
         arch=config.arch.name,
         every=config.arch.cross_every,
         bind_tags=config.arch.bind_tags,
+        latest=config.arch.sees == "latest",
     )
 
 

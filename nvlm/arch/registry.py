@@ -42,6 +42,9 @@ def check_architecture(config: Config) -> Config:
     if kind.keys and not 1 <= every <= config.llm.layers:
         fix = f"arch.cross_every={config.llm.cross_every}"
         raise problem("arch.cross_every", every, f"1 to llm.layers={config.llm.layers}", fix)
+    if config.arch.sees == "latest" and not kind.keys:
+        expected = f"before for arch={name}, whose self-attention sees all images before a token"
+        raise problem("arch.sees", "latest", expected, "arch.sees=before, or arch=xattn")
     return config
 
 

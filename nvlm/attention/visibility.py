@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nvlm.data.batch import ALL_TILES, PAD, Batch
+from nvlm.data.batch import ALL_TILES, OF_LATEST, PAD, Batch
 
 
 def follows(sample_q: Tensor, column_q: Tensor, sample_k: Tensor, column_k: Tensor) -> Tensor:
@@ -20,11 +20,12 @@ def sees(
 ) -> Tensor:
     """Whether a token may attend to a cross-attention key. Elementwise.
 
-    A query sees the keys of its sample's images up to and including the latest one started; a query bound to a tile (a
-    tile tag of NVLM-X, section 4.3) sees only that tile of that image.
+    A query sees the keys of its sample's images up to and including the latest one started, or of that one alone
+    (`arch.sees=latest`, as in Flamingo, section 2.4); a query bound to a tile (a tile tag of NVLM-X, section 4.3) sees
+    only that tile of that image.
     """
     before = (sample_q == sample_k) & (sample_k != PAD) & (image_k <= image_q)
-    own = (image_k == image_q) & (tile_k == tile_q)
+    own = (image_k == image_q) & ((tile_q == OF_LATEST) | (tile_k == tile_q))
     return before & ((tile_q == ALL_TILES) | own)
 
 

@@ -37,6 +37,7 @@ class ArchConfig:
     cross_every: Natural
     cross_std: NotNegative  # initial standard deviation of the new layers' weights
     bind_tags: bool  # hybrid: add each tile's tag embedding to its keys and values
+    sees: Annotated[str, Choice("before", "latest")]  # the images that text cross-attends: all before it, or the latest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ IMAGE = -1  # token id: placeholder of one tile token
 PAD = -1  # sample, image and tile numbers of padding; image number of text before any image
 ROW_END = -2  # row number of the end of a map's row, which is filled by no tile token
 ALL_TILES = -1  # tile number of a query that sees every tile of the images before it
+OF_LATEST = -2  # tile number of a query that sees every tile of the latest image before it
 EVERYWHERE = -1  # holder of a tile whose pixels are on every rank of the replica
 
 
@@ -38,7 +39,7 @@ class Sample:
     tokens: Tensor  # [S], IMAGE at placeholders
     labels: Tensor  # [S], the target of the logits at each position, IGNORE without loss
     image: Tensor  # [S], number of the latest image so far, PAD before the first
-    tile: Tensor  # [S], the only tile that the token sees, or ALL_TILES
+    tile: Tensor  # [S], the only tile that the token sees, ALL_TILES or OF_LATEST
     stream_rows: Tensor  # [n], the row (of the sample's N) that fills each placeholder, in order
     cross_tokens: Tensor  # [X], tag ids, IMAGE at tile tokens
     cross_image: Tensor  # [X]

@@ -44,6 +44,7 @@ class Processor:
     chat: str = "chatml"  # the chat format: nvlm.data.text.formats
     images_first: float = 0.0  # the share of records whose images all go in front: nvlm.data.front
     seed: int = 0  # draws these
+    sees: str = "before"  # the images that a token cross-attends: before, or the latest
     limit: str = "data.seq_length"  # the setting behind seq_length, for messages
 
     @property
@@ -91,6 +92,7 @@ def build_processor(config: Config, placement: PlacementRule, resize: str | None
         chat=config.llm.chat,
         images_first=config.data.images_first,
         seed=config.seed,
+        sees=config.arch.sees,
     )
 
 

@@ -11,7 +11,7 @@ from itertools import accumulate
 
 import torch
 
-from nvlm.data.batch import ALL_TILES, EVERYWHERE, IGNORE, IMAGE, PAD, ROW_END, Sample
+from nvlm.data.batch import ALL_TILES, EVERYWHERE, IGNORE, IMAGE, OF_LATEST, PAD, ROW_END, Sample
 from nvlm.data.images import decode_draft, decode_image
 from nvlm.data.outline import Outline, Processor, outline
 from nvlm.data.record import Record
@@ -27,13 +27,13 @@ def encode(record: Record, processor: Processor, generate: bool = False) -> Samp
 def fill(record: Record, sketch: Outline, processor: Processor, share: Share | None = None) -> Sample:
     """`sketch`, the outline of `record`, with the pixels of `share`, by default all. Raises BadRecord."""
     share = share or whole(sketch)
-    return _assemble(record.id, sketch, share, _tiles(record, sketch, processor, share))
+    return _assemble(record.id, sketch, share, _tiles(record, sketch, processor, share), processor.sees)
 
 
 def blank(name: str, sketch: Outline, processor: Processor, share: Share) -> Sample:
     """`sketch` with black tiles, for a record that cannot be decoded: every rank needs a sample of the planned size."""
     tiles = sum(plan.num_tiles for plan, seat in zip(sketch.pictures.plans, share.seats) if seat in share.here)
-    return _assemble(name, sketch, share, _no_pixels(processor, tiles))
+    return _assemble(name, sketch, share, _no_pixels(processor, tiles), processor.sees)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def _no_pixels(processor: Processor, tiles: int = 0) -> torch.Tensor:
     return torch.zeros(tiles, 3, processor.tile_size, processor.tile_size, dtype=torch.uint8)
 
 
-def _assemble(name: str, sketch: Outline, share: Share, pixels: torch.Tensor) -> Sample:
+def _assemble(name: str, sketch: Outline, share: Share, pixels: torch.Tensor, sees: str) -> Sample:
     placements = sketch.placements
     tile_tokens = [count for placement in placements for count in placement.tile_tokens]
     rows = [0, *accumulate(tile_tokens)]  # start of each tile's tokens, and the end of the last
@@ -94,15 +94,15 @@ def _assemble(name: str, sketch: Outline, share: Share, pixels: torch.Tensor) ->
         first = first_tile[image]
         return [ROW_END if source is None else rows[first + source[0]] + source[1] for source in piece.sources()]
 
-    latest = PAD
+    latest, unbound = PAD, OF_LATEST if sees == "latest" else ALL_TILES
     for run in sketch.runs:
         if run.image is None:
-            add(run.ids, run.trained, latest, ALL_TILES)
+            add(run.ids, run.trained, latest, unbound)
             continue
         latest = run.image
         for piece in placements[run.image].stream:
             stream_rows.extend(rows_of(run.image, piece))
-            add(_ids(piece), False, latest, piece.tile if piece.own_tile else ALL_TILES)
+            add(_ids(piece), False, latest, piece.tile if piece.own_tile else unbound)
 
     cross = [(image, piece) for image, placement in enumerate(placements) for piece in placement.cross]
     tags = {(image, piece.tile): piece.content.ids for image, piece in cross if isinstance(piece.content, Words)}

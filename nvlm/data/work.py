@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nvlm.data.amounts import Work
-from nvlm.data.batch import ALL_TILES, PAD, ROW_END, Batch
+from nvlm.data.batch import ALL_TILES, OF_LATEST, PAD, ROW_END, Batch
 
 
 def count_work(batch: Batch) -> Work:
@@ -34,7 +34,7 @@ def _cross_pairs(batch: Batch) -> int:
     of_tile = batch.sample.new_zeros(len(batch.sample), *sizes)  # keys by row, sample, image, tile
     places = (keys[0], *(numbers[keys] for numbers in cross))
     of_tile.index_put_(places, torch.ones_like(keys[0]), accumulate=True)
-    begun = of_tile.sum(-1).cumsum(-1)  # keys of the sample's images, cumulative
+    of_image = of_tile.sum(-1)
     row, (sample, image, tile) = queries[0], (numbers[queries] for numbers in stream)
-    seen = torch.where(tile == ALL_TILES, begun[row, sample, image], of_tile[row, sample, image, tile])
-    return int(seen.sum())
+    own = torch.where(tile == OF_LATEST, of_image[row, sample, image], of_tile[row, sample, image, tile.clamp(min=0)])
+    return int(torch.where(tile == ALL_TILES, of_image.cumsum(-1)[row, sample, image], own).sum())

@@ -92,6 +92,7 @@ def _own(config: Config) -> dict:
         "arch": config.arch.name,
         "cross_attention_every": config.arch.cross_every,
         "bind_tags": config.arch.bind_tags,
+        "sees": config.arch.sees,
         "tag": config.tiling.tag,
         "thumbnail_tag": config.llm.thumbnail_tag,
         "system": config.data.system,

@@ -82,8 +82,9 @@ def lay_out(arch: str, image: int, first: int, tags: Sequence[tuple[int, ...]]) 
     return tagged[-2:], tagged[:-2]  # an image of one tile has only the thumbnail
 
 
-def sight(stream: list[Piece], keys: list[Piece], tile_tokens: int) -> Tensor:
-    """[S, X] bool: a token sees the keys of all images so far or, if bound, only those of its tile."""
+def sight(stream: list[Piece], keys: list[Piece], tile_tokens: int, sees: str = "before") -> Tensor:
+    """[S, X] bool: a token sees the keys of all images so far (`sees` "latest": of the latest one) or, if bound, only
+    those of its tile."""
 
     def spread(pieces: list[Piece], numbers: Iterable[int]) -> Tensor:
         lengths = [tile_tokens if piece.ids is None else len(piece.ids) for piece in pieces]
@@ -91,7 +92,8 @@ def sight(stream: list[Piece], keys: list[Piece], tile_tokens: int) -> Tensor:
 
     image_S, image_X = (spread(pieces, (p.image for p in pieces)) for pieces in (stream, keys))
     only_S, tile_X = spread(stream, (p.tile if p.bound else -1 for p in stream)), spread(keys, (p.tile for p in keys))
-    return (image_X <= image_S[:, None]) & ((only_S[:, None] == -1) | (only_S[:, None] == tile_X))
+    begun_SX = (image_X == image_S[:, None]) if sees == "latest" else (image_X <= image_S[:, None])
+    return begun_SX & ((only_S[:, None] == -1) | (only_S[:, None] == tile_X))
 
 
 # --- images ---
@@ -593,7 +595,7 @@ class NVLM(nn.Module):
                 keys.append(self.cross_keys["tag_norm"](words_H))
                 if self.config.nvlm.bind_tags:  # cross-attention is order-invariant: this binds a tile to its tag
                     tags[piece.tile] = self.cross_keys["tag_norm"](words_H.mean(dim=0))
-        seen_SX = sight(inputs.stream, inputs.keys, self.tile_tokens).to(keys[0].device)
+        seen_SX = sight(inputs.stream, inputs.keys, self.tile_tokens, self.config.nvlm.sees).to(keys[0].device)
         return torch.cat(stream), torch.cat(keys), seen_SX
 
     @torch.inference_mode()

@@ -56,7 +56,7 @@ def compare_models(config: Config, before: Config, where: str) -> None:
     if set(description(before.arch.name).groups) >= set(description(config.arch.name).groups):
         names = ["arch.name", *names]
     if before.arch.name == config.arch.name:
-        names = [*names, "arch.cross_every", "arch.bind_tags"]
+        names = [*names, "arch.cross_every", "arch.bind_tags", "arch.sees"]
     if before.adapted and config.adapted:
         names = [*names, "peft.alpha"]
     for name in names:

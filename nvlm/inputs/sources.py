@@ -59,8 +59,10 @@ def _release(config: Config, folder: str) -> Source:
     if values:
         check_whole(values, config, "init.release")
     own, kind = values.get("nvlm") or {}, description(config.arch.name)
-    if own.get("arch") == config.arch.name and kind.tags_in_keys:  # not visible in tensor names or shapes
-        check_values(own, {"bind_tags": ("arch.bind_tags", config.arch.bind_tags)}, "init.release", own)
+    if own.get("arch") == config.arch.name and kind.keys:  # not visible in tensor names or shapes
+        names = ["sees", *(["bind_tags"] if kind.tags_in_keys else [])]
+        expected = {name: (f"arch.{name}", getattr(config.arch, name)) for name in names}
+        check_values({"sees": "before"} | own, expected, "init.release", own)
     encoder = {name.removeprefix(VISION): one for name, one in stored.items() if name.startswith(VISION)}
     groups = {
         "vision": below(VISION, description_of(config.vision).parts(config.vision, encoder)),

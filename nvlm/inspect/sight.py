@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nvlm.attention.visibility import visible
-from nvlm.data.batch import ALL_TILES, IMAGE, PAD, Sample
+from nvlm.data.batch import IMAGE, PAD, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Stretch:
     @property
     def bound(self) -> bool:
         """Whether the tokens, of the stream, are a tag that is bound to its tile."""
-        return self.tile != ALL_TILES
+        return self.tile >= 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ _ADDED = {
     "vision": {"encoder": "internvit"},
     "llm": {"chat": "chatml"},
     "projector": {"name": "nvlm", "kind": None, "norm": True, "bias": False, "inner": "ffn"},
+    "arch": {"sees": "before"},
     "parallel": {"userbuffers": False, "gradients": "fp32"},
 }
 # Keys that are no longer written. They were only tables of defaults; the chosen values are under data and train.

@@ -36,7 +36,7 @@ ALL = [
     for world, layouts in LAYOUTS.items()
     for layout in layouts
 ]
-MODELS = {"decoder": (), "xattn": (), "hybrid": ("llm.tied=true",)}
+MODELS = {"decoder": (), "xattn": (), "hybrid": ("llm.tied=true", "arch.sees=latest")}
 
 
 def batch_of(config):

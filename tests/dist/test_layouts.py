@@ -36,7 +36,7 @@ MODELS = {
     "decoder": ("arch=decoder",),
     "xattn": ("arch=xattn",),
     "hybrid": ("arch=hybrid",),
-    "hybrid-tied": ("arch=hybrid", "llm.tied=true"),
+    "hybrid-tied": ("arch=hybrid", "llm.tied=true", "arch.sees=latest"),
 }
 TILES = 37
 

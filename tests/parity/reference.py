@@ -47,6 +47,7 @@ class RefDims:
     arch: str
     every: int = 0
     bind_tags: bool = False
+    latest: bool = False  # text and thumbnails see the keys of the latest image alone
 
     def __post_init__(self) -> None:
         if self.arch not in ("decoder", "xattn", "hybrid"):
@@ -115,8 +116,11 @@ def length(segment: Segment, tokens_per_tile: int) -> int:
     return tokens_per_tile if segment.kind == "tile" else len(segment.ids)
 
 
-def sees(query: Segment, place: int, key: Segment, begin: dict[int, int], arch: str) -> bool:
+def sees(query: Segment, place: int, key: Segment, begin: dict[int, int], arch: str, latest: bool = False) -> bool:
     """Whether the stream's segment number `place` sees a cross segment; begin: image -> its first segment."""
+    newest = max((first for first in begin.values() if first <= place), default=None)
+    if latest and begin[key.image] != newest:
+        return False
     if query.kind == "text":
         return begin[key.image] < place
     if arch == "xattn":
@@ -124,7 +128,7 @@ def sees(query: Segment, place: int, key: Segment, begin: dict[int, int], arch: 
     return begin[key.image] <= begin[query.image]  # hybrid: its own image and those that began earlier
 
 
-def visibility(sample: RefSample, arch: str, tokens_per_tile: int) -> Tensor:
+def visibility(sample: RefSample, arch: str, tokens_per_tile: int, latest: bool = False) -> Tensor:
     """[S, X] bool: which stream token sees which cross-attended key."""
     begin: dict[int, int] = {}
     for place, segment in enumerate(sample.stream):
@@ -134,7 +138,7 @@ def visibility(sample: RefSample, arch: str, tokens_per_tile: int) -> Tensor:
     for place, query in enumerate(sample.stream):
         row: list[bool] = []
         for key in sample.cross:
-            row += [sees(query, place, key, begin, arch)] * length(key, tokens_per_tile)
+            row += [sees(query, place, key, begin, arch, latest)] * length(key, tokens_per_tile)
         rows += [row] * length(query, tokens_per_tile)
     keys = sum(length(key, tokens_per_tile) for key in sample.cross)
     return torch.tensor(rows, dtype=torch.bool).reshape(len(rows), keys)
@@ -389,7 +393,7 @@ class ReferenceNVLM(nn.Module):
         check(sample, self.dims.arch)
         tiles = {key: self.mlp1(x_KC) for key, x_KC in self.vision_features(sample.tiles).items()}
         h_SH, kv_XH = self.embed(sample.stream, tiles), self.keys(sample.cross, tiles)
-        visible_SX = visibility(sample, self.dims.arch, self.dims.tokens_per_tile)
+        visible_SX = visibility(sample, self.dims.arch, self.dims.tokens_per_tile, self.dims.latest)
         for layer in self.language_model.model.layers:
             h_SH = layer(h_SH, kv_XH, visible_SX)
         return self.language_model.lm_head(self.language_model.model.norm(h_SH))

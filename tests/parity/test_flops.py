@@ -123,7 +123,7 @@ def test_pairs_of_random_numbers():
             batch,
             sample=sample,
             image=torch.where(sample == PAD, PAD, draw(-1, 4, 24)),
-            tile=draw(-1, 5, 24),
+            tile=draw(-2, 5, 24),  # all tiles, those of the latest image, or one
             positions=draw(0, 9, 24),
             cross_sample=cross_sample,
             cross_image=torch.where(cross_sample == PAD, PAD, draw(0, 3, 17)),

@@ -74,6 +74,8 @@ CASES = {
     "decoder-downsample-4": ("arch=decoder", "vision.downsample=4", "tiling.max_tiles=9"),
     "hybrid-downsample-1": ("arch=hybrid", "vision.downsample=1", "data.seq_length=999", "data.cross_length=2000"),
     "xattn-padded": ("arch=xattn", "llm.vocab_multiple=64", "llm.norm_eps=1e-4", "vision.norm_eps=1e-4"),
+    "xattn-latest": ("arch=xattn", "arch.sees=latest"),
+    "hybrid-latest": ("arch=hybrid", "arch.sees=latest"),
     "hybrid-unbound": ("arch=hybrid", "arch.bind_tags=false", "tiling.max_tiles=12"),
 }
 STORIES = (ONE, ONE_TILE, TWO, SIDE_BY_SIDE, TEXT, SAYING)

@@ -39,6 +39,8 @@ VARIANTS = {
     "xattn-every-layer": ("arch=xattn", "arch.cross_every=1"),
     "hybrid-last-layer": ("arch=hybrid", "arch.cross_every=5"),
     "decoder-one-group": ("arch=decoder", "llm.kv_heads=1"),
+    "xattn-latest": ("arch=xattn", "arch.sees=latest"),
+    "hybrid-latest": ("arch=hybrid", "arch.sees=latest"),
     "xattn-ungrouped": ("arch=xattn", "llm.kv_heads=4"),
 }
 

@@ -22,7 +22,7 @@ from nvlm.data.text.tokenizer import tokenizer_file
 # part of an index's settings. `tokenizer_path` stands for a file, which is compared by its content.
 _UNUSED = (
     "placement", "tokenizer_path", "tile_size", "tile_tokens", "max_tiles", "tag", "thumbnail_tag", "resize",
-    "seq_length", "cross_length", "limit", "seed",
+    "seq_length", "cross_length", "limit", "seed", "sees",
 )  # fmt: skip
 _KEYS = {"bos": "llm.bos", "chat": "llm.chat"}  # those that are not data.NAME
 _ELSEWHERE = ("path", "heldout_path", "heldout_records", "take")  # of a source: files are compared by content

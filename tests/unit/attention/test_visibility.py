@@ -8,7 +8,7 @@ import torch
 from nvlm.attention.kernel import CoreAttention, View
 from nvlm.attention.kernels.dense import DENSE
 from nvlm.attention.visibility import causal_mask, visible
-from nvlm.data.batch import ALL_TILES, PAD
+from nvlm.data.batch import ALL_TILES, OF_LATEST, PAD
 
 
 def matrix(*rows: str) -> torch.Tensor:
@@ -47,6 +47,13 @@ def test_the_same_tile_number_of_an_earlier_image_is_not_the_own_tile():
     stream = [(0, 2, 1), (0, 1, 1), (0, 0, 1)]
     keys = [(0, 0, 1), (0, 1, 1), (0, 2, 1), (0, 2, 0)]
     assert torch.equal(visible(*numbers(*stream), *numbers(*keys)), matrix("..x.", ".x..", "x..."))
+
+
+def test_with_the_latest_image_alone_earlier_ones_are_hidden_and_tags_keep_their_tile():
+    stream = [(0, PAD, OF_LATEST), (0, 0, 1), (0, 0, OF_LATEST), (0, 1, 0), (0, 1, OF_LATEST), (1, 1, OF_LATEST)]
+    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 2, 0), (1, 0, 0), (PAD, PAD, PAD)]
+    expected = matrix("......", ".x....", "xx....", "..x...", "..x...", "......")
+    assert torch.equal(visible(*numbers(*stream), *numbers(*keys)), expected)
 
 
 def test_samples_of_a_row_do_not_see_each_others_tiles():

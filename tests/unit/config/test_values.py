@@ -56,6 +56,8 @@ BUFFERED = ("parallel.userbuffers=true", "parallel.tensor=2", "parallel.sequence
             ["stage.train_projector=false", "stage.train_xattn=false", "stage.train_llm=false"],
             ("stage", "nothing"),
         ),
+        (["arch=decoder", "arch.sees=latest"], ("arch.sees", "before for arch=decoder", "arch=xattn")),
+        (["arch.sees=last"], ("arch.sees", "'last'", "before, latest")),
         (["optim.warmup=100000"], ("optim.warmup", "100000")),
         (["peft=lroa"], ("peft", "'lroa'", "peft=lora")),
         (["peft=lora", "peft.rank=0"], ("peft.rank", "0", "at least 1")),
