@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 _OF_MODULES = {
+    "vision": "vision",
     "projector": "projector",
     "fusion": "xattn",
     "embedding": "llm",

@@ -7,11 +7,11 @@ import math
 from nvlm.config.compute import FP8_RECIPES
 from nvlm.config.data import Blend, Pages, Source
 from nvlm.config.fields import FileName, FilePath
+from nvlm.config.learning_rules import LEARNING
 from nvlm.config.mapping import kinds_of
 from nvlm.config.values import Config, problem
 
 _BUFFERED = ("bf16", "fp8_current", "fp8_delayed")  # precisions whose operands fit Transformer Engine's userbuffers
-PROFILED = 6  # steps needed for a complete trace
 
 
 def _data(config: Config) -> None:
@@ -165,41 +165,6 @@ def _init(config: Config) -> None:
         raise problem("init.release and init.vision", "two encoders", "one of them", fix)
 
 
-def _schedule(config: Config) -> None:
-    if config.optim.warmup >= config.train.steps:
-        fix = f"optim.warmup={config.train.steps // 10}"
-        raise problem("optim.warmup", config.optim.warmup, f"fewer than train.steps={config.train.steps}", fix)
-    if config.optim.min_lr > config.optim.lr:
-        expected = f"at most optim.lr={config.optim.lr:g}, from which it falls"
-        raise problem("optim.min_lr", config.optim.min_lr, expected, f"optim.min_lr={config.optim.lr / 10:g}")
-    if config.profile and config.train.steps < PROFILED:
-        raise problem("profile", True, f"train.steps of at least {PROFILED}, its last ones are traced", "profile=false")
-
-
-def _groups_that_learn(config: Config) -> set[str]:
-    """Module groups that the stage trains, of those that the model has."""
-    return set(config.stage.trainable) - (set() if config.arch.cross_every else {"xattn"})
-
-
-def _stage(config: Config) -> None:
-    if not _groups_that_learn(config):
-        raise problem(
-            "stage", "nothing to train", "at least one module group that learns", "stage.train_projector=true"
-        )
-
-
-def _peft(config: Config) -> None:
-    peft = config.peft
-    if peft.name == "none":
-        return
-    learns = _groups_that_learn(config).intersection(("llm", "xattn")).difference(config.stage.new)
-    if learns.isdisjoint(peft.targets):
-        expected = f"a group that stage={config.stage.name} trains and does not declare new ({', '.join(learns)})"
-        none = f"a stage with adapters: stage={config.stage.name} trains new groups alone, and those learn in full"
-        fix = f"peft.targets=[{','.join(sorted(learns))}]" if learns else "peft=none, or stage=sft"
-        raise problem("peft.targets", list(peft.targets), expected if learns else none, fix)
-
-
 def _precision(config: Config) -> None:
     precision, llm, tensor = config.precision, config.llm, config.parallel.tensor
     if precision.recipe is None:
@@ -265,9 +230,7 @@ def validate(config: Config) -> Config:
         _layout,
         _userbuffers,
         _init,
-        _schedule,
-        _stage,
-        _peft,
+        *LEARNING,
         _precision,
         _memory,
         _evaluate,

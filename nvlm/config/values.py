@@ -13,6 +13,7 @@ from nvlm.config.compute import ParallelConfig, PrecisionConfig
 from nvlm.config.data import DataConfig
 from nvlm.config.fields import Choice, Count, FileName, Grid, Location, Natural, NotNegative, Positive, Range, Text
 from nvlm.config.hardware import GPUS
+from nvlm.config.learning import OptimConfig, PeftConfig, StageConfig
 from nvlm.tiling.grid import tokens_per_tile
 from nvlm.tiling.tags import TAG_STYLES
 
@@ -156,57 +157,6 @@ class InitConfig:
     vision: Location | None  # a published encoder: a folder with safetensors, or a file
     release: Location | None  # a whole model in the layout of NVLM-D-72B, as written by an export
     checkpoint: Location | None  # the run folder of the previous stage, or one of its checkpoints
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageConfig:
-    """Which module groups are trained."""
-
-    name: str
-    train_projector: bool
-    train_xattn: bool
-    train_llm: bool
-    # Module groups that may start with random weights while others are loaded:
-    new: tuple[Annotated[str, Choice("projector", "xattn")], ...]
-
-    @property
-    def trainable(self) -> tuple[str, ...]:
-        """Names of the trained module groups; the encoder is never trained."""
-        flags = {"projector": self.train_projector, "xattn": self.train_xattn, "llm": self.train_llm}
-        return tuple(group for group, learns in flags.items() if learns)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeftConfig:
-    """Low-rank adapters on the linears in the layers of the module groups `targets`, trained instead of their weights.
-
-    A target that the stage declares new has no pretrained weights: it is trained in full, without adapters.
-    """
-
-    name: Annotated[str, Choice("none", "lora")]
-    rank: Annotated[int, Range(1, example=16)]
-    alpha: Positive
-    dropout: Annotated[float, Range(0, below=1)]
-    targets: tuple[Annotated[str, Choice("llm", "xattn")], ...]
-
-    @property
-    def scale(self) -> float:
-        """The factor on an adapter's output."""
-        return self.alpha / self.rank
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimConfig:
-    """AdamW with linear warm-up (in steps) and cosine decay (NVLM Tables 10 and 11)."""
-
-    lr: Annotated[float, Range(above=0, example=1e-5)]
-    min_lr: NotNegative
-    warmup: Natural
-    beta1: Annotated[float, Range(0, below=1, example=0.9)]
-    beta2: Annotated[float, Range(0, below=1, example=0.95)]
-    eps: Annotated[float, Range(above=0, example=1e-8)]
-    weight_decay: NotNegative
-    clip: NotNegative
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ _ADDED = {
     "projector": {"name": "nvlm", "kind": None, "norm": True, "bias": False, "inner": "ffn"},
     "arch": {"sees": "before"},
     "parallel": {"userbuffers": False, "gradients": "fp32"},
+    "optim": {"lr_of": {}},
 }
 # Keys that are no longer written. They were only tables of defaults; the chosen values are under data and train.
 _DROPPED = {"llm": ("seq_length", "cross_length", "steps")}

@@ -37,7 +37,7 @@ from nvlm.train.evaluations import Evaluation, Evaluations
 from nvlm.train.garbage import Collector
 from nvlm.train.guard import Guard, broken
 from nvlm.train.metrics import Metrics, print_groups, skipped_lines
-from nvlm.train.optim import build_optimizer, count_groups, freeze, wrap
+from nvlm.train.optim import build_optimizer, count_groups, freeze, peak_rates, wrap
 from nvlm.train.phases import Phases, build_profiler
 from nvlm.train.skipped import stopped, too_many
 from nvlm.train.step import Trainer, train_step
@@ -72,13 +72,14 @@ def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: E
         steps = replace(steps, ends=loaded.ends)
         idle.check_gates(trainer.pipeline.parts)
         counts = count_groups(trainer.pipeline.parts, trainer.vision.path.encoder)
+        rates = peak_rates(trainer.chunks, trainer.optimizer)
         tracker: Tracker | Silent = SILENT
         if groups.is_first_rank():
             begin_folder(config, run_dir, fresh=not resumed)
             tracker = opened.enter_context(contextlib.closing(build_tracker(config, run_dir, resumed=resumed)))
             if not resumed:
                 identity.record(config, run_dir, steps.records, steps.order)
-            print_groups(counts, config.stage.name, config.optim.lr, trainer.origins)
+            print_groups(counts, config.stage.name, rates, trainer.origins)
             for one in told(config, counts_of(steps.records, config)):
                 Console().print(one, highlight=False, soft_wrap=isinstance(one, str))
             print(describe(config))

@@ -184,8 +184,9 @@ def skipped_lines(skipped: Sequence[tuple[str, str]]) -> bytes:
     return b"".join(json_line({"record": name, "reason": reason}) for name, reason in skipped)
 
 
-def print_groups(counts: list[GroupCount], stage: str, lr: float, origins: Mapping[str, str]) -> None:
-    """Print a table of what learns and, unless the run is resumed, where its initial weights come from."""
+def print_groups(counts: list[GroupCount], stage: str, rates: Mapping[str, float], origins: Mapping[str, str]) -> None:
+    """Print a table of what learns, with the optimizer's own `rates`, and, unless the run is resumed, where its initial
+    weights come from."""
     table = Table(title=f"stage {stage}", title_justify="left")
     for heading, justify in (
         ("module group", "left"),
@@ -199,5 +200,7 @@ def print_groups(counts: list[GroupCount], stage: str, lr: float, origins: Mappi
         if count.parameters:
             learns = {0: "frozen", count.parameters: "yes"}.get(count.learning, f"{count.learning:,} in adapters")
             origin = [origins[count.name]] if origins else []
-            table.add_row(count.name, f"{count.parameters:,}", learns, f"{lr:g}" if count.learning else "", *origin)
+            table.add_row(
+                count.name, f"{count.parameters:,}", learns, f"{rates[count.name]:g}" if count.learning else "", *origin
+            )
     Console().print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +11,23 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nvlm.arch.base import VisionLanguageModel
 from nvlm.arch.groups import parameter_group
 from nvlm.config.values import GROUPS, Config
 from nvlm.llm.build import DTYPES
+from nvlm.processes.groups import gather_over_ranks
 from nvlm.train.reduce import BUCKET, send_in_bf16
 from nvlm.weights.merge import is_adapter
 
@@ -90,26 +101,9 @@ def build_optimizer(
     chunks: Sequence[DistributedDataParallel], config: Config
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW for the parameters that learn; linear warm-up and cosine decay, in steps."""
-    optim, dtype = config.optim, DTYPES[config.precision.dtype]
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=optim.lr,
-            min_lr=optim.min_lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.beta1,
-            adam_beta2=optim.beta2,
-            adam_eps=optim.eps,
-            clip_grad=optim.clip,
-            bf16=dtype is torch.bfloat16,
-            params_dtype=dtype,
-            use_distributed_optimizer=config.parallel.distributed_optimizer,
-            overlap_param_gather=config.parallel.overlap,
-            fp8_recipe=config.precision.recipe if config.precision.param_gather else None,
-        ),
-        list(chunks),
-        use_gloo_process_groups=False,
-    )
+    optim, settings = config.optim, _settings(config)
+    overrides = _overrides(config, settings)
+    optimizer = get_megatron_optimizer(settings, list(chunks), overrides, use_gloo_process_groups=False)
     schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -124,6 +118,66 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return optimizer, schedule
+
+
+def _settings(config: Config) -> OptimizerConfig:
+    optim, dtype = config.optim, DTYPES[config.precision.dtype]
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap,
+        fp8_recipe=config.precision.recipe if config.precision.param_gather else None,
+    )
+
+
+def _overrides(config: Config, settings: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
+    """Megatron's own, no weight decay for biases and norms, and the learning rates of optim.lr_of."""
+    found = get_standard_config_overrides(settings)
+    for group in GROUPS:
+        if getattr(config.optim.lr_of, group) is not None:
+            peak, lowest = config.optim.rates(group)
+            of_group = ParamWithNamePredicate(name=group, fn=functools.partial(_belongs, group))
+            found[ParamKey(with_name_predicate=of_group)] = ParamGroupOverride(max_lr=peak, min_lr=lowest)
+    return found
+
+
+def _belongs(group: str, parameter: torch.nn.Parameter, name: str) -> bool:
+    return parameter_group(name.removeprefix("module.")) == group  # DDP's name of the model
+
+
+def peak_rates(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> dict[str, float]:
+    """The highest learning rate of each module group that learns, as the optimizers' own groups have it. A collective
+    call."""
+    rates: dict[torch.nn.Parameter, float] = {}
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        rates |= _rates_in(part) if part.optimizer is not None else {}
+    own: dict[str, set[float]] = {}
+    for chunk in chunks:
+        for name, parameter in chunk.module.named_parameters():
+            rate = rates.get(parameter, rates.get(getattr(parameter, "main_param", None)))
+            if rate is not None:
+                own.setdefault(parameter_group(name), set()).add(rate)
+    every = gather_over_ranks(list(own.items()))
+    found = {group: set().union(*(some for name, some in every if name == group)) for group, _ in every}
+    assert all(len(some) == 1 for some in found.values()), f"several learning rates in one module group: {found}"
+    return {group: some.pop() for group, some in found.items()}
+
+
+def _rates_in(part: MegatronOptimizer) -> dict[torch.nn.Parameter, float]:
+    """The highest rate of each weight that `part` updates on this rank; a plain optimizer has its fp32 copy."""
+    groups = part.optimizer.param_groups
+    if isinstance(part, DistributedOptimizer):
+        return {weight: groups[number]["max_lr"] for weight, (number, _) in part.model_param_group_index_map.items()}
+    return {weight: group["max_lr"] for group in groups for weight in group["params"]}
 
 
 def take_up(schedule: OptimizerParamScheduler, kept: dict) -> tuple[float, float]:

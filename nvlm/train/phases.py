@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from nvlm.config.rules import PROFILED
+from nvlm.config.learning_rules import PROFILED
 from nvlm.processes import device
 from nvlm.runs.sinks import spared
 
