@@ -27,7 +27,7 @@ from nvlm.inputs.sources import model_source
 from nvlm.runs.folder import find_checkpoint
 from nvlm.runs.record import Identity, read, write
 from nvlm.vision.source import check_frozen, vision_source
-from nvlm.weights.published import VISION, Source, Stored
+from nvlm.weights.published import Source, Stored
 
 _BLENDED = "records."  # before the name of a source of a blend
 _PIECE = 1 << 12  # bytes of a tensor, at its start, middle and end
@@ -192,7 +192,7 @@ def _told(one: Identity) -> str:
 
 def _of_source(source: Source, groups: Iterable[str]) -> Identity:
     names = {part.name for group in groups for part in source.parts[group]}
-    return of_tensors(source.folder, {name: one for name, one in source.stored.items() if name in names}, VISION)
+    return of_tensors(source.folder, {name: one for name, one in source.stored.items() if name in names}, source.vision)
 
 
 def _places(file: Path) -> dict[str, tuple[int, int]]:

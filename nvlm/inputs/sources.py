@@ -5,27 +5,17 @@ Imports no torch: the launcher refuses a wrong folder before it starts workers o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from nvlm.arch.registry import description
 from nvlm.config.values import Config, LLMConfig, cross_layers, problem
-from nvlm.vision.encoders.registry import description_of
-from nvlm.weights import defaults, llm, projector
-from nvlm.weights.defaults import completed
+from nvlm.inputs.whole import check_described
+from nvlm.vision.source import encoder_parts
+from nvlm.weights import llm, projector
 from nvlm.weights.described import check_language
+from nvlm.weights.layouts import NVLM, Layout, encoder_prefix, opened
 from nvlm.weights.parts import Part, below
-from nvlm.weights.published import (
-    LANGUAGE,
-    RELEASE_CODE,
-    VISION,
-    Source,
-    Stored,
-    check_fixed,
-    check_tensors,
-    check_values,
-    read_config,
-    read_headers,
-)
+from nvlm.weights.published import Source, check_tensors, check_values, read_config, read_headers
 
 
 def model_source(config: Config) -> Source | None:
@@ -54,61 +44,44 @@ def _llm(config: Config, folder: str) -> Source:
 
 
 def _release(config: Config, folder: str) -> Source:
-    stored = read_headers(folder, "init.release")
-    values = read_config(folder, "init.release", RELEASE_CODE) or {}
-    if values:
-        check_whole(values, config, "init.release")
+    layout, stored = opened(folder, "init.release")
+    values = check_described(layout, folder, config, "init.release")
     own, kind = values.get("nvlm") or {}, description(config.arch.name)
-    if own.get("arch") == config.arch.name and kind.keys:  # not visible in tensor names or shapes
-        names = ["sees", *(["bind_tags"] if kind.tags_in_keys else [])]
-        expected = {name: (f"arch.{name}", getattr(config.arch, name)) for name in names}
-        check_values({"sees": "before"} | own, expected, "init.release", own)
-    encoder = {name.removeprefix(VISION): one for name, one in stored.items() if name.startswith(VISION)}
+    if own.get("arch") == config.arch.name and kind.tags_in_keys:  # not visible in tensor names or shapes
+        check_values(own, {"bind_tags": ("arch.bind_tags", config.arch.bind_tags)}, "init.release", own)
+    prefix = encoder_prefix(stored)
+    encoder = encoder_parts(config.vision, stored, prefix)
     groups = {
-        "vision": below(VISION, description_of(config.vision).parts(config.vision, encoder)),
-        "projector": projector_parts(config),
-        "xattn": [*_key_norms(config), *below(LANGUAGE, _only_cross(config))],
-        "llm": below(LANGUAGE, llm.parts(config.llm)),
+        "vision": encoder.parts,
+        "projector": projector_parts(config, layout),
+        "xattn": [*_key_norms(config), *below(layout.language, _only_cross(config))],
+        "llm": below(layout.language, llm.parts(config.llm)),
     }
     given = {name: parts for name, parts in groups.items() if any(part.name in stored for part in parts)}
     check_new(config, given, f"init.release={folder}")
-    spare = [LANGUAGE + name for name in _spare(config.llm, stored)]
+    spare = [*encoder.spare, *(layout.language + name for name in _spare(config.llm, stored, layout.language))]
     check_tensors([part for parts in given.values() for part in parts], stored, "init.release", spare)
-    return Source("init.release", folder, given, stored)
+    return Source("init.release", folder, given, stored, prefix)
 
 
-def check_whole(values: Mapping, config: Config, key: str) -> None:
-    """Compare all three parts of a model's config.json, in the release's layout, with `config`."""
-    check_language(values.get("llm_config") or {}, config.llm, key)
-    description_of(config.vision).check_config(values.get("vision_config") or {}, config.vision, key)
-    whole = completed(values, defaults.INTERNVL)
-    check_fixed(whole, defaults.FIXED_WHOLE, key)
-    whole["downsample_ratio"] = round(1 / whole["downsample_ratio"])
-    whole.setdefault("force_image_size", config.vision.tile_size)  # already compared with the encoder's
-    expected = {
-        "downsample_ratio": ("vision.downsample", config.vision.downsample),
-        "force_image_size": ("vision.tile_size", config.vision.tile_size),
-    }
-    check_values(whole, expected, key, values)
-
-
-def whole_model(config: Config, encoder: Iterable[Part]) -> list[Part]:
-    """Every tensor of a model in NVLM-D-72B's layout, extended for NVLM-X and -H.
+def whole_model(config: Config, encoder: Iterable[Part], layout: Layout = NVLM) -> list[Part]:
+    """Every tensor of a model in `layout`, with names of our own for NVLM-X's and -H's layers.
 
     `encoder`: its parts, as in `ExportedEncoder`.
     """
     return [
-        *below(VISION, encoder),
-        *projector_parts(config),
+        *below(layout.vision[0], encoder),
+        *projector_parts(config, layout),
         *_key_norms(config),
-        *below(LANGUAGE, llm.parts(config.llm, cross_layers(config))),
+        *below(layout.language, llm.parts(config.llm, cross_layers(config))),
     ]
 
 
-def projector_parts(config: Config) -> list[Part]:
+def projector_parts(config: Config, layout: Layout = NVLM) -> list[Part]:
     """The projector's tensors as they are published."""
     kind = description(config.arch.name)
-    return projector.parts(kind.projector_modules(config.projector, config.llm, config.vision, config.row_ends))
+    modules = kind.projector_modules(config.projector, config.llm, config.vision, config.row_ends)
+    return projector.parts(modules, layout)
 
 
 def _key_norms(config: Config) -> list[Part]:
@@ -120,8 +93,8 @@ def _only_cross(config: Config) -> list[Part]:
     return [part for part in both if part.name not in plain]
 
 
-def _spare(language: LLMConfig, stored: Mapping[str, Stored]) -> list[str]:
+def _spare(language: LLMConfig, stored: Iterable[str], prefix: str = "") -> list[str]:
     """Names of tensors that are allowed but not used: a tied output layer, and buffers in older files."""
-    names = [name.removeprefix(LANGUAGE) for name in stored]
+    names = [name.removeprefix(prefix) for name in stored]
     tied = [llm.HEAD] if language.tied else []
     return tied + [name for name in names if name.endswith(".rotary_emb.inv_freq")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nvlm.config.values import Config, VisionConfig, problem
@@ -9,8 +11,9 @@ from nvlm.runs.folder import FROZEN, find_checkpoint, read_run_config, weight_ke
 from nvlm.runs.record import read
 from nvlm.runs.tensors import tensor_names
 from nvlm.vision.encoders.registry import description_of
-from nvlm.weights.parts import below
-from nvlm.weights.published import RELEASE_CODE, VISION, Source, check_tensors, read_config, read_headers
+from nvlm.weights.layouts import LLAVA, Layout, encoder_prefix, opened
+from nvlm.weights.parts import Part, below
+from nvlm.weights.published import RELEASE_CODE, Source, Stored, check_tensors, read_config
 
 ENCODER_WEIGHTS = "vision."  # prefix of its parameters' names in a checkpoint
 
@@ -64,15 +67,35 @@ def check_frozen(step: Path) -> None:
 
 def _read(vision: VisionConfig, folder: str, key: str) -> Source:
     encoder = description_of(vision)
-    stored = read_headers(folder, key)
-    values = read_config(folder, key, (*encoder.code, *RELEASE_CODE)) or {}
-    inside = any(name.startswith(VISION) for name in stored)  # a folder of the whole model
-    if inside:
-        stored = {name: one for name, one in stored.items() if name.startswith(VISION)}
-    prefix = VISION if inside else ""
-    if values:
-        encoder.check_config(values.get("vision_config") or values, vision, key)
-    parts = below(prefix, encoder.parts(vision, {name.removeprefix(prefix): one for name, one in stored.items()}))
-    spare = [name for name in stored if name.removeprefix(prefix).startswith(tuple(encoder.unused))]
-    check_tensors(parts, stored, key, spare)
-    return Source(key, folder, {"vision": parts}, stored)
+    layout, stored = opened(folder, key)
+    prefix = encoder_prefix(stored)
+    stored = {name: one for name, one in stored.items() if name.startswith(prefix)}
+    if values := _described(layout, folder, key, (*encoder.code, *RELEASE_CODE)):
+        encoder.check_config(values, vision, key)
+    found = encoder_parts(vision, stored, prefix)
+    check_tensors(found.parts, stored, key, found.spare)
+    return Source(key, folder, {"vision": found.parts}, stored, prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderParts:
+    """An encoder's tensors in a folder: those of the model, and those that may be there but are not used."""
+
+    parts: Sequence[Part]
+    spare: Sequence[str]
+
+
+def encoder_parts(vision: VisionConfig, stored: Mapping[str, Stored], prefix: str) -> EncoderParts:
+    """The encoder's tensors among `stored`, whose names begin with `prefix`."""
+    encoder = description_of(vision)
+    own = {name.removeprefix(prefix): one for name, one in stored.items() if name.startswith(prefix)}
+    spare = [prefix + name for name in own if name.startswith(tuple(encoder.unused))]
+    return EncoderParts(below(prefix, encoder.parts(vision, own)), spare)
+
+
+def _described(layout: Layout, folder: str, key: str, code: Sequence[str]) -> Mapping:
+    """What a config.json says of the encoder; empty if nothing does."""
+    if layout is LLAVA:  # its config.json describes the language model and only names the encoder
+        return {}
+    values = read_config(str(Path(folder) / layout.folders.get("vision", "")), key, code) or {}
+    return values.get("vision_config") or values

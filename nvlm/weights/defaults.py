@@ -20,6 +20,24 @@ LLAMA = _DECODER | dict(
 )  # fmt: skip
 INTERNVL = dict(downsample_ratio=0.5, ps_version="v1", select_layer=-1)
 
+# transformers' classes of llava-hf, and what they read of the encoder unless told otherwise.
+LLAVA_HF = {
+    "LlavaOnevisionForConditionalGeneration": dict(vision_feature_layer=-1, vision_feature_select_strategy="full"),
+    **dict.fromkeys(
+        (
+            "LlavaForConditionalGeneration",
+            "LlavaNextForConditionalGeneration",
+            "LlavaNextVideoForConditionalGeneration",
+        ),
+        dict(vision_feature_layer=-2, vision_feature_select_strategy="default"),
+    ),
+}
+LLAVA = {  # the original classes, by those of their language models, whose entries their config.json has
+    "LlavaLlamaForCausalLM": "LlamaForCausalLM",
+    "LlavaMistralForCausalLM": "MistralForCausalLM",
+    "LlavaQwenForCausalLM": "Qwen2ForCausalLM",
+}
+
 LANGUAGES = {"Qwen2ForCausalLM": QWEN2, "LlamaForCausalLM": LLAMA}
 _MODEL_TYPES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 
@@ -33,6 +51,11 @@ FIXED_LANGUAGE = dict(
     quantization_config=None, compression_config=None,
 )  # fmt: skip
 FIXED_LLAMA = FIXED_LANGUAGE | dict(attention_bias=False)  # Qwen2's class passes over it
+FIXED_LLAVA = dict(
+    mm_vision_select_layer=-2, mm_vision_select_feature="patch", mm_use_im_start_end=False, mm_resampler_type=None,
+)  # fmt: skip
+FIXED_LLAVA_HF = dict(projector_hidden_act="gelu", multimodal_projector_bias=True, quantization_config=None)
+FIXED_VILA = dict(mm_vision_select_layer=-2, s2=False, dynamic_s2=False, quantization_config=None)
 FIXED_WHOLE = dict(ps_version="v2", select_layer=-1, quantization_config=None, use_backbone_lora=0, use_llm_lora=0)
 
 

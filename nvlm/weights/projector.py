@@ -1,6 +1,6 @@
-"""The projector's tensors (`mlp1.*`, as NVLM-D-72B names them) and the norms of keys, for our Megatron modules.
+"""The projector's tensors in each layout of whole models, and the norms of keys, for our Megatron modules.
 
-Both are made from the modules that the architecture's description lists.
+Both are made from the modules that the run's configuration and architecture describe.
 """
 
 from __future__ import annotations
@@ -8,12 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from nvlm.config.modules import Linear, Module, Norm, Parameter
+from nvlm.config.values import problem
+from nvlm.weights.layouts import NVLM, Layout
 from nvlm.weights.parts import Part
 
 
-def parts(projector: Sequence[Module]) -> list[Part]:
-    """The published name of a module is its place: the release has them, GELU included, in one nn.Sequential."""
-    return [part for place, module in enumerate(projector) for part in _of_module(f"mlp1.{place}", module)]
+def parts(modules: Sequence[Module], layout: Layout = NVLM) -> list[Part]:
+    """The published tensors of the projector. Raises ConfigError if the layout has no names for some of them."""
+    chain = [module for module in modules if not isinstance(module, Parameter)]
+    found = [part for place, one in enumerate(chain) for part in _of_module(layout.projector(chain, place), one)]
+    return found + [_row_end(one, layout) for one in modules if isinstance(one, Parameter)]
+
+
+def _row_end(vector: Parameter, layout: Layout) -> Part:
+    if layout.row_end is None:
+        got = f"{vector.name}, for which layout {layout.name} has no name"
+        raise problem("tiling.newline", got, "false", "tiling.newline=false")
+    return Part(name=layout.row_end, shape=(vector.size,), ours=vector.name)
 
 
 def _of_module(published: str, module: Module) -> list[Part]:
@@ -21,13 +32,11 @@ def _of_module(published: str, module: Module) -> list[Part]:
         case Norm(name=ours, width=width):
             return [Part(name=f"{published}.{k}", shape=(width,), ours=f"{ours}.{k}") for k in ("weight", "bias")]
         case Linear(name=ours):
-            split = 0 if module.split == "outputs" else 1
+            split = {"outputs": 0, "inputs": 1, None: None}[module.split]
             shape = (module.outputs, module.inputs)
-            weight = Part(name=f"{published}.weight", shape=shape, ours=f"{ours}.weight", split=split)
-            bias = dict(shape=shape[:1], ours=f"{ours}.bias", split=None if split else 0)
-            return [weight, Part(name=f"{published}.bias", **bias)] if module.bias else [weight]
-        case Parameter(name=ours, size=size):
-            return [Part(name="image_newline", shape=(size,), ours=ours)]
+            found = [Part(name=f"{published}.weight", shape=shape, ours=f"{ours}.weight", split=split)]
+            bias = Part(name=f"{published}.bias", shape=shape[:1], ours=f"{ours}.bias", split=0 if split == 0 else None)
+            return [*found, bias] if module.bias else found
     return []
 
 

@@ -50,6 +50,7 @@ class Source:
     folder: str
     parts: Mapping[str, Sequence[Part]]  # by module group
     stored: Mapping[str, Stored]
+    vision: str = ""  # prefix of the encoder's tensors
 
 
 def read_headers(folder: str, key: str) -> dict[str, Stored]:

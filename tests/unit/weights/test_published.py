@@ -21,7 +21,8 @@ from nvlm.commands.compose import compose_config
 from nvlm.config.values import ConfigError
 from nvlm.export.describe import describe
 from nvlm.inputs.check import check_weights
-from nvlm.inputs.sources import check_whole, model_source
+from nvlm.inputs.sources import model_source
+from nvlm.inputs.whole import check_whole
 from nvlm.vision.encoders.internvit import description as internvit
 from nvlm.vision.source import vision_source
 from nvlm.weights import defaults

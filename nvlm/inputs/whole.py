@@ -1,0 +1,93 @@
+"""What the config.json of a whole published model says, compared with the run's configuration, in each layout.
+
+What no tensor shows (which of the encoder's layers is read, whether its class token is dropped) would change every
+number without a word. Raises ConfigError. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from nvlm.config.values import Config, problem
+from nvlm.vision.encoders.registry import description_of
+from nvlm.weights import defaults
+from nvlm.weights.defaults import completed
+from nvlm.weights.described import check_language
+from nvlm.weights.layouts import LLAVA, LLAVA_HF, NVLM, VILA, Layout
+from nvlm.weights.published import RELEASE_CODE, check_fixed, check_values, read_config
+
+
+def check_described(layout: Layout, folder: str, config: Config, key: str) -> Mapping:
+    """The folder's config.json, compared with `config`; empty without one."""
+    values = read_config(folder, key, RELEASE_CODE) or {}
+    if values or layout is VILA:
+        _CHECKS[layout.name](values, folder, config, key)
+    return values
+
+
+def check_whole(values: Mapping, config: Config, key: str) -> None:
+    """Compare all three parts of a config.json in NVLM-D-72B's layout."""
+    check_language(values.get("llm_config") or {}, config.llm, key)
+    description_of(config.vision).check_config(values.get("vision_config") or {}, config.vision, key)
+    whole = completed(values, defaults.INTERNVL)
+    check_fixed(whole, defaults.FIXED_WHOLE, key)
+    whole["downsample_ratio"] = round(1 / whole["downsample_ratio"])
+    whole.setdefault("force_image_size", config.vision.tile_size)  # already compared with the encoder's
+    expected = {
+        "downsample_ratio": ("vision.downsample", config.vision.downsample),
+        "force_image_size": ("vision.tile_size", config.vision.tile_size),
+    }
+    check_values(whole, expected, key, values)
+
+
+def _check_llava(values: Mapping, folder: str, config: Config, key: str) -> None:
+    named = [defaults.LLAVA[name] for name in values.get("architectures") or [] if name in defaults.LLAVA]
+    if not named:
+        got = values.get("architectures") or values.get("model_type")
+        raise problem(f"{key}: config.json: architectures", got, f"one of {', '.join(defaults.LLAVA)}", "take another")
+    check_language({**values, "architectures": named}, config.llm, key)
+    check_fixed(values, defaults.FIXED_LLAVA, key)
+    width = {"mm_hidden_size": config.vision.hidden, **{k: v for k, v in values.items() if v is not None}}
+    check_values(width, {"mm_hidden_size": ("vision.hidden", config.vision.hidden)}, key, values)
+
+
+def _check_llava_hf(values: Mapping, folder: str, config: Config, key: str) -> None:
+    kind = next((name for name in values.get("architectures") or [] if name in defaults.LLAVA_HF), None)
+    if kind is None:
+        got, known = values.get("architectures"), f"one of {', '.join(defaults.LLAVA_HF)}"
+        raise problem(f"{key}: config.json: architectures", got, known, "take another")
+    tied = values.get("tie_word_embeddings")
+    text = {**({} if tied is None else {"tie_word_embeddings": tied}), **(values.get("text_config") or {})}
+    check_language(text, config.llm, key)
+    check_fixed(values, defaults.FIXED_LLAVA_HF, key)
+    whole, vision = completed(values, defaults.LLAVA_HF[kind]), values.get("vision_config") or {}
+    _check_features(whole, vision, config, key)
+
+
+def _check_features(whole: Mapping, vision: Mapping, config: Config, key: str) -> None:
+    """Which layer of the encoder is read, and whether its first token is dropped."""
+    encoder, layers = description_of(config.vision), vision.get("num_hidden_layers")
+    encoder.check_config(vision, config.vision, key)
+    layer = whole["vision_feature_layer"]
+    if isinstance(layers, int) and isinstance(layer, int):
+        read = layers + 1 + layer if layer < 0 else layer
+        check_values({"vision_feature_layer": read}, {"vision_feature_layer": ("vision.layers", config.vision.layers)},
+                     key, {"vision_feature_layer": f"{layer} of {layers} layers"})  # fmt: skip
+    strategy = {"clip_vision_model": "default"}.get(str(vision.get("model_type")), "full")
+    check_fixed(whole, {"vision_feature_select_strategy": strategy}, key)
+
+
+def _check_vila(values: Mapping, folder: str, config: Config, key: str) -> None:
+    check_fixed(values, defaults.FIXED_VILA, key)
+    language = read_config(str(Path(folder) / VILA.folders["llm"]), key)
+    if language:
+        check_language(language, config.llm, key)
+
+
+_CHECKS: Mapping[str, Callable[[Mapping, str, Config, str], None]] = {
+    NVLM.name: lambda values, folder, config, key: check_whole(values, config, key),
+    LLAVA.name: _check_llava,
+    LLAVA_HF.name: _check_llava_hf,
+    VILA.name: _check_vila,
+}
