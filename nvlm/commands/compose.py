@@ -28,6 +28,7 @@ from nvlm.runs.place import sweep_folder
 from nvlm.vision.encoders.registry import check_encoder
 
 CONF = ROOT / "conf"
+_ADDED = ("experiment", "pipeline")  # groups that are not set by default
 LISTING = "launch/train.py --cfg job lists all keys and their values"
 
 
@@ -149,7 +150,11 @@ def unknown_value(group: str, got: str) -> ConfigError:
     """The error for a group that has no file `got`."""
     known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
     near = get_close_matches(got, known, n=1)
-    key = "+experiment" if group == "experiment" else group  # not set by default
+    key = f"+{group}" if group in _ADDED else group
+    if group == "experiment" and (CONF / "pipeline" / f"{got}.yaml").is_file():
+        return problem(
+            group, repr(got), "one experiment: this is a pipeline of several", f"launch/stages.py +pipeline={got}"
+        )
     return problem(group, repr(got), f"one of {', '.join(known)}", f"{key}={near[0] if near else known[0]}")
 
 
@@ -187,7 +192,7 @@ def unknown_key(key: str, also: Sequence[str] = (), choices: Sequence[str] = ())
     `choices`: the command-line words that select the files of groups.
     """
     known = list(flat(OmegaConf.to_container(_compose(choices), resolve=False)))
-    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "experiment"))
+    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", *_ADDED))
     if others := [f"{group}={name}" for group, name in _files_with(key)]:
         section = key.partition(".")[0]
         expected = f"one of {', '.join(name for name in known if name.startswith(f'{section}.'))}"

@@ -1,4 +1,5 @@
-"""launch/train.py: check all runs that the command line asks for, then start them: the runs of a sweep side by side.
+"""launch/train.py and launch/stages.py: check all runs that the command line asks for, then start them. Runs of a sweep
+start side by side, stages one after the other.
 
 Imports no torch, so that mistakes are reported immediately.
 """
@@ -19,11 +20,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
 from nvlm.commands.auto import check_not_swept, with_layout
 from nvlm.commands.compose import CONF, check_overrides, effective, explain, runs, to_config
-from nvlm.commands.mistakes import answered
-from nvlm.commands.stages import Stage, check_sequence, stages_of
+from nvlm.commands.mistakes import answered, answered_or_helped
+from nvlm.commands.stages import Stage, check_sequence, progress, stages_of
 from nvlm.commands.swept import Swept, swept
 from nvlm.commands.words import plain_words
 from nvlm.config.values import Config, problem
@@ -33,12 +35,21 @@ from nvlm.runs.ownership import check_folder
 from nvlm.runs.place import check_place
 from nvlm.sweep.plan import check_names
 
+CHAIN_HELP = """python launch/stages.py +pipeline=NAME [KEY=VALUE ...]: train the stages of a pipeline in turn
++pipeline=llava_ov_7b        a file of conf/pipeline; dry_run=true shows its stages, and what is done
+stages.STAGE.KEY=VALUE       a key of one stage; other keys are as for launch/train.py, and apply to all stages
+resume=auto (the default)    goes on where the command ended; resume=never wants new folders"""
 _LATE = 30.0  # seconds until a shared file system shows on all machines what one of them wrote
 
 
 def main(started: float) -> int:
     """Run the command line and return the exit status. `started`: time.time() at the start of the command."""
     return answered(lambda: _answer(started))
+
+
+def chain(started: float) -> int:
+    """Run the stages of the command line's pipeline, going on where they ended, and return the exit status."""
+    return answered_or_helped(sys.argv[1:], CHAIN_HELP, lambda words: _chain(plain_words(words), started))
 
 
 def _answer(started: float) -> int:
@@ -59,6 +70,15 @@ def _answer(started: float) -> int:
         _check_run(config, _folder(sys.argv[1:]))
     _through_hydra(started)
     return 0
+
+
+def _chain(words: list[str], started: float) -> int:
+    if not any(word.startswith("resume=") for word in words):
+        words.append("resume=auto")
+    if not (stages := stages_of(words)):
+        known = sorted(path.stem for path in (CONF / "pipeline").glob("*.yaml"))
+        raise problem("command line", "no pipeline", f"one of {', '.join(known)}", f"+pipeline={known[0]}")
+    return _through_stages(stages, started)
 
 
 def _sweep(sweep: Swept, started: float) -> int:
@@ -124,12 +144,15 @@ def _through_stages(stages: Sequence[Stage], started: float) -> int:
 
     given = [with_layout(effective(stage.words), _folder) for stage in stages]
     configs = _check_stages(stages, given)
+    first = (task := launch.launched()) is None or task.rank == 0
+    if first:
+        Console(width=110).print(progress(stages, configs))
     if configs[0].dry_run:
         return _dry_run(configs)
     for number, (stage, config) in enumerate(zip(stages, configs)):
         if number + 1 < len(stages) and has_run(stages[number + 1].folder):
             continue
-        if (task := launch.launched()) is None or task.rank == 0:
+        if first:
             print(f"stage {number + 1} of {len(stages)}: {stage.name}, in {stage.folder}", flush=True)
         sys.argv[1:] = given[number]
         _through_hydra(started if number == 0 else time.time())

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from nvlm.config.fields import Choice, Natural, NotNegative, Positive, Range
+from nvlm.config.fields import Choice, FileName, Natural, NotNegative, Positive, Range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageConfig:
-    """Which module groups are trained."""
+    """Which module groups are trained. `recipe`: the stage of a system that a run is, such as llava_ov_1.5; `parent`:
+    the recipes that it may continue, by init.checkpoint; (): any run, or none."""
 
     name: str
+    recipe: Annotated[str, FileName()] | None = None
+    parent: tuple[Annotated[str, FileName()], ...] = ()
     train_vision: bool = False
     train_projector: bool
     train_xattn: bool

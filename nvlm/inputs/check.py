@@ -44,7 +44,17 @@ def check_same_model(config: Config, folder: Path) -> None:
     before = read_run_config(folder)
     if lost := [group for group in before.adapted if group not in config.adapted]:
         raise _adapters_lost(folder, lost, before.adapted)
+    check_parent(config, before, f"init.checkpoint={folder}")
     compare_models(config, before, f"init.checkpoint={folder}")
+
+
+def check_parent(config: Config, before: Config, where: str) -> None:
+    """Raise ConfigError if the run `before`, which `where` names, is none that the stage of `config` continues."""
+    got, parents = before.stage.recipe, config.stage.parent
+    if parents and got not in parents:
+        said = f"a run of {got}" if got else f"a run without a recipe, of stage={before.stage.name}"
+        expected = f"{' or '.join(parents)}, which {config.stage.recipe or config.name} continues"
+        raise problem(f"{where}: stage.recipe", said, expected, "a run of that, or stage.parent=[], which takes any")
 
 
 def compare_models(config: Config, before: Config, where: str) -> None:

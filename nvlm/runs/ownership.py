@@ -127,7 +127,8 @@ def unwritable(run_dir: Path, error: OSError) -> ConfigError:
 
 
 # Fields that a resumed run may change; all others affect what its steps compute.
-_FREE = ("name", "resume", "dry_run", "profile", "gpu", "init.llm", "init.checkpoint", "parallel.",
+_FREE = ("name", "resume", "dry_run", "profile", "gpu", "init.llm", "init.checkpoint",
+         "stage.recipe", "stage.parent", "parallel.",
          "evaluate.", "logging.", "data.heldout_", "data.workers", "data.max_skipped", "data.index",
          "train.log_every", "train.save_every", "train.keep", "train.async_save", "train.save_frozen",
          "train.threads", "train.recompute", "train.stop_seconds", "train.spike_factor", "train.max_bad_steps",

@@ -12,7 +12,7 @@ from nvlm.runs.folder import read_run_config, steps_done
 from tests.e2e.preloaded import at, run, start, wait_for
 
 FEW = [
-    "+experiment=tiny_two_stage", "precision=fp32", "train.threads=1", "train.global_batch=4", "train.steps=4",
+    "+pipeline=tiny_two_stage", "precision=fp32", "train.threads=1", "train.global_batch=4", "train.steps=4",
     "optim.warmup=1", "evaluate.losses=6", "evaluate.questions=0", "llm.layers=2", "llm.cross_every=1",
     "stages.tiny_pretrain.train.steps=30",
 ]  # fmt: skip

@@ -9,8 +9,9 @@ import pytest
 from nvlm.commands.compose import CONF, check_overrides
 from nvlm.commands.stages import check_sequence, stages_of
 from nvlm.config.values import ConfigError
+from nvlm.inputs.check import check_parent
 
-TINY = "+experiment=tiny_two_stage"
+TINY = "+pipeline=tiny_two_stage"
 
 
 def test_each_stage_is_a_run_that_starts_from_the_one_before():
@@ -51,6 +52,7 @@ def test_other_commands_have_no_stages(words):
         ([TINY, "hydra/launcher=slurm"], "stages in a sweep"),
         ([TINY, "stages.tiny_stf.train.steps=1"], "stages.tiny_stf.train.steps: got no stage and key.*tiny_sft"),
         ([TINY, "stages.tiny_sft=1"], "stages.tiny_sft: got no stage and key"),
+        (["+pipeline=tiny_two_stge"], "pipeline: got 'tiny_two_stge'.*Fix: .pipeline=tiny_two_stage"),
     ],
 )
 def test_what_cannot_be_run_in_stages_is_refused(words, reason):
@@ -63,6 +65,10 @@ def test_what_cannot_be_run_in_stages_is_refused(words, reason):
     [
         ("stages.tiny_sft.arch=decoder", "tiny_sft after tiny_pretrain: arch: got decoder, expected hybrid"),
         ("stages.tiny_pretrain.llm.hidden=64", "tiny_pretrain after tiny_text: llm.hidden: got 128, expected 64"),
+        (
+            "stages.tiny_sft.stage.parent=[tiny_1]",
+            "tiny_sft after tiny_pretrain: stage.recipe: got a run without a recipe, of stage=pretrain, expec",
+        ),
         ("arch=xattn", None),
     ],
 )
@@ -76,12 +82,36 @@ def test_a_stage_that_cannot_continue_the_one_before_is_refused_before_the_first
 
 
 def test_the_papers_stages_follow_each_other():
-    names = sorted(path.stem for path in (CONF / "experiment").glob("nvlm_?_??b.yaml"))
+    names = sorted(path.stem for path in (CONF / "pipeline").glob("nvlm_?_??b.yaml"))
     assert len(names) == 6
     for name in names:
-        stages = stages_of([f"+experiment={name}", "dry_run=true"])
+        stages = stages_of([f"+pipeline={name}", "dry_run=true"])
         assert [stage.name for stage in stages] == [f"{name}_pretrain", f"{name}_sft"]
         check_sequence(stages, [config for stage in stages for config in check_overrides(list(stage.words))])
+
+
+def test_a_recipe_takes_only_its_parents(configured):
+    """The checkpoint of another system's stage, or of another stage of the same, is refused; so is none at all."""
+    aligned, other = (configured(f"stage.recipe={name}") for name in ("vila_align", "llava_next_align"))
+    own = ("stage.recipe=vila_sft", "stage.parent=[vila_align,vila_pretrain]")
+    tuned = configured(*own, "init.checkpoint=RUN")
+    check_parent(tuned, aligned, "init.checkpoint=RUN")
+    check_parent(other, aligned, "init.checkpoint=RUN")  # it names no parent
+    says = (
+        "init.checkpoint=RUN: stage.recipe: got a run of llava_next_align, expected vila_align or vila_pretrain, which"
+    )
+    with pytest.raises(ConfigError, match=says):
+        check_parent(tuned, other, "init.checkpoint=RUN")
+    with pytest.raises(
+        ConfigError, match="init.checkpoint: got nothing, expected a run of vila_align or vila_pretrain"
+    ):
+        configured(*own)
+    assert configured(*own, "dry_run=true").stage.recipe == "vila_sft"
+    assert configured(*own, "init.release=DIR", "init.vision=null").init.release == "DIR"
+
+
+def test_a_pipeline_may_be_asked_for_as_an_experiment():
+    assert stages_of(["+experiment=tiny_two_stage", "seed=7"]) == stages_of([TINY, "seed=7"])
 
 
 def test_a_command_for_one_configuration_wants_one_of_the_stages():
