@@ -52,12 +52,13 @@ Project = Callable[[Tensor], Tensor]
 class Architecture:
     """One architecture: its description and its code.
 
-    `stream`: (words [B, S, H], batch, columns [S], project) -> the text stream's input [B, S, H]; None: words only.
+    `stream`: (words [B, S, H], batch, columns [S], project, vector at row ends [H] or None) -> the text stream's input
+    [B, S, H]; None: words only.
     `keys`: builds the module (batch, project, embed) -> cross-attended keys [X, B, H]; None: no keys.
     """
 
     description: Description
-    stream: Callable[[Tensor, Batch, Tensor, Project], Tensor] | None
+    stream: Callable[[Tensor, Batch, Tensor, Project, Tensor | None], Tensor] | None
     keys: Callable[[TransformerConfig], nn.Module] | None
     cross_attention: ModuleSpec | None
 
@@ -220,7 +221,8 @@ class VisionLanguageModel(MegatronModule):
         # The same columns twice: `own_S` for the batch on the host, `columns_S` for this one.
         stream_BSH = self.embed(batch.tokens[:, columns_S])
         if tiles:
-            stream_BSH = self.architecture.stream(stream_BSH, batch, own_S, self.shared["projector"])
+            projector = self.shared["projector"]
+            stream_BSH = self.architecture.stream(stream_BSH, batch, own_S, projector, projector.row_end)
         stream_SBH = stream_BSH.transpose(0, 1).contiguous()
         if self.training and (self.config.recompute_granularity or self.config.cpu_offloading):
             # Recomputed layers pass gradients on only if their input requires one; offloading fails without.

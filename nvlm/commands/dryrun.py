@@ -8,13 +8,13 @@ from rich.table import Table
 from nvlm.config.data import Blend
 from nvlm.config.hardware import GPUS
 from nvlm.config.rules import without_path
+from nvlm.config.tiles import tiling_of
 from nvlm.config.values import Config, cross_layers
 from nvlm.estimate.lengths import image_tokens
 from nvlm.estimate.memory import gib, memory
 from nvlm.estimate.parameters import parameters
 from nvlm.inputs.drawn import known_counts, told
 from nvlm.inputs.sources import model_source
-from nvlm.tiling.grid import TilePlan
 from nvlm.vision.encoders.registry import description_of
 from nvlm.vision.source import vision_source
 from nvlm.weights.published import Source
@@ -87,12 +87,13 @@ def _tokens(config: Config) -> Table:
     tag_style, per_tile = config.tiling.tag, config.vision.tile_tokens
     patches = description_of(config.vision).modules(config.vision).patches
     table = Table(title=f"tokens per image, {per_tile} a tile, tags: {tag_style}", title_justify="left")
+    whole = "thumbnail" if config.tiling.kind == "dhr" else "whole"
     for heading in ("tiles", "text stream", "cross-attended", "encoder"):
         table.add_column(heading, justify="right")
-    for tiles in range(1, config.tiling.max_tiles + 1):
-        plan = TilePlan(tiles, 1, config.vision.tile_size)
+    tiling = tiling_of(config.tiling, config.vision)
+    for plan in dict.fromkeys(tiling.of(tiles) for tiles in tiling.counts(config.tiling.max_tiles)):
         stream, cross = image_tokens(config, plan)
-        name = "1" if tiles == 1 else f"{tiles} + thumbnail"
+        name = f"{plan.num_regular} + {whole}" if plan.num_regular else "1"
         table.add_row(name, f"{stream:,}", f"{cross:,}", f"{plan.num_tiles} x {patches}")
     if tag_style != "none" and config.llm.tokenizer is None:
         table.caption = f"each tag counted as {config.llm.tag_tokens} tokens; llm.tokenizer=DIR counts exactly"

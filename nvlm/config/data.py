@@ -162,6 +162,7 @@ class DataConfig:
     cross_length: Natural  # maximum number of cross-attended tokens per row
     row_length: Count  # tokens: rows are filled up to this length; a longer sample gets a row of its own
     system: Annotated[str, Text(without=IMAGE_MARK)] | None
+    image_marks: bool = True  # `<Image>` and `</Image>` around each image, as in NVLM; LLaVA and VILA have none
     tokenize: Annotated[str, Choice("apart", "joined", "vllm")]  # how text and tags become tokens: nvlm.data.text.chat
     # The share of records with several images that all go in front, words standing in at their places:
     images_first: Annotated[float, Range(0, 1)] = 0.0

@@ -9,6 +9,7 @@ from nvlm.config.data import Blend, Pages, Source
 from nvlm.config.fields import FileName, FilePath
 from nvlm.config.learning_rules import LEARNING
 from nvlm.config.mapping import kinds_of
+from nvlm.config.tiles import grid_of
 from nvlm.config.values import Config, problem
 
 _BUFFERED = ("bf16", "fp8_current", "fp8_delayed")  # precisions whose operands fit Transformer Engine's userbuffers
@@ -113,6 +114,30 @@ def _shapes(config: Config) -> None:
             f"a multiple of parallel.tensor={tensor}",
             f"llm.vocab_multiple={128 if 128 % tensor == 0 else tensor}",
         )
+
+
+def _tiling(config: Config) -> None:
+    tiling = config.tiling
+    if tiling.kind == "dhr":
+        of_maps = {"pinpoints": (), "newline": False, "cap": None, "base": "stretch"}
+        for name, value in of_maps.items():
+            if (got := getattr(tiling, name)) != value:
+                told = list(got) if isinstance(got, tuple) else got
+                raise problem(f"tiling.{name}", told, "nothing with tiling.kind=dhr", "tiling=anyres, or leave it out")
+    if config.data.tokenize != "apart" and not config.data.image_marks:
+        got = f"{config.data.tokenize} with data.image_marks=false"
+        raise problem("data.tokenize", got, "apart: the others are for NVLM's marks", "data.tokenize=apart")
+    if tiling.kind != "dhr" and config.data.tokenize != "apart":
+        got = f"{config.data.tokenize} with tiling.kind={tiling.kind}"
+        raise problem("data.tokenize", got, "apart: the others are for NVLM's tiles", "data.tokenize=apart")
+    if tiling.kind == "crops" and tiling.pinpoints:
+        expected = "nothing with tiling.kind=crops, which takes the image's own size"
+        raise problem("tiling.pinpoints", list(tiling.pinpoints), expected, "tiling.pinpoints=[]")
+    for pinpoint in tiling.pinpoints:
+        cols, rows = grid_of(pinpoint)
+        if cols * rows > tiling.max_tiles:
+            expected = f"grids of at most tiling.max_tiles={tiling.max_tiles} tiles"
+            raise problem("tiling.pinpoints", pinpoint, expected, f"tiling.max_tiles={cols * rows}, or leave it out")
 
 
 def _layout(config: Config) -> None:
@@ -230,6 +255,7 @@ def validate(config: Config) -> Config:
     for rule in (
         _data,
         _shapes,
+        _tiling,
         _layout,
         _userbuffers,
         _init,

@@ -130,11 +130,12 @@ class TilingConfig:
     """How an image becomes tiles (`kind`), of which at most `max_tiles` are cut from it, tagged in style `tag`.
 
     dhr: NVLM's dynamic high resolution; anyres: LLaVA-NeXT's, from the grids `pinpoints`; crops: the image's own
-    resolution (LLaVA-NeXT-Ablations). The two latter make one feature map of the tiles, without their padding; with
-    `newline`, a learned vector ends its rows, and `cap` limits it to so many times the tokens of a tile. `base`: how
-    the whole picture becomes one tile. `several`: images of a record with several of them get one tile each (base), or
-    the tiles that each would get alone (same). `unpad`: whether the map's size is rounded down, as LLaVA's code does,
-    or to 7 digits first, as transformers does.
+    resolution (LLaVA-NeXT-Ablations). The latter two make one feature map of the tiles, without their padding: with
+    `newline`, a learned vector ends its rows, and `cap` limits it to so many times the tokens of a tile.
+
+    `base`: how the whole picture becomes one tile, stretched or padded with the RGB `fill`. `several`: images of a
+    record with several of them get the tiles that each would get alone (same), or one each (base). `unpad`: whether a
+    map's size is rounded down, as LLaVA's code does, or first to 7 digits, as transformers does.
     """
 
     max_tiles: Annotated[int, Range(1, 256)]
@@ -145,6 +146,7 @@ class TilingConfig:
     newline: bool = False
     cap: Annotated[float, Range(above=0, example=9)] | None = None
     base: Annotated[str, Choice("stretch", "pad")] = "stretch"
+    fill: tuple[Annotated[int, Range(0, 255)], ...] = (122, 116, 104)
     several: Annotated[str, Choice("same", "base")] = "same"
     unpad: Annotated[str, Choice("down", "digits")] = "down"
 

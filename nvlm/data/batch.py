@@ -4,12 +4,14 @@ Tiles may have any number of tokens. Everything computed from tiles is flat: the
 batch are concatenated, and tile t has the rows offsets[t] to offsets[t + 1], where offsets are the cumulative sums of
 `tile_tokens`. Placeholders are filled by row number: `stream_rows` gives the row for each placeholder in the text
 stream, `cross_rows` for each one among the keys; ROW_END means the learned vector at the end of a row of a feature map.
+Rows from N on are mixed tokens: number N + m is made of the four projected tile tokens with the rows `mixed_rows[m]`,
+as their sum with `mixed_weights[m]`, or as the largest of them in each channel.
 
 The ranks of a replica have the same samples, but each decodes only some of their images. `holder` names the seat (the
 rank within the replica) that has the pixels of each tile; everything else is the same on all of them.
 
 Shapes: B packed rows, S text-stream length, X cross-attended keys per row, T tiles, t of them here, N tokens of all T
-tiles, C feature width, P pieces of the keys that show tiles, n any number (different in each field).
+tiles, C feature width, P pieces of the keys that show tiles, M mixed tokens, n any number (different in each field).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ EVERYWHERE = -1  # holder of a tile whose pixels are on every rank of the replic
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One encoded conversation, before packing. All tensors but `pixels` are int64."""
+    """One encoded conversation, before packing. Tensors are int64, unless said."""
 
     id: str
     tokens: Tensor  # [S], IMAGE at placeholders
@@ -47,6 +49,9 @@ class Sample:
     cross_rows: Tensor  # [n], the row (of the sample's N) that fills each IMAGE key, in order
     cross_lengths: tuple[int, ...]  # [P], number of IMAGE keys of each piece
     cross_tags: tuple[tuple[int, ...], ...]  # [P], tag ids of each piece
+    mixed_rows: Tensor  # [M, 4], the rows (below N) that each mixed token is made of
+    mixed_weights: Tensor  # fp32 [M, 4]
+    mixed_largest: Tensor  # bool [M], whether the largest counts, not the weighted sum
     tile_tokens: Tensor  # [T], tokens of each tile; their sum is N
     holder: Tensor  # [T], the seat that has the pixels of each tile, or EVERYWHERE
     pixels: Tensor  # uint8 [t, 3, px, px], of the tiles that are here
@@ -55,7 +60,7 @@ class Sample:
 # Index tensors stay on the CPU, so that reading them never synchronises with the GPU.
 _ON_CPU = (
     *("stream_rows", "stream_counts", "cross_rows", "cross_counts", "cross_lengths", "tile_tokens"),
-    *("holder", "feature_rows"),
+    *("holder", "feature_rows", "mixed_rows", "mixed_weights", "mixed_largest"),
 )
 
 
@@ -82,6 +87,9 @@ class Batch:
     cross_counts: Tensor  # number of IMAGE keys of each sample, in the order of `ids`; on the CPU
     cross_lengths: Tensor  # [P], number of IMAGE keys of each piece; on the CPU
     cross_tags: Tensor  # [P, longest tag], tag ids, padded with PAD
+    mixed_rows: Tensor  # [M, 4], the rows (of N) that each mixed token is made of; on the CPU
+    mixed_weights: Tensor  # fp32 [M, 4]; on the CPU
+    mixed_largest: Tensor  # bool [M], whether the largest counts, not the weighted sum; on the CPU
     tile_tokens: Tensor  # [T], tokens of each tile; their sum is N; on the CPU
     holder: Tensor  # [T], the seat that has the pixels of each tile, or EVERYWHERE; on the CPU
     pixels: Tensor  # uint8 [t, 3, px, px], of the tiles that are here
@@ -136,9 +144,17 @@ class Batch:
         assert bool((here_n != PAD).all()), "features of a tile that was not sent to this process"
         return self.features.index_select(0, to_device(here_n, self.features.device))
 
+    def sources_of(self, rows_n: Tensor) -> Tensor:
+        """The rows (below N) of the tile tokens that the placeholders with row numbers `rows_n` are made of: each once
+        if some are mixed; on the CPU."""
+        tokens = int(self.tile_tokens.sum())
+        mixed = rows_n >= tokens
+        own = rows_n[(rows_n != ROW_END) & ~mixed]
+        return torch.cat((own, self.mixed_rows[rows_n[mixed] - tokens].flatten())).unique() if mixed.any() else own
+
     def tiles_of(self, rows_n: Tensor) -> Tensor:
-        """The tile of each of the tile tokens `rows_n`, without row ends; on the CPU."""
-        return torch.repeat_interleave(self.tile_tokens)[rows_n[rows_n != ROW_END]]
+        """The tile of each of the tile tokens `sources_of(rows_n)`; on the CPU."""
+        return torch.repeat_interleave(self.tile_tokens)[self.sources_of(rows_n)]
 
     @property
     def num_tokens(self) -> int:

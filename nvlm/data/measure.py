@@ -66,7 +66,7 @@ def _before_images(runs: Sequence[Run]) -> tuple[int, ...]:
 def _runs_of(of: Measure, before: Sequence[int], processor: Processor) -> list[Run]:
     """Runs of the same lengths as the document's."""
     tokenizer = processor.tokenizer
-    opening, closing = (Run(_ids(len(tokenizer.encode(mark)))) for mark in ("<Image>", "</Image>"))
+    opening, closing = (Run(_ids(len(tokenizer.encode(mark)))) for mark in tokenizer.marks)
     runs = [] if tokenizer.bos is None else [Run(_ids(1))]
     at = len(runs)
     for number, start in enumerate(before):

@@ -8,6 +8,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
+from nvlm.config.tiles import Tiling, tiling_of
 from nvlm.config.values import Config
 from nvlm.data.cut import cut
 from nvlm.data.draw import happens
@@ -18,7 +19,7 @@ from nvlm.data.record import ImageChanged, Record, TooLong
 from nvlm.data.text import chat
 from nvlm.data.text.assemble import Run
 from nvlm.data.text.tokenizer import ChatTokenizer, load_tokenizer
-from nvlm.tiling.grid import TilePlan, fit_max_tiles, plan_tiles
+from nvlm.tiling.grid import TilePlan, fit_max_tiles
 from nvlm.tiling.placement import Placement, PlacementRule
 from nvlm.tiling.tags import tile_tags
 
@@ -28,6 +29,7 @@ class Processor:
     """Everything that turns a record into a sample. A plain value, copied to loader workers."""
 
     placement: PlacementRule
+    tiling: Tiling
     tokenizer_path: str
     tile_size: int  # px
     tile_tokens: int  # per tile
@@ -42,6 +44,8 @@ class Processor:
     bos: str | None
     tokenize: str  # apart, joined or vllm: nvlm.data.text.chat
     chat: str = "chatml"  # the chat format: nvlm.data.text.formats
+    image_marks: bool = True  # `<Image>` and `</Image>` around each image
+    several: str = "same"  # base: images of a record with several get one tile each
     images_first: float = 0.0  # the share of records whose images all go in front: nvlm.data.front
     seed: int = 0  # draws these
     sees: str = "before"  # the images that a token cross-attends: before, or the latest
@@ -50,19 +54,23 @@ class Processor:
     @property
     def tokenizer(self) -> ChatTokenizer:
         """Loaded once per process."""
-        return load_tokenizer(self.tokenizer_path, self.bos, chat=self.chat)
+        return load_tokenizer(self.tokenizer_path, self.bos, chat=self.chat, marks=self.image_marks)
 
     @property
     def joined(self) -> bool:
         """Whether an image's first tag is part of the text before it."""
         return self.tokenize != "apart"
 
+    def most_tiles(self, images: int) -> int:
+        """The limit on tiles of each image of a record with so many images."""
+        return 1 if self.several == "base" and images > 1 else self.max_tiles
+
     def tags(self, plan: TilePlan) -> tuple[str, ...]:
         """Each tile's tag, thumbnail last."""
         return tile_tags(plan, self.tag, self.max_tiles, self.thumbnail_tag)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def place(processor: Processor, plan: TilePlan, first_tag: bool = True) -> Placement:
     """The architecture's placement of one image, with tags tokenised separately from other text.
 
@@ -76,6 +84,7 @@ def build_processor(config: Config, placement: PlacementRule, resize: str | None
     """The processor for `config`. `resize`, if given, overrides the configured method."""
     return Processor(
         placement=placement,
+        tiling=tiling_of(config.tiling, config.vision),
         tokenizer_path=config.llm.tokenizer or "",
         tile_size=config.vision.tile_size,
         tile_tokens=config.vision.tile_tokens,
@@ -90,6 +99,8 @@ def build_processor(config: Config, placement: PlacementRule, resize: str | None
         bos=config.llm.bos,
         tokenize=config.data.tokenize,
         chat=config.llm.chat,
+        image_marks=config.data.image_marks,
+        several=config.tiling.several,
         images_first=config.data.images_first,
         seed=config.seed,
         sees=config.arch.sees,
@@ -174,9 +185,15 @@ def plan_pictures(sizes: Sizes, words: int, processor: Processor) -> Pictures:
 
     Raises BadRecord if they do not fit with one tile each.
     """
-    wanted = tuple(_tiles(*size, processor.max_tiles, processor.tile_size) for size in sizes)
+    wanted = wanted_plans(sizes, processor)
     plans = _plan(sizes, processor.seq_length - words, wanted, processor)
     return Pictures(sizes, plans, plans != wanted)
+
+
+def wanted_plans(sizes: Sizes, processor: Processor) -> tuple[TilePlan, ...]:
+    """The plans of images of these `sizes`, if there is room for them."""
+    most = processor.most_tiles(len(sizes))
+    return tuple(_tiles(processor.tiling, *size, most) for size in sizes)
 
 
 def _document(turns: Sequence[Turn], images: Sequence[Any], processor: Processor, pictures: Pictures | None) -> Outline:
@@ -204,7 +221,7 @@ def _cut_document(text: Sequence[Run], pictures: Pictures, processor: Processor)
 
 def _pictures_of_beginning(text: Sequence[Run], sizes: Sizes, processor: Processor) -> Pictures:
     """The images of a document that fit: all, with as many tiles as fit, or with one tile each the first of them."""
-    least = [_tiles(*size, 1, processor.tile_size) for size in sizes]
+    least = [_tiles(processor.tiling, *size, 1) for size in sizes]
     lengths = [image_lengths(processor, plan) for plan in least]
     seen = sum(total <= processor.cross_length for total in accumulate(cross for _, cross in lengths))
     stream = [stream for stream, _ in lengths[:seen]]
@@ -255,7 +272,7 @@ def _plan(sizes: Sizes, room: int, wanted: tuple[TilePlan, ...], processor: Proc
         raise TooLong(
             f"the text takes {processor.seq_length - room} tokens, {processor.limit} is {processor.seq_length}"
         )
-    max_tiles, plans = processor.max_tiles, wanted
+    max_tiles, plans = processor.most_tiles(len(sizes)), wanted
     budgets = (("text stream", room), ("cross-attention", processor.cross_length))
     for which, (name, tokens) in enumerate(budgets if sizes else ()):
 
@@ -265,17 +282,19 @@ def _plan(sizes: Sizes, room: int, wanted: tuple[TilePlan, ...], processor: Proc
         if sum(map(tokens_of, plans)) <= tokens:  # as almost always
             continue
         try:
-            plans = fit_max_tiles(sizes, tokens, tokens_of, max_tiles, processor.tile_size)
+            plans = fit_max_tiles(sizes, tokens, tokens_of, max_tiles, processor.tiling)
         except ValueError as error:
             raise TooLong(f"images do not fit the {name}: {error}") from None
         max_tiles = max(1, *(plan.num_regular for plan in plans))
     return plans
 
 
-_tiles = lru_cache(maxsize=1 << 14)(plan_tiles)
+@lru_cache(maxsize=1 << 14)
+def _tiles(tiling: Tiling, width: int, height: int, most: int) -> TilePlan:
+    return tiling(width, height, most)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def image_lengths(processor: Processor, plan: TilePlan) -> tuple[int, int]:
     """Number of tokens of an image in the text stream and among the keys, without a first tag that is joined with the
     text."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -162,6 +163,9 @@ def collate(
         cross_counts=counts("cross_rows"),
         cross_lengths=torch.tensor([n for s in samples for n in s.cross_lengths], dtype=torch.long),
         cross_tags=pad_sequence(tags, batch_first=True, padding_value=PAD) if tags else torch.zeros(0, 0).long(),
+        mixed_rows=_mixed_rows(samples),
+        mixed_weights=torch.cat([torch.zeros(0, 4), *(s.mixed_weights for s in samples)]),
+        mixed_largest=torch.cat([torch.zeros(0, dtype=torch.bool), *(s.mixed_largest for s in samples)]),
         tile_tokens=_joined([s.tile_tokens for s in samples]),
         holder=_joined([s.holder for s in samples]),
         pixels=torch.cat([s.pixels for s in samples]) if samples else empty,
@@ -185,8 +189,23 @@ def _padded(rows: list[Tensor], value: int, multiple: int, length: int | None) -
     return torch.nn.functional.pad(stacked, (0, short), value=value)
 
 
+def _first_rows(samples: list[Sample]) -> list[int]:
+    """The number of each sample's first row within the batch, and the number of rows."""
+    return [0, *accumulate(int(sample.tile_tokens.sum()) for sample in samples)]
+
+
 def _tile_rows(samples: list[Sample], name: str) -> Tensor:
-    """Row numbers of tile tokens, converted from numbers within a sample to numbers within the batch."""
-    first_rows = torch.tensor([0, *(int(s.tile_tokens.sum()) for s in samples)]).cumsum(0)
-    own = [getattr(sample, name) for sample in samples]
-    return _joined([torch.where(rows == ROW_END, rows, rows + first) for rows, first in zip(own, first_rows)])
+    """Row numbers of tile tokens and mixed ones, converted from numbers within a sample to numbers within the batch."""
+    firsts = _first_rows(samples)
+    mixed = [0, *accumulate(len(sample.mixed_rows) for sample in samples)]
+    parts = []
+    for sample, first, end, before in zip(samples, firsts, firsts[1:], mixed):
+        rows, tokens = getattr(sample, name), end - first
+        moved = torch.where(rows < tokens, rows + first, rows - tokens + firsts[-1] + before)
+        parts.append(torch.where(rows == ROW_END, rows, moved))
+    return _joined(parts)
+
+
+def _mixed_rows(samples: list[Sample]) -> Tensor:
+    parts = [sample.mixed_rows + first for sample, first in zip(samples, _first_rows(samples))]
+    return torch.cat([torch.zeros(0, 4, dtype=torch.long), *parts])

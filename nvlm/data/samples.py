@@ -11,8 +11,9 @@ from itertools import accumulate
 
 import torch
 
-from nvlm.data.batch import ALL_TILES, EVERYWHERE, IGNORE, IMAGE, OF_LATEST, PAD, ROW_END, Sample
+from nvlm.data.batch import ALL_TILES, EVERYWHERE, IGNORE, IMAGE, OF_LATEST, PAD, Sample
 from nvlm.data.images import decode_draft, decode_image
+from nvlm.data.mapped import Rows
 from nvlm.data.outline import Outline, Processor, outline
 from nvlm.data.record import Record
 from nvlm.tiling.pixels import decode_jpeg, draft_size, tile_image
@@ -82,7 +83,8 @@ def _assemble(name: str, sketch: Outline, share: Share, pixels: torch.Tensor, se
     trained: list[bool] = []
     image_of: list[int] = []
     tile_of: list[int] = []
-    stream_rows: list[int] = []
+    stream_rows = [torch.zeros(0, dtype=torch.long)]
+    numbers = Rows(rows, rows[-1])
 
     def add(ids: Sequence[int], learns: bool, image: int, tile: int) -> None:
         tokens.extend(ids)
@@ -90,9 +92,8 @@ def _assemble(name: str, sketch: Outline, share: Share, pixels: torch.Tensor, se
         image_of.extend([image] * len(ids))
         tile_of.extend([tile] * len(ids))
 
-    def rows_of(image: int, piece: Piece) -> list[int]:
-        first = first_tile[image]
-        return [ROW_END if source is None else rows[first + source[0]] + source[1] for source in piece.sources()]
+    def rows_of(image: int, piece: Piece) -> torch.Tensor:
+        return numbers.of(piece.content, first_tile[image], piece.tile)
 
     latest, unbound = PAD, OF_LATEST if sees == "latest" else ALL_TILES
     for run in sketch.runs:
@@ -101,12 +102,14 @@ def _assemble(name: str, sketch: Outline, share: Share, pixels: torch.Tensor, se
             continue
         latest = run.image
         for piece in placements[run.image].stream:
-            stream_rows.extend(rows_of(run.image, piece))
+            stream_rows.append(rows_of(run.image, piece))
             add(_ids(piece), False, latest, piece.tile if piece.own_tile else unbound)
 
     cross = [(image, piece) for image, placement in enumerate(placements) for piece in placement.cross]
     tags = {(image, piece.tile): piece.content.ids for image, piece in cross if isinstance(piece.content, Words)}
     shown = [(image, piece) for image, piece in cross if piece.tiles]
+    cross_rows = [torch.zeros(0, dtype=torch.long), *(rows_of(image, piece) for image, piece in shown)]
+    sources, weights, largest = numbers.table()
     # The logits at t predict the token at t + 1, so labels are shifted left by one.
     labels = [tokens[t] if trained[t] else IGNORE for t in range(1, len(tokens))] + [IGNORE]
 
@@ -119,13 +122,16 @@ def _assemble(name: str, sketch: Outline, share: Share, pixels: torch.Tensor, se
         labels=long(labels),
         image=long(image_of),
         tile=long(tile_of),
-        stream_rows=long(stream_rows),
+        stream_rows=torch.cat(stream_rows),
         cross_tokens=long(i for _, piece in cross for i in _ids(piece)),
         cross_image=long(i for i, piece in cross for _ in range(piece.length)),
         cross_tile=long(piece.tile for _, piece in cross for _ in range(piece.length)),
-        cross_rows=long(row for image, piece in shown for row in rows_of(image, piece)),
+        cross_rows=torch.cat(cross_rows),
         cross_lengths=tuple(piece.length for _, piece in shown),
         cross_tags=tuple(tags.get((image, piece.tile), ()) for image, piece in shown),
+        mixed_rows=sources,
+        mixed_weights=weights,
+        mixed_largest=largest,
         tile_tokens=long(tile_tokens),
         holder=long(seat for seat, one in zip(share.seats, placements) for _ in one.tile_tokens),
         pixels=pixels,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nvlm.data.amounts import Work
-from nvlm.data.batch import ALL_TILES, OF_LATEST, PAD, ROW_END, Batch
+from nvlm.data.batch import ALL_TILES, OF_LATEST, PAD, Batch
 
 
 def count_work(batch: Batch) -> Work:
@@ -17,7 +17,7 @@ def count_work(batch: Batch) -> Work:
         pairs=int((batch.positions[real] + 1).sum()),  # causal within each sample
         outputs=batch.num_trained,
         tiles=len(batch.tile_tokens),
-        projected=sum(int((rows != ROW_END).sum()) for rows in (batch.stream_rows, batch.cross_rows)),
+        projected=sum(len(batch.sources_of(rows)) for rows in (batch.stream_rows, batch.cross_rows)),
         keys=int((batch.cross_sample != PAD).sum()),
         cross_pairs=_cross_pairs(batch),
     )

@@ -6,10 +6,11 @@ Also the work in a sample with one image, for estimates.
 from __future__ import annotations
 
 from nvlm.arch.registry import placement_rule
+from nvlm.config.tiles import tiling_of
 from nvlm.config.values import Config, problem
 from nvlm.data.amounts import Work
 from nvlm.data.text.tokenizer import tokenizer_of
-from nvlm.tiling.grid import TilePlan, ratios
+from nvlm.tiling.grid import TilePlan
 from nvlm.tiling.placement import Placement
 from nvlm.tiling.tags import tile_tags
 
@@ -43,7 +44,7 @@ def sample_work(config: Config, text: int, regular: int) -> Work:
     """
     if not regular:
         return Work(tokens=text, pairs=text * (text + 1) // 2, outputs=text)
-    plan = TilePlan(regular, 1, config.vision.tile_size)
+    plan = tiling_of(config.tiling, config.vision).of(regular)
     placement = place(config, plan)
     stream, keys = placement.lengths
     of_tile = [sum(p.length for p in placement.cross if p.tile == tile) for tile in range(plan.num_tiles)]
@@ -62,7 +63,7 @@ def sample_work(config: Config, text: int, regular: int) -> Work:
 
 def most_image_tokens(config: Config) -> tuple[int, int]:
     """The largest `image_tokens` of any image."""
-    plans = [TilePlan(cols, rows, config.vision.tile_size) for cols, rows in ratios(config.tiling.max_tiles)]
+    plans = tiling_of(config.tiling, config.vision).full(config.tiling.max_tiles)
     streams, crosses = zip(*(image_tokens(config, plan) for plan in plans))
     return max(streams), max(crosses)
 

@@ -12,10 +12,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nvlm.config.tiles import tiling_of
 from nvlm.config.values import Config
 from nvlm.data.amounts import Work
 from nvlm.estimate.lengths import place, sample_work
-from nvlm.tiling.grid import TilePlan
 
 if TYPE_CHECKING:
     from nvlm.data.batch import Batch
@@ -99,7 +99,7 @@ def _from_tiles(config: Config, tiles: int) -> tuple[int, int]:
     """Number of the sample's tile tokens in the text stream and among the keys."""
     if not tiles:
         return 0, 0
-    return place(config, TilePlan(tiles, 1, config.vision.tile_size)).from_tiles
+    return place(config, tiling_of(config.tiling, config.vision).of(tiles)).from_tiles
 
 
 def _up(count: int, multiple: int) -> int:

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, fields
 from itertools import chain, islice
 
 from nvlm.data.images import decode_image
-from nvlm.data.outline import Outline, Processor, outline
+from nvlm.data.outline import Outline, Processor, outline, wanted_plans
 from nvlm.data.record import BadRecord, Record, TooLong, one_record
-from nvlm.tiling.grid import plan_tiles
 
 SPREADS = ("length", "text", "keys", "tiles", "width", "height")  # what is counted by value
 FAULTS = 20  # named per source
@@ -111,7 +110,7 @@ def of_outline(sketch: Outline, processor: Processor) -> Tally:
     pictures, (length, keys) = sketch.pictures, sketch.lengths
     stream = sum(piece.length for placement in sketch.placements for piece in placement.stream if piece.tiles)
     tiles = sum(plan.num_tiles for plan in pictures.plans)
-    wanted = sum(plan_tiles(*size, processor.max_tiles, processor.tile_size).num_tiles for size in pictures.sizes)
+    wanted = sum(plan.num_tiles for plan in wanted_plans(pictures.sizes, processor))
     return Tally(
         records=1,
         fewer_tiles=int(pictures.fewer_tiles),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nvlm.config.tiles import tiling_of
 from nvlm.config.values import ConfigError
 from nvlm.data.images import decode_image
 from nvlm.data.record import BadRecord
@@ -16,7 +17,6 @@ from nvlm.inspect.document import data_url
 from nvlm.report.answers import Answer
 from nvlm.report.cells import Grid
 from nvlm.report.runs import Run
-from nvlm.tiling.grid import plan_tiles
 from nvlm.tiling.tags import tile_tags
 
 _MOST_NAMES = 100_000  # records whose names are searched for a question
@@ -140,6 +140,6 @@ def _pictures(records: Records | None, place: int | None, run: Run) -> tuple[Pic
 def _picture(source: object, run: Run) -> Picture:
     tiling, vision = run.config.tiling, run.config.vision
     image = decode_image(source, run.config.data.max_pixels).convert("RGB")
-    plan = plan_tiles(*image.size, tiling.max_tiles, vision.tile_size)
+    plan = tiling_of(tiling, vision)(*image.size, tiling.max_tiles)
     tags = tile_tags(plan, tiling.tag, tiling.max_tiles, run.config.llm.thumbnail_tag)
     return Picture(data_url(image, _SIDE, _BYTES), image.size, plan.cols, plan.rows, tags[: plan.num_regular])

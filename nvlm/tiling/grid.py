@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from nvlm.tiling.placement import Shown, TileTokens
+
 # If the images of a sample do not fit, the limit on tiles per image is lowered to these values in turn.
 _LADDER = (12, 8, 6, 4, 2, 1)
 
@@ -34,19 +36,34 @@ class TilePlan:
 
     @property
     def width(self) -> int:
-        """Width in px of the resized image."""
+        """Width in px of the grid."""
         return self.cols * self.tile_size
 
     @property
     def height(self) -> int:
-        """Height in px of the resized image."""
+        """Height in px of the grid."""
         return self.rows * self.tile_size
+
+    @property
+    def picture(self) -> tuple[int, int]:
+        """Size (width, height) in px of the resized image, in the centre of the grid."""
+        return self.width, self.height
+
+    @property
+    def fill(self) -> tuple[int, int, int] | None:
+        """RGB with which the whole picture is padded to a square before it becomes one tile; None: it is stretched."""
+        return None
 
     def boxes(self) -> tuple[tuple[int, int, int, int], ...]:
         """Crop boxes (left, top, right, bottom) of the regular tiles in px of the resized image, row-major."""
         size = self.tile_size
         corners = (((k % self.cols) * size, (k // self.cols) * size) for k in range(self.num_regular))
         return tuple((x, y, x + size, y + size) for x, y in corners)
+
+    def shown(self, tags: Sequence[tuple[int, ...]], tokens: Sequence[int]) -> tuple[Shown, ...]:
+        """What an image shows, in order: each tile after its tag. `tags`, `tokens`: of each tile, thumbnail last."""
+        last = self.num_regular
+        return tuple(Shown(t, tags[t], TileTokens(tokens[t]), overview=t == last) for t in range(self.num_tiles))
 
 
 @cache
@@ -82,12 +99,39 @@ def plan_tiles(width: int, height: int, max_tiles: int = 6, tile_size: int = 448
     return TilePlan(*choose_grid(width, height, max_tiles, tile_size), tile_size)
 
 
+PlanRule = Callable[[int, int, int], TilePlan]
+"""(width, height, limit on tiles) -> the plan of an image of that size in px"""
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicTiling:
+    """NVLM's dynamic high resolution, with tiles of `tile_size` px."""
+
+    tile_size: int
+
+    def __call__(self, width: int, height: int, most: int) -> TilePlan:
+        """The plan of a `width` x `height` px image with at most `most` tiles."""
+        return plan_tiles(width, height, most, self.tile_size)
+
+    def full(self, most: int) -> tuple[TilePlan, ...]:
+        """The plan of every grid of at most `most` tiles."""
+        return tuple(TilePlan(cols, rows, self.tile_size) for cols, rows in ratios(most))
+
+    def counts(self, most: int) -> tuple[int, ...]:
+        """The numbers of tiles that an image may have, of at most `most`."""
+        return tuple(range(1, most + 1))
+
+    def of(self, tiles: int) -> TilePlan:
+        """A plan with `tiles` tiles."""
+        return TilePlan(tiles, 1, self.tile_size)
+
+
 def fit_max_tiles(
     sizes: Sequence[tuple[int, int]],
     room: int,
     tokens_of: Callable[[TilePlan], int],
     max_tiles: int = 6,
-    tile_size: int = 448,
+    plan: PlanRule = plan_tiles,
 ) -> tuple[TilePlan, ...]:
     """Plans for the images of one sample, with at most `room` tokens in total.
 
@@ -98,7 +142,7 @@ def fit_max_tiles(
     _require_positive(max_tiles=max_tiles)
     needed = 0
     for limit in (max_tiles, *(step for step in _LADDER if step < max_tiles)):
-        plans = tuple(plan_tiles(width, height, limit, tile_size) for width, height in sizes)
+        plans = tuple(plan(width, height, limit) for width, height in sizes)
         needed = sum(tokens_of(plan) for plan in plans)
         if needed <= room:
             return plans

@@ -30,8 +30,8 @@ _PILLOW_ORDERS_PASSES = int(PIL.__version__.split(".")[0]) >= 13
 def tile_image(image: Image.Image | torch.Tensor, plan: TilePlan, resize: str = "exact") -> torch.Tensor:
     """The tiles of an image: uint8 [T, 3, tile_size, tile_size] with T = plan.num_tiles (NVLM section 4.1).
 
-    The image is resized to the grid of `plan` and cut into tiles; the thumbnail comes last. `plan` is the result of
-    nvlm.tiling.grid.plan_tiles for the image's size.
+    The image is resized to the grid of `plan` and cut into tiles; the thumbnail comes last. `plan` is made for the
+    image's size, by nvlm.tiling.grid.plan_tiles or nvlm.tiling.anyres.MapTiling.
 
     resize="exact" is the bicubic filter of the installed Pillow, byte for byte the same as the published preprocessing.
     "fast" is torch's antialiased bicubic on uint8: several times faster, and off by one or two levels in under 1% of
@@ -50,16 +50,46 @@ def tile_image(image: Image.Image | torch.Tensor, plan: TilePlan, resize: str = 
     if resize not in _RESIZERS:
         raise ValueError(f"resize, got {resize!r}, expected one of {', '.join(_RESIZERS)}, fix: use one")
     tile_size = plan.tile_size
-    grid_size, thumbnail_size = (plan.width, plan.height), (tile_size, tile_size)
-    sizes = [grid_size, thumbnail_size] if plan.num_regular else [thumbnail_size]
-    *grid, thumbnail = _RESIZERS[resize](to_rgb(image) if isinstance(image, Image.Image) else image, sizes)
+    source = to_rgb(image) if isinstance(image, Image.Image) else image
+    whole = (tile_size, tile_size)
+    if plan.fill is None:
+        *grid, thumbnail = _RESIZERS[resize](source, [plan.picture, whole] if plan.num_regular else [whole])
+    else:
+        grid = _RESIZERS[resize](source, [plan.picture] if plan.num_regular else [])
+        (thumbnail,) = _RESIZERS[resize](_squared(source, plan.fill), [whole])
 
     pixels = torch.empty((plan.num_tiles, 3, tile_size, tile_size), dtype=torch.uint8)
     pixels[-1] = thumbnail
     if grid:
-        cells = grid[0].unflatten(1, (plan.rows, tile_size)).unflatten(3, (plan.cols, tile_size))
+        cells = _centred(grid[0], plan).unflatten(1, (plan.rows, tile_size)).unflatten(3, (plan.cols, tile_size))
         pixels[:-1].unflatten(0, (plan.rows, plan.cols)).copy_(cells.permute(1, 3, 0, 2, 4))
     return pixels
+
+
+def _centred(picture: torch.Tensor, plan: TilePlan) -> torch.Tensor:
+    """`picture` uint8 [3, h, w] in the centre of a black one of the grid's size, as LLaVA-NeXT pads."""
+    height, width = picture.shape[1:]
+    if (height, width) == (plan.height, plan.width):
+        return picture
+    top, left = (plan.height - height) // 2, (plan.width - width) // 2
+    padded = picture.new_zeros(3, plan.height, plan.width)
+    padded[:, top : top + height, left : left + width] = picture
+    return padded
+
+
+def _squared(source: Image.Image | torch.Tensor, fill: Sequence[int]) -> Image.Image | torch.Tensor:
+    """The image in the centre of a square of the colour `fill` (LLaVA's expand2square)."""
+    if isinstance(source, Image.Image):
+        side = max(source.size)
+        square = Image.new("RGB", (side, side), tuple(fill))
+        square.paste(source, ((side - source.width) // 2, (side - source.height) // 2))
+        return square
+    height, width = source.shape[1:]
+    side = max(height, width)
+    square = torch.tensor(fill, dtype=torch.uint8)[:, None, None].expand(3, side, side).clone()
+    top, left = (side - height) // 2, (side - width) // 2
+    square[:, top : top + height, left : left + width] = source
+    return square
 
 
 def draft_size(plan: TilePlan) -> tuple[int, int]:

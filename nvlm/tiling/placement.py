@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from nvlm.tiling.grid import TilePlan
+from nvlm.tiling.resample import Resampling
+
+if TYPE_CHECKING:
+    from nvlm.tiling.grid import TilePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +40,8 @@ class TileMap:
     """The tokens of several tiles joined into one feature map, which is read row by row.
 
     `tiles` form a grid with `across` tiles per row; each tile has `rows` x `columns` tokens. `window` (top, left,
-    bottom, right; tokens) is the part of the map that is kept, by default all of it. With `row_ends`, each row is
-    followed by a position for a learned vector.
+    bottom, right; tokens) is the part of the map that is kept, by default all of it; it may be resampled to fewer
+    tokens, each a mixture of up to four. With `row_ends`, each row is followed by a position for a learned vector.
     """
 
     tiles: tuple[int, ...]
@@ -46,6 +50,7 @@ class TileMap:
     columns: int
     row_ends: bool = False
     window: tuple[int, int, int, int] | None = None
+    resampled: Resampling | None = None
 
     def __post_init__(self) -> None:
         if self.across < 1 or not self.tiles or len(self.tiles) % self.across:
@@ -66,27 +71,53 @@ class TileMap:
         return self.window or (0, 0, len(self.tiles) // self.across * self.rows, self.across * self.columns)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of tokens, without row ends."""
+        top, left, bottom, right = self.kept
+        return self.resampled.size if self.resampled else (bottom - top, right - left)
+
+    @property
     def ends(self) -> int:
         """Number of row ends."""
-        top, _, bottom, _ = self.kept
-        return (bottom - top) * self.row_ends
+        return self.shape[0] * self.row_ends
 
     @property
     def length(self) -> int:
         """Number of tokens, including row ends."""
-        top, left, bottom, right = self.kept
-        return (bottom - top) * (right - left) + self.ends
+        rows, columns = self.shape
+        return rows * columns + self.ends
 
-    def sources(self) -> list[tuple[int, int] | None]:
-        """The (tile, token within the tile) at each position; None at row ends."""
-        top, left, bottom, right = self.kept
-        found: list[tuple[int, int] | None] = []
-        for y in range(top, bottom):
-            for x in range(left, right):
-                tile = self.tiles[y // self.rows * self.across + x // self.columns]
-                found.append((tile, y % self.rows * self.columns + x % self.columns))
-            found += [None] * self.row_ends
-        return found
+
+@dataclass(frozen=True, slots=True)
+class RowEnd:
+    """A position for the learned vector that ends the rows of maps, outside of a map: after a video's frame."""
+
+    length: int = field(default=1, init=False)
+
+
+Content = Words | TileTokens | TileMap | RowEnd
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A part of a picture, after its tag, before an architecture decides where both go.
+
+    `tile`: as in Piece. `overview`: the whole picture in one tile.
+    """
+
+    tile: int
+    tag: tuple[int, ...]
+    content: Content
+    overview: bool = False
+
+
+def as_keys(parts: Iterable[Shown]) -> tuple[Shown, ...]:
+    """`parts` without row ends: keys have no order, which these could show."""
+    kept = [part for part in parts if not isinstance(part.content, RowEnd)]
+    return tuple(
+        replace(part, content=replace(part.content, row_ends=False)) if isinstance(part.content, TileMap) else part
+        for part in kept
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +129,7 @@ class Piece:
     """
 
     tile: int
-    content: Words | TileTokens | TileMap
+    content: Content
     own_tile: bool = False
 
     @property
@@ -109,22 +140,19 @@ class Piece:
     @property
     def tiles(self) -> tuple[int, ...]:
         """The tiles whose tokens it shows; none for words."""
-        if isinstance(self.content, Words):
+        if isinstance(self.content, Words | RowEnd):
             return ()
         return self.content.tiles if isinstance(self.content, TileMap) else (self.tile,)
 
     @property
     def from_tiles(self) -> int:
-        """Number of tile tokens, without words and row ends."""
-        if isinstance(self.content, Words):
+        """Number of tile tokens that it is made of, without words and row ends."""
+        if isinstance(self.content, Words | RowEnd):
             return 0
-        return self.content.length - (self.content.ends if isinstance(self.content, TileMap) else 0)
-
-    def sources(self) -> list[tuple[int, int] | None]:
-        """The (tile, token within the tile) at each position that is not words; None at the end of a map's row."""
         if isinstance(self.content, TileMap):
-            return self.content.sources()
-        return [(tile, token) for tile in self.tiles for token in range(self.length)]
+            top, left, bottom, right = self.content.kept
+            return (bottom - top) * (right - left)
+        return self.content.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +188,7 @@ class Placement:
 
     @property
     def from_tiles(self) -> tuple[int, int]:
-        """Number of tile tokens in the text stream and among the keys."""
+        """Number of tile tokens that the text stream and the keys are made of."""
         return sum(piece.from_tiles for piece in self.stream), sum(piece.from_tiles for piece in self.cross)
 
 
@@ -178,5 +206,5 @@ class TileUse:
         return TileUse(self.stream or other.stream, self.keys or other.keys)
 
 
-PlacementRule = Callable[[TilePlan, Sequence[tuple[int, ...]], Sequence[int]], Placement]
+PlacementRule = Callable[["TilePlan", Sequence[tuple[int, ...]], Sequence[int]], Placement]
 """(plan, tag ids of each tile, tokens of each tile; thumbnail last) -> Placement; one per architecture."""

@@ -44,7 +44,7 @@ def test_a_projector_equals_torchs_layers(configured, joined, kind):
     size = 3 if kind.endswith("3x3") else 2
     config = configured(
         "arch=decoder", "precision=fp32", f"projector={kind}", f"vision.downsample={size}",
-        "vision.tile_size=84", "tiling.newline=true",
+        "vision.tile_size=84", "tiling=anyres",
     )  # fmt: skip
     torch.manual_seed(0)
     ours, width, hidden = Projector(config, config.projector.kind or "mlp"), config.vision.feature_width, 128

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from nvlm.arch.decoder.placement import with_tags
 from nvlm.tiling.grid import TilePlan
-from nvlm.tiling.placement import Placement
+from nvlm.tiling.placement import Placement, as_keys
 
 
 def placement(plan: TilePlan, tags: Sequence[tuple[int, ...]], tokens: Sequence[int]) -> Placement:
@@ -14,8 +14,9 @@ def placement(plan: TilePlan, tags: Sequence[tuple[int, ...]], tokens: Sequence[
 
     An image of one tile has no regular tiles: the tile is the thumbnail, and adds no keys.
     """
+    parts = plan.shown(tags, tokens)
     return Placement(
         tuple(tokens),
-        stream=with_tags([plan.num_tiles - 1], tags, tokens),
-        cross=with_tags(range(plan.num_regular), tags, tokens),
+        stream=with_tags(part for part in parts if part.overview),
+        cross=with_tags(as_keys(part for part in parts if not part.overview)),
     )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nvlm.tiling.grid import TilePlan
-from nvlm.tiling.placement import Piece, Placement, TileTokens, Words
+from nvlm.tiling.placement import Piece, Placement, Words, as_keys
 
 
 def placement(plan: TilePlan, tags: Sequence[tuple[int, ...]], tokens: Sequence[int]) -> Placement:
     """Tags 1..n and the thumbnail's in the stream, each seeing only its tile; tiles and thumbnail as keys."""
-    tiles = range(plan.num_tiles)
+    parts = as_keys(plan.shown(tags, tokens))
     return Placement(
         tuple(tokens),
-        stream=tuple(Piece(t, Words(tags[t]), own_tile=True) for t in tiles),
-        cross=tuple(Piece(t, TileTokens(tokens[t])) for t in tiles),
+        stream=tuple(Piece(part.tile, Words(part.tag), own_tile=True) for part in parts),
+        cross=tuple(Piece(part.tile, part.content) for part in parts),
     )

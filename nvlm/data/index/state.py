@@ -21,8 +21,8 @@ from nvlm.data.text.tokenizer import tokenizer_file
 # Fields of a processor that do not change the text tokens of a record or the sizes of its images. Every other field is
 # part of an index's settings. `tokenizer_path` stands for a file, which is compared by its content.
 _UNUSED = (
-    "placement", "tokenizer_path", "tile_size", "tile_tokens", "max_tiles", "tag", "thumbnail_tag", "resize",
-    "seq_length", "cross_length", "limit", "seed", "sees",
+    "placement", "tiling", "several", "tokenizer_path", "tile_size", "tile_tokens", "max_tiles", "tag", "thumbnail_tag",
+    "resize", "seq_length", "cross_length", "limit", "seed", "sees",
 )  # fmt: skip
 _KEYS = {"bos": "llm.bos", "chat": "llm.chat"}  # those that are not data.NAME
 _ELSEWHERE = ("path", "heldout_path", "heldout_records", "take")  # of a source: files are compared by content

@@ -97,8 +97,8 @@ class _Writer:
         if number != self.images:
             raise BadRecord("the chat format puts a message with an image before an earlier one")
         self.flush()
-        encode = self.tokenizer.encode
-        self.runs += [Run(encode("<Image>")), Run(image=number), Run(encode("</Image>"))]
+        encode, (opening, closing) = self.tokenizer.encode, self.tokenizer.marks
+        self.runs += [Run(encode(opening)), Run(image=number), Run(encode(closing))]
         self.before, self.takes_space, self.images = "text", False, self.images + 1
 
     def flush(self) -> None:

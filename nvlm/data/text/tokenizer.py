@@ -45,6 +45,7 @@ class ChatTokenizer:
     others: frozenset[int] = frozenset()  # other tokens that may end an answer
     last: str | None = None  # ends a document
     inner: Tokenizer | None = None  # `tokenizer` for a text that continues one: without the space that some put first
+    marks: tuple[str, str] = ("<Image>", "</Image>")  # text before and after an image
     prefixed: str = "never"  # where that space comes: never, "always" after special tokens too, "first" in a text
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -103,12 +104,13 @@ def tokenizer_of(llm: LLMConfig, key: str = "llm.tokenizer") -> ChatTokenizer:
 
 @lru_cache(maxsize=4)
 def load_tokenizer(
-    where: str, bos: str | None = None, key: str = "llm.tokenizer", chat: str = "chatml"
+    where: str, bos: str | None = None, key: str = "llm.tokenizer", chat: str = "chatml", marks: bool = True
 ) -> ChatTokenizer:
     """Read the tokenizer that `where` refers to (see `tokenizer_file`).
 
     Files in the same folder say which tokens end an answer (`nvlm.data.text.ends`). `bos`: the token that starts every
-    conversation; `key`: the setting that `where` came from; `chat`: the chat format. Raises ConfigError.
+    conversation; `key`: the setting that `where` came from; `chat`: the chat format; `marks`: whether `<Image>`
+    and `</Image>` stand around an image. Raises ConfigError.
     """
     path = tokenizer_file(where)
     if not path.is_file():
@@ -136,6 +138,7 @@ def load_tokenizer(
         end_tokens(path.parent, tokenizer, key) if path.name == "tokenizer.json" else frozenset(),
         last,
         None if prefixed == "never" else _built(continuing, control, path, key),
+        ("<Image>", "</Image>") if marks else ("", ""),
         prefixed,
     )
 

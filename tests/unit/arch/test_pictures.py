@@ -22,6 +22,7 @@ from nvlm.data.record import Record
 from nvlm.data.samples import encode
 from nvlm.data.work import count_work
 from nvlm.tiling.placement import Piece, Placement, TileMap, TileTokens, Words
+from nvlm.tiling.resample import Resampling
 
 TALL, WIDE = 3, 2  # tokens of a regular tile, down and across
 THUMBNAIL = 5  # tokens of the thumbnail
@@ -218,3 +219,58 @@ def test_tags_reach_the_tokens_of_pieces_of_any_length():
     assert torch.equal(got, right)
     gradients = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (got, right)]
     assert torch.allclose(*gradients, rtol=0, atol=1e-12)
+
+
+def mixed(plan, tags, tokens):
+    """The thumbnail, then the map of all regular tiles with fewer rows and columns; then again, by its maxima."""
+    placed = anyres(plan, tags, tokens)
+    if not plan.num_regular:
+        return placed
+    *before, whole = placed.stream
+    rows, columns = plan.rows * TALL, plan.cols * WIDE
+    smaller = Resampling((rows - 1, columns - 1)), Resampling((rows // 2, columns // 2), "max")
+    maps = [replace(whole, content=replace(whole.content, resampled=one)) for one in smaller]
+    return replace(placed, stream=(*before, *maps), cross=(maps[0],))
+
+
+def test_tokens_are_mixed_after_they_are_projected(samples):
+    """Against torch's own filters on maps that are laid out by hand; also column by column, and with gradients."""
+    made, generator = samples(mixed), torch.Generator().manual_seed(1)
+    batch = collate([[made[0][0], made[2][0]], [made[3][0]]], 112)
+    features = torch.randn(int(batch.tile_tokens.sum()), WIDTH, generator=generator, dtype=torch.float64)
+    end = torch.randn(WIDTH, generator=generator, dtype=torch.float64, requires_grad=True)
+    batch = batch.with_features(features)
+    check_placeholders(batch)
+    learned = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def project(x):
+        return torch.tanh(x @ learned)
+
+    parts, rest = [], project(features)
+    for plan in (*made[0][1], *made[3][1]):
+        regular = plan.num_regular * TALL * WIDE
+        tiles, thumbnail, rest = rest.split([regular, THUMBNAIL, len(rest) - regular - THUMBNAIL])
+        image = map_of(tiles, plan, "without ends", None).view(1, plan.rows * TALL, plan.cols * WIDE, WIDTH)
+        image = image.permute(0, 3, 1, 2)
+        rows, columns = image.shape[2:]
+        maps = (
+            torch.nn.functional.interpolate(image, size=(rows - 1, columns - 1), mode="bilinear"),
+            torch.nn.functional.max_pool2d(image, 2),
+        )
+        parts.append(thumbnail)
+        for one in maps:
+            lines = one[0].permute(1, 2, 0)
+            parts.append(torch.cat((lines, end.expand(len(lines), 1, WIDTH)), dim=1).flatten(0, 1))
+    right = torch.cat(parts)
+    got = picture_tokens(batch, batch.stream_rows, project, end)
+    assert torch.allclose(got, right, rtol=0, atol=1e-6)  # the weights are fp32
+    cotangent = torch.randn(right.shape, generator=generator, dtype=torch.float64)
+    wanted, found = (torch.autograd.grad((x * cotangent).sum(), (learned, end)) for x in (right, got))
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-4) for a, b in zip(found, wanted))
+
+    words = torch.zeros(*batch.tokens.shape, WIDTH, dtype=torch.float64)
+    whole = fill_stream(words, batch, slice(None), project, end)
+    columns = torch.arange(batch.tokens.shape[1])[1::3]
+    assert torch.allclose(fill_stream(words[:, columns], batch, columns, project, end), whole[:, columns], atol=1e-12)
+    assert count_work(batch).projected == sum(len(batch.sources_of(r)) for r in (batch.stream_rows, batch.cross_rows))
+    assert set(batch.tiles_of(batch.cross_rows).tolist()) <= set(range(len(batch.tile_tokens)))

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nvlm.tiling import TilePlan, choose_grid, fit_max_tiles, plan_tiles, ratios, tokens_per_tile
+from nvlm.tiling.grid import DynamicTiling
 
 SIX = {
     (1, 1), (1, 2), (1, 3), (1, 4), (1, 5), (1, 6), (2, 1), (2, 2), (2, 3),
@@ -162,7 +163,7 @@ def test_fit_keeps_the_limit_when_there_is_room():
     plans = fit_max_tiles(sizes, 8 * 256, lambda plan: plan.num_tiles * 256)
     assert plans == (TilePlan(3, 2), TilePlan(1, 1))
     # 100x100 px is more than half of 2x2 tiles of 56 px.
-    assert fit_max_tiles([(100, 100)], 5, lambda plan: plan.num_tiles, 4, 56) == (TilePlan(2, 2, 56),)
+    assert fit_max_tiles([(100, 100)], 5, lambda plan: plan.num_tiles, 4, DynamicTiling(56)) == (TilePlan(2, 2, 56),)
 
 
 def test_fit_steps_the_limit_down_for_every_image():

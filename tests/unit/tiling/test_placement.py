@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nvlm.arch.registry import placement_rule
+from nvlm.data.batch import ROW_END
+from nvlm.data.mapped import Rows
 from nvlm.tiling.grid import TilePlan
 from nvlm.tiling.placement import Piece, Placement, TileMap, TileTokens, Words
 
@@ -67,5 +69,10 @@ def test_a_tile_without_a_token_has_no_piece():
     ],
 )
 def test_tile_tokens_are_counted_without_words_and_row_ends(content):
-    piece = Piece(0, content)
-    assert piece.from_tiles == sum(source is not None for source in piece.sources())
+    rows = Rows(starts=[0, 6, 12, 18, 24], first_mixed=24).of(content, 0, 0)
+    assert (
+        Piece(0, content).from_tiles
+        == int((rows != ROW_END).sum())
+        == len(rows.unique()) - int((rows == ROW_END).any())
+    )
+    assert len(rows) == (0 if isinstance(content, Words) else content.length)

@@ -1,0 +1,27 @@
+"""The rule by which a run's images become tiles. Imports no torch."""
+
+from __future__ import annotations
+
+from nvlm.config.values import TilingConfig, VisionConfig
+from nvlm.tiling.anyres import Joined, MapTiling
+from nvlm.tiling.grid import DynamicTiling
+
+Tiling = DynamicTiling | MapTiling
+
+
+def tiling_of(tiling: TilingConfig, vision: VisionConfig) -> Tiling:
+    """The rule that `tiling.kind` names, for the encoder's tiles."""
+    if tiling.kind == "dhr":
+        return DynamicTiling(vision.tile_size)
+    return MapTiling(
+        tile_size=vision.tile_size,
+        grids=None if tiling.kind == "crops" else tuple(grid_of(one) for one in tiling.pinpoints),
+        joined=Joined(newline=tiling.newline, cap=tiling.cap, unpad=tiling.unpad),
+        square=tiling.fill if tiling.base == "pad" else None,
+    )
+
+
+def grid_of(pinpoint: str) -> tuple[int, int]:
+    """Columns and rows of COLUMNSxROWS."""
+    cols, _, rows = pinpoint.partition("x")
+    return int(cols), int(rows)
