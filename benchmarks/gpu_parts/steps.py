@@ -92,7 +92,7 @@ def learner(config: Config) -> Iterator[Trainer]:
         encoder = description_of(config.vision).build(fresh, solo_groups()).to(device)
         path = frozen(encoder, replace(fresh, vision=replace(config.vision, graph=False)))
         vision = BalancedVision(path, build_team(tile_use_of_rank(config, 0), config.vision.balance))
-        yield Trainer(chunks, stages, vision, SimpleNamespace(zero_grad=lambda: None), None, device, {})
+        yield Trainer(chunks, None, stages, vision, SimpleNamespace(zero_grad=lambda: None), None, device, {})
 
 
 def one_batch(config: Config, samples: Sequence[Sample]) -> Batch:

@@ -96,6 +96,7 @@ class VisionConfig:
     qk_norm: bool
     balance: Annotated[str, Choice("replica", "global")]  # distribute tiles over a replica, or over all ranks
     tiles_per_call: Count  # batch size of the encoder
+    tiles_per_backward: Count = 4  # the same in the backward pass of one that learns, which keeps activations
     graph: bool  # run full encoder batches as a CUDA graph
 
     @property

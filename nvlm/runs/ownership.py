@@ -132,7 +132,8 @@ _FREE = ("name", "resume", "dry_run", "profile", "gpu", "init.llm", "init.checkp
          "evaluate.", "logging.", "data.heldout_", "data.workers", "data.max_skipped", "data.index",
          "train.log_every", "train.save_every", "train.keep", "train.async_save", "train.save_frozen",
          "train.threads", "train.recompute", "train.stop_seconds", "train.spike_factor", "train.max_bad_steps",
-         "vision.balance", "vision.tiles_per_call", "vision.graph", "train.offload")  # fmt: skip
+         "vision.balance", "vision.tiles_per_call", "vision.tiles_per_backward", "vision.graph",
+         "train.offload")  # fmt: skip
 
 # Inputs that are compared with the run's record by content, so their paths may change.
 _IDENTIFIED = ("data.path", "data.root", "init.vision", "llm.tokenizer")

@@ -33,6 +33,7 @@ from nvlm.train.agree import agreed
 from nvlm.train.begin import begin
 from nvlm.train.checkpoint.restore import Loaded, load
 from nvlm.train.checkpoint.save import Checkpoints
+from nvlm.train.encoder import groups_of_encoder, wrap_encoder
 from nvlm.train.evaluations import Evaluation, Evaluations
 from nvlm.train.garbage import Collector
 from nvlm.train.guard import Guard, broken
@@ -44,7 +45,7 @@ from nvlm.train.step import Trainer, train_step
 from nvlm.train.tracker import SILENT, Silent, Tracker, build_tracker
 from nvlm.train.waiting import impatient
 from nvlm.train.watch import Watchdog
-from nvlm.vision.path import build_vision
+from nvlm.vision.path import VisionPath, build_vision, load_encoder
 from nvlm.vision.prepass import BalancedVision, build_team
 
 
@@ -72,7 +73,7 @@ def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: E
         steps = replace(steps, ends=loaded.ends)
         idle.check_gates(trainer.pipeline.parts)
         counts = count_groups(trainer.pipeline.parts, trainer.vision.path.encoder)
-        rates = peak_rates(trainer.chunks, trainer.optimizer)
+        rates = peak_rates(trainer.wrapped, trainer.optimizer)
         tracker: Tracker | Silent = SILENT
         if groups.is_first_rank():
             begin_folder(config, run_dir, fresh=not resumed)
@@ -129,7 +130,7 @@ def train(
             mark(step, "log")
             metrics.record(result, mark.lap())
             collect(step)
-            waiting, warning = idle.after_step(waiting, trainer.chunks, result.work.tiles)
+            waiting, warning = idle.after_step(waiting, trainer.wrapped, result.work.tiles)
             if warning and active:
                 print(warning)
             last = step == settings.steps
@@ -206,11 +207,17 @@ def build_trainer(config: Config, device, begins: bool = True) -> Trainer:
         freeze(part, config)
     pipeline = build_pipeline(config, parts)
     chunks = tuple(wrap(part, config) for part in parts)
-    optimizer, schedule = build_optimizer(chunks, config)
+    encoder = own = None
+    if config.stage.train_vision:
+        own = groups_of_encoder()
+        encoder = wrap_encoder(load_encoder(config, device), config, own)
+        path = VisionPath(encoder.module.vision, config.vision, learns=True)
+    else:
+        path = build_vision(config, device)
+    optimizer, schedule = build_optimizer(chunks, config, encoder, own)
     megatron = parts[0].config
     megatron.grad_scale_func, megatron.finalize_model_grads_func = optimizer.scale_loss, pipeline.finalize
     if config.parallel.overlap:
         megatron.no_sync_func = chunks[0].no_sync  # reduce gradients only after the last micro-batch
     team = build_team(tile_use_of_rank(config, groups.pipeline_rank()), config.vision.balance)
-    vision = BalancedVision(build_vision(config, device), team)
-    return Trainer(chunks, pipeline, vision, optimizer, schedule, device, origins)
+    return Trainer(chunks, encoder, pipeline, BalancedVision(path, team), optimizer, schedule, device, origins)

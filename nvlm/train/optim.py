@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
+    ChainedOptimizer,
     MegatronOptimizer,
     OptimizerConfig,
     ParamGroupOverride,
@@ -22,6 +23,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nvlm.arch.base import VisionLanguageModel
 from nvlm.arch.groups import parameter_group
@@ -62,7 +64,9 @@ def count_groups(parts: Sequence[VisionLanguageModel], encoder: torch.nn.Module)
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     stages: list[Counter] = [Counter()] * pipeline.size()
     dist.all_gather_object(stages, own, group=pipeline)
-    total = sum(stages, Counter()) + Counter({("vision", False): sum(p.numel() for p in encoder.parameters())})
+    total = sum(stages, Counter())
+    for parameter in encoder.parameters():
+        total["vision", parameter.requires_grad] += parameter.numel()
     return [GroupCount(group, total[group, True] + total[group, False], total[group, True]) for group in GROUPS]
 
 
@@ -98,12 +102,23 @@ def wrap(model: VisionLanguageModel, config: Config) -> DistributedDataParallel:
 
 
 def build_optimizer(
-    chunks: Sequence[DistributedDataParallel], config: Config
+    chunks: Sequence[DistributedDataParallel],
+    config: Config,
+    encoder: DistributedDataParallel | None = None,
+    groups: ProcessGroupCollection | None = None,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW for the parameters that learn; linear warm-up and cosine decay, in steps."""
+    """AdamW for the parameters that learn; linear warm-up and cosine decay, in steps.
+
+    `encoder`: one that learns, with its `groups`. The norm that clips is that of all gradients.
+    """
     optim, settings = config.optim, _settings(config)
-    overrides = _overrides(config, settings)
-    optimizer = get_megatron_optimizer(settings, list(chunks), overrides, use_gloo_process_groups=False)
+    build = functools.partial(
+        get_megatron_optimizer, settings, config_overrides=_overrides(config, settings), use_gloo_process_groups=False
+    )
+    optimizer = build(list(chunks))
+    if encoder is not None:
+        parts = (optimizer, build([encoder], pg_collection=groups))
+        optimizer = ChainedOptimizer([one for part in parts for one in part.chained_optimizers])
     schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -28,9 +28,11 @@ from nvlm.vision.prepass import BalancedVision
 
 @dataclass(frozen=True, slots=True)
 class Trainer:
-    """What a step works on. `chunks`: this rank's parts of the model, one per virtual pipeline stage."""
+    """What a step works on. `chunks`: this rank's parts of the model, one per virtual pipeline stage. `encoder`: the
+    encoder, if it learns."""
 
     chunks: tuple[DistributedDataParallel, ...]
+    encoder: DistributedDataParallel | None
     pipeline: Pipeline
     vision: BalancedVision
     optimizer: MegatronOptimizer
@@ -38,10 +40,15 @@ class Trainer:
     device: torch.device
     origins: Mapping[str, str]  # where each module group's first weights come from; empty in a resumed run
 
+    @property
+    def wrapped(self) -> tuple[DistributedDataParallel, ...]:
+        """All that has gradients on this rank."""
+        return self.chunks if self.encoder is None else (*self.chunks, self.encoder)
+
 
 def settle(trainer: Trainer) -> None:
     """Complete the weights on all ranks: an overlapped gather fetches each only when the next forward needs it."""
-    for chunk in trainer.chunks:
+    for chunk in trainer.wrapped:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
 
@@ -85,10 +92,22 @@ def forward_backward(
 
     Returns this rank's part of the sum of losses.
     """
-    for chunk in trainer.chunks:
+    for chunk in trainer.wrapped:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()  # fp32 parameters alias the buffers, yet both calls are needed
-    return _pass(trainer, micro_batches, mark, forward_only=False)
+    mark("vision")
+    moved, forth = [batch.to(trainer.device) for batch in micro_batches], None
+    if trainer.encoder is None:
+        batches = trainer.vision.encode(moved)
+    else:
+        batches, forth = trainer.vision.forth(moved)
+    mark("forward-backward")
+    total = _scheduled(trainer, batches, forward_only=False)
+    if trainer.encoder is not None and forth is not None:
+        mark("vision")  # collective calls, with tiles or without
+        trainer.vision.back(forth)
+        trainer.encoder.finish_grad_sync()
+    return total
 
 
 @torch.no_grad()
@@ -98,7 +117,8 @@ def forward(trainer: Trainer, micro_batches: Sequence[Batch]) -> float:
         chunk.eval()
     try:
         with _scales_kept(trainer):
-            return _pass(trainer, micro_batches, lambda phase: None, forward_only=True)
+            batches = trainer.vision.encode([batch.to(trainer.device) for batch in micro_batches])
+            return _scheduled(trainer, batches, forward_only=True)
     finally:
         trainer.pipeline.borrowed = None  # without gradients, it has nothing to return
         for chunk in trainer.chunks:
@@ -115,10 +135,8 @@ def _scales_kept(trainer: Trainer) -> contextlib.AbstractContextManager:
     return scales_kept(module for chunk in trainer.chunks for module in chunk.modules())
 
 
-def _pass(trainer: Trainer, micro_batches: Sequence[Batch], mark: Callable[[str], None], forward_only: bool) -> float:
-    mark("vision")
-    batches = trainer.vision.encode([batch.to(trainer.device) for batch in micro_batches])
-    mark("forward-backward")
+def _scheduled(trainer: Trainer, batches: Sequence[Batch], forward_only: bool) -> float:
+    """Megatron's schedule over encoded `batches`; this rank's part of the sum of losses."""
     trainer.pipeline.begin(batches)
     shape = trainer.pipeline.shape(batches)
     # Otherwise stages tell one another the shape of each message, for which the host waits until the GPU is idle.

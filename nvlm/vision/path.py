@@ -1,6 +1,7 @@
-"""The frozen encoder: uint8 tiles in, features out, no gradient, no optimizer state, no kept activations.
+"""The encoder: uint8 tiles in, features out, without kept activations.
 
-Every rank holds it whole; which tiles a rank encodes is nvlm.vision.prepass's business.
+Every rank holds it whole; which tiles a rank encodes is nvlm.vision.prepass's business. A frozen encoder has no
+gradients and no optimizer state. One that learns encodes its tiles again for the backward pass.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def solo_groups() -> ProcessGroupCollection:
 class VisionPath:
     """Tiles to features, `vision.tiles_per_call` at a time; full calls as a CUDA graph with `vision.graph`."""
 
-    def __init__(self, encoder: nn.Module, vision: VisionConfig) -> None:
-        self.encoder, self.vision = encoder.requires_grad_(False).eval(), vision
-        self.full = device.graphed(self.encoder) if vision.graph else self.encoder
+    def __init__(self, encoder: nn.Module, vision: VisionConfig, learns: bool = False) -> None:
+        self.encoder, self.vision = encoder.requires_grad_(learns).eval(), vision
+        self.full = device.graphed(self.encoder) if vision.graph and not learns else self.encoder
 
     def encode(self, batch: Batch) -> Batch:
         """`batch` with features [N, C] of all its tiles, encoded by this process alone."""
@@ -47,9 +48,27 @@ class VisionPath:
         if len(pixels_T3) == 0:  # attention kernels reject an empty batch
             width = vision.hidden * vision.downsample**2
             return next(self.encoder.parameters()).new_zeros(0, width)
-        known = description_of(vision)
-        calls = [self._call(normalize(some, known.mean, known.std)) for some in pixels_T3.split(vision.tiles_per_call)]
-        return pixel_shuffle(torch.cat(calls), vision.downsample).flatten(0, 1)
+        calls = [self._call(self._normalized(some)) for some in pixels_T3.split(vision.tiles_per_call)]
+        return self._tokens(torch.cat(calls))
+
+    def backward(self, pixels_T3: Tensor, gradients_NC: Tensor) -> None:
+        """Add the gradients of the encoder's weights, given those of `features(pixels_T3)`, in which all tiles have
+        the same number of tokens. Encodes again, `vision.tiles_per_backward` tiles at a time."""
+        if len(pixels_T3) == 0:
+            return
+        each, tokens = self.vision.tiles_per_backward, len(gradients_NC) // len(pixels_T3)
+        self.encoder.train()  # Megatron recomputes only in this mode; there is no dropout
+        for some, gradient in zip(pixels_T3.split(each), gradients_NC.split(each * tokens), strict=True):
+            features_NC = self._tokens(self.encoder(self._normalized(some)))
+            torch.autograd.backward(features_NC, gradient.to(features_NC.dtype))
+        self.encoder.eval()
+
+    def _normalized(self, pixels_T3: Tensor) -> Tensor:
+        known = description_of(self.vision)
+        return normalize(pixels_T3, known.mean, known.std)
+
+    def _tokens(self, features_TPD: Tensor) -> Tensor:
+        return pixel_shuffle(features_TPD, self.vision.downsample).flatten(0, 1)
 
     def _call(self, pixels_T3: Tensor) -> Tensor:
         return (self.full if len(pixels_T3) == self.vision.tiles_per_call else self.encoder)(pixels_T3)

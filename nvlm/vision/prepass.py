@@ -1,8 +1,9 @@
 """The vision pre-pass: before the pipeline runs, every rank encodes an even share of a step's tiles.
 
-The encoder is frozen, so it need not be part of the first pipeline stage, where it would stall the others. The tiles of
-a step's micro-batches are distributed over the ranks of the replica (with vision.balance=global, of all replicas), and
-each rank then receives the features of the tiles that its stage uses.
+So the encoder is not part of the first pipeline stage, where it would stall the others. The tiles of a step's
+micro-batches are distributed over the ranks of the replica (with vision.balance=global, of all replicas), and each rank
+then receives the features of the tiles that its stage uses. If the encoder learns, their gradients go the same way back
+(nvlm.vision.back), and each rank encodes its tiles once more, with gradients.
 
 A rank is identified by its replica and its seat (its rank within the replica). If the tiles of all replicas are dealt
 to the seats in turn, no seat gets more than one tile more than another; these numbers are each seat's share of its
@@ -31,6 +32,8 @@ from nvlm.data.batch import EVERYWHERE, PAD, Batch
 from nvlm.processes import groups
 from nvlm.processes.device import to_device
 from nvlm.tiling.placement import TileUse
+from nvlm.vision.back import Leaf, Way, gradients, with_leaf
+from nvlm.vision.exchange import Trip, exchange, token_rows
 from nvlm.vision.path import VisionPath
 
 
@@ -92,6 +95,7 @@ class Team:
     replica: dist.ProcessGroup
     uses: tuple[TileUse, ...]  # of each seat
     across: dist.ProcessGroup | None  # ranks with this seat in all replicas; None: each replica encodes its own tiles
+    tensor: int  # tensor-parallel ranks, which are neighbours
 
     @property
     def seat(self) -> int:
@@ -109,12 +113,23 @@ def build_team(use: TileUse, balance: str) -> Team:
     assert (group.rank(), group.size()) == groups.seat(), "loaders divide images by another order of the ranks"
     across = parallel_state.get_data_parallel_group()
     everywhere = balance == "global" and across.size() > 1
-    return Team(group, tuple(own[rank][1] for rank in ranks), across if everywhere else None)
+    uses, tensor = tuple(own[rank][1] for rank in ranks), parallel_state.get_tensor_model_parallel_world_size()
+    return Team(group, uses, across if everywhere else None, tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class Forth:
+    """A pre-pass of a learning encoder: the `way` of its tiles, and the features of each micro-batch, of `received`
+    tokens in all."""
+
+    way: Way
+    leaves: tuple[Leaf, ...]
+    received: int
 
 
 @dataclass(frozen=True, slots=True)
 class BalancedVision:
-    """The frozen vision path, with the work shared by a team."""
+    """The vision path, with the work shared by a team."""
 
     path: VisionPath
     team: Team
@@ -126,6 +141,22 @@ class BalancedVision:
     @torch.no_grad()
     def encode(self, batches: Sequence[Batch]) -> list[Batch]:
         """`batches` with the features that this process uses. A collective call of the team."""
+        return self._encoded(batches)[0]
+
+    @torch.no_grad()
+    def forth(self, batches: Sequence[Batch]) -> tuple[list[Batch], Forth]:
+        """As `encode`, with features that get gradients, and what `back` needs."""
+        encoded, way = self._encoded(batches)
+        pairs = [with_leaf(batch) for batch in encoded]
+        return [batch for batch, _ in pairs], Forth(way, tuple(leaf for _, leaf in pairs), len(encoded[0].features))
+
+    def back(self, forth: Forth) -> None:
+        """Add the gradients of the encoder's weights, given those of the features. A collective call of the team."""
+        with torch.no_grad():
+            gradients_nC = forth.way.back(gradients(forth.leaves, forth.received))
+        self.path.backward(forth.way.pixels, gradients_nC)
+
+    def _encoded(self, batches: Sequence[Batch]) -> tuple[list[Batch], Way]:
         team, pixels_t3 = self.team, torch.cat([batch.pixels for batch in batches])
         tokens_T = torch.cat([batch.tile_tokens for batch in batches])
         holder_T = torch.cat([batch.holder for batch in batches])
@@ -133,23 +164,23 @@ class BalancedVision:
         room = [seat_counts(everyone, team.replica.size(), seat)[here] for seat in range(team.replica.size())]
         seat_T = torch.tensor(encoding_seats(holder_T.tolist(), room), dtype=torch.long, device="cpu")
         seats, own_T3 = _share_pixels(pixels_t3, holder_T, seat_T, team)
-        features_nC = self._encode_share(own_T3, tokens_T[seats[team.seat]], everyone)
-        received, tiles = _deal(features_nC, tokens_T, seats, _wanted(batches, team.uses), team)
+        trip = self._trip(tokens_T[seats[team.seat]], everyone, own_T3.device)
+        wanted = _wanted(batches, team.uses)
+        way = Way(team.replica, team.tensor, tokens_T, seats, wanted, trip, trip.tiles(own_T3))
+        features_nC = trip.home(self._encode(way.pixels, trip.come))
+        received = _deal(features_nC, way)
         rows_N = torch.full((int(tokens_T.sum()),), PAD, device="cpu")
-        rows_N[token_rows(tiles, tokens_T)] = torch.arange(len(received), device="cpu")
+        rows_N[token_rows(way.arriving, tokens_T)] = torch.arange(len(received), device="cpu")
         parts = rows_N.split([int(batch.tile_tokens.sum()) for batch in batches])
-        return [batch.with_some_features(received, rows) for batch, rows in zip(batches, parts, strict=True)]
+        return [batch.with_some_features(received, rows) for batch, rows in zip(batches, parts, strict=True)], way
 
-    def _encode_share(self, own_T3: Tensor, tokens_T: Tensor, everyone: Sequence[int]) -> Tensor:
-        """Features [n, C] of the tiles assigned to this seat, whichever replica encodes them."""
+    def _trip(self, tokens_T: Tensor, everyone: Sequence[int], place: torch.device) -> Trip:
+        """Where the tiles assigned to this seat are encoded."""
         group = self.team.across
         if group is None:
-            return self._encode(own_T3, tokens_T)
+            return Trip.none(tokens_T)
         sent = spread(seat_counts(everyone, self.team.replica.size(), self.team.seat))
-        out, back = sent[group.rank()], [row[group.rank()] for row in sent]
-        come_T = exchange(to_device(tokens_T, own_T3.device), out, back, group).cpu()
-        features_nC = self._encode(exchange(own_T3, out, back, group), come_T)
-        return exchange(features_nC, _sums(come_T, back), _sums(tokens_T, out), group)
+        return Trip.of(tokens_T, sent[group.rank()], [row[group.rank()] for row in sent], group, place)
 
     def _encode(self, pixels_T3: Tensor, tokens_T: Tensor) -> Tensor:
         features_nC, expected = self.path.features(pixels_T3), int(tokens_T.sum())
@@ -181,10 +212,6 @@ def _share_pixels(pixels_t3: Tensor, holder_T: Tensor, seat_T: Tensor, team: Tea
     return seats, own_T3
 
 
-def _sums(tokens_T: Tensor, counts: Sequence[int]) -> list[int]:
-    return [int(part.sum()) for part in tokens_T.split(list(counts))]
-
-
 def _counts_of_replicas(count: int, team: Team, device: torch.device) -> tuple[list[int], int]:
     if team.across is None:
         return [count], 0
@@ -209,29 +236,12 @@ def _wanted(batches: Sequence[Batch], uses: Sequence[TileUse]) -> list[Tensor]:
     return [stream_T & use.stream | keys_T & use.keys for use in uses]
 
 
-def _deal(
-    features_nC: Tensor, tokens_T: Tensor, seats: Sequence[Tensor], wanted: Sequence[Tensor], team: Team
-) -> tuple[Tensor, Tensor]:
-    """Send features of each seat's tiles to the seats that need them; returns received features and tile numbers."""
-    mine = seats[team.seat]
-    picked = [wanted_T[mine].nonzero()[:, 0] for wanted_T in wanted]
-    arriving = [tiles[wanted[team.seat][tiles]] for tiles in seats]
+def _deal(features_nC: Tensor, way: Way) -> Tensor:
+    """Send features of each seat's tiles to the seats that need them; returns those of `way.arriving`."""
+    mine, tokens_T = way.seats[way.replica.rank()], way.tokens
+    picked = [wanted_T[mine].nonzero()[:, 0] for wanted_T in way.wanted]
     rows_n = token_rows(torch.cat(picked), tokens_T[mine])
     send = features_nC.index_select(0, to_device(rows_n, features_nC.device))
     out = [int(tokens_T[mine[places]].sum()) for places in picked]
-    received = exchange(send, out, [int(tokens_T[tiles].sum()) for tiles in arriving], team.replica)
-    return received, torch.cat(arriving)
-
-
-def token_rows(tiles: Tensor, tokens_T: Tensor) -> Tensor:
-    """The rows of the tokens of `tiles`, tile by tile, in a tensor that holds the tokens of all T tiles in order."""
-    first_T, counts = tokens_T.cumsum(0) - tokens_T, tokens_T[tiles]
-    shifts = first_T[tiles] - (counts.cumsum(0) - counts)
-    return torch.repeat_interleave(shifts, counts) + torch.arange(int(counts.sum()), device="cpu")
-
-
-def exchange(x: Tensor, out: Sequence[int], back: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """All-to-all of the rows of `x`: consecutive runs of `out[r]` rows go to rank r, `back[r]` rows come from it."""
-    received = x.new_empty(sum(back), *x.shape[1:])
-    dist.all_to_all_single(received, x.contiguous(), list(back), list(out), group=group)
-    return received
+    wanted_T = way.wanted[way.replica.rank()]
+    return exchange(send, out, [int(tokens_T[tiles[wanted_T[tiles]]].sum()) for tiles in way.seats], way.replica)

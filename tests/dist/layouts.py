@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +26,8 @@ from nvlm.processes import groups
 from nvlm.train.loop import build_trainer
 from nvlm.train.optim import prepare as prepare_gradients
 from nvlm.train.step import Trainer, forward_backward
+from nvlm.vision.encoders.internvit import description as internvit
+from nvlm.weights.parts import published
 from tests.dist.run import joined, save_without_a_server
 from tests.models import TILE, Story, Twins, below, build_twins, reference_sample, sample_of, to_reference
 from tests.stories import ONE, ONE_TILE, SIDE_BY_SIDE, SIX, TEXT, TWO
@@ -47,9 +50,9 @@ class Case:
     micro_batches: tuple[tuple[tuple[Story, ...], ...], ...]
 
     def laid_out(self, **sizes) -> Case:
-        """The same in another layout; `balance` and `stage` settings may be given too."""
+        """The same in another layout; settings of `vision`, `stage` and `train` may be given too."""
         config = self.config
-        for group in ("vision", "stage"):
+        for group in ("vision", "stage", "train"):
             known = {k: sizes.pop(k) for k in list(sizes) if k in getattr(config, group).__dataclass_fields__}
             config = replace(config, **{group: replace(getattr(config, group), **known)})
         return replace(self, config=validate(replace(config, parallel=replace(config.parallel, **sizes))))
@@ -143,8 +146,9 @@ def step_in_layout(case: Case, out: Path) -> Outcome:
         ).tolist()
         trainer.optimizer.prepare_grads()
         norm = trainer.optimizer.get_grad_norm() / count
-        learning = [p for part in trainer.pipeline.parts for p in part.parameters()]
-        for parameter in learning:
+        for wrapped in trainer.wrapped:
+            complete(wrapped)
+        for parameter in (p for wrapped in trainer.wrapped for p in wrapped.module.parameters()):
             parameter.data.copy_(
                 parameter.main_grad / count if parameter.requires_grad else torch.zeros_like(parameter)
             )
@@ -152,9 +156,20 @@ def step_in_layout(case: Case, out: Path) -> Outcome:
         if dist_rank() == 0:
             out.mkdir()
         torch.distributed.barrier()
-        states = [part.sharded_state_dict(metadata=metadata()) for part in trainer.pipeline.parts]
+        states = [wrapped.module.sharded_state_dict(metadata=metadata()) for wrapped in trainer.wrapped]
         dist_checkpointing.save({f"part{n}": state for n, state in enumerate(states)}, str(out))
         return Outcome(loss / count, float(norm), sum(encoded), differ)
+
+
+def complete(wrapped: DistributedDataParallel) -> None:
+    """Give each rank all gradients: with the distributed optimizer it has the sums of its shard."""
+    if not wrapped.ddp_config.use_distributed_optimizer:
+        return
+    for group in wrapped.bucket_groups:
+        ranks = group.intra_distributed_optimizer_instance_group
+        for bucket in group.buckets:
+            own = bucket.grad_data.view(ranks.size(), -1)[ranks.rank()].clone()
+            torch.distributed.all_gather_into_tensor(bucket.grad_data, own, group=ranks)
 
 
 def shapes_told(case: Case) -> list[tuple[float, float, int]]:
@@ -205,6 +220,13 @@ def gradients_of(twins: Twins, out: Path) -> dict[str, Tensor]:
     loaded = dist_checkpointing.load({"part0": state}, str(out))["part0"]
     named = {twins.model.whole_name(n): t for n, t in loaded.items() if torch.is_tensor(t)}
     return to_reference(named, twins.config)
+
+
+def encoder_gradients_of(twins: Twins, out: Path) -> dict[str, Tensor]:
+    """Those of the encoder, if it learned."""
+    found = below("vision.", dist_checkpointing.load_plain_tensors(str(out)))
+    named = published(internvit.parts(twins.config.vision), found)
+    return {f"vision_model.{name}": tensor for name, tensor in named.items()}
 
 
 def run_cases(cases: Sequence[tuple[Case, Path]]) -> list[Outcome]:

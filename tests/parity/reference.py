@@ -349,7 +349,6 @@ class ReferenceNVLM(nn.Module):
             parameter.copy_(value)
         return self
 
-    @torch.no_grad()
     def vision_features(self, tiles: dict[tuple[int, int], Tensor]) -> dict[tuple[int, int], Tensor]:
         """uint8 [3, px, px] -> [K, C] of each tile: encoder, class token dropped, pixel shuffle."""
         weight = self.vision_model.embeddings.patch_embedding.weight

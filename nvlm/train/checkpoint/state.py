@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -29,9 +29,10 @@ _ADAM = ("exp_avg", "exp_avg_sq")
 
 
 def model_state(trainer: Trainer) -> tuple[dict, dict]:
-    """The model's state that changes, and its frozen weights, each by chunk: `model0`, `model1`, ..."""
+    """The model's state that changes, and its frozen weights, each by chunk: `model0`, `model1`, ... An encoder that
+    learns is the last one."""
     parts: tuple[dict, dict] = ({}, {})
-    for number, chunk in enumerate(trainer.chunks):
+    for number, chunk in enumerate(trainer.wrapped):
         entries = chunk.module.sharded_state_dict(metadata=metadata())
         delayed = chunk.config.fp8 and chunk.config.fp8_recipe == "delayed"
         entries = {  # Transformer Engine's modules have an empty entry when there is no scaling history to store
@@ -130,7 +131,7 @@ def _weights(model: dict) -> Iterator[ShardedTensor | ShardedTensorFactory]:
 
 
 def _distributed(part: DistributedOptimizer, model: dict) -> dict:
-    """This rank's ranges of Adam's state, as rectangles of the whole tensors, without gathering anything.
+    """This rank's ranges of Adam's state, as boxes of the whole tensors, without gathering anything.
 
     Megatron's own layout-independent format gathers every rank's state on each rank while training waits.
     """
@@ -141,42 +142,57 @@ def _distributed(part: DistributedOptimizer, model: dict) -> dict:
             tensors = part._get_main_param_and_optimizer_states(entry.data)
             kinds = _ADAM if entry.data.dtype == torch.float32 else ("param", *_ADAM)
             start = part._get_model_param_range_map(entry.data)["param"].start
-            state[entry.key] = {kind: list(_rectangles(entry, kind, tensors[kind], start)) for kind in kinds}
+            state[entry.key] = {kind: list(_boxes(entry, kind, tensors[kind], start)) for kind in kinds}
     return state
 
 
-def _rectangles(
+def _boxes(
     entry: ShardedTensor | ShardedTensorFactory, kind: str, flat: torch.Tensor, start: int
 ) -> Iterator[ShardedTensor]:
-    """`flat`, this rank's range of a weight from element `start` on, as rectangles of the whole weight."""
+    """`flat`, this rank's range of a weight from element `start` on, as boxes of the whole weight."""
     piece_start = 0
     for piece in [entry] if isinstance(entry, ShardedTensor) else entry.build():
-        size, width = math.prod(piece.local_shape), math.prod(piece.local_shape[1:])
+        size = math.prod(piece.local_shape)
         first, last = max(start, piece_start), min(start + len(flat), piece_start + size)
-        for row, column, rows, columns in _runs(first - piece_start, last - piece_start, width):
-            place = piece_start + row * width + column - start
-            shape = (rows, columns)[: len(piece.local_shape)]
+        place = first - start
+        for corner, shape in boxes(first - piece_start, last - piece_start, piece.local_shape):
+            count = math.prod(shape)
             yield ShardedTensor(
                 key=f"optimizer.state.{kind}.{piece.key}",
-                data=flat[place : place + rows * columns].view(shape),
+                data=flat[place : place + count].view(shape),
                 dtype=flat.dtype,
                 local_shape=shape,
                 global_shape=piece.global_shape,
-                global_offset=tuple(map(sum, zip(piece.global_offset, (row, column)))),
+                global_offset=tuple(map(sum, zip(piece.global_offset, corner))),
                 axis_fragmentations=None,  # not a regular grid
                 replica_id=(*piece.replica_id[:2], 0),  # replicas keep different ranges
             )
+            place += count
         piece_start += size
 
 
-def _runs(first: int, last: int, width: int) -> Iterator[tuple[int, int, int, int]]:
-    """Elements `first` to `last` of rows of `width` as (row, column, rows, columns): a partial row at either end."""
+Corner = tuple[int, ...]
+
+
+def boxes(first: int, last: int, shape: Sequence[int]) -> Iterator[tuple[Corner, Corner]]:
+    """Elements `first` to `last` of a tensor of `shape` as boxes (corner, shape), in order: whole rows are one box, a
+    partial row at either end is divided like a tensor of one dimension less."""
+    if len(shape) == 1:
+        if first < last:
+            yield (first,), (last - first,)
+        return
+    inner = math.prod(shape[1:])
     while first < last:
-        row, column = divmod(first, width)
-        whole = (last - first) // width if column == 0 else 0
-        rows, columns = (whole, width) if whole else (1, min(width - column, last - first))
-        yield row, column, rows, columns
-        first += rows * columns
+        row, column = divmod(first, inner)
+        whole = (last - first) // inner if column == 0 else 0
+        if whole:
+            yield (row, *[0] * (len(shape) - 1)), (whole, *shape[1:])
+            first += whole * inner
+            continue
+        end = min(last, (row + 1) * inner)
+        for corner, part in boxes(column, column + end - first, shape[1:]):
+            yield (row, *corner), (1, *part)
+        first = end
 
 
 def _plain(part: MegatronOptimizer, model: dict) -> dict:
