@@ -10,6 +10,7 @@ import jinja2
 
 from nvlm.arch.description import Description
 from nvlm.arch.registry import placement_rule
+from nvlm.config.tiles import tiling_of
 from nvlm.config.values import Config
 from nvlm.inspect.charts import Histogram, histogram
 from nvlm.inspect.count import Tally, added
@@ -92,17 +93,24 @@ class Example:
 def _example(config: Config, rule: PlacementRule) -> Example:
     """A picture of 3 x 2 tiles, or of as many as the configuration allows."""
     most = config.tiling.max_tiles
-    plan = TilePlan(3, 2) if most >= 6 else TilePlan(min(most, 3), 1)
+    plan = tiling_of(config.tiling, config.vision)(1200, 800, min(most, 6))
     tags = tile_tags(plan, config.tiling.tag, most, config.llm.thumbnail_tag)
     lengths = [int(bool(tag)) for tag in tags]
     placed = rule(plan, [(0,) * length for length in lengths], [config.vision.tile_tokens] * plan.num_tiles)
 
     def named(pieces: Sequence[Piece]) -> tuple[tuple[str, str], ...]:
-        tiles = [(TILE, str(piece.tile + 1) if piece.tile < plan.num_regular else "thumbnail") for piece in pieces]
+        tiles = [(TILE, _named(piece.tiles, plan)) for piece in pieces]
         both = [tile if piece.tiles else (TAG, tags[piece.tile]) for tile, piece in zip(tiles, pieces)]
         return tuple(one for one in both if one[1])
 
     return Example(plan, tags, named(placed.stream), named(placed.cross))
+
+
+def _named(tiles: Sequence[int], plan: TilePlan) -> str:
+    """The tiles of a piece, by their numbers from 1."""
+    if len(tiles) > 1:
+        return f"{tiles[0] + 1} to {tiles[-1] + 1}"
+    return str(tiles[0] + 1) if tiles and tiles[0] < plan.num_regular else "thumbnail"
 
 
 def _histograms(total: Tally) -> list[Histogram]:

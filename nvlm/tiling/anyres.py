@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nvlm.tiling.grid import TilePlan
 from nvlm.tiling.placement import Shown, TileMap, TileTokens
@@ -57,8 +57,8 @@ class MapPlan(TilePlan):
         """Number of tiles cut from the image, without the whole picture."""
         return self.cols * self.rows if self.regular else 0
 
-    def shown(self, tags: Sequence[tuple[int, ...]], tokens: Sequence[int]) -> tuple[Shown, ...]:
-        """The whole picture, then the map of all tiles; with tags, each tile's part of the map alone after its tag."""
+    def shown(self, tags: Sequence[tuple[int, ...]], tokens: Sequence[int], apart: bool = False) -> tuple[Shown, ...]:
+        """The whole picture, then the map of all tiles; with tags, or `apart`, each tile's part of the map alone."""
         last = self.num_regular
         whole = Shown(last, tags[last], TileTokens(tokens[last]), overview=True)
         if not last:
@@ -67,24 +67,25 @@ class MapPlan(TilePlan):
         window = unpadded(self.size, self.rows * side, self.cols * side, self.joined.unpad)
         if not _area(window):  # a picture that is thinner than half a token
             return (whole,)
-        if not any(tags[:last]):
-            return whole, Shown(0, (), self._map(tuple(range(last)), self.cols, side, window, 1.0))
+        if not apart and not any(tags[:last]):
+            return whole, Shown(0, (), self._map(tuple(range(last)), self.cols, side, window, self.joined))
         parts = {}
         for tile in range(last):
             row, column = divmod(tile, self.cols)
             part = _within(window, row * side, column * side, side)
             if share := _area(part) / _area(window):  # else the tile shows nothing but padding
-                parts[tile] = self._map((tile,), 1, side, part, share)
+                cap = None if self.joined.cap is None else self.joined.cap * share
+                joined = replace(self.joined, cap=cap, newline=self.joined.newline and not apart)
+                parts[tile] = self._map((tile,), 1, side, part, joined)
         return whole, *(Shown(tile, tags[tile], part) for tile, part in parts.items())
 
     def _map(
-        self, tiles: tuple[int, ...], across: int, side: int, window: tuple[int, int, int, int], share: float
+        self, tiles: tuple[int, ...], across: int, side: int, window: tuple[int, int, int, int], joined: Joined
     ) -> TileMap:
-        """`window` of `tiles`, which has this `share` of the image's tokens, and gets as much of the cap."""
         top, left, bottom, right = window
-        most = None if self.joined.cap is None else self.joined.cap * side * side * share
+        most = None if joined.cap is None else joined.cap * side * side
         resampled = None if most is None else capped(bottom - top, right - left, most)
-        return TileMap(tiles, across, side, side, self.joined.newline, window, resampled)
+        return TileMap(tiles, across, side, side, joined.newline, window, resampled)
 
 
 def _area(window: tuple[int, int, int, int]) -> int:

@@ -60,8 +60,9 @@ class TilePlan:
         corners = (((k % self.cols) * size, (k // self.cols) * size) for k in range(self.num_regular))
         return tuple((x, y, x + size, y + size) for x, y in corners)
 
-    def shown(self, tags: Sequence[tuple[int, ...]], tokens: Sequence[int]) -> tuple[Shown, ...]:
-        """What an image shows, in order: each tile after its tag. `tags`, `tokens`: of each tile, thumbnail last."""
+    def shown(self, tags: Sequence[tuple[int, ...]], tokens: Sequence[int], apart: bool = False) -> tuple[Shown, ...]:
+        """What an image shows, in order: each tile after its tag. `tags`, `tokens`: of each tile, thumbnail last;
+        `apart`: no part shows several tiles, and none ends rows."""
         last = self.num_regular
         return tuple(Shown(t, tags[t], TileTokens(tokens[t]), overview=t == last) for t in range(self.num_tiles))
 

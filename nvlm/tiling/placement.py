@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nvlm.tiling.resample import Resampling
@@ -109,15 +109,6 @@ class Shown:
     tag: tuple[int, ...]
     content: Content
     overview: bool = False
-
-
-def as_keys(parts: Iterable[Shown]) -> tuple[Shown, ...]:
-    """`parts` without row ends: keys have no order, which these could show."""
-    kept = [part for part in parts if not isinstance(part.content, RowEnd)]
-    return tuple(
-        replace(part, content=replace(part.content, row_ends=False)) if isinstance(part.content, TileMap) else part
-        for part in kept
-    )
 
 
 @dataclass(frozen=True, slots=True)

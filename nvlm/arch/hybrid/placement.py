@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from nvlm.arch.decoder.placement import with_tags
 from nvlm.tiling.grid import TilePlan
-from nvlm.tiling.placement import Placement, as_keys
+from nvlm.tiling.placement import Placement
 
 
 def placement(plan: TilePlan, tags: Sequence[tuple[int, ...]], tokens: Sequence[int]) -> Placement:
@@ -14,9 +14,9 @@ def placement(plan: TilePlan, tags: Sequence[tuple[int, ...]], tokens: Sequence[
 
     An image of one tile has no regular tiles: the tile is the thumbnail, and adds no keys.
     """
-    parts = plan.shown(tags, tokens)
+    parts = plan.shown(tags, tokens, apart=True)  # each key is of one tile
     return Placement(
         tuple(tokens),
         stream=with_tags(part for part in parts if part.overview),
-        cross=with_tags(as_keys(part for part in parts if not part.overview)),
+        cross=with_tags(part for part in parts if not part.overview),
     )
