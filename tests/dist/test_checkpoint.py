@@ -104,6 +104,8 @@ def test_a_state_that_does_not_fit_is_refused_by_name(tmp_path, written, left_ou
     assert "config.yaml" in message
 
 
+MAPS = (*FP32, "arch=decoder", "llm.layers=1", "tiling=anyres", "data.seq_length=512")
+
 # --- weights alone, for the next stage or for generation ---
 
 
@@ -124,6 +126,24 @@ def test_the_next_stage_begins_with_the_weights_of_the_last(tmp_path):
         assert run_distributed(next_stage, 2, options, tmp_path / "0", tmp_path / f"{number + 1}", ()) == [[], []]
 
     run_distributed(same_weights, 1, [tmp_path / name for name in "012"])
+
+
+def with_maps(run: Path) -> tuple[bool, bool]:
+    """Whether a stage with feature maps has kept its own vector at the ends of rows, and the projector of `run`."""
+    with joined(compose_config(*MAPS)) as device:
+        trainer, _ = built(MAPS, device)
+        (model,) = trainer.pipeline.parts
+        before = model.projector.row_end.detach().clone()
+        absent = restore.load_weights(trainer.pipeline.parts, latest(run))
+        kept = tensors_in(latest(run))["projector.norm.weight"]
+        return not absent and torch.equal(model.projector.row_end, before), torch.equal(
+            model.projector.norm.weight, kept
+        )
+
+
+def test_a_stage_with_feature_maps_may_follow_one_without(tmp_path):
+    run_distributed(write_one, 1, (*MAPS, "tiling=single", "optim.lr=0.1"), tmp_path, None)
+    assert run_distributed(with_maps, 1, tmp_path) == [(True, True)]
 
 
 def same_weights(runs: list[Path]) -> None:

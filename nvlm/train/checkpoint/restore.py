@@ -34,6 +34,7 @@ from nvlm.train.step import Trainer
 from nvlm.weights.merge import is_adapter
 
 _ADAPTERS = "adapters of "  # followed by a module group
+_ROW_END = "projector.row_end"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def load(trainer: Trainer, folder: Path) -> Loaded:
         still = _read_all(beside, _shapes_in(beside), frozen)
         state = _read_all(folder, have, wanted)
         state |= {name: state.get(name, {}) | still.get(name, {}) for name in model}  # empty dicts are not read back
-    for number, chunk in enumerate(trainer.wrapped):
+    for number, chunk in enumerate(trainer.chunks):
         with unpickling_scales():
             missing, unexpected = chunk.module.load_state_dict(state[f"model{number}"], strict=False)
         known = model[f"model{number}"].keys() - weights[f"model{number}"].keys()  # made from the optimizer's copies
@@ -102,14 +103,15 @@ def load_weights(parts: Sequence[VisionLanguageModel], folder: Path, new: Sequen
     """Fill `parts`, a model of any layout, from the weights in `folder`, without optimizer and schedule.
 
     A collective call. `new`: module groups that may be missing from the checkpoint as a whole; returns those that are.
-    A group's adapters may be missing too, since fresh ones add zero. Raises ConfigError as `load` does.
+    A group's adapters may be missing too, since fresh ones add zero, and so may the vector that ends the rows of
+    feature maps, as a stage with maps may follow one without. Raises ConfigError as `load` does.
     """
     _verify(folder)
     state = {f"model{number}": part.sharded_state_dict(metadata=metadata()) for number, part in enumerate(parts)}
     places = [folder] if frozen_digest(folder) is None else [folder, folder.parent / FROZEN]
     have = {place: _weights_in(place) for place in places}
     present = _groups_in(key for keys in have.values() for key in keys)
-    absent = sorted({*new, *(_ADAPTERS + group for group in GROUPS)} - present)
+    absent = sorted({*new, _ROW_END, *(_ADAPTERS + group for group in GROUPS)} - present)
     wanted = {
         name: {key: entry for key, entry in part.items() if _group(key) not in absent} for name, part in state.items()
     }
@@ -126,11 +128,12 @@ def load_weights(parts: Sequence[VisionLanguageModel], folder: Path, new: Sequen
     for number, part in enumerate(parts):
         missing = part.load_state_dict(loaded[f"model{number}"], strict=False).missing_keys
         assert all(is_scale(key) or _group(key) in absent for key in missing), missing
-    return [group for group in absent if not group.startswith(_ADAPTERS)]
+    return [group for group in absent if group in GROUPS]
 
 
 def _group(key: str) -> str:
-    return (_ADAPTERS if is_adapter(key) else "") + parameter_group(key)
+    """A module group, its adapters, or the vector that ends rows, which is a part of the projector by itself."""
+    return _ROW_END if key == _ROW_END else (_ADAPTERS if is_adapter(key) else "") + parameter_group(key)
 
 
 def _groups_in(keys: Iterable[str]) -> set[str]:
