@@ -11,7 +11,8 @@ from nvlm.export.options import parse
 HELP = """python launch/export_hf.py checkpoint=RUN out=DIR [key=value ...]
 
 checkpoint=RUN   a run folder (its newest checkpoint), or one of its checkpoints/step_N
-out=DIR          the folder to write: safetensors, config.json, tokenizer, modeling_nvlm.py, README.md
+out=DIR          the folder to write: safetensors, config.json, tokenizer and so on
+layout=nvlm      as NVLM-D-72B, with modeling_nvlm.py; llava-hf: for transformers and vLLM; llava, vila: for their code
 vision=DIR       where the encoder is, if no longer where the run read it; tokenizer=DIR likewise
 like=DIR         store each tensor in the precision that it has in this folder (NVLM-D-72B has some in fp32)
 shard_gb=5       maximum size of a file, GB"""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+
 from nvlm.arch.registry import description
 from nvlm.config.values import Config, problem
 from nvlm.export.text import Text, own_format
@@ -19,6 +22,11 @@ def exported_encoder(config: Config, source: Source) -> ExportedEncoder:
         fix = "answer with launch/generate.py, which needs no export"
         raise problem(f"vision.encoder={encoder.name}", "no class in an export", expected, fix)
     return encoder.export(config.vision, source.parts["vision"])
+
+
+def dump(values: Mapping) -> str:
+    """The text of a JSON file."""
+    return json.dumps(values, indent=2) + "\n"
 
 
 def describe(config: Config, encoder: ExportedEncoder, text: Text | None = None) -> dict:
@@ -48,7 +56,7 @@ def describe(config: Config, encoder: ExportedEncoder, text: Text | None = None)
         "use_llm_lora": 0,
         "torch_dtype": _dtype(config),
         "transformers_version": None,
-        "llm_config": _language(config) | _marks(text),
+        "llm_config": language(config) | _marks(text),
         "vision_config": {**encoder.config, "torch_dtype": _dtype(config)},
         "nvlm": _own(config),
     }
@@ -58,7 +66,7 @@ def _dtype(config: Config) -> str:
     return {"bf16": "bfloat16", "fp32": "float32"}[config.precision.dtype]
 
 
-def _language(config: Config) -> dict:
+def language(config: Config) -> dict:
     llm = config.llm
     scaling = {"rope_type": "llama3", **llm.rope_scaling} if llm.rope_scaling else None
     return {

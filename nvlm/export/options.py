@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from nvlm.config.fields import Location, Range
+from nvlm.config.fields import Choice, Location, Range
 from nvlm.config.mapping import from_mapping
 from nvlm.config.values import problem
 
@@ -20,12 +20,13 @@ class ExportOptions:
     vision: Location | None
     tokenizer: Location | None
     like: Location | None
+    layout: Annotated[str, Choice("nvlm", "llava-hf", "llava", "vila")]
     shard_gb: Annotated[float, Range(above=0, example=5)]
 
 
 def parse(arguments: Sequence[str]) -> ExportOptions:
     """The options from the command line. Raises ConfigError."""
-    values: dict[str, object] = {"vision": None, "tokenizer": None, "like": None, "shard_gb": 5.0}
+    values: dict[str, object] = {"vision": None, "tokenizer": None, "like": None, "layout": "nvlm", "shard_gb": 5.0}
     for word in arguments:
         key, equals, value = word.partition("=")
         if not equals or not value:

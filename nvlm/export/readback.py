@@ -15,9 +15,10 @@ def check_readable(folder: Path, config: Config, out: Path) -> None:
     """Raise ConfigError if `folder`, an export of `config` to be named `out`, cannot be read by its own code or as
     init.release of a run."""
     try:
-        model, _ = NVLM.opened(folder)
-        if config.llm.tokenizer:
-            assert model.ends
+        if (folder / "modeling_nvlm.py").is_file():
+            model, _ = NVLM.opened(folder)
+            if config.llm.tokenizer:
+                assert model.ends
         again = replace(config, init=replace(config.init, llm=None, vision=None, checkpoint=None, release=str(folder)))
         model_source(again)
         vision_source(again)

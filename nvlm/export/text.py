@@ -35,10 +35,16 @@ class Text:
 def exported_text(config: Config) -> Text | None:
     """The files for the run's tokenizer; None if the run has no tokenizer. Raises ConfigError."""
     if config.llm.chat not in EXPORTED:
-        expected = f"{' or '.join(EXPORTED)}: an export has no other format"
-        raise problem("llm.chat", f"{config.llm.chat} in this run", expected, "train in one of these")
+        expected = f"{' or '.join(EXPORTED)}: an export with layout=nvlm has no other format"
+        raise problem("llm.chat", f"{config.llm.chat} in this run", expected, "layout=llava-hf")
     if not config.llm.tokenizer:
         return None
+    added = missing_tokens(config, tokenizer_of(config.llm, "tokenizer"))
+    return text_files(config, added, chat_template(config.data.system, config.llm.bos, config.llm.chat))
+
+
+def text_files(config: Config, added: Mapping[str, int], template: str) -> Text:
+    """The tokenizer's files with the tokens `added` to it and the chat `template`."""
     tokenizer = tokenizer_of(config.llm, "tokenizer")
     path = tokenizer_file(config.llm.tokenizer)
     folder = path.parent if path.name == "tokenizer.json" else None  # a file of another name has no companions
@@ -46,10 +52,8 @@ def exported_text(config: Config) -> Text | None:
         read_json(folder / name, "tokenizer") or {} if folder else {}
         for name in ("tokenizer_config.json", "generation_config.json", "config.json")
     )
-    added = missing_tokens(config, tokenizer)
     begin = _begin(tokenizer, there, (generation, model))
     ends = [tokenizer.end, *sorted(tokenizer.others - {tokenizer.end})]
-    template = chat_template(config.data.system, config.llm.bos, config.llm.chat)
     copied = {name: folder / name for name in _COPIED if (folder / name).is_file()} if folder else {}
     return Text(
         files={

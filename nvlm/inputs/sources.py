@@ -69,12 +69,18 @@ def whole_model(config: Config, encoder: Iterable[Part], layout: Layout = NVLM) 
 
     `encoder`: its parts, as in `ExportedEncoder`.
     """
-    return [
-        *below(layout.vision[0], encoder),
-        *projector_parts(config, layout),
-        *_key_norms(config),
-        *below(layout.language, llm.parts(config.llm, cross_layers(config))),
-    ]
+    return [part for parts in whole_groups(config, encoder, layout).values() for part in parts]
+
+
+def whole_groups(config: Config, encoder: Iterable[Part], layout: Layout) -> dict[str, list[Part]]:
+    """`whole_model` by the folder that each tensor is in."""
+    language = below(layout.language, llm.parts(config.llm, cross_layers(config)))
+    groups = {
+        "vision": below(layout.vision[0], encoder),
+        "projector": projector_parts(config, layout),
+        "llm": [*_key_norms(config), *language],
+    }
+    return groups
 
 
 def projector_parts(config: Config, layout: Layout = NVLM) -> list[Part]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from nvlm.arch.registry import description
 from nvlm.config.values import Config, problem
 from nvlm.vision.encoders.registry import description_of
 from nvlm.weights import defaults
@@ -41,6 +42,26 @@ def check_whole(values: Mapping, config: Config, key: str) -> None:
     check_values(whole, expected, key, values)
 
 
+def projector_type(config: Config) -> str | None:
+    """The name of the run's projector in LLaVA and VILA; None if they have none like it."""
+    projector = config.projector
+    kind = description(config.arch.name).projector_kind(projector)
+    if not projector.bias or (kind == "mlp" and projector.inner != "hidden"):
+        return None
+    if not projector.norm:
+        return {"affine": "linear", "mlp": "mlp2x_gelu"}.get(kind)
+    return {"mlp": "mlp_downsample_2x2_fix", "deep": "mlp_downsample_3x3_fix"}.get(kind)
+
+
+def _check_projector(values: Mapping, config: Config, key: str) -> None:
+    """Compare `mm_projector_type`."""
+    kind = values.get("mm_projector_type")
+    if kind is not None and kind != (ours := projector_type(config)):
+        known = {"mlp_downsample_2x2_fix": "mlp_downsample", "mlp_downsample_3x3_fix": "mlp_downsample_3x3"}
+        expected = f"{ours or config.projector.name}, as in this run"
+        raise problem(f"{key}: config.json: mm_projector_type", kind, expected, f"projector={known.get(kind, kind)}")
+
+
 def _check_llava(values: Mapping, folder: str, config: Config, key: str) -> None:
     named = [defaults.LLAVA[name] for name in values.get("architectures") or [] if name in defaults.LLAVA]
     if not named:
@@ -48,6 +69,7 @@ def _check_llava(values: Mapping, folder: str, config: Config, key: str) -> None
         raise problem(f"{key}: config.json: architectures", got, f"one of {', '.join(defaults.LLAVA)}", "take another")
     check_language({**values, "architectures": named}, config.llm, key)
     check_fixed(values, defaults.FIXED_LLAVA, key)
+    _check_projector(values, config, key)
     width = {"mm_hidden_size": config.vision.hidden, **{k: v for k, v in values.items() if v is not None}}
     check_values(width, {"mm_hidden_size": ("vision.hidden", config.vision.hidden)}, key, values)
 
@@ -74,8 +96,8 @@ def _check_features(whole: Mapping, vision: Mapping, config: Config, key: str) -
         read = layers + 1 + layer if layer < 0 else layer
         check_values({"vision_feature_layer": read}, {"vision_feature_layer": ("vision.layers", config.vision.layers)},
                      key, {"vision_feature_layer": f"{layer} of {layers} layers"})  # fmt: skip
-    strategy = {"clip_vision_model": "default"}.get(str(vision.get("model_type")), "full")
-    check_fixed(whole, {"vision_feature_select_strategy": strategy}, key)
+    if encoder.hub is not None:
+        check_fixed(whole, {"vision_feature_select_strategy": encoder.hub.strategy}, key)
 
 
 def _check_vila(values: Mapping, folder: str, config: Config, key: str) -> None:
@@ -83,6 +105,7 @@ def _check_vila(values: Mapping, folder: str, config: Config, key: str) -> None:
     language = read_config(str(Path(folder) / VILA.folders["llm"]), key)
     if language:
         check_language(language, config.llm, key)
+    _check_projector(read_config(str(Path(folder) / VILA.folders["projector"]), key) or {}, config, key)
 
 
 _CHECKS: Mapping[str, Callable[[Mapping, str, Config, str], None]] = {

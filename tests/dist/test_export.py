@@ -266,9 +266,11 @@ def test_what_its_reader_refuses_gets_no_name(tmp_path, run, fault, monkeypatch)
             values["llm_config"]["rms_norm_eps"] = None
         return values
 
-    monkeypatch.setattr("nvlm.export.export.describe", wrong)
+    monkeypatch.setattr("nvlm.export.layouts.nvlm.describe", wrong)
     if fault == "the tokenizer":
-        monkeypatch.setattr("nvlm.export.export.exported_text", lambda config: Text({"tokenizer.json": "{}"}, 0, 0))
+        monkeypatch.setattr(
+            "nvlm.export.layouts.nvlm.exported_text", lambda config: Text({"tokenizer.json": "{}"}, 0, 0)
+        )
     with pytest.raises(ConfigError, match="an export that its own reader refuses") as caught:
         exported(run, tmp_path / "out")
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())

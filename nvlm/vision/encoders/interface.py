@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nvlm.config.modules import EncoderModules
 from nvlm.config.values import Config, VisionConfig
@@ -20,6 +20,18 @@ class ExportedEncoder:
     parts: Sequence[Part]  # its tensors, named without the prefix "vision_model."
     config: Mapping[str, object]  # `vision_config` in config.json
     limits: Sequence[str]  # why vLLM and NVLM-D-72B's own class cannot load such a folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubEncoder:
+    """An encoder as LLaVA's and VILA's models have it, with transformers' class."""
+
+    architecture: str  # that class
+    image_processor: str
+    config: Callable[[VisionConfig, int], Mapping[str, object]]  # its config.json with this many layers
+    strategy: Literal["default", "full"]  # default: its first token is none of the features
+    ends_early: bool  # LLaVA leaves layers out that no feature comes from
+    published: Mapping[str, str]  # names of published models by those of VisionConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,4 +57,5 @@ class EncoderDescription:
     check_config: Callable[[Mapping, VisionConfig, str], None]  # (config.json, ours, the setting naming the folder)
     build: Callable[[Config, Any], Any]
     frozen: Callable[[Any, VisionConfig, int], Any]
-    export: Callable[[VisionConfig, Sequence[Part]], ExportedEncoder] | None  # None: no export
+    export: Callable[[VisionConfig, Sequence[Part]], ExportedEncoder] | None  # None: not in NVLM-D-72B's layout
+    hub: HubEncoder | None = None  # None: not in LLaVA's and VILA's layouts
