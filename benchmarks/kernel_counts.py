@@ -164,7 +164,7 @@ def kernels_of_a_gpu() -> Iterator[None]:
 
     from nvlm.attention import kernel
     from nvlm.attention.kernels import dense, flex
-    from nvlm.vision.encoders.internvit import frozen
+    from nvlm.vision.encoders import inference
 
     kernels = [
         (functional, "rms_norm", "other", True),
@@ -174,9 +174,9 @@ def kernels_of_a_gpu() -> Iterator[None]:
         (fused_bias_dropout, "bias_dropout_add_fused_inference", "compiled", False),
         (fused_bias_swiglu, "swiglu", "compiled", False),
         (fused_bias_swiglu, "swiglu_back", "compiled", False),
-        (frozen, "add_rms_norm", "compiled", False),
-        (frozen, "add_layer_norm", "compiled", False),
-        (frozen, "norm_both", "compiled", False),
+        (inference, "add_rms_norm", "compiled", False),
+        (inference, "add_layer_norm", "compiled", False),
+        (inference, "norm_both", "compiled", False),
     ]
     with contextlib.ExitStack() as stack:
         for module, name, kind, copies in kernels:

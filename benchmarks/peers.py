@@ -49,7 +49,7 @@ from nvlm.tiling import normalize
 from nvlm.train.optim import wrap
 from nvlm.vision.encoders.internvit import description as internvit
 from nvlm.vision.encoders.internvit.description import INTERNVIT
-from nvlm.vision.encoders.internvit.model import encoder_config
+from nvlm.vision.encoders.layers import encoder_config
 from nvlm.vision.pooling import pixel_shuffle
 from nvlm.weights import llm
 from nvlm.weights.parts import Part, below, joined, published

@@ -27,8 +27,8 @@ from nvlm.data.pack import collate
 from nvlm.data.record import Record
 from nvlm.data.samples import encode
 from nvlm.data.text.tokenizer import load_tokenizer
+from nvlm.vision.encoders.inference import FrozenEncoder
 from nvlm.vision.encoders.internvit import description as internvit
-from nvlm.vision.encoders.internvit.frozen import FrozenInternViT
 from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
 from nvlm.weights import llm
@@ -147,7 +147,7 @@ def build_twins(config: Config, gates: float | None = None, seed: int = 1) -> Tw
     reference.double()
     if config.adapted:
         reference.load_state_dict(to_reference(merged_weights(model, config), config), strict=False)
-    return Twins(config, model, VisionPath(FrozenInternViT(encoder, vision), vision), reference)
+    return Twins(config, model, VisionPath(FrozenEncoder(encoder, vision), vision), reference)
 
 
 def awake_adapters(model: VisionLanguageModel) -> dict[str, Tensor]:

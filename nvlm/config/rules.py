@@ -10,7 +10,7 @@ from nvlm.config.fields import FileName, FilePath
 from nvlm.config.learning_rules import LEARNING
 from nvlm.config.mapping import kinds_of
 from nvlm.config.tiles import grid_of
-from nvlm.config.values import Config, problem
+from nvlm.config.values import Config, VisionConfig, problem
 
 _BUFFERED = ("bf16", "fp8_current", "fp8_delayed")  # precisions whose operands fit Transformer Engine's userbuffers
 
@@ -97,10 +97,7 @@ def _shapes(config: Config) -> None:
         raise problem("llm.head_dim", llm.head_dim, "an even number: rotary angles turn pairs", fix)
     if vision.hidden % vision.heads:
         raise problem("vision.hidden", vision.hidden, f"a multiple of vision.heads={vision.heads}", "change one")
-    cell = vision.patch * vision.downsample
-    if vision.tile_size % cell:
-        fix = f"vision.tile_size={max(1, vision.tile_size // cell) * cell}"
-        raise problem("vision.tile_size", vision.tile_size, f"a multiple of patch x downsample = {cell}", fix)
+    _pooling(vision)
     split = {"llm.heads": llm.heads, "llm.kv_heads": llm.kv_heads, "llm.ffn": llm.ffn}
     largest = math.gcd(*split.values())
     for what, size in split.items():
@@ -138,6 +135,18 @@ def _tiling(config: Config) -> None:
         if cols * rows > tiling.max_tiles:
             expected = f"grids of at most tiling.max_tiles={tiling.max_tiles} tiles"
             raise problem("tiling.pinpoints", pinpoint, expected, f"tiling.max_tiles={cols * rows}, or leave it out")
+
+
+def _pooling(vision: VisionConfig) -> None:
+    side, factor = vision.tile_size // vision.patch, vision.downsample
+    if factor > side:
+        got = f"{factor} for tiles of {side} x {side} patches"
+        raise problem("vision.downsample", got, f"at most {side}", f"vision.downsample={max(side, 1)}")
+    if vision.pads and vision.pool != "concat":
+        raise problem("vision.pads", True, f"false with vision.pool={vision.pool}", "vision.pads=false")
+    if vision.pool == "concat" and side % factor and not vision.pads:
+        expected = f"a multiple of vision.downsample={factor}, or zeros that fill up the last blocks"
+        raise problem("patches per side of a tile", side, expected, "vision.pads=true")
 
 
 def _layout(config: Config) -> None:

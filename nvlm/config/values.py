@@ -14,7 +14,7 @@ from nvlm.config.data import DataConfig
 from nvlm.config.fields import Choice, Count, FileName, Grid, Location, Natural, NotNegative, Positive, Range, Text
 from nvlm.config.hardware import GPUS
 from nvlm.config.learning import OptimConfig, PeftConfig, StageConfig
-from nvlm.tiling.grid import tokens_per_tile
+from nvlm.tiling.grid import POOLS, tokens_per_tile
 from nvlm.tiling.tags import TAG_STYLES
 
 GROUPS = ("vision", "projector", "xattn", "llm")
@@ -89,7 +89,11 @@ class VisionConfig:
     ffn: Count
     patch: Count
     tile_size: Annotated[int, Range(1, example=448)]
+    # Blocks of downsample x downsample patches become one token before the projector; with `pads`, zeros fill up
+    # incomplete blocks of concat (nvlm.tiling.grid.pooled_side).
     downsample: Count
+    pool: Annotated[str, Choice(*POOLS)]
+    pads: bool
     norm: Annotated[str, Choice("rms", "layer")]
     norm_eps: Positive
     qkv_bias: bool
@@ -100,14 +104,20 @@ class VisionConfig:
     graph: bool  # run full encoder batches as a CUDA graph
 
     @property
+    def patches(self) -> int:
+        """Number of patches per tile (1024 at full size)."""
+        return (self.tile_size // self.patch) ** 2
+
+    @property
     def tile_tokens(self) -> int:
-        """Number of tokens per tile after pixel shuffle (256 at full size)."""
-        return tokens_per_tile(self.tile_size, self.patch, self.downsample)
+        """Number of tokens per tile after pooling (256 at full size)."""
+        return tokens_per_tile(self.tile_size, self.patch, self.downsample, self.pool, self.pads)
 
     @property
     def feature_width(self) -> int:
-        """Width of a tile's token: pixel shuffle concatenates downsample x downsample patches (12800 at full size)."""
-        return self.hidden * self.downsample**2
+        """Width of a tile's token, before the projector: concat puts the patches of a block side by side (12800 at full
+        size)."""
+        return self.hidden * (self.downsample**2 if self.pool == "concat" else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -225,7 +225,7 @@ def check_placeholders(batch: Batch) -> None:
         # Filling would silently take the surplus for tokens of the next tile.
         raise ValueError(
             f"features of samples [{', '.join(names)}]: got {len(batch.feature_rows)} tokens, expected {tokens} for "
-            f"{len(batch.tile_tokens)} tiles. Fix: the encoder and vision.tile_size, patch and downsample disagree"
+            f"{len(batch.tile_tokens)} tiles. Fix: the encoder and vision.tile_size, patch, downsample, pool disagree"
         )
     host = batch.on_host
     for place, columns, rows, counts in (

@@ -21,6 +21,11 @@ def exported_encoder(config: Config, source: Source) -> ExportedEncoder:
         expected = f"an encoder that modeling_nvlm.py has ({known})"
         fix = "answer with launch/generate.py, which needs no export"
         raise problem(f"vision.encoder={encoder.name}", "no class in an export", expected, fix)
+    vision = config.vision
+    if vision.pool != "concat" or vision.pads:
+        got = f"vision.pool={vision.pool} vision.pads={str(vision.pads).lower()}"
+        fix = "answer with launch/generate.py, which needs no export"
+        raise problem("pooling", got, "pixel shuffle, which is all that modeling_nvlm.py has", fix)
     return encoder.export(config.vision, source.parts["vision"])
 
 

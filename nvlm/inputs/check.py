@@ -35,7 +35,8 @@ def check_weights(config: Config, run_dir: Path | None = None) -> None:
 # Fields that make another model. Some change no tensor's name or shape; the encoder's description adds more.
 _OF_A_MODEL = (
     "llm.layers llm.hidden llm.heads llm.kv_heads llm.head_dim llm.ffn llm.vocab llm.rope_theta llm.rope_scaling "
-    "llm.norm_eps llm.qkv_bias llm.tied vision.name vision.encoder vision.downsample"
+    "llm.norm_eps llm.qkv_bias llm.tied vision.name vision.encoder vision.downsample "
+    "vision.pool vision.pads"
 ).split()
 
 

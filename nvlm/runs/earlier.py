@@ -5,7 +5,7 @@ from __future__ import annotations
 # Keys that earlier versions did not write, by group, with the value they implied.
 _ADDED = {
     "logging": {"name": "none", "project": None, "entity": None, "mode": "online"},
-    "vision": {"encoder": "internvit"},
+    "vision": {"encoder": "internvit", "pool": "concat", "pads": False},
     "llm": {"chat": "chatml"},
     "projector": {"name": "nvlm", "kind": None, "norm": True, "bias": False, "inner": "ffn"},
     "arch": {"sees": "before"},

@@ -159,15 +159,32 @@ def _require_positive(**values: int) -> None:
             raise ValueError(f"{name}, got {value}, expected a positive number, fix: raise {name}")
 
 
-def tokens_per_tile(tile_size: int = 448, patch_size: int = 14, downsample: int = 2) -> int:
-    """Tokens of one tile after pixel shuffle: 256 for 448 px, 14 px patches and a factor of 2 per side."""
-    for name, value in (("tile_size", tile_size), ("patch_size", patch_size), ("downsample", downsample)):
-        if value <= 0:
-            raise ValueError(f"{name}, got {value}, expected a positive number, fix: raise {name}")
-    side, rest = divmod(tile_size, patch_size * downsample)
-    if rest:
+POOLS = ("concat", "average", "max", "bilinear")
+"""Ways to make one token of a block of patches."""
+
+
+def pooled_side(side: int, factor: int, pool: str = "concat", pads: bool = False) -> int:
+    """Tokens per side of a grid of `side` x `side` patches of which blocks of `factor` x `factor` become one token.
+
+    Patches at the right and at the bottom that fill no block are dropped by average and max, as torch's pooling does;
+    bilinear rounds up, as LLaVA-NeXT's does; concat refuses them, or with `pads` adds zeros, as VILA does.
+    """
+    _require_positive(side=side, factor=factor)
+    if factor > side:
         raise ValueError(
-            f"tile_size, got {tile_size}, expected a multiple of patch_size * downsample = "
-            f"{patch_size} * {downsample} = {patch_size * downsample}, fix: change one of the three"
+            f"pooling, got blocks of {factor} x {factor}, expected at most {side} patches, fix: a smaller one"
         )
-    return side * side
+    if pool == "concat" and side % factor and not pads:
+        raise ValueError(f"pooling, got {side} patches per side, expected a multiple of {factor}, fix: pad with zeros")
+    return -(-side // factor) if pool in ("concat", "bilinear") else side // factor
+
+
+def tokens_per_tile(
+    tile_size: int = 448, patch_size: int = 14, downsample: int = 2, pool: str = "concat", pads: bool = False
+) -> int:
+    """Tokens of one tile after pooling: 256 for 448 px, 14 px patches and blocks of 2 x 2. Sizes in px.
+
+    Pixels at the right and at the bottom that fill no patch do not count.
+    """
+    _require_positive(tile_size=tile_size, patch_size=patch_size, downsample=downsample)
+    return pooled_side(tile_size // patch_size, downsample, pool, pads) ** 2

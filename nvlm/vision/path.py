@@ -18,7 +18,7 @@ from nvlm.data.batch import Batch
 from nvlm.processes import device
 from nvlm.tiling import normalize
 from nvlm.vision.encoders.registry import description_of
-from nvlm.vision.pooling import pixel_shuffle
+from nvlm.vision.pooling import pooled
 from nvlm.vision.quantize import FP8Linear, quantize
 from nvlm.vision.source import vision_source
 from nvlm.weights.load import read
@@ -46,10 +46,9 @@ class VisionPath:
         """uint8 [T, 3, px, px] to [N, C], the tokens of all tiles concatenated; no tiles give [0, C]."""
         vision = self.vision
         if len(pixels_T3) == 0:  # attention kernels reject an empty batch
-            width = vision.hidden * vision.downsample**2
-            return next(self.encoder.parameters()).new_zeros(0, width)
+            return next(self.encoder.parameters()).new_zeros(0, vision.feature_width)
         calls = [self._call(self._normalized(some)) for some in pixels_T3.split(vision.tiles_per_call)]
-        return self._tokens(torch.cat(calls))
+        return torch.cat([self._tokens(call) for call in calls])
 
     def backward(self, pixels_T3: Tensor, gradients_NC: Tensor) -> None:
         """Add the gradients of the encoder's weights, given those of `features(pixels_T3)`, in which all tiles have
@@ -68,7 +67,8 @@ class VisionPath:
         return normalize(pixels_T3, known.mean, known.std)
 
     def _tokens(self, features_TPD: Tensor) -> Tensor:
-        return pixel_shuffle(features_TPD, self.vision.downsample).flatten(0, 1)
+        vision = self.vision
+        return pooled(features_TPD, vision.downsample, vision.pool, vision.pads).flatten(0, 1)
 
     def _call(self, pixels_T3: Tensor) -> Tensor:
         return (self.full if len(pixels_T3) == self.vision.tiles_per_call else self.encoder)(pixels_T3)

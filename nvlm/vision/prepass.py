@@ -187,7 +187,7 @@ class BalancedVision:
         if len(features_nC) != expected:
             raise ValueError(
                 f"features of {len(pixels_T3)} tiles: got {len(features_nC)} tokens, expected {expected}. "
-                f"Fix: the encoder and vision.tile_size, patch and downsample disagree"
+                f"Fix: the encoder and vision.tile_size, patch, downsample and pool disagree"
             )
         return features_nC
 

@@ -89,7 +89,7 @@ def encoder_parts(vision: VisionConfig, stored: Mapping[str, Stored], prefix: st
     """The encoder's tensors among `stored`, whose names begin with `prefix`."""
     encoder = description_of(vision)
     own = {name.removeprefix(prefix): one for name, one in stored.items() if name.startswith(prefix)}
-    spare = [prefix + name for name in own if name.startswith(tuple(encoder.unused))]
+    spare = [prefix + name for name in own if encoder.unneeded(vision, name)]
     return EncoderParts(below(prefix, encoder.parts(vision, own)), spare)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nvlm.vision.encoders.internvit.frozen import FrozenInternViT
+from nvlm.vision.encoders.inference import FrozenEncoder
 from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import solo_groups
 from tests.models import TILE, small_config
@@ -38,7 +38,7 @@ def test_features_are_those_of_the_unfolded_encoder(kind, multiple):
     encoder, vision = encoder_of(kind)
     pixels = torch.randn(3, 3, TILE, TILE, generator=torch.Generator().manual_seed(5))
     expected = encoder(pixels)
-    got = FrozenInternViT(encoder, vision, multiple)(pixels)
+    got = FrozenEncoder(encoder, vision, multiple)(pixels)
     assert got.shape == expected.shape
     assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
 
@@ -46,7 +46,7 @@ def test_features_are_those_of_the_unfolded_encoder(kind, multiple):
 @torch.no_grad()
 def test_padding_is_the_last_patch_in_every_layer():
     encoder, vision = encoder_of("InternViT-6B")
-    frozen, inputs = FrozenInternViT(encoder, vision, multiple=16), []
+    frozen, inputs = FrozenEncoder(encoder, vision, multiple=16), []
     for layer in frozen.layers:
         for linear in (layer.qkv, layer.proj, layer.fc1, layer.fc2):
             linear.register_forward_pre_hook(lambda linear, given: inputs.append(given[0]))
@@ -60,6 +60,6 @@ def test_padding_is_the_last_patch_in_every_layer():
 def test_it_takes_over_the_weights_without_a_copy():
     encoder, vision = encoder_of("InternViT-300M")
     places = {parameter.data_ptr() for parameter in encoder.parameters()}
-    frozen = FrozenInternViT(encoder, vision, multiple=16)
+    frozen = FrozenEncoder(encoder, vision, multiple=16)
     apart = [name for name, p in frozen.named_parameters() if p.data_ptr() not in places]
     assert apart == ["position_embedding"] and not any(p.requires_grad for p in frozen.parameters())

@@ -63,7 +63,9 @@ def modules(vision):
 
 DESCRIPTION = EncoderDescription(
     name="patches", code=("patches.Patches",), mean=MEAN, std=STD, unseen=(), fixed={"qk_norm": True}, shipped={},
-    unused=("pool.",), modules=modules, parts=parts, check_config=check_config, export=None,
+    crops=False,
+    unneeded=lambda vision, name: name.startswith("pool."),
+    modules=modules, parts=parts, check_config=check_config, export=None,
     build=lambda config, groups: Patches(), frozen=lambda encoder, vision, multiple: encoder,
 )  # fmt: skip
 
@@ -111,7 +113,7 @@ def test_it_is_checked_and_identified_by_its_own_rules(config, folder):
         ConfigError, match="vision.qk_norm: got False, expected true: vision.encoder=patches has no oth"
     ):
         compose_config(*SIZES, "vision.qk_norm=false")
-    with pytest.raises(ConfigError, match="vision.encoder: got 'patchez', expected one of internvit, patches. Fix: v"):
+    with pytest.raises(ConfigError, match="vision.encoder: got 'patchez', expected one of internvit, siglip, clip, p"):
         compose_config(*SIZES, "vision.encoder=patchez")
 
 

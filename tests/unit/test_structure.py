@@ -128,7 +128,7 @@ def test_what_a_room_does_without(where, never):
 def test_an_encoder_is_known_to_its_own_folder_alone():
     """The exported single file has its own copy of the modules; a run folder that names no encoder means the first
     one."""
-    own, default = ROOT / "nvlm/vision/encoders", '"vision": {"encoder": "internvit"}'
+    own, default = ROOT / "nvlm/vision/encoders", '"vision": {"encoder": "internvit", '
     for path in (ROOT / "nvlm").rglob("*.py"):
         if own not in path.parents and path.name != "modeling_nvlm.py":
             lines = [line for line in path.read_text().splitlines() if "internvit" in line.lower()]

@@ -50,8 +50,9 @@ class EncoderDescription:
     std: tuple[float, float, float]
     unseen: Sequence[str]  # VisionConfig settings that do not show in tensor names or shapes
     fixed: Mapping[str, object]
+    crops: bool  # pixels that fill no patch, on the right and at the bottom, are not seen; else they are refused
     shipped: Mapping[str, Path]  # weights that ship with the package, by their names in init.vision
-    unused: Sequence[str]  # prefixes of published tensors that are not needed (a pooling head)
+    unneeded: Callable[[VisionConfig, str], bool]  # whether a published tensor is not needed: a pooling head's
     modules: Callable[[VisionConfig], EncoderModules]  # what `build` builds, for nvlm.estimate
     parts: Callable[[VisionConfig, Mapping[str, Stored]], list[Part]]  # (config, stored tensors) -> published
     check_config: Callable[[Mapping, VisionConfig, str], None]  # (config.json, ours, the setting naming the folder)

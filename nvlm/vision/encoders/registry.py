@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from nvlm.config.values import Config, VisionConfig, problem
+from nvlm.vision.encoders.clip.description import CLIP
 from nvlm.vision.encoders.interface import EncoderDescription
 from nvlm.vision.encoders.internvit.description import INTERNVIT
+from nvlm.vision.encoders.siglip.description import SIGLIP
 
-ENCODERS: dict[str, EncoderDescription] = {INTERNVIT.name: INTERNVIT}
+ENCODERS: dict[str, EncoderDescription] = {one.name: one for one in (INTERNVIT, SIGLIP, CLIP)}
 
 
 def description_of(vision: VisionConfig) -> EncoderDescription:
@@ -26,4 +28,8 @@ def check_encoder(config: Config) -> Config:
             typed = str(value).lower() if isinstance(value, bool) else value
             expected = f"{typed}: vision.encoder={encoder.name} has no other"
             raise problem(f"vision.{name}", got, expected, f"vision.{name}={typed}")
+    vision = config.vision
+    if vision.tile_size % vision.patch and not encoder.crops:
+        fix = f"vision.tile_size={max(1, vision.tile_size // vision.patch) * vision.patch}"
+        raise problem("vision.tile_size", vision.tile_size, f"a multiple of vision.patch={vision.patch}", fix)
     return config

@@ -51,7 +51,12 @@ BUFFERED = ("parallel.userbuffers=true", "parallel.tensor=2", "parallel.sequence
         (["parallel.virtual=2"], ("parallel.virtual", "2", "parallel.pipeline=2")),
         (["parallel.pipeline=3"], ("parallel.pipeline x virtual", "3", "llm.layers")),
         (["vision.balance=all"], ("vision.balance", "'all'", "replica, global")),
-        (["vision.patch=13"], ("vision.tile_size", "112", "26", "vision.tile_size=104")),
+        (["vision.patch=13"], ("vision.tile_size", "112", "vision.patch=13", "vision.tile_size=104")),
+        (["vision.tile_size=126"], ("patches per side of a tile", "9", "vision.downsample=2", "vision.pads=true")),
+        (["pooling=average", "vision.downsample=9"], ("vision.downsample", "9", "8 x 8", "vision.downsample=8")),
+        (["pooling=concat_3x3", "vision.pool=max"], ("vision.pads", "vision.pool=max", "vision.pads=false")),
+        (["pooling=avg"], ("pooling", "'avg'", "average, bilinear", "pooling=average")),
+        (["vision=clip-l-336", "vision.qk_norm=true"], ("vision.qk_norm", "expected false", "vision.qk_norm=false")),
         (
             ["stage.train_projector=false", "stage.train_xattn=false", "stage.train_llm=false"],
             ("stage", "nothing"),

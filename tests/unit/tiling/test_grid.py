@@ -234,9 +234,26 @@ def test_a_tile_is_256_tokens():
     assert tokens_per_tile(56, 14, 2) == 4
 
 
-@pytest.mark.parametrize("sizes", [(450, 14, 2), (448, 15, 2), (448, 14, 3)])
-def test_sizes_of_a_tile_must_divide(sizes):
-    with pytest.raises(ValueError, match=rf"tile_size, got {sizes[0]}, expected a multiple of"):
+def test_a_tile_of_siglip_is_729_patches():
+    """384 px in patches of 14: 27 and 6 px that fill none; 28 with VILA's zeros, 13 and 14 where LLaVA-NeXT pools."""
+    assert tokens_per_tile(384, 14, 1) == 27**2
+    assert tokens_per_tile(384, 14, 2, "concat", pads=True) == 196
+    assert tokens_per_tile(384, 14, 3) == 81
+    assert tokens_per_tile(448, 14, 3, "concat", pads=True) == 121
+    assert [tokens_per_tile(384, 14, 2, pool) for pool in ("average", "max", "bilinear")] == [169, 169, 196]
+    assert [tokens_per_tile(336, 14, 2, pool) for pool in ("average", "max", "bilinear", "concat")] == [144] * 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "complaint"),
+    [
+        ((384, 14, 2), "got 27 patches per side, expected a multiple of 2"),
+        ((448, 14, 3), "got 32 patches per side, expected a multiple of 3"),
+        ((448, 14, 33, "average"), "got blocks of 33 x 33, expected at most 32 patches"),
+    ],
+)
+def test_blocks_must_fit_the_grid(sizes, complaint):
+    with pytest.raises(ValueError, match=complaint):
         tokens_per_tile(*sizes)
 
 

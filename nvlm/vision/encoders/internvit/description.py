@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from nvlm.config.modules import Activation, Attention, EncoderModules, Linear, Module, Norm, Parameter
+from nvlm.config.modules import EncoderModules, Linear, Parameter
 from nvlm.config.values import Config, VisionConfig, problem
+from nvlm.vision.encoders.described import layer_modules
 from nvlm.vision.encoders.interface import EncoderDescription, ExportedEncoder
 from nvlm.weights.defaults import completed
 from nvlm.weights.parts import Part
@@ -32,7 +33,7 @@ _NORMS = {"rms_norm": "rms", "layer_norm": "layer"}
 
 def parts(vision: VisionConfig, dummy_heads: int = 0) -> list[Part]:
     """All tensors, in model order."""
-    d, patches = vision.hidden, (vision.tile_size // vision.patch) ** 2
+    d, patches = vision.hidden, vision.patches
     embeddings = {
         "class_embedding": (1, 1, d),
         "position_embedding": (1, 1 + patches, d),
@@ -160,46 +161,22 @@ def _build(config: Config, groups):
 
 
 def _frozen(encoder, vision: VisionConfig, multiple: int):
-    from nvlm.vision.encoders.internvit.frozen import FrozenInternViT
+    from nvlm.vision.encoders.inference import FrozenEncoder
 
-    return FrozenInternViT(encoder, vision, multiple)
+    return FrozenEncoder(encoder, vision, multiple)
 
 
 def modules(vision: VisionConfig) -> EncoderModules:
     """Patch embedding, class token and positions, then pre-norm layers with layer scale; no final norm."""
-    d, patches, own = vision.hidden, (vision.tile_size // vision.patch) ** 2, dict(group="vision")
+    d, patches, own = vision.hidden, vision.patches, dict(group="vision")
     embedding = (
         Linear(name="patch_embedding", inputs=3 * vision.patch**2, outputs=d, bias=True, **own),
         Parameter(name="class_embedding", size=d, **own),
         Parameter(name="position_embedding", size=(patches + 1) * d, **own),
     )
-    layer = (*_attention_modules(vision), *_mlp_modules(vision))
+    layer, tokens = layer_modules(vision, scaled=True), patches + 1
     return EncoderModules(
-        embedding=embedding, layer=layer, layers=vision.layers, patches=patches, tokens=patches + 1, width=d
-    )
-
-
-def _attention_modules(vision: VisionConfig) -> tuple[Module, ...]:
-    d, place, own = vision.hidden, "self_attention", dict(group="vision")
-    of_heads = [Norm(name=f"{place}.{which}_layernorm", width=d, **own) for which in "qk"]
-    return (
-        Norm(name="input_layernorm", width=d, bias=vision.norm == "layer", **own),
-        Linear(name=f"{place}.linear_qkv", inputs=d, outputs=3 * d, bias=vision.qkv_bias, **own),
-        *(of_heads if vision.qk_norm else ()),
-        Attention(heads=vision.heads, kv_heads=vision.heads, head_dim=d // vision.heads, sees="all"),
-        Linear(name=f"{place}.linear_proj", inputs=d, outputs=d, bias=True, **own),
-        Parameter(name=f"{place}.layer_scale.weight", size=d, factor=True, **own),
-    )
-
-
-def _mlp_modules(vision: VisionConfig) -> tuple[Module, ...]:
-    d, own = vision.hidden, dict(group="vision")
-    return (
-        Norm(name="pre_mlp_layernorm", width=d, bias=vision.norm == "layer", **own),
-        Linear(name="mlp.linear_fc1", inputs=d, outputs=vision.ffn, bias=True, **own),
-        Activation(width=vision.ffn),
-        Linear(name="mlp.linear_fc2", inputs=vision.ffn, outputs=d, bias=True, **own),
-        Parameter(name="mlp.layer_scale.weight", size=d, factor=True, **own),
+        embedding=embedding, layer=layer, layers=vision.layers, patches=patches, tokens=tokens, width=d
     )
 
 
@@ -210,8 +187,9 @@ INTERNVIT = EncoderDescription(
     std=(0.229, 0.224, 0.225),
     unseen=("heads", "tile_size", "patch", "norm_eps"),
     fixed={},
+    crops=False,
     shipped={"tiny": TINY},
-    unused=(),
+    unneeded=lambda vision, name: False,
     modules=modules,
     parts=_parts_of,
     check_config=check_config,

@@ -1,0 +1,1 @@
+"""A vision tower in transformers' layout: what SigLIP and CLIP share."""
