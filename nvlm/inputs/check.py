@@ -11,25 +11,29 @@ from nvlm.inputs import identity
 from nvlm.inputs.sources import model_source
 from nvlm.runs.folder import find_checkpoint, latest, read_run_config
 from nvlm.vision.encoders.registry import description_of
-from nvlm.vision.source import vision_source
+from nvlm.vision.source import trained_encoder, vision_source
 
 
 def check_weights(config: Config, run_dir: Path | None = None) -> None:
     """Raise ConfigError if the sources in config.init do not fit, or if the encoder or tokenizer is not the one that a
     checkpoint's run was trained with. Reads only headers and samples.
 
-    A run that resumes from a checkpoint in `run_dir` needs only the encoder.
+    A run that resumes from a checkpoint in `run_dir` needs only the encoder, and that only if it never learned.
     """
-    if not config.dry_run or config.init.vision or config.init.release:
+    newest = latest(run_dir) if config.resume == "auto" and run_dir is not None else None
+    before = newest
+    if newest is None and config.init.checkpoint:
+        before = find_checkpoint(Path(config.init.checkpoint), "init.checkpoint")
+    needed = not config.dry_run and (before is None or trained_encoder(before) is None)
+    if needed or config.init.vision or config.init.release:
         vision_source(config)
-    if config.resume == "auto" and run_dir is not None and (newest := latest(run_dir)) is not None:
+    if newest is not None:
         identity.check_model(config, newest, resumed=True)
         return
     model_source(config)
-    if config.init.checkpoint:
-        folder = find_checkpoint(Path(config.init.checkpoint), "init.checkpoint")
-        check_same_model(config, folder)
-        identity.check_model(config, folder)
+    if before is not None:
+        check_same_model(config, before)
+        identity.check_model(config, before)
 
 
 # Fields that make another model. Some change no tensor's name or shape; the encoder's description adds more.

@@ -24,9 +24,9 @@ from nvlm.data.sources.registry import Records
 from nvlm.data.text.tokenizer import tokenizer_file, tokenizer_of
 from nvlm.inputs import mix
 from nvlm.inputs.sources import model_source
-from nvlm.runs.folder import find_checkpoint
+from nvlm.runs.folder import ENCODER, find_checkpoint
 from nvlm.runs.record import Identity, read, write
-from nvlm.vision.source import check_frozen, vision_source
+from nvlm.vision.source import trained_before, trained_encoder, vision_source
 from nvlm.weights.published import Source, Stored
 
 _BLENDED = "records."  # before the name of a source of a blend
@@ -90,9 +90,18 @@ def _of_source_records(records: Records, source: str, known: Mapping[Path, str])
     return Identity(source, 0, found.hexdigest(), len(records))
 
 
-def of_encoder(config: Config) -> Identity:
-    """The frozen encoder's published weights."""
-    return _of_source(vision_source(config), ["vision"])
+def of_encoder(config: Config) -> Identity | None:
+    """The published weights of the encoder; if it learned in an earlier stage, those that it began with."""
+    if trained_before(config) is None:
+        return _of_source(vision_source(config), ["vision"])
+    step = find_checkpoint(Path(config.init.checkpoint or ""), "init.checkpoint")
+    return read(step.parent.parent).get("encoder")
+
+
+def of_own_encoder(run_dir: Path) -> Identity | None:
+    """The run's file of an encoder that learned in an earlier stage; None if there is none."""
+    file = run_dir / ENCODER
+    return of_file(file) if file.is_file() else None
 
 
 def of_tokenizer(config: Config) -> Identity:
@@ -124,10 +133,13 @@ def check_model(config: Config, step: Path, key: str = "init.vision", resumed: b
     `key`: the setting that names the encoder's folder. `resumed`: this run continues that one, so the message also
     suggests another name for a new run.
     """
-    check_frozen(step)
     run_dir = step.parent.parent
-    before = read(run_dir)
-    if "encoder" in before:
+    before, own = read(run_dir), of_own_encoder(run_dir)
+    if own is not None and "own encoder" in before and not before["own encoder"].same(own):
+        fix = "the file as the run wrote it, or another checkpoint"
+        raise problem(str(run_dir / ENCODER), _told(own), f"what the run wrote ({_told(before['own encoder'])})", fix)
+    # What a trained encoder began as is not needed, but may be named.
+    if "encoder" in before and (config.init.vision or config.init.release or trained_encoder(step) is None):
         now = _of_source(vision_source(config, key), ["vision"])
         _compare("encoder", before, now, run_dir, "init.release" if config.init.release else key, resumed)
     if "tokenizer" in before and config.llm.tokenizer:
@@ -166,6 +178,7 @@ def record(config: Config, run_dir: Path, records: Records, order: Order) -> Non
         **found,
         "order": of_order(order),
         "encoder": of_encoder(config),
+        "own encoder": of_own_encoder(run_dir),
         "tokenizer": of_tokenizer(config),
         "template": of_template(config),
         "weights": of_first_weights(config),

@@ -1,7 +1,7 @@
 """A run folder: its configuration and its checkpoints. Imports no torch.
 
 It holds `config.yaml` and `checkpoints/`, with step folders, `frozen/`, `latest`, the name of the newest step, and
-`best`, that of the step which scored best.
+`best`, that of the step which scored best; perhaps also `encoder.safetensors`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from nvlm.runs.earlier import as_written_now
 
 FROZEN = "frozen"
 LATEST, BEST = "latest", "best"  # files in checkpoints/ that name a step folder
+ENCODER = "encoder.safetensors"  # an encoder that learned in an earlier stage and does not learn in this run
 INPUTS = "inputs.json"  # identifies the run's inputs by their content
 
 

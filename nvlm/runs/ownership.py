@@ -47,7 +47,7 @@ PACKAGES = (
 _OURS = (
     "config.yaml", "environment.json", "inputs.json", "mix.json", "metrics.jsonl", "skipped.jsonl", "tensorboard",
     "checkpoints", "profile", "losses.json", "evaluation", "wandb_id", "report.html", "curves.png",
-    "gallery",
+    "gallery", "encoder.safetensors",
 )  # fmt: skip
 _NAMED = 5  # keys that differ in a message
 _ENDING = 10.0  # seconds to wait for the workers of a killed launcher to end

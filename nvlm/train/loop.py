@@ -30,7 +30,7 @@ from nvlm.runs.ownership import begin as begin_folder
 from nvlm.runs.sinks import Appended
 from nvlm.train import idle
 from nvlm.train.agree import agreed
-from nvlm.train.begin import begin
+from nvlm.train.begin import begin, own_encoder
 from nvlm.train.checkpoint.restore import Loaded, load
 from nvlm.train.checkpoint.save import Checkpoints
 from nvlm.train.encoder import groups_of_encoder, wrap_encoder
@@ -45,7 +45,7 @@ from nvlm.train.step import Trainer, train_step
 from nvlm.train.tracker import SILENT, Silent, Tracker, build_tracker
 from nvlm.train.waiting import impatient
 from nvlm.train.watch import Watchdog
-from nvlm.vision.path import VisionPath, build_vision, load_encoder
+from nvlm.vision.path import VisionPath, build_vision, load_encoder, new_encoder
 from nvlm.vision.prepass import BalancedVision, build_team
 
 
@@ -68,7 +68,7 @@ def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: E
         resumed = config.resume == "auto" and latest(run_dir) is not None
         if resumed:
             groups.raised_together(lambda: identity.check_records(config, run_dir, steps.records, steps.order))
-        trainer = build_trainer(config, device, begins=not resumed)
+        trainer = build_trainer(config, device, begins=not resumed, encoder=own_encoder(config, run_dir, resumed))
         loaded = resume(trainer, config, run_dir)
         steps = replace(steps, ends=loaded.ends)
         idle.check_gates(trainer.pipeline.parts)
@@ -199,25 +199,28 @@ def build_steps(config: Config) -> Steps:
     return replace(steps, data_rank=rank, data_size=size, seat=seat, seats=seats)
 
 
-def build_trainer(config: Config, device, begins: bool = True) -> Trainer:
-    """Model, encoder and optimizer on `device`. If the run `begins` here, the weights come from config.init."""
+def build_trainer(config: Config, device, begins: bool = True, encoder: Path | None = None) -> Trainer:
+    """Model, encoder and optimizer on `device`. If the run `begins` here, the weights come from config.init.
+
+    `encoder`: the run's own file of the frozen encoder, if there is one.
+    """
     parts = [part.to(device) for part in build_parts(config)]
     origins = begin(parts, config) if begins else {}
     for part in parts:
         freeze(part, config)
     pipeline = build_pipeline(config, parts)
     chunks = tuple(wrap(part, config) for part in parts)
-    encoder = own = None
+    learning = own = None
     if config.stage.train_vision:
         own = groups_of_encoder()
-        encoder = wrap_encoder(load_encoder(config, device), config, own)
-        path = VisionPath(encoder.module.vision, config.vision, learns=True)
+        learning = wrap_encoder(load_encoder(config, device) if begins else new_encoder(config, device), config, own)
+        path = VisionPath(learning.module.vision, config.vision, learns=True)
     else:
-        path = build_vision(config, device)
-    optimizer, schedule = build_optimizer(chunks, config, encoder, own)
+        path = build_vision(config, device, encoder)
+    optimizer, schedule = build_optimizer(chunks, config, learning, own)
     megatron = parts[0].config
     megatron.grad_scale_func, megatron.finalize_model_grads_func = optimizer.scale_loss, pipeline.finalize
     if config.parallel.overlap:
         megatron.no_sync_func = chunks[0].no_sync  # reduce gradients only after the last micro-batch
     team = build_team(tile_use_of_rank(config, groups.pipeline_rank()), config.vision.balance)
-    return Trainer(chunks, encoder, pipeline, BalancedVision(path, team), optimizer, schedule, device, origins)
+    return Trainer(chunks, learning, pipeline, BalancedVision(path, team), optimizer, schedule, device, origins)

@@ -7,6 +7,7 @@ gradients and no optimizer state. One that learns encodes its tiles again for th
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,8 @@ from nvlm.tiling import normalize
 from nvlm.vision.encoders.registry import description_of
 from nvlm.vision.pooling import pooled
 from nvlm.vision.quantize import FP8Linear, quantize
-from nvlm.vision.source import vision_source
+from nvlm.vision.source import published_encoder, trained_before, vision_source
+from nvlm.vision.trained import trained_tensors
 from nvlm.weights.load import read
 
 
@@ -74,16 +76,34 @@ class VisionPath:
         return (self.full if len(pixels_T3) == self.vision.tiles_per_call else self.encoder)(pixels_T3)
 
 
-def load_encoder(config: Config, place: torch.device) -> nn.Module:
-    """The encoder of `config` with its weights, under the names of its description. A collective call."""
-    encoder = description_of(config.vision).build(config, solo_groups()).to(place)
-    read(vision_source(config), ["vision"], {name: parameter.data for name, parameter in encoder.named_parameters()})
+def new_encoder(config: Config, place: torch.device) -> nn.Module:
+    """The encoder of `config`, whose weights are still to be read."""
+    return description_of(config.vision).build(config, solo_groups()).to(place)
+
+
+def load_encoder(config: Config, place: torch.device, trained: Path | None = None) -> nn.Module:
+    """The encoder of `config` with its weights, under the names of its description. A collective call.
+
+    `trained`: the step folder or the file with the weights of one that learned; by default, what init.checkpoint has.
+    """
+    encoder = new_encoder(config, place)
+    ours = {name: parameter.data for name, parameter in encoder.named_parameters()}
+    trained = trained or trained_before(config)
+    if trained is not None and trained.is_dir():
+        tensors = trained_tensors(trained)
+        for name, tensor in ours.items():
+            tensor.copy_(tensors[name])
+    elif trained is not None:
+        read(published_encoder(config.vision, str(trained), "encoder"), ["vision"], ours)
+    else:
+        read(vision_source(config), ["vision"], ours)
     return encoder
 
 
-def build_vision(config: Config, place: torch.device) -> VisionPath:
-    """The frozen encoder of `config` with its weights, on device `place`. A collective call."""
-    return frozen(load_encoder(config, place), config)
+def build_vision(config: Config, place: torch.device, trained: Path | None = None) -> VisionPath:
+    """The frozen encoder of `config` with its weights, on device `place`. A collective call. `trained`: as in
+    `load_encoder`."""
+    return frozen(load_encoder(config, place, trained), config)
 
 
 def frozen(encoder: nn.Module, config: Config) -> VisionPath:

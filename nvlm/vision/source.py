@@ -1,4 +1,5 @@
-"""Where the frozen encoder's published weights are, checked before anything is read. Imports no torch."""
+"""Where the encoder's weights are: in a published folder, which is checked before anything is read, or, if it learned,
+in a checkpoint or in a file of the run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvlm.config.values import Config, VisionConfig, problem
-from nvlm.runs.folder import FROZEN, find_checkpoint, read_run_config, weight_keys
+from nvlm.runs.folder import ENCODER, find_checkpoint, read_run_config
 from nvlm.runs.record import read
 from nvlm.runs.tensors import tensor_names
 from nvlm.vision.encoders.registry import description_of
@@ -19,29 +20,48 @@ ENCODER_WEIGHTS = "vision."  # prefix of its parameters' names in a checkpoint
 
 
 def vision_source(config: Config, key: str = "init.vision") -> Source:
-    """The published folder of the frozen encoder, checked. Raises ConfigError if it does not match `config`.
+    """The published folder of the encoder, checked. Raises ConfigError if it does not match `config`.
 
     init.vision or init.release names it, else the record of init.checkpoint's run. `key`: the name of init.vision on
     this command line.
     """
     init = config.init
     if init.vision:
-        return _read(config.vision, str(description_of(config.vision).shipped.get(init.vision, init.vision)), key)
+        place = str(description_of(config.vision).shipped.get(init.vision, init.vision))
+        return published_encoder(config.vision, place, key)
     if init.release:
-        return _read(config.vision, init.release, "init.release")
+        return published_encoder(config.vision, init.release, "init.release")
     if init.checkpoint:
         place = encoder_of_run(find_checkpoint(Path(init.checkpoint), "init.checkpoint"), key)
-        return _read(config.vision, place, "init.checkpoint")
-    raise problem("init.vision", "nothing", "the frozen encoder's weights", "init.vision=DIR, or vision=tiny")
+        return published_encoder(config.vision, place, "init.checkpoint")
+    raise problem("init.vision", "nothing", "the encoder's weights", "init.vision=DIR, or vision=tiny")
+
+
+def trained_encoder(step: Path) -> Path | None:
+    """Where the encoder of the model in the step folder `step` is, if it learned: in the step folder itself or, if it
+    learned in an earlier stage, in a file of the run."""
+    if any(name.startswith(ENCODER_WEIGHTS) for name in tensor_names(step)):
+        return step
+    file = step.parent.parent / ENCODER
+    return file if file.is_file() else None
+
+
+def trained_before(config: Config) -> Path | None:
+    """`trained_encoder` of init.checkpoint. The model goes on with it; init.vision may still name what it began as."""
+    if not config.init.checkpoint:
+        return None
+    return trained_encoder(find_checkpoint(Path(config.init.checkpoint), "init.checkpoint"))
 
 
 def encoder_of_run(step: Path, key: str = "init.vision") -> str:
-    """The path of the encoder with which the model in the step folder `step` was trained, from the record of its run.
+    """The path of the encoder with which the model in the step folder `step` was trained: of a trained one, or from the
+    record of its run.
 
-    Used by export, generation, evaluation and the next stage. Raises ConfigError if nothing is left at that path, or if
-    the checkpoint holds a trained encoder, which cannot be read yet. `key`: the setting that names another path.
+    Used by export, generation, evaluation and the next stage. Raises ConfigError if nothing is left at that path.
+    `key`: the setting that names another path.
     """
-    check_frozen(step)
+    if trained := trained_encoder(step):
+        return str(trained)
     run_dir, before = step.parent.parent, read_run_config(step)
     named = before.init.vision or before.init.release
     if (shipped := description_of(before.vision).shipped.get(named or "")) is not None:
@@ -55,17 +75,8 @@ def encoder_of_run(step: Path, key: str = "init.vision") -> str:
     raise problem(f"encoder of {run_dir}", got, "the encoder that it was trained with", f"{key}=DIR, where it is now")
 
 
-def check_frozen(step: Path) -> None:
-    """Raise ConfigError if the checkpoint holds encoder weights: the encoder was trained, so its original files do not
-    belong to the model."""
-    keys = [*tensor_names(step), *tensor_names(step.parent / FROZEN)]
-    if learned := [name for name in weight_keys(keys) if name.startswith(ENCODER_WEIGHTS)]:
-        got = f"a trained encoder ({len(learned)} tensors, {learned[0]} the first)"
-        expected = "an encoder that stayed frozen: a trained one cannot be read from a checkpoint yet"
-        raise problem(f"checkpoint {step}", got, expected, "take a checkpoint of a run whose encoder was frozen")
-
-
-def _read(vision: VisionConfig, folder: str, key: str) -> Source:
+def published_encoder(vision: VisionConfig, folder: str, key: str) -> Source:
+    """The encoder in a published folder or file, checked. `key`: the setting that names it."""
     encoder = description_of(vision)
     layout, stored = opened(folder, key)
     prefix = encoder_prefix(stored)

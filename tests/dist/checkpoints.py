@@ -58,12 +58,19 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
 
 def held_by(trainer: Trainer) -> dict[str, torch.Tensor]:
     """What one process without the distributed optimizer holds, under the names that a checkpoint should use."""
-    named, module = {}, trainer.chunks[0].module
-    for name, weight in ((module.whole_name(name), weight) for name, weight in module.named_parameters()):
+    named, states = {}, {}
+    for part in trainer.optimizer.chained_optimizers:
+        states |= part.optimizer.state if part.optimizer is not None else {}
+    weights = [  # one process has all of the model in its only part
+        (getattr(wrapped.module, "whole_name", str)(name), weight)
+        for wrapped in trainer.wrapped
+        for name, weight in wrapped.module.named_parameters()
+    ]
+    for name, weight in weights:
         named[name] = weight.detach()
         main = getattr(weight, "main_param", weight)
         if weight.requires_grad:
-            state = trainer.optimizer.chained_optimizers[0].optimizer.state[main]
+            state = states[main]
             named |= {f"optimizer.state.{kind}.{name}": state[kind] for kind in ("exp_avg", "exp_avg_sq")}
             if main is not weight:
                 named[f"optimizer.state.param.{name}"] = main.detach()

@@ -41,11 +41,23 @@ def compare(runs: list[Path]) -> None:
             assert_same(tensors_in(latest(run)), first)
 
 
+TRAINED = (*FP32, "stage.train_vision=true", "train.micro_batch=1")
+
+
+def test_another_layout_goes_on_with_a_trained_encoder(tmp_path):
+    [expected] = run_distributed(begin, 1, TRAINED, tmp_path / "0")
+    layout = ("parallel.pipeline=2", "parallel.distributed_optimizer=true")
+    went = run_distributed(pass_on, 2, (*TRAINED, *layout), tmp_path / "0", tmp_path / "1")
+    for loss_and_norm in zip(went[0], expected):
+        assert loss_and_norm[0] == pytest.approx(loss_and_norm[1], rel=1e-4)
+    run_distributed(compare, 1, [tmp_path / "0", tmp_path / "1"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "tolerance"),
-    [(FP32, 1e-4), (FROZEN, 2e-2), ((*FP32, "arch=decoder"), 1e-4)],
-    ids=["hybrid-fp32", "xattn-bf16-frozen", "decoder-fp32"],
+    [(FP32, 1e-4), (FROZEN, 2e-2), ((*FP32, "arch=decoder"), 1e-4), (TRAINED, 1e-4)],
+    ids=["hybrid-fp32", "xattn-bf16-frozen", "decoder-fp32", "trained encoder"],
 )
 def test_every_layout_reads_what_another_wrote(tmp_path, overrides, tolerance):
     [expected] = run_distributed(begin, 1, overrides, tmp_path / "0")

@@ -31,6 +31,7 @@ from nvlm.train.checkpoint.state import (
 )
 from nvlm.train.optim import take_up
 from nvlm.train.step import Trainer
+from nvlm.vision.source import ENCODER_WEIGHTS
 from nvlm.weights.merge import is_adapter
 
 _ADAPTERS = "adapters of "  # followed by a module group
@@ -100,7 +101,7 @@ def load(trainer: Trainer, folder: Path) -> Loaded:
 
 
 def load_weights(parts: Sequence[VisionLanguageModel], folder: Path, new: Sequence[str] = ()) -> list[str]:
-    """Fill `parts`, a model of any layout, from the weights in `folder`, without optimizer and schedule.
+    """Fill `parts`, a model of any layout, from the weights in `folder`, without encoder, optimizer and schedule.
 
     A collective call. `new`: module groups that may be missing from the checkpoint as a whole; returns those that are.
     A group's adapters may be missing too, since fresh ones add zero, and so may the vector that ends the rows of
@@ -188,9 +189,10 @@ def _shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _weights_in(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The model's tensors in `folder`: by name, the key it is stored under and its shape."""
+    """The model's tensors in `folder`, without the encoder's: by name, the key it is stored under and its shape."""
     shapes = _shapes_in(folder)
-    return {name: (key, shapes[key]) for name, key in weight_keys(shapes).items()}
+    named = weight_keys(shapes).items()
+    return {name: (key, shapes[key]) for name, key in named if not name.startswith(ENCODER_WEIGHTS)}
 
 
 def _differences(want: dict[str, tuple[int, ...]], have: dict[str, tuple[int, ...]]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint
 
 from nvlm.config.mapping import to_mapping
@@ -23,7 +24,7 @@ from nvlm.runs.digests import write_manifest
 from nvlm.runs.record import read, write
 from nvlm.runs.tensors import tensor_names
 from nvlm.vision.encoders.internvit.description import TINY
-from nvlm.vision.source import encoder_of_run, vision_source
+from nvlm.vision.source import encoder_of_run, trained_before, vision_source
 
 MODEL = {"projector.norm.weight": torch.ones(4), "decoder.final_layernorm.weight": torch.ones(4)}
 ENCODER = {"vision.decoder.layers.0.mlp.linear_fc1.weight": torch.ones(4, 2), "vision.class_embedding": torch.ones(1)}
@@ -93,26 +94,43 @@ def test_an_encoder_that_is_gone_is_said_with_a_fix(tmp_path, config, encoder):
     assert vision_source(read_config(run, [f"init.vision={moved}"])).folder == str(moved)
 
 
-@pytest.mark.parametrize("where", ["the step", "the frozen weights", "the optimizer's fp32 copies"])
-def test_a_trained_encoder_is_refused_by_all_that_would_read_the_original(tmp_path, config, configured, where):
+@pytest.mark.parametrize("where", ["the step", "a file of the run"])
+def test_a_trained_encoder_is_where_it_was_saved_and_the_original_is_not_needed(
+    tmp_path, config, encoder, configured, where
+):
     run = tmp_path / "run"
-    copies = {f"optimizer.state.param.{name}": tensor for name, tensor in ENCODER.items()}
-    held = {"the step": (MODEL | ENCODER, None), "the frozen weights": (MODEL, ENCODER)}
-    write_run(run, config, *held.get(where, (MODEL | copies, None)))
-    reason = "a trained encoder .2 tensors, vision.*cannot be read from a checkpoint yet"
-    given = f"init.vision={config.init.vision}"
-    for words in ([], [given]):
-        with pytest.raises(ConfigError, match=reason):
-            read_config(run, words)
-    for words in ([], [f"vision={config.init.vision}"]):
-        with pytest.raises(ConfigError, match=reason):
-            export(parse([f"checkpoint={run}", f"out={tmp_path / 'out'}", *words]))
-    for words in (["init.vision=null"], [given]):
-        with pytest.raises(ConfigError, match=reason):
-            check_weights(configured("arch=decoder", f"init.checkpoint={run}", *words))
-    with pytest.raises(ConfigError, match=reason):
-        check_weights(dataclasses.replace(config, resume="auto"), run)
-    assert not (tmp_path / "out").exists()
+    step = write_run(run, config, MODEL | ENCODER if where == "the step" else MODEL)
+    place = step
+    if where != "the step":
+        place = run / "encoder.safetensors"
+        place.write_bytes(TINY.read_bytes())
+    encoder.unlink()
+    after = ("arch=decoder", f"init.checkpoint={run}")
+    later = configured(*after, "init.vision=null")
+    assert encoder_of_run(step) == str(place) and trained_before(later) == place
+    check_weights(later)
+    check_weights(dataclasses.replace(config, init=later.init, resume="auto"), run)
+    assert identity.of_encoder(later) == read(run)["encoder"]  # what it began as
+    assert read_config(run).init.vision is None
+    # The original may be named, but no other one.
+    encoder.write_bytes(TINY.read_bytes())
+    check_weights(configured(*after, f"init.vision={encoder}"))
+    other = tmp_path / "other.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(TINY).items()}, other)
+    with pytest.raises(ConfigError, match=f"init.vision: got {other}.*the encoder that {run} was trained with"):
+        check_weights(configured(*after, f"init.vision={other}"))
+
+
+def test_a_run_s_file_of_a_trained_encoder_is_not_replaced_unnoticed(tmp_path, config, configured):
+    run = tmp_path / "run"
+    step, file = write_run(run, config, MODEL), run / "encoder.safetensors"
+    file.write_bytes(TINY.read_bytes())
+    write(run, read(run) | {"own encoder": identity.of_own_encoder(run)})
+    later = configured("arch=decoder", f"init.checkpoint={run}", "init.vision=null")
+    identity.check_model(later, step)
+    save_file({name: tensor + 1 for name, tensor in load_file(TINY).items()}, file)
+    with pytest.raises(ConfigError, match=f"{file}: got .*expected what the run wrote"):
+        identity.check_model(later, step)
 
 
 def test_names_are_read_without_running_what_a_pickle_names(tmp_path):
