@@ -35,6 +35,24 @@ class Pages:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Colours:
+    """The built-in task of learning in context: so many `pictures` of so many `colours`, each followed by the word that
+    the record gives to its colour. Held-out records ask for the last word, after `shots` pictures with words."""
+
+    source: Annotated[str, Choice("colours")]
+    records: Count
+    heldout_records: Count
+    pictures: Count = 6
+    colours: Annotated[int, Range(1, 7)] = 2
+    shots: Natural = 4
+
+    @property
+    def has_heldout(self) -> bool:
+        """Whether there are held-out records."""
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
     """Files of records. `path`, `heldout_path`: a file, a folder or a glob; `root`: the folder of the images, None: the
     files' own; `take`: which of the records are used (nvlm.data.order.taken)."""
@@ -120,6 +138,7 @@ class Webdataset(TaskFiles):
     source: Annotated[str, Choice("webdataset")]
 
 
+Generated = Pages | Colours
 FileSource = Jsonl | Llava | Texts | Obelics | Mmc4 | Parquet | Datasets | Webdataset
 
 
@@ -128,7 +147,7 @@ class Part:
     """One source of a blend, and how often its records are drawn: by `weight`, relative to the other sources', or
     `epochs` times in one pass of the blend. `text_only`: a record with an image is refused."""
 
-    source: Annotated[Pages | FileSource, Tag("source")]
+    source: Annotated[Generated | FileSource, Tag("source")]
     weight: Positive | None = None
     epochs: Positive | None = None
     text_only: bool = False
@@ -150,7 +169,7 @@ class Blend:
         return any(part.source.has_heldout for part in (self.sources or {}).values())
 
 
-Source = Annotated[Pages | FileSource | Blend, Tag("source")]
+Source = Annotated[Generated | FileSource | Blend, Tag("source")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

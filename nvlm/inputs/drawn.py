@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from nvlm.config.data import Blend, Pages
+from nvlm.config.data import Blend, Generated
 from nvlm.config.values import Config
 from nvlm.data.blend import Blended, shares_of
 from nvlm.data.index.files import read_meta
@@ -39,7 +39,7 @@ def counts_of(records: Sequence[Record], config: Config) -> dict[str, int]:
 
 def known_counts(config: Config) -> dict[str, int]:
     """The numbers of records that are known without reading any: of the built-in pages, and from data.index."""
-    known = {name: one.records for name, one in _sources(config).items() if isinstance(one, Pages)}
+    known = {name: one.records for name, one in _sources(config).items() if isinstance(one, Generated)}
     if config.data.index:
         folder = Path(config.data.index)
         for name in named_sources(config.data.source):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from nvlm.config.data import Pages, Source
+from nvlm.config.data import Generated, Source
 from nvlm.config.mapping import to_mapping
 from nvlm.data.content import content_digest
 from nvlm.data.forms.auto import draws
@@ -34,7 +34,7 @@ def settings_of(source: Source, name: str, seed: int, processor: Processor) -> d
     found = {_KEYS.get(name, f"data.{name}"): getattr(processor, name) for name in names}
     found["llm.tokenizer"] = _tokenizer(processor)
     own = {f"{prefix_of(name)}{key}": value for key, value in to_mapping(source).items() if key not in _ELSEWHERE}
-    drawn = isinstance(source, Pages) or draws(source) or processor.images_first
+    drawn = isinstance(source, Generated) or draws(source) or processor.images_first
     return json.loads(json.dumps(found | own | ({"seed": seed} if drawn else {})))  # as they are read back
 
 

@@ -14,8 +14,10 @@ from typing import Protocol
 
 from nvlm.config.data import (
     Blend,
+    Colours,
     DataConfig,
     Datasets,
+    Generated,
     Jsonl,
     Llava,
     Mmc4,
@@ -30,9 +32,10 @@ from nvlm.data.blend import Blended, Interleaved
 from nvlm.data.forms.auto import form_of
 from nvlm.data.record import First, Record
 from nvlm.data.remote import Remote
-from nvlm.data.sources import documents, json_rows, pages, parquet, saved, tars
+from nvlm.data.sources import colours, documents, json_rows, pages, parquet, saved, tars
 from nvlm.data.sources.json_places import Places
 
+_GENERATED = {Pages: pages, Colours: colours}
 _MODULES = {
     Jsonl: json_rows,
     Llava: json_rows,
@@ -95,8 +98,8 @@ def build_source(
     source: Source, name: str, seed: int, heldout: bool = False, places: Sequence[Places] | None = None
 ) -> Records | None:
     """The records of `source`, whose name is `name`; None if it has no held-out part. Raises ConfigError."""
-    if isinstance(source, Pages):
-        return pages.build(source, seed, heldout)
+    if isinstance(source, Generated):
+        return _GENERATED[type(source)].build(source, seed, heldout)
     key, path = _place(source, heldout, prefix_of(name))
     if not path:
         return None
@@ -106,7 +109,7 @@ def build_source(
 
 def searched_files(source: Source, name: str) -> Sequence[Path | Remote]:
     """The files of `source` that must be read whole to find their rows. Raises ConfigError."""
-    searched = None if isinstance(source, Pages) else getattr(_MODULES[type(source)], "searched", None)
+    searched = None if isinstance(source, Generated) else getattr(_MODULES[type(source)], "searched", None)
     if searched is None:
         return ()
     key, path = _place(source, False, prefix_of(name))
@@ -116,7 +119,7 @@ def searched_files(source: Source, name: str) -> Sequence[Path | Remote]:
 def first_records(source: Source, heldout: bool = False) -> Iterator[First]:
     """The first records of each source of files, read one by one."""
     for name, one in named_sources(source).items():
-        key, path = (None, None) if isinstance(one, Pages) else _place(one, heldout, prefix_of(name))
+        key, path = (None, None) if isinstance(one, Generated) else _place(one, heldout, prefix_of(name))
         if key and (path or not heldout):
             yield _MODULES[type(one)].first(one, path or "", key, form_of(one))
 
