@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel
@@ -39,6 +40,40 @@ MICRO_BATCHES = (
     ((SIX,),),
     ((ONE,), (TEXT,), (TWO,)),
 )
+
+
+LAYOUTS = {
+    2: {
+        "tensor 2": dict(tensor=2),
+        "tensor 2, sequence": dict(tensor=2, sequence=True),
+        "pipeline 2": dict(pipeline=2),
+        "pipeline 2 x virtual 2": dict(pipeline=2, virtual=2),
+        "context 2, keys gathered": dict(context=2),
+        "context 2, heads traded": dict(context=2, context_heads=2),
+        "data 2": dict(),
+        "data 2, global balance": dict(balance="global"),
+    },
+    4: {
+        "tensor 2 x pipeline 2": dict(tensor=2, sequence=True, pipeline=2),
+        "tensor 2 x pipeline 2 x virtual 2": dict(tensor=2, pipeline=2, virtual=2),
+        "tensor 2 x context 2": dict(tensor=2, sequence=True, context=2),
+        "pipeline 2 x data 2": dict(pipeline=2),
+        "pipeline 2 x virtual 2 x data 2, global balance": dict(pipeline=2, virtual=2, balance="global"),
+        "pipeline 4": dict(pipeline=4),
+        "pipeline 2 x context 2": dict(pipeline=2, context=2, context_heads=2),
+        "context 2 x 2": dict(context=4, context_heads=2),
+        "data 4, global balance": dict(balance="global"),
+    },
+    8: {
+        "tensor 2 x pipeline 2 x context 2": dict(tensor=2, sequence=True, pipeline=2, context=2),
+        "tensor 2 x pipeline 2 x data 2, global balance": dict(tensor=2, pipeline=2, balance="global"),
+    },
+}
+ALL = [
+    pytest.param(world, layout, id=layout, marks=[pytest.mark.slow] if world > 2 else [])
+    for world, layouts in LAYOUTS.items()
+    for layout in layouts
+]
 
 
 @dataclass(frozen=True)
@@ -136,7 +171,8 @@ def step_in_layout(case: Case, out: Path) -> Outcome:
     """One step on this rank of the layout; gradients go to `out` as a checkpoint of the whole model."""
     with joined(case.config) as device:
         trainer = build_trainer(case.config, device)
-        load_weights(trainer, case.folder / "weights")
+        if (case.folder / "weights").is_dir():  # else config.init names them
+            load_weights(trainer, case.folder / "weights")
         encoded = count_tiles(trainer)
         batches = own_batches(case)
         part = forward_backward(trainer, batches)

@@ -17,6 +17,8 @@ from nvlm.processes.groups import distributed
 from nvlm.train.loop import build_trainer
 from nvlm.train.step import forward_backward
 from tests.dist.layouts import (
+    ALL,
+    LAYOUTS,
     MICRO_BATCHES,
     Case,
     Outcome,
@@ -39,39 +41,6 @@ MODELS = {
     "hybrid-tied": ("arch=hybrid", "llm.tied=true", "arch.sees=latest"),
 }
 TILES = 37
-
-LAYOUTS = {
-    2: {
-        "tensor 2": dict(tensor=2),
-        "tensor 2, sequence": dict(tensor=2, sequence=True),
-        "pipeline 2": dict(pipeline=2),
-        "pipeline 2 x virtual 2": dict(pipeline=2, virtual=2),
-        "context 2, keys gathered": dict(context=2),
-        "context 2, heads traded": dict(context=2, context_heads=2),
-        "data 2": dict(),
-        "data 2, global balance": dict(balance="global"),
-    },
-    4: {
-        "tensor 2 x pipeline 2": dict(tensor=2, sequence=True, pipeline=2),
-        "tensor 2 x pipeline 2 x virtual 2": dict(tensor=2, pipeline=2, virtual=2),
-        "tensor 2 x context 2": dict(tensor=2, sequence=True, context=2),
-        "pipeline 2 x data 2": dict(pipeline=2),
-        "pipeline 2 x virtual 2 x data 2, global balance": dict(pipeline=2, virtual=2, balance="global"),
-        "pipeline 4": dict(pipeline=4),
-        "pipeline 2 x context 2": dict(pipeline=2, context=2, context_heads=2),
-        "context 2 x 2": dict(context=4, context_heads=2),
-        "data 4, global balance": dict(balance="global"),
-    },
-    8: {
-        "tensor 2 x pipeline 2 x context 2": dict(tensor=2, sequence=True, pipeline=2, context=2),
-        "tensor 2 x pipeline 2 x data 2, global balance": dict(tensor=2, pipeline=2, balance="global"),
-    },
-}
-ALL = [
-    pytest.param(world, layout, id=layout, marks=[pytest.mark.slow] if world > 2 else [])
-    for world, layouts in LAYOUTS.items()
-    for layout in layouts
-]
 
 pytestmark = pytest.mark.timeout(900)  # the first test of a number of processes runs all of its layouts
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nvlm.vision.encoders.internvit.frozen import FrozenInternViT
 from safetensors.torch import load_file
 
 from nvlm.commands.compose import compose_config
@@ -15,7 +16,6 @@ from nvlm.inputs.check import check_weights
 from nvlm.runs.folder import ENCODER, latest
 from nvlm.train.loop import run
 from nvlm.vision.encoders.internvit import description as internvit
-from nvlm.vision.encoders.internvit.frozen import FrozenInternViT
 from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import solo_groups
 from nvlm.vision.trained import trained_tensors
