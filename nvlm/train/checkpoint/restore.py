@@ -82,7 +82,7 @@ def load(trainer: Trainer, folder: Path) -> Loaded:
         still = _read_all(beside, _shapes_in(beside), frozen)
         state = _read_all(folder, have, wanted)
         state |= {name: state.get(name, {}) | still.get(name, {}) for name in model}  # empty dicts are not read back
-    for number, chunk in enumerate(trainer.chunks):
+    for number, chunk in enumerate(trainer.wrapped):
         with unpickling_scales():
             missing, unexpected = chunk.module.load_state_dict(state[f"model{number}"], strict=False)
         known = model[f"model{number}"].keys() - weights[f"model{number}"].keys()  # made from the optimizer's copies
