@@ -74,6 +74,8 @@ def dims_of(config: Config) -> RefDims:
         qkv_bias=language.qkv_bias,
         tied=language.tied,
         arch=config.arch.name,
+        qk_norm=language.qk_norm,
+        interpolation=language.rope_interpolation,
         every=config.arch.cross_every,
         bind_tags=config.arch.bind_tags,
         latest=config.arch.sees == "latest",

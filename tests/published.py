@@ -23,6 +23,9 @@ LANGUAGES = {
     "qwen2": (),
     "qwen2-tied": ("llm.tied=true",),
     "yi": ("llm.qkv_bias=false",),
+    "qwen3": ("llm.qkv_bias=false", "llm.qk_norm=true"),
+    "mistral": ("llm.qkv_bias=false",),
+    "vicuna, interpolated": ("llm.qkv_bias=false", "llm.rope_interpolation=2"),
     "llama-3.1": (
         "llm.qkv_bias=false",
         "llm.rope_scaling={" + ",".join(f"{key}:{value}" for key, value in LLAMA3.items()) + "}",
@@ -30,9 +33,13 @@ LANGUAGES = {
 }
 
 
-def language_model(config: Config, seed: int = 3) -> transformers.PreTrainedModel:
-    """transformers' own class with random weights large enough to matter, including biases and norms."""
+def language_model(config: Config, seed: int = 3, family: str | None = None) -> transformers.PreTrainedModel:
+    """transformers' own class with random weights large enough to matter, including biases and norms.
+
+    `family`: of the class, where `config` fits several.
+    """
     llm = config.llm
+    family = family or ("Qwen3" if llm.qk_norm else "Qwen2" if llm.qkv_bias else "Llama")
     common = dict(
         hidden_size=llm.hidden,
         num_hidden_layers=llm.layers,
@@ -46,13 +53,15 @@ def language_model(config: Config, seed: int = 3) -> transformers.PreTrainedMode
         max_position_embeddings=512,
         attn_implementation="eager",
     )
-    scaling = {"rope_type": "llama3", **llm.rope_scaling} if llm.rope_scaling else {"rope_type": "default"}
+    linear = {"rope_type": "linear", "factor": llm.rope_interpolation}
+    scaling = {"rope_type": "llama3", **llm.rope_scaling} if llm.rope_scaling else linear
+    if llm.rope_scaling is None and llm.rope_interpolation == 1:
+        scaling = {"rope_type": "default"}
+    if family == "Mistral":
+        common["sliding_window"] = None
     common["rope_parameters"] = {"rope_theta": llm.rope_theta, **scaling}
-    if llm.qkv_bias:
-        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common))
-    else:
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common))
-    return scatter(model, seed)
+    described = getattr(transformers, f"{family}Config")(**common)
+    return scatter(getattr(transformers, f"{family}ForCausalLM")(described), seed)
 
 
 def encoder_model(config: Config, seed: int = 4) -> torch.nn.Module:

@@ -109,6 +109,7 @@ class Kernels:
 
     norm: int = 0  # bytes per element of a norm's input; 0: the dtype of the input
     normalized: int = 0  # bytes per element, besides the norm's input, if the norm is trained
+    copied: bool = False  # norms of heads save copies of their inputs, not views of the fused QKV tensor
     attention: int = 0  # bytes per element; 0: the dtype of the input
     apart: bool = False  # self-attention's output is copied for the next linear
     apart_keys: bool = False  # the same for cross-attention
@@ -131,5 +132,6 @@ def kernels_of(config: Config, machine: Machine = GPU_WITH_TE) -> Kernels:
         dense=columns.mask,
         dense_keys=keys is not None and keys.mask,
         rotary=chosen.rows is not Rows.LINE,
+        copied=te,
         fused_norm=te,
     )

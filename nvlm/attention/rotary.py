@@ -15,7 +15,9 @@ def rotary_frequencies(llm: LLMConfig) -> Tensor:
     """[D / 2] rotary frequencies, radians per position."""
     steps = torch.arange(0, llm.head_dim, 2, dtype=torch.float32, device="cpu") / llm.head_dim
     frequencies = llm.rope_theta**-steps
-    return frequencies if llm.rope_scaling is None else scaled(frequencies, **llm.rope_scaling)
+    if llm.rope_scaling is not None:
+        return scaled(frequencies, **llm.rope_scaling)
+    return frequencies / llm.rope_interpolation  # the same angles as with divided positions
 
 
 def rotary_angles(positions_BS: Tensor, frequencies: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str]) -> Request:
         config = dataclasses.replace(config, data=from_mapping(DataConfig, values, "data."))
     if not chat and not own.get("prompt"):
         raise problem("prompt", "nothing", "a message, or chat=true to read messages", 'prompt="What is this?"')
-    sampling.prompt_room(config.llm.max_positions)
+    sampling.prompt_room(config.llm.positions)
     images = _images(own.get("image", ""))
     page = _page(own["explain"], config, bool(images), chat) if own.get("explain") else None
     return Request(config=config, images=images, prompt=own.get("prompt"), sampling=sampling, chat=chat, explain=page)

@@ -33,12 +33,13 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norm:
-    """An RMSNorm, or with `bias` a LayerNorm."""
+    """An RMSNorm, or with `bias` a LayerNorm. `heads`: applied to each of so many heads of `width`."""
 
     name: str
     group: str
     width: int
     bias: bool = False
+    heads: int = 0  # split over tensor-parallel ranks; 0: it is applied to the whole hidden state
     learns: bool = False
 
 

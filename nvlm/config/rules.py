@@ -35,10 +35,12 @@ def _data(config: Config) -> None:
         _blend(data.source, config.dry_run)
     elif not config.dry_run:
         _needed(data.source, "data.")
-    if data.seq_length > config.llm.max_positions:
-        positions = config.llm.max_positions
-        expected = f"at most the positions that the model knows, llm.max_positions={positions}"
-        fix = f"data.seq_length={positions}, or llm.max_positions={data.seq_length} where the model learns that many"
+    llm = config.llm
+    if data.seq_length > llm.positions:
+        needed = math.ceil(data.seq_length / llm.rope_interpolation)
+        stretched = f" x llm.rope_interpolation={llm.rope_interpolation:g}" if llm.rope_interpolation > 1 else ""
+        expected = f"at most the positions that the model knows, llm.max_positions={llm.max_positions}{stretched}"
+        fix = f"data.seq_length={llm.positions}, or llm.max_positions={needed} where the model learns that many"
         raise problem("data.seq_length", data.seq_length, expected, fix)
 
 
@@ -92,6 +94,9 @@ def _shapes(config: Config) -> None:
     llm, vision, tensor = config.llm, config.vision, config.parallel.tensor
     if llm.heads % llm.kv_heads:
         raise problem("llm.heads", llm.heads, f"a multiple of llm.kv_heads={llm.kv_heads}", "change one of them")
+    if llm.rope_interpolation > 1 and llm.rope_scaling is not None:
+        got = f"{llm.rope_interpolation:g} with llm.rope_scaling"
+        raise problem("llm.rope_interpolation", got, "one way to scale positions", "llm.rope_interpolation=1")
     if llm.head_dim % 2:
         fix = f"llm.head_dim={llm.head_dim + 1}"
         raise problem("llm.head_dim", llm.head_dim, "an even number: rotary angles turn pairs", fix)

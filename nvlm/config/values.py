@@ -43,7 +43,7 @@ class ArchConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LLMConfig:
-    """A Qwen2- or Llama-shaped language model (RMSNorm, RoPE, grouped queries, SwiGLU)."""
+    """A Llama-, Mistral-, Qwen2- or Qwen3-shaped language model (RMSNorm, RoPE, grouped queries, SwiGLU)."""
 
     name: str
     layers: Count
@@ -57,8 +57,10 @@ class LLMConfig:
     rope_theta: Positive
     # Llama 3.1's scaling, with the names in its config.json; None: no scaling:
     rope_scaling: dict[str, Positive] | None = field(hash=False)
+    rope_interpolation: Annotated[float, Range(1)] = 1.0  # positions are divided by it (linear scaling)
     norm_eps: Positive
     qkv_bias: bool
+    qk_norm: bool = False  # an RMSNorm of each head's queries and keys, before their rotary embedding (Qwen3)
     tied: bool
     max_positions: Count
     init_std: NotNegative
@@ -67,7 +69,9 @@ class LLMConfig:
     cross_every: Count
     tokenizer: Location | None  # a folder or file with tokenizer.json; "tiny" ships with the package
     bos: Annotated[str, Text()] | None  # the token at the start of every conversation
-    chat: Annotated[str, Choice("chatml", "llama3", "vicuna", "mistral", "plain", "template")]  # nvlm.data.text.formats
+    chat: Annotated[
+        str, Choice("chatml", "llama3", "vicuna", "mistral", "mistral_v1", "plain", "template")
+    ]  # nvlm.data.text.formats
     tag_tokens: Natural  # tokens per 1-D tile tag, used if no tokenizer is available
     thumbnail_tag: Annotated[str, Text()]
 
@@ -75,6 +79,11 @@ class LLMConfig:
     def padded_vocab(self) -> int:
         """Number of rows of the embedding and the output layer."""
         return math.ceil(self.vocab / self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def positions(self) -> int:
+        """The longest sequence in tokens: interpolation stretches the positions that the model knows."""
+        return int(self.max_positions * self.rope_interpolation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -167,6 +167,10 @@ def _chain(
     before: Module | None = None
     for module in modules:
         match module:
+            case Norm(heads=heads) if heads:  # its input counts with the attention
+                beside = 4 + module.width * s.kernels.normalized * module.learns
+                kept += tokens.whole * heads / s.tensor * beside if flows or module.learns else 0
+                flows |= module.learns
             case Norm():
                 kept += tokens.own * _norm(module, s) if flows or module.learns else 0
                 flows |= module.learns
@@ -183,6 +187,7 @@ def _chain(
             case Attention():
                 flows |= keys_flow and module.sees == "keys"
                 kept += _attention(module, s) if flows else 0
+                kept += _normed_heads(module, s) if flows and isinstance(before, Norm) else 0
                 copied = s.kernels.apart_keys if module.sees == "keys" else s.kernels.apart
                 attended = 0.0 if copied else s.queries(module)
             case Activation():
@@ -239,6 +244,15 @@ def _attention(attention: Attention, s: _Sizes) -> float:
     if k.joint:
         values = s.tokens * (attention.heads + 2 * attention.kv_heads) * width / s.tensor * s.element
     return kept + keys + values + 4 * s.tokens * width * s.element * k.rotary + 4 * k.dense * s.query_key_pairs
+
+
+def _normed_heads(attention: Attention, s: _Sizes) -> float:
+    """The inputs of the norms of queries and keys. Queries of several groups are first copied next to each other."""
+    k, queries, keys = s.kernels, attention.heads / s.tensor, attention.kv_heads / s.tensor
+    if k.copied:
+        return s.tokens * (queries + keys) * attention.head_dim * (k.norm or s.element)
+    fused = 0 if k.joint else queries + 2 * keys
+    return s.tokens * (fused + queries * (queries > keys > 1)) * attention.head_dim * s.element
 
 
 def _fusion(config: Config, model: Model, s: _Sizes, pipeline_stage: int, load: Load) -> float:

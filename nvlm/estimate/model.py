@@ -7,7 +7,7 @@ built from the configuration and the descriptions of the architecture and the en
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from nvlm.arch.description import Description, KeyKind
@@ -123,10 +123,16 @@ def self_attention(llm: LLMConfig) -> Branch:
     modules = (
         Norm(name="input_layernorm", width=h, **own),
         Linear(name="self_attention.linear_qkv", **qkv, **own),
+        *(_head_norms(llm) if llm.qk_norm else ()),
         Attention(heads=llm.heads, kv_heads=llm.kv_heads, head_dim=llm.head_dim, sees="causal"),
         Linear(name="self_attention.linear_proj", inputs=q, outputs=h, split="inputs", **own),
     )
     return Branch(part="attention", modules=modules)
+
+
+def _head_norms(llm: LLMConfig) -> Iterator[Norm]:
+    for name, heads in (("q_layernorm", llm.heads), ("k_layernorm", llm.kv_heads)):
+        yield Norm(name=f"self_attention.{name}", group="llm", width=llm.head_dim, heads=heads)
 
 
 def gated_mlp(llm: LLMConfig) -> Branch:

@@ -73,9 +73,11 @@ def _dtype(config: Config) -> str:
 
 def language(config: Config) -> dict:
     llm = config.llm
-    scaling = {"rope_type": "llama3", **llm.rope_scaling} if llm.rope_scaling else None
+    interpolated = {"type": "linear", "factor": llm.rope_interpolation} if llm.rope_interpolation > 1 else None
+    scaling = {"rope_type": "llama3", **llm.rope_scaling} if llm.rope_scaling else interpolated
+    family = "Qwen3" if llm.qk_norm else "Qwen2" if llm.qkv_bias else "Llama"  # Mistral computes as Llama does
     return {
-        "architectures": ["Qwen2ForCausalLM" if llm.qkv_bias else "LlamaForCausalLM"],
+        "architectures": [f"{family}ForCausalLM"],
         "model_type": "llama",  # as in the release, whose class uses `architectures` instead
         "hidden_size": llm.hidden,
         "intermediate_size": llm.ffn,

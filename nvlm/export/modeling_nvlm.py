@@ -241,11 +241,14 @@ def attend(q_SNE: Tensor, k_XGE: Tensor, v_XGE: Tensor, causal: bool = False, se
 def rotate(x_SNE: Tensor, start: int, theta: float, scaling: SimpleNamespace | None) -> Tensor:
     """Rotary embedding at positions start, start + 1, ...: channel e is paired with channel e + E / 2.
 
-    `scaling`, Llama 3.1's: low frequencies are divided by its factor, high ones kept, with a ramp between.
+    `scaling`: linear divides all frequencies by its factor; Llama 3.1's divides low ones and keeps high ones, with a
+    ramp between.
     """
     width = x_SNE.shape[-1]
     frequencies = theta ** -(torch.arange(0, width, 2, dtype=torch.float32, device=x_SNE.device) / width)
-    if scaling is not None:
+    if getattr(scaling, "type", None) == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling is not None:
         low, turns = scaling.low_freq_factor, scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
         keep = ((turns - low) / (scaling.high_freq_factor - low)).clamp(0, 1)
         frequencies = frequencies * (keep + (1 - keep) / scaling.factor)
@@ -352,12 +355,17 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Causal, with rotary positions."""
+    """Causal, with rotary positions; Qwen3 has norms of each head's queries and keys."""
+
+    def __init__(self, c) -> None:
+        super().__init__(c, c.attention_bias)
+        normed = "Qwen3ForCausalLM" in c.architectures
+        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, c.rms_norm_eps) if normed else nn.Identity() for _ in "qk")
 
     def forward(self, x_SH: Tensor, cache: Cache) -> Tensor:
         """[S, H]; x is the whole conversation if the cache is empty, else one new token."""
         q, k, v = (self.heads(linear, x_SH) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        start = len(cache[self][0]) if self in cache else 0
+        q, k, start = self.q_norm(q), self.k_norm(k), len(cache[self][0]) if self in cache else 0
         q, k = (rotate(x, start, self.theta, self.scaling) for x in (q, k))
         if start:
             k, v = torch.cat((cache[self][0], k)), torch.cat((cache[self][1], v))
@@ -390,7 +398,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, c, crosses: bool) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = SelfAttention(c, c.attention_bias)
+        self.self_attn = SelfAttention(c)
         self.cross_attn = GatedCrossAttention(c) if crosses else None
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         gate, up = (nn.Linear(c.hidden_size, c.intermediate_size, bias=False) for _ in range(2))
@@ -406,7 +414,7 @@ class DecoderLayer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A Qwen2- or Llama-shaped decoder; layers every, 2 * every, ... have cross-attention (0: none)."""
+    """A decoder like Llama, Qwen2 or Qwen3; layers every, 2 * every, ... have cross-attention (0: none)."""
 
     def __init__(self, c, every: int) -> None:
         super().__init__()

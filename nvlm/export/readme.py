@@ -31,7 +31,7 @@ def other_limits(config: Config, encoder: ExportedEncoder) -> list[str]:
     limits += encoder.limits
     if config.llm.chat != "chatml":
         limits.append(f"llm.chat={config.llm.chat}: they write ChatML")
-    if not config.llm.qkv_bias:
+    if config.llm.qk_norm or not config.llm.qkv_bias:
         limits.append(f"llm={config.llm.name}: configuration_nvlm_d.py, which vLLM runs too, takes Qwen2 alone")
     if not places_images(config):
         limits.append(f"the tokenizer has no {VISION_PAD} and the vocabulary no row left for it, which they need")
@@ -41,6 +41,10 @@ def other_limits(config: Config, encoder: ExportedEncoder) -> list[str]:
 def release_limits(config: Config, files: Sequence[str]) -> list[str]:
     """Why only NVLM-D-72B's own class cannot load such a folder; `files`: those in it besides the weights."""
     limits = []
+    if config.llm.rope_interpolation > 1:
+        limits.append(
+            f"llm.rope_interpolation={config.llm.rope_interpolation:g}: its Qwen2 has no scaling of positions"
+        )
     if config.llm.tied:
         limits.append("it silently leaves the output layer random if word embeddings are tied")
     if lost := [name for name in RELEASE_FILES if name not in files]:

@@ -155,7 +155,7 @@ def _begin(tokenizer: ChatTokenizer, there: Mapping, configs: tuple[Mapping, ...
 def _tokenizer_config(config: Config, there: Mapping, added: Mapping[str, int], template: str) -> dict:
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.llm.max_positions,
+        "model_max_length": config.llm.positions,
         "eos_token": FORMATS[config.llm.chat].end,
         **({"bos_token": config.llm.bos} if config.llm.bos else {}),
         **{key: value for key, value in there.items() if value is not None},

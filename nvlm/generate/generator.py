@@ -112,12 +112,12 @@ class Generator:
 
 def prompt_processor(config: Config, sampling: Sampling) -> Processor:
     """A processor of prompts, as in evaluation, with room for new tokens and for the keys of any number of images."""
-    room = sampling.prompt_room(config.llm.max_positions)
+    room = sampling.prompt_room(config.llm.positions)
     return replace(
         build_processor(config, registry.placement_rule(config.arch.name), resize="exact"),
         seq_length=room,
         cross_length=sys.maxsize,
-        limit=f"what max_new_tokens={sampling.max_new_tokens} leaves of llm.max_positions={config.llm.max_positions}",
+        limit=f"what max_new_tokens={sampling.max_new_tokens} leaves of the model's {config.llm.positions} positions",
     )
 
 

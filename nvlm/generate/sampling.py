@@ -35,7 +35,7 @@ class Sampling:
         """Tokens left for a prompt in a model of `positions` positions. Raises ConfigError if there are none."""
         if self.max_new_tokens >= positions:
             fix = f"max_new_tokens={max(1, positions // 2)}"
-            raise problem("max_new_tokens", self.max_new_tokens, f"fewer than llm.max_positions={positions}", fix)
+            raise problem("max_new_tokens", self.max_new_tokens, f"fewer than the model's {positions} positions", fix)
         return positions - self.max_new_tokens
 
 

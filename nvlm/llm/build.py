@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer import ModuleSpec, TransformerConfig
@@ -11,6 +13,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.utils import init_method_normal
+from torch import nn
 
 from nvlm.attention.choice import Mode, Rows, choose
 from nvlm.attention.model import build_attention
@@ -77,6 +80,7 @@ def llm_config(config: Config) -> TransformerConfig:
         layernorm_epsilon=llm.norm_eps,
         add_bias_linear=False,
         add_qkv_bias=llm.qkv_bias,
+        qk_layernorm=llm.qk_norm,  # Megatron sums their gradients: each tensor-parallel rank has some heads
         init_method_std=llm.init_std,
         embedding_init_method=init_method_normal(llm.embedding_std),
         tensor_model_parallel_size=p.tensor,
@@ -101,9 +105,9 @@ def llm_config(config: Config) -> TransformerConfig:
         calculate_per_token_loss=True,
         **_RECOMPUTE[config.train.recompute],
         **fp8_settings(config),
-        # The fused kernels support only one row. The second splits queries, keys and values as well.
+        # The fused kernels support only one row. The second splits queries, keys and values as well, without norms.
         apply_rope_fusion=line,
-        fused_single_qkv_rope=line,
+        fused_single_qkv_rope=line and not llm.qk_norm,
         gradient_accumulation_fusion=uses_te(config),
         # Offloaded layer by layer; the last layer is needed again immediately.
         cpu_offloading=config.train.offload,
@@ -138,6 +142,7 @@ def layer_spec(config: Config, number: int, cross_attention: ModuleSpec | None =
                 params={"attn_mask_type": AttnMaskType.arbitrary},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linears.normed("self_attention.linear_qkv"),
+                    **dict.fromkeys(("q_layernorm", "k_layernorm"), _norm(config) if config.llm.qk_norm else None),
                     core_attention=build_attention(config, backend.this_machine(), Mode.TRAINING).core,
                     linear_proj=linears.row("self_attention.linear_proj"),
                 ),
@@ -164,5 +169,10 @@ def block_submodules(config: Config, layers: range, cross_attention: ModuleSpec 
     carriers = cross_layers(config)
     return TransformerBlockSubmodules(
         layer_specs=[layer_spec(config, n, cross_attention if n + 1 in carriers else None) for n in layers],
-        layer_norm=engine().TENorm if uses_te(config) else RMSNorm,
+        layer_norm=_norm(config),
     )
+
+
+def _norm(config: Config) -> Callable[..., nn.Module]:
+    """Builder of norms that are not fused with a linear."""
+    return engine().TENorm if uses_te(config) else RMSNorm

@@ -80,7 +80,7 @@ class DecoderLayer(SeededLayer):
         heads = project(attention.linear_qkv, x_SBH)
         heads_SBGHD = heads.view(*heads.shape[:2], groups, -1, width)
         queries = heads_SBGHD.shape[3] - 2  # per group, followed by one key and one value
-        query_key = rotated(heads_SBGHD.narrow(3, 0, queries + 1), *rotation)
+        query_key = rotated(_normed(attention, heads_SBGHD.narrow(3, 0, queries + 1)), *rotation)
         query_SBND = query_key.narrow(3, 0, queries).flatten(2, 3)
         key_SBGD, value_SBGD = query_key.select(3, queries), heads_SBGHD.select(3, queries + 1)
         attended = attention.core_attention(query_SBND, key_SBGD, value_SBGD, columns)
@@ -145,6 +145,14 @@ def project(linear: nn.Module, x: Tensor, weight: Tensor | None = None) -> Tenso
         return linear(x)[0] if weight is None else linear(x, weight)[0]
     out = nn.functional.linear(x, linear.weight if weight is None else weight, linear.bias)
     return reduce_from_tensor_model_parallel_region(out, linear.tp_group) if row and linear.tp_group.size() > 1 else out
+
+
+def _normed(attention: SelfAttention, query_key_SBGHD: Tensor) -> Tensor:
+    """Each group's queries and, last, its key, after the norms that a model like Qwen3 has for each head."""
+    if attention.q_layernorm is None:
+        return query_key_SBGHD
+    query, key = query_key_SBGHD.split((query_key_SBGHD.shape[3] - 1, 1), dim=3)
+    return torch.cat((attention.q_layernorm(query), attention.k_layernorm(key)), dim=3)
 
 
 def rotation_of(angles_SB1D: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

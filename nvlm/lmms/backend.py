@@ -72,7 +72,7 @@ class Trained:
 
     def answers(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[str]:
         """As `Backend.answers`."""
-        positions = self.generator.config.llm.max_positions
+        positions = self.generator.config.llm.positions
         limited = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, positions // 2))  # room for the prompt
         return self.generator.generate([self._conversation(prompt) for prompt in prompts], limited)
 
@@ -82,7 +82,7 @@ class Trained:
         from nvlm.generate.generator import prompt_of, prompt_processor
         from nvlm.generate.score import score
 
-        room = self.generator.config.llm.max_positions // 2
+        room = self.generator.config.llm.positions // 2
         processor = prompt_processor(self.generator.config, Sampling(max_new_tokens=room))
         *_, sample = prompt_of(0, self._conversation(prompt), processor)
         ids = answer_ids(answer, processor.tokenizer)

@@ -1,6 +1,7 @@
 """What the entries of a published config.json mean where it leaves them out: what the classes that read it default to.
 
-Qwen2Config and LlamaConfig are transformers' (a test compares the tables with the installed version; Yi is a Llama).
+The configurations of Qwen2, Qwen3, Llama and Mistral are transformers' (a test compares the tables with the installed
+version; Yi, Vicuna and Qwen2.5 have the classes of Llama and Qwen2).
 InternVLChatConfig is InternVL's, of which NVLM-D-72B has a copy. An encoder's defaults: vision/encoders.
 """
 
@@ -18,6 +19,11 @@ LLAMA = _DECODER | dict(
     vocab_size=32000, intermediate_size=11008, num_key_value_heads=None, max_position_embeddings=2048,
     attention_bias=False, mlp_bias=False,
 )  # fmt: skip
+QWEN3 = QWEN2 | dict(head_dim=128, attention_bias=False)
+MISTRAL = _DECODER | dict(
+    vocab_size=32000, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072,
+)  # fmt: skip
+MISTRAL_WINDOW = 4096  # where sliding_window is left out; null means that all earlier tokens are seen
 INTERNVL = dict(downsample_ratio=0.5, ps_version="v1", select_layer=-1)
 
 # transformers' classes of llava-hf, and what they read of the encoder unless told otherwise.
@@ -38,8 +44,13 @@ LLAVA = {  # the original classes, by those of their language models, whose entr
     "LlavaQwenForCausalLM": "Qwen2ForCausalLM",
 }
 
-LANGUAGES = {"Qwen2ForCausalLM": QWEN2, "LlamaForCausalLM": LLAMA}
-_MODEL_TYPES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+LANGUAGES = {
+    "Qwen2ForCausalLM": QWEN2,
+    "Qwen3ForCausalLM": QWEN3,
+    "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": MISTRAL,
+}
+_MODEL_TYPES = {name.removesuffix("ForCausalLM").lower(): name for name in LANGUAGES}
 
 # Entries that change what a model computes, and the one value that changes nothing: nothing else is built.
 FIXED_LANGUAGE = dict(
@@ -50,7 +61,7 @@ FIXED_LANGUAGE = dict(
     no_rope_layers=None, use_logn_attn=False, use_dynamic_ntk=False, rope_ratio=1, alibi=False,
     quantization_config=None, compression_config=None,
 )  # fmt: skip
-FIXED_LLAMA = FIXED_LANGUAGE | dict(attention_bias=False)  # Qwen2's class passes over it
+FIXED_LLAMA = FIXED_LANGUAGE | dict(attention_bias=False)  # Qwen2's and Mistral's classes ignore it
 FIXED_LLAVA = dict(
     mm_vision_select_layer=-2, mm_vision_select_feature="patch", mm_use_im_start_end=False, mm_resampler_type=None,
 )  # fmt: skip

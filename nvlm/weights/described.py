@@ -28,6 +28,9 @@ def check_language(values: Mapping, language: LLMConfig, key: str) -> None:
         expected = "full_attention in every layer: no other is built"
         raise problem(f"{key}: config.json: layer_types", values["layer_types"], expected, "take another model")
     whole = completed(values, defaults.LANGUAGES[architecture])
+    _check_norms(architecture, language, key)
+    if architecture == "MistralForCausalLM":
+        _check_window(values.get("sliding_window", defaults.MISTRAL_WINDOW), language, key)
     heads = whole["num_attention_heads"]
     whole["num_key_value_heads"] = whole["num_key_value_heads"] or heads
     whole.setdefault("head_dim", whole["hidden_size"] // heads)
@@ -46,7 +49,25 @@ def check_language(values: Mapping, language: LLMConfig, key: str) -> None:
         "rope_theta": ("llm.rope_theta", language.rope_theta),
         "tie_word_embeddings": ("llm.tied", language.tied),
     }
+    if architecture == "Qwen3ForCausalLM":
+        expected["attention_bias"] = ("llm.qkv_bias", language.qkv_bias)
     check_values(whole, expected, key, given)
+
+
+def _check_norms(architecture: str, language: LLMConfig, key: str) -> None:
+    """Qwen3's class alone has norms of queries and keys."""
+    has = architecture == "Qwen3ForCausalLM"
+    if has != language.qk_norm:
+        setting = f"llm.qk_norm={str(language.qk_norm).lower()}"
+        fix = f"llm.qk_norm={str(has).lower()}, or an llm= of this kind"
+        raise problem(f"{key}: config.json: architectures", architecture, f"a model with {setting}", fix)
+
+
+def _check_window(window: int | None, language: LLMConfig, key: str) -> None:
+    if window is not None and language.positions > window:  # up to its length, a sliding window changes nothing
+        got = f"{window} with llm.max_positions={language.max_positions}"
+        expected = "null, or at least as many positions: no sliding window is built"
+        raise problem(f"{key}: config.json: sliding_window", got, expected, f"llm.max_positions={window}")
 
 
 def _rope(values: Mapping, key: str) -> Mapping:
@@ -71,8 +92,12 @@ def _check_scaling(values: Mapping, positions: int, language: LLMConfig, key: st
     rope, what = _rope(values, key), f"{key}: config.json: rope_scaling"
     check_fixed(rope, {"partial_rotary_factor": 1, "mrope_section": None}, key)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "dynamic", "llama3"):
-        raise problem(what, repr(kind), "default, dynamic or llama3", "take another model")
+    if kind not in ("default", "dynamic", "linear", "llama3"):
+        raise problem(what, repr(kind), "default, dynamic, linear or llama3", "take another model")
+    # A model without interpolation may learn it: the run says so itself.
+    if kind == "linear" and (factor := _factor(rope, what)) != language.rope_interpolation:
+        setting = f"llm.rope_interpolation={language.rope_interpolation:g}"
+        raise problem(what, f"linear by {factor:g}", setting, f"llm.rope_interpolation={factor:g}")
     if kind == "dynamic" and language.max_positions > positions:  # within them it changes nothing
         got = f"dynamic with llm.max_positions={language.max_positions}"
         expected = f"at most {positions} positions, within which it changes nothing"
@@ -81,6 +106,13 @@ def _check_scaling(values: Mapping, positions: int, language: LLMConfig, key: st
     if scaling != language.rope_scaling:
         wanted = "null" if scaling is None else "{" + ",".join(f"{k}:{v}" for k, v in scaling.items()) + "}"
         raise problem(what, scaling, f"llm.rope_scaling={language.rope_scaling}", f"'llm.rope_scaling={wanted}'")
+
+
+def _factor(rope: Mapping, what: str) -> float:
+    try:
+        return float(rope["factor"])
+    except (KeyError, TypeError, ValueError):
+        raise problem(what, dict(rope), "a factor", "download it again") from None
 
 
 def _llama3(rope: Mapping, what: str) -> dict[str, float]:

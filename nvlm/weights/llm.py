@@ -1,4 +1,4 @@
-"""Maps the published tensors of Qwen2- and Llama-style models (`model.*`, `lm_head.*`) to our Megatron modules.
+"""Maps the published tensors of Llama, Mistral, Qwen2 and Qwen3 (`model.*`, `lm_head.*`) to our Megatron modules.
 
 Queries, keys and values are published separately; Megatron stores them by key-value group: [the group's queries, its
 key, its value]. Gate and up are concatenated; each tensor-parallel rank has its share of gate, then its share of up.
@@ -33,6 +33,9 @@ def _layer(llm: LLMConfig, layer: int) -> Iterator[Part]:
     yield from _grouped(llm, f"{hf}.self_attn", "qkv", f"{qkv}.weight", (llm.hidden,))
     if llm.qkv_bias:
         yield from _grouped(llm, f"{hf}.self_attn", "qkv", f"{qkv}.bias", ())
+    for kind in "qk" if llm.qk_norm else "":
+        norm = f"{ours}.self_attention.{kind}_layernorm.weight"
+        yield Part(name=f"{hf}.self_attn.{kind}_norm.weight", shape=(llm.head_dim,), ours=norm)
     out, proj = f"{hf}.self_attn.o_proj.weight", f"{ours}.self_attention.linear_proj.weight"
     yield Part(name=out, shape=(llm.hidden, width), ours=proj, split=1)
     norm = f"{ours}.pre_mlp_layernorm.weight"

@@ -38,6 +38,8 @@ SETTINGS = {
     "heads traded": ("parallel.context=2", "parallel.context_heads=2"),
     "interleaved": ("parallel.pipeline=2", "parallel.virtual=2"),
     "several at once": ("parallel.tensor=4", "parallel.sequence=true", "parallel.pipeline=2", "train.recompute=full"),
+    "norms of heads": ("llm.qk_norm=true",),
+    "norms of heads, bf16": ("llm.qk_norm=true", "parallel.tensor=2", "precision=bf16"),
     "tied, bf16": ("llm.tied=true", "parallel.tensor=2", "parallel.sequence=true", "precision=bf16"),
 }
 

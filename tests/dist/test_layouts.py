@@ -35,7 +35,7 @@ from tests.near import assert_gradients_near
 from tests.stories import ONE, SIX, TEXT, TWO
 
 MODELS = {
-    "decoder": ("arch=decoder",),
+    "decoder": ("arch=decoder", "llm.qk_norm=true"),
     "xattn": ("arch=xattn",),
     "hybrid": ("arch=hybrid",),
     "hybrid-tied": ("arch=hybrid", "llm.tied=true", "arch.sees=latest"),

@@ -61,6 +61,7 @@ def cpu_kernels(config, rows: int) -> Kernels:
         chosen,
         norm=4,
         normalized=4,
+        copied=not fp32,
         attention=4,
         glu=3,
         dense=chosen.dense and seen,

@@ -45,6 +45,8 @@ class RefDims:
     qkv_bias: bool
     tied: bool
     arch: str
+    qk_norm: bool = False
+    interpolation: float = 1.0
     every: int = 0
     bind_tags: bool = False
     latest: bool = False  # text and thumbnails see the keys of the latest image alone
@@ -162,11 +164,11 @@ def attend(q_SNE: Tensor, k_XGE: Tensor, v_XGE: Tensor, visible_SX: Tensor) -> T
     return torch.cat(outputs, dim=1)
 
 
-def rotate(x_SNE: Tensor, theta: float) -> Tensor:
-    """Rotary embedding at positions 0..S-1: channel e pairs with channel e + E/2. Angles in fp64."""
+def rotate(x_SNE: Tensor, theta: float, interpolation: float) -> Tensor:
+    """Rotary embedding at positions (0 to S-1) / interpolation: channel e pairs with e + E/2. Angles in fp64."""
     half = x_SNE.shape[2] // 2
     frequency_E = theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle_SE = torch.arange(len(x_SNE), dtype=torch.float64)[:, None] * frequency_E
+    angle_SE = (torch.arange(len(x_SNE), dtype=torch.float64) / interpolation)[:, None] * frequency_E
     cos_S1E = angle_SE.cos().to(x_SNE)[:, None]
     sin_S1E = angle_SE.sin().to(x_SNE)[:, None]
     a_SNE, b_SNE = x_SNE[..., :half], x_SNE[..., half:]
@@ -254,9 +256,11 @@ class VisionLayer(nn.Module):
 class Attention(nn.Module):
     """Projections of grouped-query attention; self-attention unless a subclass says otherwise."""
 
-    def __init__(self, dims: RefDims, bias: bool) -> None:
+    def __init__(self, dims: RefDims, bias: bool, normed: bool = False) -> None:
         super().__init__()
-        self.head_dim, self.theta = dims.head_dim, dims.rope_theta
+        self.head_dim, self.theta, self.interpolation = dims.head_dim, dims.rope_theta, dims.interpolation
+        if normed:
+            self.q_norm, self.k_norm = (RMSNorm(dims.head_dim, dims.eps) for _ in range(2))
         self.q_proj = nn.Linear(dims.hidden, dims.heads * dims.head_dim, bias=bias)
         self.k_proj = nn.Linear(dims.hidden, dims.kv_heads * dims.head_dim, bias=bias)
         self.v_proj = nn.Linear(dims.hidden, dims.kv_heads * dims.head_dim, bias=bias)
@@ -271,8 +275,11 @@ class Attention(nn.Module):
     def forward(self, x_SH: Tensor) -> Tensor:
         """Causal, with rotary positions: [S, H] -> [S, H]."""
         q_SNE, k_SGE, v_SGE = self.project(x_SH, x_SH)
+        if hasattr(self, "q_norm"):  # every head of every token by itself
+            q_SNE, k_SGE = self.q_norm(q_SNE), self.k_norm(k_SGE)
+        q_SNE, k_SGE = (rotate(x, self.theta, self.interpolation) for x in (q_SNE, k_SGE))
         causal_SS = torch.ones(len(x_SH), len(x_SH), dtype=torch.bool).tril()
-        return self.o_proj(attend(rotate(q_SNE, self.theta), rotate(k_SGE, self.theta), v_SGE, causal_SS))
+        return self.o_proj(attend(q_SNE, k_SGE, v_SGE, causal_SS))
 
 
 class CrossAttention(Attention):
@@ -295,7 +302,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, dims: RefDims, has_cross: bool) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(dims.hidden, dims.eps)
-        self.self_attn = Attention(dims, bias=dims.qkv_bias)
+        self.self_attn = Attention(dims, bias=dims.qkv_bias, normed=dims.qk_norm)
         self.cross_attn = CrossAttention(dims) if has_cross else None
         self.post_attention_layernorm = RMSNorm(dims.hidden, dims.eps)
         gate, up = (nn.Linear(dims.hidden, dims.ffn, bias=False) for _ in range(2))

@@ -69,6 +69,7 @@ CASES = {
     "hybrid-tied": ("arch=hybrid", "llm.tied=true", "tiling.tag=2d_grid", "arch.cross_every=5"),
     "hybrid-no-tag": ("arch=hybrid", "tiling.tag=none"),
     "decoder-llama-3.1": ("arch=decoder", "llm.qkv_bias=false", LLAMA3),
+    "decoder-qwen3": ("arch=decoder", "llm.qkv_bias=false", "llm.qk_norm=true", "llm.rope_interpolation=2"),
     "xattn-300m": ("arch=xattn", *SMALL_ENCODER),
     "hybrid-300m": ("arch=hybrid", *SMALL_ENCODER, LLAMA3),
     "decoder-downsample-4": ("arch=decoder", "vision.downsample=4", "tiling.max_tiles=9"),

@@ -31,7 +31,8 @@ def built(config, monkeypatch):
 
 @pytest.mark.parametrize("arch", ["decoder", "xattn", "hybrid"])
 def test_names_and_shapes_are_ours(arch, monkeypatch, megatron):
-    config = small_config(f"arch={arch}", "precision=bf16", "llm.hidden=32", "llm.ffn=64", "llm.head_dim=8")
+    shape = ("llm.hidden=32", "llm.ffn=64", "llm.head_dim=8", "llm.qk_norm=true")
+    config = small_config(f"arch={arch}", "precision=bf16", *shape)
     ours, theirs = build_parts(config)[0], built(config, monkeypatch)
     assert not any(isinstance(m, RMSNorm) for m in theirs.decoder.modules())
     shapes = [{name: w.shape for name, w in model.weights().items()} for model in (ours, theirs)]

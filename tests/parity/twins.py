@@ -34,6 +34,8 @@ VARIANTS = {
     "decoder-llama": ("arch=decoder", "llm.qkv_bias=false"),
     "xattn-llama": ("arch=xattn", "llm.qkv_bias=false"),
     "hybrid-llama": ("arch=hybrid", "llm.qkv_bias=false"),
+    "decoder-qwen3": ("arch=decoder", "llm.qkv_bias=false", "llm.qk_norm=true", "llm.rope_interpolation=3"),
+    "hybrid-qwen3": ("arch=hybrid", "llm.qkv_bias=false", "llm.qk_norm=true", "llm.kv_heads=4"),
     "decoder-tied": ("arch=decoder", "llm.tied=true"),
     "hybrid-tied": ("arch=hybrid", "llm.tied=true"),
     "xattn-every-layer": ("arch=xattn", "arch.cross_every=1"),

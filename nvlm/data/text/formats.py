@@ -8,7 +8,7 @@ special tokens. `llm.chat=template` makes the same pieces from a tokenizer's Jin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from nvlm.data.messages import Turn
@@ -144,6 +144,11 @@ MISTRAL = ChatFormat(
     strips=("assistant",),
     system="in_user",
 )
+# mistralai/Mistral-7B-Instruct-v0.1 and v0.2, in whose tokenizer [INST] is plain text; llm.bos is <s>. LLaVA-NeXT's
+# Mistral has the same, with one more space before the end token.
+MISTRAL_V1 = replace(
+    MISTRAL, tokens=("</s>",), after={"system": "\n\n", "user": " [/INST]", "assistant": ""}, strips=()
+)
 # LLaVA's pre-training: the images, then the caption. LLaVA ends it by a line feed; here the end-of-text token does.
 PLAIN = ChatFormat(
     tokens=(),
@@ -152,4 +157,11 @@ PLAIN = ChatFormat(
     system="none",
     captions=True,
 )
-FORMATS = {"chatml": CHATML, "llama3": LLAMA3, "vicuna": VICUNA, "mistral": MISTRAL, "plain": PLAIN}
+FORMATS = {
+    "chatml": CHATML,
+    "llama3": LLAMA3,
+    "vicuna": VICUNA,
+    "mistral": MISTRAL,
+    "mistral_v1": MISTRAL_V1,
+    "plain": PLAIN,
+}

@@ -15,7 +15,15 @@ from nvlm.estimate.load import batch_load
 from tests.dist.ranks import ROWS, SETTINGS, WIDE, as_rank, frozen_parts, kept_bytes
 from tests.models import TILE, sample_of, small_config
 
-LAYOUTS = ("plain", "whole layers recomputed", "MLPs recomputed", "language model frozen", "tensor", "sequence")
+LAYOUTS = (
+    "plain",
+    "whole layers recomputed",
+    "MLPs recomputed",
+    "language model frozen",
+    "tensor",
+    "sequence",
+    "norms of heads",
+)
 ADAPTERS = ("adapters", "adapters with dropout", "adapters beside new modules")
 
 

@@ -89,6 +89,16 @@ def test_either_way_out_of_too_few_positions_can_be_typed(configured, suggested)
     configured("data.seq_length=5000", suggested)
 
 
+def test_interpolation_stretches_the_positions_and_is_the_only_scaling(configured):
+    assert configured("data.seq_length=8192", "llm.rope_interpolation=2").llm.positions == 8192
+    with pytest.raises(
+        ConfigError, match="llm.max_positions=4096 x llm.rope_interpolation=2. Fix: .* llm.max_pos.*4097"
+    ):
+        configured("data.seq_length=8193", "llm.rope_interpolation=2")
+    with pytest.raises(ConfigError, match="llm.rope_interpolation: got 2 with llm.rope_scaling"):
+        configured("llm=llama3.1-8b", "llm.rope_interpolation=2", "dry_run=true")
+
+
 @pytest.mark.parametrize(
     "name",
     ["", ".", "..", "../x", "a/b", "/tmp/x", ".hidden", "sweep", "a\0b", "a\nb", "a\\b", "n" * 201, "é" * 101],

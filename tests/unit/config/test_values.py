@@ -27,7 +27,7 @@ BUFFERED = ("parallel.userbuffers=true", "parallel.tensor=2", "parallel.sequence
             ["arch=decoder", "data.seq_length=100"],
             ("data.seq_length", "100", "arch=decoder", "data.seq_length="),
         ),
-        (["llm.chat=chatMl"], ("llm.chat", "'chatMl'", "chatml, llama3, vicuna, mistral, plain, template")),
+        (["llm.chat=chatMl"], ("llm.chat", "'chatMl'", "chatml, llama3, vicuna, mistral, mistral_v1, plain, template")),
         (
             ["arch=decoder", "data.tokenize=joined", "llm.chat=llama3"],
             ("data.tokenize", "joined with llm.chat=llama3", "data.tokenize=apart"),

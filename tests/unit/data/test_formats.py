@@ -51,12 +51,17 @@ MISTRAL = (
     "{{ ' ' + message['content']|trim + eos_token }}{% else %}{{ raise_exception('Only user and assistant roles') }}"
     "{% endif %}{% endfor %}"
 )
-PUBLISHED = {"chatml": CHATML, "llama3": LLAMA3, "vicuna": VICUNA, "mistral": MISTRAL}
-BEGINS = {"chatml": None, "llama3": "<|begin_of_text|>", "vicuna": "<s>", "mistral": "<s>", "plain": "<s>"}
+MISTRAL_V1 = MISTRAL.replace("'[/INST]'", "' [/INST]'").replace("|trim", "")
+PUBLISHED = {"chatml": CHATML, "llama3": LLAMA3, "vicuna": VICUNA, "mistral": MISTRAL, "mistral_v1": MISTRAL_V1}
+BEGINS = {"chatml": None, "llama3": "<|begin_of_text|>"}
+BEGINS |= dict.fromkeys(("vicuna", "mistral", "mistral_v1", "plain"), "<s>")
 
 
 def trained(kind):
-    """A tokenizer of GPT's kind, of Llama 2's (a space before each section) or of Llama 2's without `legacy`."""
+    """A tokenizer of GPT's kind, of Llama 2's (a space before each section) or of Llama 2's without `legacy`.
+
+    With "v1" after its name, [INST] is plain text."""
+    kind, _, version = kind.partition(" ")
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     alphabet = []
     if kind == "bytes":
@@ -74,7 +79,10 @@ def trained(kind):
         )
         alphabet = [chr(code) for code in range(33, 127)] + ["\n", "\u2581"]
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=SPECIAL, show_progress=False, initial_alphabet=alphabet
+        vocab_size=600,
+        special_tokens=[t for t in SPECIAL if not version or "INST" not in t],
+        show_progress=False,
+        initial_alphabet=alphabet,
     )
     tokenizer.train_from_iterator([*CORPUS, *(f" {word}" for word in CORPUS)] * 3, trainer)
     return tokenizer
@@ -196,7 +204,12 @@ def without_special(talk):
 
 
 @pytest.mark.parametrize(
-    ("form", "kind"), [("chatml", "bytes"), *product(("llama3", "vicuna", "mistral"), ("bytes", "legacy", "first"))]
+    ("form", "kind"),
+    [
+        ("chatml", "bytes"),
+        *product(("llama3", "vicuna", "mistral"), ("bytes", "legacy", "first")),
+        *product(("mistral_v1",), ("bytes v1", "legacy v1", "first v1")),
+    ],
 )
 def test_tokens_equal_the_published_template_s(folders, form, kind):
     """ChatML's role, line end and message are tokenised apart, which only SentencePiece's tokenizers would notice."""
@@ -206,7 +219,7 @@ def test_tokens_equal_the_published_template_s(folders, form, kind):
     )
     for talk in map(without_special, CHATS):
         reply = talk[-1][0] == "user"
-        if form == "mistral" and talk[0][0] == "system":
+        if form.startswith("mistral") and talk[0][0] == "system":
             continue  # it refuses the role; ours puts the text before the question
         expected = reference(folders(kind), form, talk, reply, kind)
         for tokenizer in (named, own):
@@ -278,7 +291,7 @@ def test_a_tokenizer_without_a_format_s_tokens_is_refused(folders, tmp_path, for
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=f"no token {missing.replace('|', '.').replace('[', '.')}"):
         load_tokenizer(str(tmp_path), chat=form)
-    for other in {*PUBLISHED} - {form, *(("mistral", "vicuna") if missing == "</s>" else ())}:
+    for other in {*PUBLISHED} - {form, *(("mistral", "mistral_v1", "vicuna") if missing == "</s>" else ())}:
         assert load_tokenizer(str(tmp_path), chat=other)
 
 
@@ -298,7 +311,7 @@ def test_a_conversation_that_a_format_cannot_say_is_refused(folders, form, talk,
         chat.runs(of(*talk), load_tokenizer(folders("bytes"), chat=form))
 
 
-@pytest.mark.parametrize("form", ["chatml", "llama3", "vicuna", "mistral", "plain"])
+@pytest.mark.parametrize("form", ["chatml", "llama3", "vicuna", "mistral", "mistral_v1", "plain"])
 def test_a_document_ends_in_the_end_of_text_in_every_format(folders, form):
     tokenizer = load_tokenizer(folders("bytes"), BEGINS[form], chat=form)
     begin = f"{BEGINS[form]} " if BEGINS[form] else ""

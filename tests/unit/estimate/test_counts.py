@@ -6,7 +6,11 @@ import dataclasses
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from nvlm.commands.compose import CONF
+from nvlm.config.mapping import from_mapping
+from nvlm.config.values import LLMConfig
 from nvlm.estimate.memory import gpus_needed
 from nvlm.estimate.parameters import Count, parameters
 from nvlm.processes import groups
@@ -82,6 +86,63 @@ def test_gpus_needed_fall_with_more_shards(configured):
     assert needed("stage=pretrain") < needed()
 
 
-def test_a_preset_has_its_published_number_of_parameters(configured):
-    published = {"llama3.1-8b": 8_030_261_248, "qwen2-7b": 7_615_616_512}
-    assert {llm: parameters(configured(f"llm={llm}", "arch=decoder"))["llm"].all for llm in published} == published
+PRESETS = {  # the numbers of parameters on the model cards, exact
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "vicuna-7b": 6_738_415_616,
+    "vicuna-13b": 13_015_864_320,
+    "mistral-7b": 7_241_732_096,
+    "llama3-8b": 8_030_261_248,
+    "llama3.1-8b": 8_030_261_248,
+    "yi-34b": 34_388_917_248,
+    "qwen1.5-0.5b": 463_987_712,
+    "qwen1.5-7b": 7_721_324_544,
+    "qwen1.5-14b": 14_167_290_880,
+    "qwen2-0.5b": 494_032_768,
+    "qwen2-7b": 7_615_616_512,
+    "qwen2-72b": 72_706_203_648,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+}
+
+
+def counted(llm: LLMConfig) -> int:
+    """The language model's parameters, by hand."""
+    queries, keys, h = llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim, llm.hidden
+    attention = 2 * h * (queries + keys) + llm.qkv_bias * (queries + 2 * keys) + llm.qk_norm * 2 * llm.head_dim
+    return (2 - llm.tied) * llm.vocab * h + llm.layers * (attention + 3 * h * llm.ffn + 2 * h) + h
+
+
+def preset(name: str) -> LLMConfig:
+    """The language model in conf/llm/NAME.yaml, without Hydra, which takes longer."""
+    common, own = (OmegaConf.load(CONF / "llm" / f"{file}.yaml").llm for file in ("common/large", name))
+    return from_mapping(LLMConfig, OmegaConf.to_container(OmegaConf.merge(common, own)), "llm.")
+
+
+def test_presets_have_their_published_numbers_of_parameters(configured):
+    config = configured("llm=qwen3-8b", "arch=decoder")
+    assert config.llm == preset("qwen3-8b")
+    assert {*PRESETS, "tiny"} == {file.stem for file in (CONF / "llm").glob("*.yaml")}
+    for name, published in PRESETS.items():
+        llm = preset(name)
+        assert llm.name == name and llm.layers % llm.cross_every == 0
+        assert counted(llm) == published == parameters(dataclasses.replace(config, llm=llm))["llm"].all
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_configuration_that_runs(configured, name):
+    for arch in ("decoder", "hybrid"):
+        config = configured(f"llm={name}", f"arch={arch}", "dry_run=true")
+        assert config.llm == preset(name) and config.vision.name == "internvit-6b"

@@ -24,6 +24,7 @@ from nvlm.processes import groups
 BUILT = {
     "NVLM-D": ("arch=decoder", "llm=qwen2-7b", "vision=internvit-300m"),
     "NVLM-D, with a longer projector": ("arch=decoder", "projector=mlp_downsample_3x3", "tiling=anyres"),
+    "NVLM-D, norms of heads": ("arch=decoder", "llm=qwen3-0.6b", "vision=tiny"),
     "NVLM-X": ("arch=xattn", "llm=llama3.1-8b", "vision=internvit-6b", "stage=pretrain"),
     "NVLM-H, tied, adapters": ("arch=hybrid", "llm.tied=true", "peft=lora", "stage.new=[]"),
     "NVLM-H, adapters of cross-attention": ("arch=hybrid", "peft=lora", "stage.new=[]", "peft.targets=[xattn]"),

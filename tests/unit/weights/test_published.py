@@ -188,7 +188,8 @@ def test_dynamic_rotary_scaling_changes_nothing_within_the_trained_positions(tmp
 
 
 def test_the_defaults_are_those_of_the_installed_classes():
-    for table, config in ((defaults.QWEN2, transformers.Qwen2Config()), (defaults.LLAMA, transformers.LlamaConfig())):
+    for architecture, table in defaults.LANGUAGES.items():
+        config = getattr(transformers, architecture.replace("ForCausalLM", "Config"))()
         own = config.to_dict() | {"rope_theta": config.rope_parameters["rope_theta"]}
         own["num_key_value_heads"] = inspect.signature(type(config)).parameters["num_key_value_heads"].default
         assert {name: own[name] for name in table} == table
@@ -246,6 +247,42 @@ def test_llama_s_defaults_are_its_own():
     with pytest.raises(ConfigError, match="architectures: got None"):
         check_language({"hidden_size": 64}, language, "init.llm")
     check_language({**values, "architectures": None, "model_type": "llama"}, language, "init.llm")
+
+
+def test_norms_of_heads_are_qwen3_s(qwen):
+    values, language = json.loads((qwen / "config.json").read_text()), compose_config(*SMALL).llm
+    normed, qwen3 = replace(language, qk_norm=True, qkv_bias=False), values | {"architectures": ["Qwen3ForCausalLM"]}
+    check_language(qwen3, normed, "init.llm")
+    with pytest.raises(ConfigError, match="attention_bias: got True, expected llm.qkv_bias=False"):
+        check_language(qwen3 | {"attention_bias": True}, normed, "init.llm")
+    with pytest.raises(ConfigError, match="got Qwen3ForCausalLM, expected a model with llm.qk_norm=false. Fix: llm.qk"):
+        check_language(qwen3, language, "init.llm")
+    with pytest.raises(ConfigError, match="got Qwen2ForCausalLM, expected a model with llm.qk_norm=true. Fix: llm.qk"):
+        check_language(values, normed, "init.llm")
+
+
+def test_a_sliding_window_changes_nothing_up_to_its_length(qwen):
+    values = json.loads((qwen / "config.json").read_text()) | {"architectures": ["MistralForCausalLM"]}
+    language, _ = compose_config(*SMALL, "llm.max_positions=4097").llm, values.pop("sliding_window")
+    check_language(values | {"sliding_window": None}, language, "init.llm")
+    for given in ({}, {"sliding_window": 4096}):
+        check_language(values | given, replace(language, max_positions=4096), "init.llm")
+        with pytest.raises(ConfigError, match="sliding_window: got 4096 with llm.max_positions=4097"):
+            check_language(values | given, language, "init.llm")
+
+
+def test_interpolation_is_the_file_s_or_is_learned_by_a_model_without(qwen):
+    values, language = json.loads((qwen / "config.json").read_text()), compose_config(*SMALL).llm
+    check_language(values, replace(language, rope_interpolation=2.0), "init.llm")
+    linear = values | {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}}
+    check_language(linear, replace(language, rope_interpolation=4.0), "init.llm")
+    with pytest.raises(
+        ConfigError, match="got linear by 4, expected llm.rope_interpolation=2. Fix: llm.rope_inter.*=4"
+    ):
+        check_language(linear, replace(language, rope_interpolation=2.0), "init.llm")
+    linear["rope_parameters"].pop("factor")
+    with pytest.raises(ConfigError, match="expected a factor"):
+        check_language(linear, language, "init.llm")
 
 
 @pytest.mark.parametrize("name", defaults.FIXED_LANGUAGE)
