@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -41,8 +42,15 @@ def _by_arch(values: dict, *, _root_: DictConfig) -> object:
     return values[name]
 
 
+def _steps_of(share: float, *, _root_: DictConfig) -> int:
+    """A share of the run's steps, rounded up as transformers does, and fewer than all."""
+    steps = int(_root_.train.steps)
+    return min(math.ceil(share * steps), steps - 1)
+
+
 OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)  # for conf/config.yaml
 OmegaConf.register_new_resolver("by_arch", _by_arch, replace=True)  # for conf/lengths
+OmegaConf.register_new_resolver("steps_of", _steps_of, replace=True)  # for conf/optim
 
 
 def to_config(composed: DictConfig, rules: Callable[[Config], Config] = validate) -> Config:

@@ -50,8 +50,8 @@ def stages_of(words: Sequence[str]) -> list[Stage]:
         raise problem(named[-1], "stages in a sweep", expected, "leave -m out")
     names = list(listed["stages"])
     own = {name: [] for name in names}
-    shared, title, place = list(listed.get("words", ())), chosen, None
-    for word in words:
+    shared, title, place = [], chosen, None
+    for word in (*listed.get("words", ()), *words):
         key, _, value = word.partition("=")
         if key.startswith(_OWN):
             name, rest = _of_stage(key, names)

@@ -18,11 +18,12 @@ TASKS = ("caption", "vqa", "choice", "ocr", "grounded_ocr", "referring", "transc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pages:
-    """The built-in task: pages of handwritten digits, as pictures or written out as text. `about`: what is asked:
-    tiles by their tags, or positions, in words that no tag contains (nvlm.data.sources.page_questions)."""
+    """The built-in task: pages of handwritten digits, as a picture, as text, or each digit on one of several pictures,
+    with questions or in a document. `about`: what is asked: tiles by their tags, or positions, in words that no tag
+    contains (nvlm.data.sources.page_questions)."""
 
     source: Annotated[str, Choice("pages")]
-    form: Annotated[str, Choice("picture", "text")] = "picture"
+    form: Annotated[str, Choice("picture", "text", "pictures", "document")] = "picture"
     about: Annotated[str, Choice("tags", "positions")] = "tags"
     records: Count
     heldout_records: Count

@@ -8,7 +8,7 @@ pages draw from disjoint pools of scans. Lengths are in pixels unless a name say
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -90,9 +90,14 @@ def on_paper(ink: np.ndarray, rng: np.random.Generator) -> Image.Image:
 
 
 def draw_page(
-    split: str, grid: tuple[int, int], rng: np.random.Generator, distinct: bool = False
+    split: str,
+    grid: tuple[int, int],
+    rng: np.random.Generator,
+    distinct: bool = False,
+    digits: np.ndarray | None = None,
 ) -> tuple[Image.Image, np.ndarray]:
-    """A page for grid = (cols, rows) tiles and its digits [rows, cols]; `distinct`: no digit twice.
+    """A page for grid = (cols, rows) tiles and its digits [rows, cols], by default random ones; `distinct`: no digit
+    twice.
 
     The page's size is random; tiling resizes it to (cols * TILE, rows * TILE). Its aspect ratio is close enough to
     cols / rows for the tiling rule to choose that grid.
@@ -104,7 +109,7 @@ def draw_page(
         zoom[:] = zoom[0]  # only for a square do 1:1 and 2:2 tie, so that the area decides
     width, height = round(cols * TILE * zoom[0]), round(rows * TILE * zoom[1])
     ink = np.zeros((height, width), np.float32)
-    digits = draw_digits(grid, rng, distinct)
+    digits = draw_digits(grid, rng, distinct) if digits is None else digits
     cell = TILE / CELLS
     for row in range(rows):
         line = rng.integers(CELLS)  # the digits of a row are on one line
@@ -129,12 +134,16 @@ def draw_digits(grid: tuple[int, int], rng: np.random.Generator, distinct: bool 
 def make_page(
     split: str, seed: int, index: int, questions: int, form: str = "picture", about: str = "tags"
 ) -> dict[str, Any]:
-    """Record number `index`: a page (PIL image), or in the form "text" no image, and so many distinct questions.
+    """Record number `index`: a page (PIL image), or in the form "text" no image, and so many distinct questions. In the
+    forms "pictures" and "document" the page is a line of digits, each on a picture of its own; a document has each
+    digit as text after its picture, and no questions.
 
     If they are about "positions", no digit is twice on the page: every answer but a sorted page's needs the position.
     """
     if not 1 <= questions <= MOST[about]:
         raise ValueError(f"questions per page, got {questions}, expected 1 to {MOST[about]}")
+    if form in ("pictures", "document"):
+        return _make_pictures(split, seed, index, questions, form, about)
     textual, positions = form == "text", about == "positions"
     rng = np.random.default_rng([_SPLITS[split], seed, index, *([textual, positions] if positions else [1] * textual)])
     grid = GRIDS[rng.integers(len(GRIDS))]
@@ -146,18 +155,36 @@ def make_page(
         images, before = [page], "<image>\n"
     # Neither a one-tile page nor a text has numbered tags, so nothing is asked about their tiles.
     turns = ask_several(about, digits, questions, digits.size > 1 and not textual, rng)
+    return {
+        "id": f"{split}-{seed}-{index}" + "-positions" * positions + "-text" * textual,
+        "messages": _conversation(before, turns),
+        "images": images,
+        "kinds": [kind for _, kind in turns.values()],
+    }
+
+
+def _make_pictures(split: str, seed: int, index: int, questions: int, form: str, about: str) -> dict[str, Any]:
+    rng = np.random.default_rng([_SPLITS[split], seed, index, 2])
+    digits = draw_digits((int(rng.integers(2, 7)), 1), rng, about == "positions")
+    images = [draw_page(split, (1, 1), rng, digits=digit.reshape(1, 1))[0] for digit in digits[0]]
+    if form == "document":
+        content = "".join(f"<image>\n{digit}\n" for digit in digits[0])
+        messages, kinds = [{"role": "document", "content": content}], ["document"]
+    else:
+        turns = ask_several(about, digits, questions, False, rng)
+        messages, kinds = _conversation("<image>\n" * digits.size, turns), [kind for _, kind in turns.values()]
+    return {"id": f"{split}-{seed}-{index}-{form}", "messages": messages, "images": images, "kinds": kinds}
+
+
+def _conversation(before: str, turns: Mapping[str, tuple[str, str]]) -> list[dict[str, str]]:
+    """The questions with their answers; `before` comes before the first."""
     messages = [
         {"role": role, "content": content}
         for question, (answer, _) in turns.items()
         for role, content in (("user", question), ("assistant", answer))
     ]
     messages[0]["content"] = before + messages[0]["content"]
-    return {
-        "id": f"{split}-{seed}-{index}" + "-positions" * positions + "-text" * textual,
-        "messages": messages,
-        "images": images,
-        "kinds": [kind for _, kind in turns.values()],
-    }
+    return messages
 
 
 def _records(

@@ -103,3 +103,19 @@ def test_texts_are_records_without_images_held_out_too(configured):
         records = build_records(config.data, config.seed, heldout=heldout)
         assert len(records) == count and not any(record.images for record in records)
     assert len(records[0].messages) == 2  # one question
+
+
+def test_a_line_of_digits_on_several_pictures_with_questions_or_in_a_document():
+    counts = set()
+    for index in range(12):
+        asked, document = (make_page("train", 7, index, 3, form, "positions") for form in ("pictures", "document"))
+        (text,) = document["messages"]
+        shown = re.findall(r"<image>\n(\d)\n", text["content"])
+        assert text["role"] == "document" and "".join(f"<image>\n{digit}\n" for digit in shown) == text["content"]
+        assert asked["messages"][0]["content"].count("<image>") == len(asked["images"]) == len(shown)
+        assert [image.tobytes() for image in asked["images"]] == [image.tobytes() for image in document["images"]]
+        for question, answer in zip(asked["messages"][::2], asked["messages"][1::2], strict=True):
+            if place := re.search(r"place ([A-F])", question["content"]):
+                assert answer["content"] == shown["ABCDEF".index(place[1])]
+        counts.add(len(shown))
+    assert counts <= set(range(2, 7)) and len(counts) > 2
