@@ -39,7 +39,7 @@ def check_weights(config: Config, run_dir: Path | None = None) -> None:
 # Fields that make another model. Some change no tensor's name or shape; the encoder's description adds more.
 _OF_A_MODEL = (
     "llm.layers llm.hidden llm.heads llm.kv_heads llm.head_dim llm.ffn llm.vocab llm.rope_theta llm.rope_scaling "
-    "llm.norm_eps llm.qkv_bias llm.tied vision.name vision.encoder vision.downsample "
+    "llm.norm_eps llm.qkv_bias llm.qk_norm llm.tied vision.name vision.encoder vision.downsample "
     "vision.pool vision.pads"
 ).split()
 
@@ -80,6 +80,10 @@ def compare_models(config: Config, before: Config, where: str) -> None:
         if old != new:
             fix = f"arch={old}" if name == "arch.name" else f"{name}={old}"
             raise problem(f"{where}: {name}", old, f"{new}, as in this run", fix)
+    old, new = before.llm.rope_interpolation, config.llm.rope_interpolation
+    if new < old:  # a stage may learn more positions, not forget some
+        fix = f"llm.rope_interpolation={old:g}"
+        raise problem(f"{where}: llm.rope_interpolation", f"{old:g}", f"at most this run's {new:g}", fix)
 
 
 def _adapters_lost(folder: Path, lost: Sequence[str], adapted: Sequence[str]) -> ConfigError:

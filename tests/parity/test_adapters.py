@@ -78,7 +78,7 @@ def test_a_fresh_one_is_the_base_bit_for_bit(arch, dropout):
 @pytest.mark.parametrize("projector", ["true", "false"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_adapters_alone_learn_in_their_groups_and_as_the_reference(arch, projector, recompute):
-    options = (f"stage.train_projector={projector}", f"train.recompute={recompute}")
+    options = (f"stage.train_projector={projector}", f"train.recompute={recompute}", "llm.qk_norm=true")
     twins = build_twins(small_config(f"arch={arch}", *LORA, *options))
     freeze(twins.model, twins.config)
     twins.model(batch_of(ROWS, twins)).sum().backward()

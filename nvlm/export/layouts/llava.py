@@ -53,7 +53,7 @@ def describe(written: Written) -> dict:
         "image_aspect_ratio": _aspect(config),
         **({"image_grid_pinpoints": grids} if grids else {}),
         "unfreeze_mm_vision_tower": True,  # so that LLaVA reads the encoder from this folder
-        "tokenizer_model_max_length": config.llm.max_positions,
+        "tokenizer_model_max_length": config.llm.positions,
     }
 
 

@@ -124,6 +124,15 @@ def test_a_stage_continues_its_own_architecture_and_language_model(configured, p
         compare_models(now, before, "parent")
 
 
+def test_a_stage_may_stretch_positions_but_not_shrink_them(configured):
+    plain, stretched = configured("arch=decoder"), configured("arch=decoder", "llm.rope_interpolation=2")
+    compare_models(stretched, plain, "parent")
+    with pytest.raises(ConfigError, match="llm.rope_interpolation: got 2, expected at most this run's 1. Fix: .*=2"):
+        compare_models(plain, stretched, "parent")
+    with pytest.raises(ConfigError, match="parent: llm.qk_norm: got False, expected True"):
+        compare_models(configured("arch=decoder", "llm.qk_norm=true"), plain, "parent")
+
+
 def test_cross_attention_is_not_dropped_but_may_be_new(configured):
     decoder, hybrid = configured("arch=decoder"), configured("arch=hybrid")
     compare_models(hybrid, decoder, "parent")
