@@ -265,13 +265,14 @@ def _fusion(config: Config, model: Model, s: _Sizes, pipeline_stage: int, load: 
         kept += _project(model, s, tiles)
         for kind, norm in model.key_norms.items():
             tokens, front = (tiles, model.projector) if kind == "tile" else (s.keys, (model.embedding,))
-            kept += _chain([norm], s, _Tokens(tokens, tokens), flows=any(map(learns, front)))[0]
+            flows = any(map(learns, front)) or (kind == "tile" and model.encoder_learns)
+            kept += _chain([norm], s, _Tokens(tokens, tokens), flows)[0]
         kept += s.keys * config.llm.hidden * s.element if _whole_keys(model, s) else 0
     return kept
 
 
 def _project(model: Model, s: _Sizes, tokens: float) -> float:
-    return _chain(model.projector, s, _Tokens(tokens, tokens), flows=False)[0]
+    return _chain(model.projector, s, _Tokens(tokens, tokens), flows=model.encoder_learns)[0]
 
 
 def _whole_keys(model: Model, s: _Sizes) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from nvlm.config.modules import Attention, Branch, EncoderModules, Linear, Module, Norm, Parameter
 from nvlm.config.values import Config
@@ -62,8 +62,8 @@ def forward(config: Config, work: Work) -> Flops:
 def backward(config: Config, work: Work, whole: bool = False) -> Flops:
     """FLOPs of a backward pass. `whole`: gradients flow down to the embedding regardless, as with recomputed layers."""
     model, flows = model_of(config), whole or model_of(config).stream_learns
-    # Features need no gradient.
-    projector, _, _ = _backward(model.projector, Work(tokens=work.projected), flows=False)
+    projector, _, _ = _backward(model.projector, Work(tokens=work.projected), flows=model.encoder_learns)
+    vision = work.tiles * _tile_backward(model.encoder) if model.encoder_learns else 0
     kinds, found = Counter(), {}
     for layer in range(config.llm.layers):
         kind = (layer in model.carriers, flows)
@@ -73,7 +73,7 @@ def backward(config: Config, work: Work, whole: bool = False) -> Flops:
         flows = found[kind][1]
     layers = sum((found[kind][0].times(count) for kind, count in kinds.items()), Flops())
     output, _, _ = _backward(model.head, Work(tokens=work.outputs), flows)
-    return layers + Flops(projector=projector, output=output)
+    return layers + Flops(vision=vision, projector=projector, output=output)
 
 
 def model_flops(config: Config, work: Work) -> Flops:
@@ -86,9 +86,13 @@ _AGAIN = {"none": (), "selective": ("mlp",), "full": ("linears", "scores", "mlp"
 
 
 def hardware_flops(config: Config, work: Work) -> Flops:
-    """`model_flops` and what `train.recompute` adds. Padding counts if `work` includes it."""
-    first, how = forward(config, work), config.train.recompute
+    """`model_flops`, what `train.recompute` adds, and the second forward pass of an encoder that learns. Padding counts if
+    `work` includes it."""
+    first, how, learns = forward(config, work), config.train.recompute, model_of(config).encoder_learns
     again = Flops(**{part: getattr(first, part) for part in _AGAIN[how]})
+    if learns:
+        layers = work.tiles * _tile(replace(model_of(config).encoder, embedding=())) if how == "full" else 0
+        again += Flops(vision=first.vision + layers)
     return first + backward(config, work, whole=how != "none") + again
 
 
@@ -97,6 +101,14 @@ def _tile(encoder: EncoderModules) -> int:
     tokens = encoder.tokens
     embedding = _forward(encoder.embedding, Work(tokens=encoder.patches))
     layer = _forward(encoder.layer, Work(tokens=tokens, pairs=tokens**2))
+    return sum(embedding) + encoder.layers * sum(layer)
+
+
+def _tile_backward(encoder: EncoderModules) -> int:
+    """FLOPs of the backward pass of one tile. The pixels need no gradient."""
+    tokens = encoder.tokens
+    *embedding, flows = _backward(encoder.embedding, Work(tokens=encoder.patches), flows=False)
+    *layer, _ = _backward(encoder.layer, Work(tokens=tokens, pairs=tokens**2), flows)
     return sum(embedding) + encoder.layers * sum(layer)
 
 

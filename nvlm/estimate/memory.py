@@ -1,7 +1,8 @@
 """Peak memory of one GPU in a step, by part, for the rank that needs most.
 
-Two peaks are compared: the encoder's pass over its share of the tiles, before any activations are saved; and the moment
-in the pipeline schedule with the most saved activations, plus the workspace of a backward pass.
+Peaks are compared: the encoder's pass over its share of the tiles, before any activations are saved; the moment in the
+pipeline schedule with the most saved activations, plus the workspace of a backward pass; and, after the schedule, the
+backward pass of an encoder that learns.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from nvlm.config.hardware import GPUS, GiB
 from nvlm.config.modules import Activation
 from nvlm.config.values import Config
 from nvlm.estimate.activations import Kept, kept
+from nvlm.estimate.encoder import backward_workspace, learning_parameters, optimizer_shards
 from nvlm.estimate.load import Load, step_load
 from nvlm.estimate.model import model_of
 from nvlm.estimate.parameters import element_bytes, encoder_parameters, held, pipeline_stages_of
@@ -27,7 +29,7 @@ class Memory:
     """Bytes on one rank. Everything but `reserve` is allocated by torch at the peak."""
 
     weights: float  # language model, cross-attention, projector
-    encoder: float  # frozen, replicated on each rank
+    encoder: float  # replicated on each rank
     gradients: float  # fp32
     optimizer: float  # fp32 master weights if weights are bf16, and Adam's two states
     activations: float  # saved for the backward pass, for all micro-batches in flight
@@ -98,17 +100,19 @@ def rank_memory(
     parameters, element = held(config, pipeline_rank), element_bytes(config)
     in_fp8_alone = parameters.kept_in_fp8 + parameters.adapted_in_fp8
     stages = pipeline_stages_of(config, pipeline_rank)
-    chunks = [kept(config, pipeline_stage, load, kernels or kernels_of(config)) for pipeline_stage in stages]
+    kernels, trained = kernels or kernels_of(config), learning_parameters(config)
+    chunks = [kept(config, pipeline_stage, load, kernels) for pipeline_stage in stages]
     activations = most_in_flight([chunk.total for chunk in chunks], config, pipeline_rank, load.micro_batches)
     working = activations + _backward_workspace(config, load, chunks) + element * parameters.largest
-    encoding = _encoder_workspace(config, load)
-    highest = max(working, encoding)
+    highest = max(working, _encoder_workspace(config, load))
+    if trained:
+        highest = max(highest, backward_workspace(config, load, kernels))
     return Memory(
         # FP8 weights are stored row-wise and column-wise, in addition to bf16 or instead of it.
         weights=element * (parameters.all - in_fp8_alone) + 2 * parameters.quantized,
         encoder=(1 if config.precision.encoder else element) * encoder_parameters(config),
-        gradients=4 * parameters.learning,
-        optimizer=_optimizer(config, parameters.learning, replicas),
+        gradients=4 * (parameters.learning + trained),
+        optimizer=_optimizer(config, parameters.learning, trained, replicas),
         activations=activations,
         features=_features(config, load, stages),
         workspace=highest - activations + userbuffers(config),
@@ -126,10 +130,12 @@ def userbuffers(config: Config) -> float:
     return bytes_each * config.padded_length / config.parallel.context * config.llm.hidden
 
 
-def _optimizer(config: Config, learning: int, replicas: int) -> float:
-    """AdamW in fp32; the distributed optimizer shards it over the ranks with the same weights."""
+def _optimizer(config: Config, learning: int, trained: int, replicas: int) -> float:
+    """AdamW in fp32; the distributed optimizer shards it over the ranks with the same weights. `trained`: parameters of
+    the encoder."""
     each = 8 if config.precision.dtype == "fp32" else 12
-    return each * learning / (replicas * config.parallel.context if config.parallel.distributed_optimizer else 1)
+    shards = replicas * config.parallel.context if config.parallel.distributed_optimizer else 1
+    return each * (learning / shards + trained / optimizer_shards(config, replicas))
 
 
 def most_in_flight(chunks: list[float], config: Config, rank: int, micro_batches: int) -> float:
@@ -152,12 +158,13 @@ def most_in_flight(chunks: list[float], config: Config, rank: int, micro_batches
 
 
 def _features(config: Config, load: Load, stages: list[int]) -> float:
-    """Features of all tiles in a step that the rank's stages use, and pixels of what it decodes."""
+    """Features of all tiles in a step that the rank's stages use (and their gradients, if the encoder learns), and
+    pixels of what it decodes."""
     uses = [tile_use(config, pipeline_stage) for pipeline_stage in stages]
     stream, keys = any(use.stream for use in uses), any(use.keys for use in uses)
     tokens = load.stream_from_tiles * stream + load.keys_from_tiles * keys
     pixels = -(-load.tiles // config.parallel.replica) * 3 * config.vision.tile_size**2
-    return tokens * load.micro_batches * token_bytes(config) + pixels
+    return tokens * load.micro_batches * token_bytes(config) * (1 + config.stage.train_vision) + pixels
 
 
 def token_bytes(config: Config) -> int:

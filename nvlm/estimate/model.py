@@ -38,15 +38,21 @@ class Model:
         return self.carrier if carries else self.plain
 
     @property
+    def encoder_learns(self) -> bool:
+        """Whether the encoder is trained, so that features need gradients."""
+        return any(map(learns, self.encoder.embedding))
+
+    @property
     def keys_learn(self) -> bool:
         """Whether the keys need a gradient: for their norms, the projector, or the embeddings of tags."""
         of_words = self.description.tags_in_keys and self.embedding.learns
-        return of_words or any(map(learns, (*self.key_norms.values(), *self.projector)))
+        of_tiles = self.description.tiles_in_keys and self.encoder_learns
+        return of_words or of_tiles or any(map(learns, (*self.key_norms.values(), *self.projector)))
 
     @property
     def stream_learns(self) -> bool:
         """Whether anything before the first decoder layer is trained."""
-        tiles = self.description.tiles_in_stream and any(map(learns, self.projector))
+        tiles = self.description.tiles_in_stream and (self.encoder_learns or any(map(learns, self.projector)))
         return self.embedding.learns or tiles
 
 
@@ -100,7 +106,7 @@ def _model(
     [embedding] = learning.apart([word_embedding(llm)])
     return Model(
         description=kind,
-        encoder=description_of(vision).modules(vision),
+        encoder=_encoder(vision, learning),
         projector=learning.apart(projector),
         key_norms=dict(zip(kind.keys, learning.apart(kind.key_norms(llm)))),
         embedding=embedding,
@@ -109,6 +115,11 @@ def _model(
         carriers=frozenset(range(every - 1, llm.layers, every)) if every else frozenset(),
         head=learning.apart(head(llm)),
     )
+
+
+def _encoder(vision: VisionConfig, learning: _Learning) -> EncoderModules:
+    found = description_of(vision).modules(vision)
+    return replace(found, embedding=learning.apart(found.embedding), layer=learning.apart(found.layer))
 
 
 def word_embedding(llm: LLMConfig) -> Parameter:

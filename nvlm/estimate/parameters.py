@@ -74,8 +74,10 @@ def parameters(config: Config) -> dict[str, Count]:
 
 
 def encoder_parameters(config: Config) -> int:
-    """Parameter count of the frozen encoder, which every rank holds; factors are multiplied into its linears."""
+    """Parameter count of the encoder, which every rank holds; in a frozen one, factors are multiplied into linears."""
     encoder = model_of(config).encoder
+    if model_of(config).encoder_learns:
+        return _size(encoder_weights(config))
     factors = sum(module.size for module in encoder.layer if isinstance(module, Parameter) and module.factor)
     return _size(encoder_weights(config)) - encoder.layers * factors
 

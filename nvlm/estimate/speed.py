@@ -16,6 +16,7 @@ from nvlm.config.values import Config, pipeline_layers
 from nvlm.data.amounts import Work
 from nvlm.estimate import pace
 from nvlm.estimate.activations import kept
+from nvlm.estimate.encoder import learning_parameters, optimizer_shards, sent_bytes
 from nvlm.estimate.flops import Flops, hardware_flops, model_flops
 from nvlm.estimate.load import Load
 from nvlm.estimate.model import linears, model_of
@@ -75,6 +76,7 @@ def speed(config: Config, replicas: int, gpu: GPU, load: Load) -> Speed:
     slowest = max(_ranks(config, gpu, load, spans), key=lambda rank: rank.busy)
     most = max((held(config, rank) for rank in ranks), key=lambda held: held.learning)
     reduced, gathered = data_bytes(config, replicas, most)
+    own = sent_bytes(config, replicas)  # of an encoder that learns, between all ranks; nothing hides it
     sent = 2 * p.virtual * count * stage_bytes(config, load) if p.pipeline > 1 else 0.0
     features = vision_bytes(config, load)
     alone = slowest.compute + slowest.tensor + slowest.context
@@ -86,14 +88,14 @@ def speed(config: Config, replicas: int, gpu: GPU, load: Load) -> Speed:
         host=count * (slowest.busy - alone),
         pipeline=0.0 if p.virtual > 1 else sent / spans.pipeline,  # interleaved: overlaps
         bubble=bubble_share(config, count) * count * slowest.busy,
-        data=_replicas(config, reduced / spans.data, gathered / spans.data, slowest.busy),
+        data=_replicas(config, reduced / spans.data, gathered / spans.data, slowest.busy) + own / spans.pipeline,
         optimizer=_update(config, replicas, gpu, most.learning),
         flops=replicas * load.samples * model_flops(config, load.work).total / load.each,
         traffic=Traffic(
             tensor=count * max(tensor_messages(config, load, rank).size for rank in ranks),
             pipeline=sent,
             context=count * max(context_bytes(config, load, rank) for rank in ranks),
-            data=reduced + gathered,
+            data=reduced + gathered + own,
             vision=features,
         ),
     )
@@ -178,4 +180,5 @@ def _update(config: Config, replicas: int, gpu: GPU, learning: int) -> float:
     """Seconds of the optimizer: on its shard it scales gradients, reads them, weights and both states, and writes
     weights, both states and bf16 weights; and the whole fp32 gradients are zeroed."""
     shards = replicas * config.parallel.context if config.parallel.distributed_optimizer else 1
-    return (38 / shards + 4) * learning / (pace.MEMORY * gpu.memory_bandwidth)
+    size = (38 / shards + 4) * learning + (38 / optimizer_shards(config, replicas) + 4) * learning_parameters(config)
+    return size / (pace.MEMORY * gpu.memory_bandwidth)

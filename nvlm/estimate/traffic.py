@@ -163,11 +163,12 @@ def data_bytes(config: Config, replicas: int, parameters: Held) -> tuple[float, 
 
 
 def vision_bytes(config: Config, load: Load) -> float:
-    """Bytes of features that the busiest rank of a replica receives in a step."""
+    """Bytes of features that the busiest rank of a replica receives in a step, and of gradients that it returns."""
     seats = config.parallel.replica
     most = 0
     for rank in range(config.parallel.pipeline):
         uses = [tile_use(config, pipeline_stage) for pipeline_stage in pipeline_stages_of(config, rank)]
         stream, keys = any(use.stream for use in uses), any(use.keys for use in uses)
         most = max(most, load.stream_from_tiles * stream + load.keys_from_tiles * keys)
-    return most * load.micro_batches * token_bytes(config) * (seats - 1) / seats
+    both = 1 + config.stage.train_vision
+    return both * most * load.micro_batches * token_bytes(config) * (seats - 1) / seats

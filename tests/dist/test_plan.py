@@ -96,14 +96,15 @@ def sizes_of(config) -> dict[str, int]:
         rows = [[sample_of(story, config) for story in row] for row in ROWS]
         batch = collate(rows, config.vision.tile_size, config.row_multiple)
         train_step(trainer, StepData((batch,), records=1, skipped=(), work=count_work(batch)))
-        buffers = [buffer for chunk in trainer.chunks for buffer in chunk.buffers]
+        buffers = [buffer for wrapped in trainer.wrapped for buffer in wrapped.buffers]
         gradients = {b.grad_data.untyped_storage().data_ptr(): b.grad_data.untyped_storage().nbytes() for b in buffers}
         parameters = [p for part in trainer.pipeline.parts for p in part.parameters()]
+        encoder = list(trainer.vision.path.encoder.parameters())
         return {
             "weights": sum(p.numel() * p.element_size() for p in parameters),
             "gradients": sum(gradients.values()),
-            "optimizer": optimizer_bytes(trainer.optimizer, parameters),
-            "encoder": sum(p.numel() * p.element_size() for p in trainer.vision.path.encoder.parameters()),
+            "optimizer": optimizer_bytes(trainer.optimizer, [*parameters, *encoder]),
+            "encoder": sum(p.numel() * p.element_size() for p in encoder),
         }
 
 
@@ -124,10 +125,18 @@ def optimizer_bytes(optimizer, parameters) -> int:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_trainer_takes_the_memory_that_is_foretold(configured, precision, sharded):
+@pytest.mark.parametrize(
+    ("layout", "replicas"),
+    [
+        (("parallel.data=2",), 2),
+        pytest.param(("stage.train_vision=true", "parallel.tensor=2"), 1, marks=pytest.mark.slow),
+        pytest.param(("stage.train_vision=true", "parallel.data=2"), 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_trainer_takes_the_memory_that_is_foretold(configured, precision, sharded, layout, replicas):
     sharding = f"parallel.distributed_optimizer={str(sharded).lower()}"
-    config = configured("arch=hybrid", "parallel.data=2", f"precision={precision}", sharding)
-    foretold = memory(config, replicas=2)
+    config = configured("arch=hybrid", *layout, f"precision={precision}", sharding)
+    foretold = memory(config, replicas=replicas)
     built = run_distributed(sizes_of, 2, config)
     for part in ("weights", "encoder"):
         assert [sizes[part] for sizes in built] == [getattr(foretold, part)] * 2

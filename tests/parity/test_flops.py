@@ -24,6 +24,7 @@ from nvlm.data.work import count_work
 from nvlm.estimate.flops import backward, forward, hardware_flops, model_flops
 from nvlm.estimate.lengths import sample_work
 from nvlm.train.optim import freeze
+from nvlm.vision.back import with_leaf
 from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
 from tests.models import Story, sample_of, small_config
@@ -93,6 +94,37 @@ def test_torch_counts_the_same(arch, stage, monkeypatch):
     assert second.get_total_flops() == both - ahead
     if config.train.recompute == "none":
         assert both == model_flops(config, work).total
+
+
+@pytest.mark.parametrize(
+    "stage", [("stage=sft",), ("stage=pretrain",), ("stage=sft", "train.recompute=full")], ids=" ".join
+)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_torch_counts_the_same_for_an_encoder_that_learns(arch, stage, monkeypatch):
+    monkeypatch.setattr(per_sample, "WORTH_A_CALL", 0)
+    config = small_config(f"arch={arch}", "stage.train_vision=true", *stage)
+    (model,) = build_parts(config)
+    freeze(model, config)
+    encoder = InternViT(config, solo_groups())
+    if config.train.recompute == "full":  # as train.encoder sets it
+        encoder.config.recompute_granularity, encoder.config.recompute_method = "full", "uniform"
+        encoder.config.recompute_num_layers = 1
+    vision = VisionPath(encoder, config.vision, learns=True)
+    batch = batch_for(config, [[TWO, TEXT, ONE_TILE], [SIDE_BY_SIDE, ONE], [TEXT]])
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as first:
+            encoded, leaf = with_leaf(vision.encode(batch))
+            loss = model.train()(encoded).sum()
+        with FlopCounterMode(display=False) as second:
+            loss.backward()
+            vision.backward(batch.pixels, leaf.features.grad)
+    work = dense(batch, config)
+    ahead, both = forward(config, work).total, hardware_flops(config, work).total
+    assert first.get_total_flops() == ahead
+    assert second.get_total_flops() == both - ahead
+    again = hardware_flops(config, work).vision - model_flops(config, work).vision
+    layers = forward(config, work).vision  # encoded again, and with recomputation all but the patches a third time
+    assert layers <= again <= (2 if config.train.recompute == "full" else 1) * layers
 
 
 @pytest.mark.parametrize("name", INPUTS)
