@@ -38,23 +38,23 @@ vision.hidden=128 vision.heads=4 vision.ffn=512 vision.tile_size=112 tiling.tag=
 data.seq_length=400 optim.warmup=0""".split()
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     port, workers = str(random.randrange(10_000, 30_000)), []
     for rank in range(2):
         env = os.environ | dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         env |= dict(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
-        workers.append(subprocess.Popen([sys.executable, __file__, "--worker"], env=env))
+        workers.append(subprocess.Popen([sys.executable, __file__, "--worker", *words], env=env))
     sys.exit(max(worker.wait() for worker in workers))
 
 
-def worker() -> None:
-    """Both comparisons, on one of the two ranks."""
+def worker(pipeline_alone: bool) -> None:
+    """The comparisons, on one of the two ranks."""
     from nvlm.commands.launch import quiet
 
     quiet()
     depth = measured_depth(1.0, "arch=decoder", tiles=7, stages=2)
-    rows = [pipeline_row(depth)]
-    for cost in (1.0, 2.0, 4.0):
+    rows = [pipeline_row(depth), pipeline_row(depth, learns=True)]
+    for cost in () if pipeline_alone else (1.0, 2.0, 4.0):
         depth = measured_depth(cost, "arch=xattn", tiles=7, stages=1)
         rows.append(balance_row(depth, cost))
     if os.environ["RANK"] == "0":
@@ -65,15 +65,28 @@ def worker() -> None:
 # --- the two comparisons ---
 
 
-def pipeline_row(depth: int) -> dict:
+def pipeline_row(depth: int, learns: bool = False) -> dict:
     """Pipeline 2: samples/s with the pre-pass and with the encoder in the first stage, and their ratio."""
     from nvlm.train.step import forward_backward
 
-    with trainer_of(["arch=decoder", f"vision.layers={depth}"], pipeline=2) as (trainer, config):
+    words = ["arch=decoder", f"vision.layers={depth}", f"stage.train_vision={str(learns).lower()}"]
+    with trainer_of(words, pipeline=2) as (trainer, config):
         batches = make_batches(config, [7] * MICRO_BATCHES)
         ours = lambda: forward_backward(trainer, batches)  # noqa: E731
         theirs = lambda: encoder_in_first_stage(trainer, batches)  # noqa: E731
-        return compare("pipeline 2, NVLM-D", "encoder in stage 1", theirs, "pre-pass", ours, len(batches), depth)
+        name = "pipeline 2, NVLM-D" + (", an encoder that learns" if learns else "")
+        row = compare(name, "encoder in stage 1", theirs, "pre-pass", ours, len(batches), depth)
+        return row | ({"gradients_differ_by": differ(trainer, theirs, ours)} if learns else {})
+
+
+def differ(trainer, theirs: Callable, ours: Callable) -> float:
+    """Largest difference between the encoder's gradients, in units of the largest value."""
+    found = []
+    for run in (theirs, ours):
+        run()
+        found.append([p.main_grad.clone() for p in trainer.encoder.module.parameters()])
+    largest = max(float(gradient.abs().max()) for gradient in found[0])
+    return max(float((one - other).abs().max()) for one, other in zip(*found, strict=True)) / largest
 
 
 def balance_row(depth: int, cost: float) -> dict:
@@ -96,19 +109,26 @@ def balance_row(depth: int, cost: float) -> dict:
 
 
 def encoder_in_first_stage(trainer, batches) -> None:
-    """A step in which only the first stage's forward encodes each micro-batch's tiles."""
+    """A step in which only the first stage's forward encodes each micro-batch's tiles, and keeps what its backward pass
+    needs if the encoder learns."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from nvlm.train.step import sum_loss
 
-    first = parallel_state.is_pipeline_first_stage()
+    first, path = parallel_state.is_pipeline_first_stage(), trainer.vision.path
+
+    def encoded(batch):
+        if trainer.encoder is None:
+            return path.encode(batch)
+        return batch.with_features(path._tokens(path.encoder(path._normalized(batch.pixels))))
 
     def forward(iterator, model):
         batch = next(iterator)
-        return model(trainer.vision.path.encode(batch) if first else batch), lambda loss: sum_loss(batch, loss)
+        return model(encoded(batch) if first else batch), lambda loss: sum_loss(batch, loss)
 
-    trainer.chunks[0].zero_grad_buffer()
+    for wrapped in trainer.wrapped:
+        wrapped.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     get_forward_backward_func()(
         forward_step_func=forward,
@@ -119,6 +139,8 @@ def encoder_in_first_stage(trainer, batches) -> None:
         micro_batch_size=batches[0].tokens.shape[0],
         forward_only=False,
     )
+    if trainer.encoder is not None:
+        trainer.encoder.finish_grad_sync()
 
 
 def compare(name: str, peer: str, theirs: Callable, own: str, ours: Callable, samples: int, depth: int) -> dict:
@@ -154,9 +176,8 @@ def compare(name: str, peer: str, theirs: Callable, own: str, ours: Callable, sa
 @contextmanager
 def waiting():
     """Yields a list that collects the seconds spent in communication."""
+    import torch.distributed as dist
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-
-    from nvlm.vision import prepass
 
     seconds: list[float] = []
 
@@ -170,13 +191,13 @@ def waiting():
 
         return run
 
-    before = P2PCommunicator._communicate, prepass.exchange
-    P2PCommunicator._communicate, prepass.exchange = timed(before[0]), timed(before[1])
-    # The collective of _encode_share has the encoder between its two exchanges, so they are timed one by one.
+    before = P2PCommunicator._communicate, dist.all_to_all_single
+    P2PCommunicator._communicate, dist.all_to_all_single = timed(before[0]), timed(before[1])
+    # The encoder runs between two exchanges with other replicas, so they are timed one by one.
     try:
         yield seconds
     finally:
-        P2PCommunicator._communicate, prepass.exchange = before
+        P2PCommunicator._communicate, dist.all_to_all_single = before
 
 
 # --- set-up ---
@@ -272,4 +293,5 @@ def median_seconds(run: Callable, repeats: int = 5) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    worker() if parser.parse_args().worker else main()
+    parser.add_argument("--pipeline", action="store_true", help="only the comparisons with pipeline stages")
+    worker(parser.parse_args().pipeline) if parser.parse_args().worker else main(sys.argv[1:])

@@ -59,6 +59,7 @@ def _kept_by_token(layer: Iterable[Module], element: int, kernels: Kernels) -> f
     """What a layer keeps for each token, if everything in it learns. A linear keeps attention's output no second
     time."""
     kept = attended = 0.0
+    before: Module | None = None
     for module in layer:
         match module:
             case Norm(width=width, bias=True):
@@ -70,9 +71,12 @@ def _kept_by_token(layer: Iterable[Module], element: int, kernels: Kernels) -> f
                 attended = 0.0
             case Attention(heads=heads, head_dim=width):
                 attended = heads * width * (kernels.attention or element)
-                kept += 4 * attended + 4 * heads
+                # Values are a view of the fused tensor, and so are queries and keys if they have no norms.
+                kept += attended + 3 * heads * width * element + 4 * heads
+                kept += 2 * attended if isinstance(before, Norm) else 0
             case Activation(width=width):
                 kept += width * element
             case Parameter(size=size, factor=True):
                 kept += size * element
+        before = module
     return kept

@@ -86,7 +86,7 @@ _AGAIN = {"none": (), "selective": ("mlp",), "full": ("linears", "scores", "mlp"
 
 
 def hardware_flops(config: Config, work: Work) -> Flops:
-    """`model_flops`, what `train.recompute` adds, and the second forward pass of an encoder that learns. Padding counts if
+    """`model_flops`, what `train.recompute` adds, and an encoder's second forward pass, if it learns. Padding counts if
     `work` includes it."""
     first, how, learns = forward(config, work), config.train.recompute, model_of(config).encoder_learns
     again = Flops(**{part: getattr(first, part) for part in _AGAIN[how]})

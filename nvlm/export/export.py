@@ -5,6 +5,7 @@ Works tensor by tensor, on CPU, for any parallel layout. The folder gets its fin
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -33,6 +34,7 @@ from nvlm.inputs.sources import whole_groups
 from nvlm.runs.digests import checkpoint_faults, frozen_digest, own_faults
 from nvlm.runs.folder import FROZEN, find_checkpoint, read_run_config
 from nvlm.vision.source import vision_source
+from nvlm.vision.trained import published_again
 from nvlm.weights.layouts import NVLM, Layout, opened
 from nvlm.weights.parts import Part
 from nvlm.weights.published import Stored
@@ -56,24 +58,25 @@ def export(options: ExportOptions, tell: Callable[[str], None] = lambda line: No
     out = Path(options.out)
     if os.path.lexists(out):
         raise problem("out", f"{out}, which exists", "a new folder", "out=OTHER, or delete it")
-    job = _prepared(options)
     partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        _fill(partial, job, int(options.shard_gb * 1e9))
-        check_readable(partial, job.written.config, out)
-        partial.rename(out)
+        with contextlib.ExitStack() as held:
+            job = _prepared(options, held)
+            shutil.rmtree(partial, ignore_errors=True)
+            held.callback(shutil.rmtree, partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _fill(partial, job, int(options.shard_gb * 1e9))
+            check_readable(partial, job.written.config, out)
+            partial.rename(out)
     except OSError as error:
         raise _refused(out, error) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     if line := job.form.note(job.written):
         tell(line)
     return out
 
 
-def _prepared(options: ExportOptions) -> _Job:
+def _prepared(options: ExportOptions, held: contextlib.ExitStack) -> _Job:
+    """What is to be written. A trained encoder is a file until `held` is closed."""
     form = FORMS[options.layout]
     step, layout = find_checkpoint(Path(options.checkpoint), "checkpoint"), form.layout
     before = read_run_config(step)
@@ -83,7 +86,8 @@ def _prepared(options: ExportOptions) -> _Job:
     folders = [step] if frozen_digest(step) is None else [step, step.parent / FROZEN]
     text = form.text(config)
     check_model(config, step, "vision")
-    weights, vision = TrainedWeights(folders, config.peft.scale), vision_source(config, "vision")
+    at_hand = held.enter_context(published_again(config, Path(options.out).parent))
+    weights, vision = TrainedWeights(folders, config.peft.scale), vision_source(at_hand, "vision")
     encoder, rows = form.encoder(config, vision), form.rows(config, text)
     trained = [part for parts in whole_groups(config, (), layout).values() for part in parts]
     _check(weights, trained, step)

@@ -54,14 +54,15 @@ def write_trained(trained: Path, vision: VisionConfig, file: Path) -> None:
 @contextmanager
 def published_again(config: Config, folder: Path) -> Iterator[Config]:
     """`config` with init.vision set to its encoder as a published file, if the encoder of init.checkpoint learned: a
-    file in `folder`, for as long as the block lasts, or that of the run."""
+    file in `folder`, for as long as the block lasts, or that of the run. Raises OSError."""
     trained = trained_encoder(find_checkpoint(Path(config.init.checkpoint or ""), "init.checkpoint"))
     if trained is None:
         yield config
     elif not trained.is_dir():
         yield replace(config, init=replace(config.init, vision=str(trained)))
     else:
-        with tempfile.TemporaryDirectory(dir=folder) as place:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".encoder.") as place:
             file = Path(place) / ENCODER
             write_trained(trained, config.vision, file)
             yield replace(config, init=replace(config.init, vision=str(file)))

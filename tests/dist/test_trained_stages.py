@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvlm.vision.encoders.internvit.frozen import FrozenInternViT
 from safetensors.torch import load_file
 
 from nvlm.commands.compose import compose_config
+from nvlm.export.export import export
+from nvlm.export.options import parse
 from nvlm.generate.config import read_config
 from nvlm.generate.generator import opened
 from nvlm.inputs.check import check_weights
@@ -20,6 +21,7 @@ from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import solo_groups
 from nvlm.vision.trained import trained_tensors
 from nvlm.weights.parts import joined as from_published
+from nvlm.weights.published import VISION
 from tests.dist.run import run_distributed
 
 SMALL = (
@@ -53,7 +55,14 @@ def expected(encoder: dict[str, torch.Tensor]) -> torch.Tensor:
     with distributed(config.parallel, 0):
         module = InternViT(config, solo_groups())
         module.load_state_dict(encoder)
-        return FrozenInternViT(module, config.vision)(PIXELS).clone()
+        return internvit.INTERNVIT.frozen(module, config.vision, 1)(PIXELS).clone()
+
+
+def _without_dummies(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By our names; an export may have empty heads after the real ones."""
+    config = compose_config(*SMALL)
+    extra = stored["encoder.layers.0.attn.proj.weight"].shape[1] // (config.vision.hidden // config.vision.heads)
+    return from_published(internvit.parts(config.vision, extra - config.vision.heads), stored)
 
 
 def stages(root: Path) -> dict[str, object]:
@@ -71,6 +80,12 @@ def stages(root: Path) -> dict[str, object]:
     )
     for name in ("moved", "frozen", "again"):
         found[f"features of {name}"] = features(root / name)
+    for name in ("moved", "frozen"):
+        out = export(parse([f"checkpoint={root / name}", f"out={root / 'out' / name}"]))
+        stored = load_file(out / "model.safetensors")
+        own = {n.removeprefix(VISION): tensor for n, tensor in stored.items() if n.startswith(VISION)}
+        found[f"export of {name}"] = _without_dummies(own)
+    assert sorted(path.name for path in (root / "out").iterdir()) == ["frozen", "moved"]
     for name in ("longer", "frozen"):
         found[f"by {name}"] = expected(found[name])
     return found
@@ -96,3 +111,8 @@ def test_a_trained_encoder_goes_on(done):
 def test_generation_has_the_encoder_of_the_checkpoint(done):
     for name, by in (("moved", "longer"), ("frozen", "frozen"), ("again", "frozen")):
         torch.testing.assert_close(done[f"features of {name}"], done[f"by {by}"], rtol=1e-4, atol=1e-5)
+
+
+def test_an_export_has_the_trained_encoder(done):
+    for name, by in (("moved", "longer"), ("frozen", "frozen")):
+        assert apart(done[f"export of {name}"], done[by]) == 0
