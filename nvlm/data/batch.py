@@ -93,7 +93,7 @@ class Batch:
     tile_tokens: Tensor  # [T], tokens of each tile; their sum is N; on the CPU
     holder: Tensor  # [T], the seat that has the pixels of each tile, or EVERYWHERE; on the CPU
     pixels: Tensor  # uint8 [t, 3, px, px], of the tiles that are here
-    features: Tensor | None = None  # [n, C], from the frozen encoder: the tokens of the tiles that this process uses
+    features: Tensor | None = None  # [n, C], from the encoder: the tokens of the tiles that this process uses
     feature_rows: Tensor | None = None  # [N], row of each token in `features`, PAD if not used here; on the CPU
     host: Batch | None = None  # the same batch on the CPU, if this one is on another device
 

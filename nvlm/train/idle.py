@@ -27,7 +27,8 @@ class Idle:
 
 def expected(config: Config) -> Idle:
     """The state at the start of a run: all groups that learn."""
-    return Idle(frozenset(config.stage.trainable).intersection(registry.description(config.arch.name).groups))
+    groups_of_model = ("vision", *registry.description(config.arch.name).groups)
+    return Idle(frozenset(config.stage.trainable).intersection(groups_of_model))
 
 
 def after_step(idle: Idle, chunks: Sequence[DistributedDataParallel], tiles: int) -> tuple[Idle, str | None]:

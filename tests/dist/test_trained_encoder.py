@@ -12,7 +12,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nvlm.commands.compose import compose_config
+from nvlm.data.loader import load_steps
 from nvlm.processes.groups import distributed
+from nvlm.train.loop import build_steps, build_trainer
+from nvlm.train.step import train_step
 from tests.dist.layouts import (
     MICRO_BATCHES,
     encoder_gradients_of,
@@ -21,7 +25,7 @@ from tests.dist.layouts import (
     reference_gradients,
     run_cases,
 )
-from tests.dist.run import run_distributed
+from tests.dist.run import joined, run_distributed
 from tests.models import small_config
 from tests.near import assert_gradients_near
 from tests.stories import ONE, SIX, TEXT
@@ -128,9 +132,35 @@ def test_gradients_equal_the_reference_in_some_layouts(models, expected, tmp_pat
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_gradients_equal_the_reference_in_all_layouts(world, arch, models, expected, tmp_path):
-    cases = [
-        (arch, step, layout | dict(distributed_optimizer=sharded))
-        for layout, step, sharded in itertools.product(LAYOUTS[world], STEPS, (False, True))
-    ]
+    of_steps = [("all", dict()), *((step, SHARDED) for step in STEPS)]
+    cases = [(arch, step, layout | more) for layout, (step, more) in itertools.product(LAYOUTS[world], of_steps)]
     cases += [(arch, "all", LAYOUTS[world][0] | stage) for stage in STAGES]
     check(world, cases, models, expected, tmp_path)
+
+
+def after_two_steps(words: tuple[str, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The encoder's weights before and after two steps."""
+    config = compose_config(*words, "stage.train_vision=true", "optim.warmup=0", "data.records=8", "data.workers=0")
+    with joined(config) as device:
+        trainer, data = build_trainer(config, device), iter(load_steps(build_steps(config), 0, 0))
+        weights = list(trainer.vision.path.encoder.parameters())
+        before = [weight.detach().clone() for weight in weights]
+        for _ in range(2):
+            assert train_step(trainer, next(data)).updated
+        return before, [weight.detach().clone() for weight in weights]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("parallel.data=2", "vision.balance=global", "parallel.gradients=bf16", "parallel.distributed_optimizer=true"),
+        ("parallel.tensor=2", "peft=lora", "train.recompute=full"),
+        ("parallel.pipeline=2", "llm.layers=4", "parallel.distributed_optimizer=true", "train.micro_batch=1"),
+    ],
+    ids=" ".join,
+)
+def test_all_ranks_keep_the_same_encoder(words):
+    (first, one), (_, other) = run_distributed(after_two_steps, 2, words)
+    assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    assert all(not torch.equal(*pair) for pair in zip(first, one, strict=True))

@@ -82,7 +82,8 @@ def stages(root: Path) -> dict[str, object]:
         found[f"features of {name}"] = features(root / name)
     for name in ("moved", "frozen"):
         out = export(parse([f"checkpoint={root / name}", f"out={root / 'out' / name}"]))
-        stored = load_file(out / "model.safetensors")
+        [file] = out.glob("*.safetensors")
+        stored = load_file(file)
         own = {n.removeprefix(VISION): tensor for n, tensor in stored.items() if n.startswith(VISION)}
         found[f"export of {name}"] = _without_dummies(own)
     assert sorted(path.name for path in (root / "out").iterdir()) == ["frozen", "moved"]
