@@ -28,6 +28,7 @@ SMALL = (
     "arch=decoder", "llm.layers=1", "data.records=8", "data.workers=0", "train.global_batch=2", "train.steps=2",
     "train.save_every=2", "optim.warmup=0", "optim.lr=1e-2", "precision=fp32", "evaluate=none",
 )  # fmt: skip
+pytestmark = pytest.mark.slow
 PIXELS = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
 
 
