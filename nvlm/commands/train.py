@@ -170,7 +170,8 @@ def _check_stages(stages: Sequence[Stage], given: Sequence[list[str]]) -> list[C
     check_sequence(stages, configs)
     for number, (stage, config) in enumerate(zip(stages, configs)):
         if number and not latest(stages[number - 1].folder):  # what it will start from does not exist yet
-            config = replace(config, init=replace(config.init, checkpoint=None))
+            orphan = replace(config.stage, parent=())
+            config = replace(config, init=replace(config.init, checkpoint=None), stage=orphan)
         _check(config)
         if not config.dry_run:
             _check_place(given[number])

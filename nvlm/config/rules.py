@@ -199,9 +199,6 @@ def _init(config: Config) -> None:
     if len(given) > 1:
         both = " and ".join(f"init.{name}" for name in given)
         raise problem(both, "several sources of the language model", "one of them", f"leave init.{given[0]} out")
-    if config.stage.parent and not config.dry_run and not (config.init.checkpoint or config.init.release):
-        expected = f"a run of {' or '.join(config.stage.parent)}, which this stage continues, or a released model"
-        raise problem("init.checkpoint", "nothing", expected, "init.checkpoint=RUN, or init.release=DIR")
     if config.init.release and config.init.vision:
         fix = "init.vision=null, which takes the release's own, or init.release=null"
         raise problem("init.release and init.vision", "two encoders", "one of them", fix)

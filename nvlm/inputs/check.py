@@ -31,6 +31,9 @@ def check_weights(config: Config, run_dir: Path | None = None) -> None:
         identity.check_model(config, newest, resumed=True)
         return
     model_source(config)
+    if config.stage.parent and before is None and not (config.init.release or config.dry_run):
+        expected = f"a run of {' or '.join(config.stage.parent)}, which this stage continues, or a released model"
+        raise problem("init.checkpoint", "nothing", expected, "init.checkpoint=RUN, or init.release=DIR")
     if before is not None:
         check_same_model(config, before)
         identity.check_model(config, before)
