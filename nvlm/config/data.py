@@ -38,9 +38,11 @@ class Pages:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Colours:
     """The built-in task of learning in context: so many `pictures` of so many `colours`, each followed by the word that
-    the record gives to its colour. Held-out records ask for the last word, after `shots` pictures with words."""
+    the record gives to its colour; in the form "text", a letter stands in for each picture. Held-out records ask for
+    the last word, after `shots` pictures with words."""
 
     source: Annotated[str, Choice("colours")]
+    form: Annotated[str, Choice("picture", "text")] = "picture"
     records: Count
     heldout_records: Count
     pictures: Count = 6

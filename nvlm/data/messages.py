@@ -208,8 +208,11 @@ def check_learns(turns: Sequence[Turn]) -> None:
 def first_question(record: Record) -> tuple[Record, str]:
     """`record` before its first assistant turn with loss and text, with the images up to there, and that turn's text.
 
-    Raises BadRecord, in particular NoAnswer if there is no such turn.
+    A document is a question if its record has answers, which continue it. Raises BadRecord, in particular NoAnswer if
+    there is no such turn.
     """
+    if record.answers and any(message.get("role") == DOCUMENT for message in record.messages):
+        return record, record.answers[0]
     turns = place_images(read_turns(record.messages), len(record.images))
     asked = list(takewhile(lambda turn: not turn.learned or turn.blank, turns))
     if len(asked) == len(turns) or turns[0].role == DOCUMENT:

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from nvlm.config.data import Colours
+from nvlm.config.data import IMAGE_MARK, Colours
+from nvlm.data.messages import DOCUMENT
 from nvlm.data.record import Record
 
 SIDE = 28  # px
 HUES = ((200, 40, 40), (40, 150, 60), (50, 70, 200), (220, 190, 40), (150, 60, 180), (60, 190, 200), (235, 130, 40))
 WORDS = tuple("ABCDEFGH")
+LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")  # stand in for pictures in the form "text"
 _SPLITS = {"train": 0, "heldout": 1}
 
 
@@ -29,27 +31,32 @@ def draw(hue: int, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def make(split: str, seed: int, index: int, pictures: int, colours: int, shots: int | None = None) -> Record:
-    """Record number `index`: a conversation of `pictures` turns about `colours` colours, each followed by its word.
+def make(
+    split: str, seed: int, index: int, pictures: int, colours: int, shots: int | None = None, form: str = "picture"
+) -> Record:
+    """Record number `index`: a document of `pictures` pictures in `colours` colours, each followed by its word.
 
-    `shots`: a question with so many turns before it, whose colour is among theirs, if there are any.
+    `shots`: a question, which ends with a picture, after so many pictures with words, of which one has its colour.
     """
-    rng = np.random.default_rng([_SPLITS[split], seed, index])
+    textual = form == "text"
+    rng = np.random.default_rng([_SPLITS[split], seed, index, *[1] * textual])
     count = pictures if shots is None else shots + 1
-    hues, words = rng.permutation(len(HUES))[:colours], rng.permutation(len(WORDS))[:colours]
+    kinds = len(LETTERS) if textual else len(HUES)
+    hues, words = rng.permutation(kinds)[:colours], rng.permutation(len(WORDS))[:colours]
     drawn = rng.integers(colours, size=count)
     if shots:
         drawn[:-1] = rng.permutation(np.arange(shots) % colours)
         drawn[-1] = rng.choice(drawn[:-1])
-    messages, images = [], []
-    for number, which in enumerate(drawn):
+    said, images = [WORDS[words[which]] for which in drawn], []
+    marks = [LETTERS[hues[which]] if textual else IMAGE_MARK for which in drawn]
+    for which in [] if textual else drawn:
         data = io.BytesIO()
         draw(int(hues[which]), rng).save(data, "PNG")
         images.append(data.getvalue())
-        learned = shots is None or number == count - 1
-        answer = {"role": "assistant", "content": WORDS[words[which]], "loss": learned}
-        messages += [{"role": "user", "content": "<image>"}, answer]
-    return Record(f"{split}-colours-{seed}-{index}", messages, images)
+    shown = said if shots is None else [*said[:-1], ""]
+    messages = [{"role": DOCUMENT, "content": "".join(map("".join, zip(marks, shown)))}]
+    answers = () if shots is None else (said[-1],)
+    return Record(f"{split}-colours-{seed}-{index}{'-text' * textual}", messages, images, answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +73,13 @@ class ColourRecords:
 
     def __getitem__(self, index: int) -> Record:
         split, shots = ("heldout", self.source.shots) if self.heldout else ("train", None)
-        return make(split, self.seed, range(len(self))[index], self.source.pictures, self.source.colours, shots)
+        source, number = self.source, range(len(self))[index]
+        return make(split, self.seed, number, source.pictures, source.colours, shots, source.form)
 
     def name(self, index: int) -> str:
         """The name of record `index`."""
-        return f"{'heldout' if self.heldout else 'train'}-colours-{self.seed}-{index}"
+        split, textual = "heldout" if self.heldout else "train", self.source.form == "text"
+        return f"{split}-colours-{self.seed}-{index}{'-text' * textual}"
 
     def kind(self, index: int) -> str:
         """The kind of its question: by the number of shots."""
