@@ -133,7 +133,10 @@ def test_gradients_equal_the_reference_in_all_layouts(world, arch, models, expec
     of_steps = [("all", dict()), *((step, SHARDED) for step in STEPS)]
     cases = [(arch, step, layout | more) for layout, (step, more) in itertools.product(LAYOUTS[world], of_steps)]
     cases += [(arch, "all", LAYOUTS[world][0] | stage) for stage in STAGES]
-    check(world, cases, models, expected, tmp_path)
+    # With the distributed optimizer, process groups and their threads outlive a case, so few share a process.
+    for number, some in enumerate(itertools.batched(cases, 4)):
+        (tmp_path / str(number)).mkdir()
+        check(world, list(some), models, expected, tmp_path / str(number))
 
 
 def after_two_steps(words: tuple[str, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
