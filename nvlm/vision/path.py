@@ -6,7 +6,9 @@ gradients and no optimizer state. One that learns encodes its tiles again for th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from nvlm.data.batch import Batch
 from nvlm.processes import device
 from nvlm.tiling import normalize
 from nvlm.vision.encoders.registry import description_of
-from nvlm.vision.pooling import pooled
+from nvlm.vision.pooling import pooled, pooled_to
 from nvlm.vision.quantize import FP8Linear, quantize
 from nvlm.vision.source import published_encoder, trained_before, vision_source
 from nvlm.vision.trained import trained_tensors
@@ -35,42 +37,58 @@ def solo_groups() -> ProcessGroupCollection:
 class VisionPath:
     """Tiles to features, `vision.tiles_per_call` at a time; full calls as a CUDA graph with `vision.graph`."""
 
-    def __init__(self, encoder: nn.Module, vision: VisionConfig, learns: bool = False) -> None:
-        self.encoder, self.vision = encoder.requires_grad_(learns).eval(), vision
+    def __init__(self, encoder: nn.Module, vision: VisionConfig, learns: bool = False, frames: str = "none") -> None:
+        """`frames`: how the tokens of a tile are pooled of which fewer than vision.tile_tokens are expected."""
+        self.encoder, self.vision, self.frames = encoder.requires_grad_(learns).eval(), vision, frames
         self.full = device.graphed(self.encoder) if vision.graph and not learns else self.encoder
 
     def encode(self, batch: Batch) -> Batch:
         """`batch` with features [N, C] of all its tiles, encoded by this process alone."""
-        return batch.with_features(self.features(batch.pixels))
+        return batch.with_features(self.features(batch.pixels, batch.tile_tokens))
 
     @torch.no_grad()
-    def features(self, pixels_T3: Tensor) -> Tensor:
-        """uint8 [T, 3, px, px] to [N, C], the tokens of all tiles concatenated; no tiles give [0, C]."""
+    def features(self, pixels_T3: Tensor, tokens_T: Tensor | None = None) -> Tensor:
+        """uint8 [T, 3, px, px] to [N, C], the tokens of all tiles concatenated; no tiles give [0, C].
+
+        `tokens_T`: the tokens that are expected of each tile, on the CPU; None: vision.tile_tokens. Raises ValueError
+        if a tile cannot have so many.
+        """
         vision = self.vision
         if len(pixels_T3) == 0:  # attention kernels reject an empty batch
             return next(self.encoder.parameters()).new_zeros(0, vision.feature_width)
-        calls = [self._call(self._normalized(some)) for some in pixels_T3.split(vision.tiles_per_call)]
-        return torch.cat([self._tokens(call) for call in calls])
+        expected_T = self._expected(pixels_T3, tokens_T).split(vision.tiles_per_call)
+        calls = zip(pixels_T3.split(vision.tiles_per_call), expected_T)
+        return torch.cat([part for some, e in calls for part in self._parts(self._call(self._normalized(some)), e)])
 
-    def backward(self, pixels_T3: Tensor, gradients_NC: Tensor) -> None:
-        """Add the gradients of the encoder's weights, given those of `features(pixels_T3)`, in which all tiles have
-        the same number of tokens. Encodes again, `vision.tiles_per_backward` tiles at a time."""
+    def backward(self, pixels_T3: Tensor, gradients_NC: Tensor, tokens_T: Tensor | None = None) -> None:
+        """Add the gradients of the encoder's weights, given those of `features(pixels_T3, tokens_T)`. Encodes again,
+        `vision.tiles_per_backward` tiles at a time."""
         if len(pixels_T3) == 0:
             return
-        each, tokens = self.vision.tiles_per_backward, len(gradients_NC) // len(pixels_T3)
+        each = self.vision.tiles_per_backward
+        expected = self._expected(pixels_T3, tokens_T).split(each)
+        gradients = gradients_NC.split([int(some.sum()) for some in expected])
         self.encoder.train()  # Megatron recomputes only in this mode; there is no dropout
-        for some, gradient in zip(pixels_T3.split(each), gradients_NC.split(each * tokens), strict=True):
-            features_NC = self._tokens(self.encoder(self._normalized(some)))
+        for some, tokens, gradient in zip(pixels_T3.split(each), expected, gradients, strict=True):
+            features_NC = torch.cat(list(self._parts(self.encoder(self._normalized(some)), tokens)))
             torch.autograd.backward(features_NC, gradient.to(features_NC.dtype))
         self.encoder.eval()
+
+    def _expected(self, pixels_T3: Tensor, tokens_T: Tensor | None) -> Tensor:
+        every = torch.full((len(pixels_T3),), self.vision.tile_tokens, device="cpu")
+        return every if tokens_T is None else tokens_T
 
     def _normalized(self, pixels_T3: Tensor) -> Tensor:
         known = description_of(self.vision)
         return normalize(pixels_T3, known.mean, known.std)
 
-    def _tokens(self, features_TPD: Tensor) -> Tensor:
+    def _parts(self, features_TPD: Tensor, tokens_T: Tensor) -> Iterator[Tensor]:
+        """The tokens [n, C] of each run of tiles with equally many."""
         vision = self.vision
-        return pooled(features_TPD, vision.downsample, vision.pool, vision.pads).flatten(0, 1)
+        tiles_TKC = pooled(features_TPD, vision.downsample, vision.pool, vision.pads)
+        runs = [(count, len(list(run))) for count, run in groupby(tokens_T.tolist())]
+        for tiles, (count, _) in zip(tiles_TKC.split([length for _, length in runs]), runs, strict=True):
+            yield pooled_to(tiles, count, self.frames).flatten(0, 1)
 
     def _call(self, pixels_T3: Tensor) -> Tensor:
         return (self.full if len(pixels_T3) == self.vision.tiles_per_call else self.encoder)(pixels_T3)

@@ -9,6 +9,8 @@ from torch.nn import functional
 
 from nvlm.tiling.grid import pooled_side
 
+MAPS = ("average", "max", "bilinear")  # poolings that keep a token's width
+
 
 def pooled(features_TPD: Tensor, factor: int, pool: str = "concat", pads: bool = False) -> Tensor:
     """One token for each block of `factor` x `factor` patches; `pool` and `pads` as in `nvlm.tiling.grid.pooled_side`.
@@ -32,6 +34,19 @@ def pooled(features_TPD: Tensor, factor: int, pool: str = "concat", pads: bool =
         case "bilinear":
             map_TDhw = functional.interpolate(map_TDhw, size=(to, to), mode="bilinear")
     return map_TDhw.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def pooled_to(features_TPD: Tensor, tokens: int, pool: str) -> Tensor:
+    """`features_TPD` with `tokens` tokens per tile, by the smallest blocks that `pool` makes so many of: average, max
+    or bilinear. Raises ValueError if none does."""
+    if (patches := features_TPD.shape[1]) == tokens:
+        return features_TPD
+    side = _side(features_TPD)
+    fitting = [f for f in range(2, side + 1) if pooled_side(side, f, pool) ** 2 == tokens] if pool in MAPS else []
+    if not fitting:
+        fix = "the encoder and vision.tile_size, patch, downsample and pool disagree"
+        raise ValueError(f"features of a tile: got {patches} tokens, expected {tokens}. Fix: {fix}")
+    return pooled(features_TPD, fitting[0], pool)
 
 
 def pixel_shuffle(features_TPD: Tensor, factor: int = 2) -> Tensor:

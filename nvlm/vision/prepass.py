@@ -154,7 +154,7 @@ class BalancedVision:
         """Add the gradients of the encoder's weights, given those of the features. A collective call of the team."""
         with torch.no_grad():
             gradients_nC = forth.way.back(gradients(forth.leaves, forth.received))
-        self.path.backward(forth.way.pixels, gradients_nC)
+        self.path.backward(forth.way.pixels, gradients_nC, forth.way.trip.come)
 
     def _encoded(self, batches: Sequence[Batch]) -> tuple[list[Batch], Way]:
         team, pixels_t3 = self.team, torch.cat([batch.pixels for batch in batches])
@@ -167,7 +167,7 @@ class BalancedVision:
         trip = self._trip(tokens_T[seats[team.seat]], everyone, own_T3.device)
         wanted = _wanted(batches, team.uses)
         way = Way(team.replica, team.tensor, tokens_T, seats, wanted, trip, trip.tiles(own_T3))
-        features_nC = trip.home(self._encode(way.pixels, trip.come))
+        features_nC = trip.home(self.path.features(way.pixels, trip.come))
         received = _deal(features_nC, way)
         rows_N = torch.full((int(tokens_T.sum()),), PAD, device="cpu")
         rows_N[token_rows(way.arriving, tokens_T)] = torch.arange(len(received), device="cpu")
@@ -181,15 +181,6 @@ class BalancedVision:
             return Trip.none(tokens_T)
         sent = spread(seat_counts(everyone, self.team.replica.size(), self.team.seat))
         return Trip.of(tokens_T, sent[group.rank()], [row[group.rank()] for row in sent], group, place)
-
-    def _encode(self, pixels_T3: Tensor, tokens_T: Tensor) -> Tensor:
-        features_nC, expected = self.path.features(pixels_T3), int(tokens_T.sum())
-        if len(features_nC) != expected:
-            raise ValueError(
-                f"features of {len(pixels_T3)} tiles: got {len(features_nC)} tokens, expected {expected}. "
-                f"Fix: the encoder and vision.tile_size, patch, downsample and pool disagree"
-            )
-        return features_nC
 
 
 def _share_pixels(pixels_t3: Tensor, holder_T: Tensor, seat_T: Tensor, team: Team) -> tuple[list[Tensor], Tensor]:

@@ -51,16 +51,17 @@ def features_of(tile, count):
 
 
 class Encoder:
-    """Gives each tile the features above; knows the numbers of tokens as a real one would, by what it is given."""
+    """Gives each tile the features above, as many as its data says."""
 
     def __init__(self, batches):
         tiles = [pair for batch in batches for pair in zip(batch.pixels, batch.tile_tokens.tolist())]
         self.counts = {float(tile.double().sum()): count for tile, count in tiles}
         self.encoded = 0
 
-    def features(self, pixels):
+    def features(self, pixels, tokens):
         self.encoded += len(pixels)
-        parts = [features_of(tile, self.counts[float(tile.double().sum())]) for tile in pixels]
+        assert tokens.tolist() == [self.counts[float(tile.double().sum())] for tile in pixels]
+        parts = [features_of(*pair) for pair in zip(pixels, tokens.tolist())]
         return torch.cat([torch.zeros(0, 4, dtype=torch.float64), *parts])
 
 

@@ -18,8 +18,10 @@ from nvlm.data.amounts import Work
 from nvlm.estimate.flops import model_flops
 from nvlm.estimate.parameters import parameters
 from nvlm.inputs.check import check_weights
+from nvlm.tiling import normalize
 from nvlm.vision.encoders.registry import description_of
-from nvlm.vision.path import build_vision, load_encoder, solo_groups
+from nvlm.vision.path import VisionPath, build_vision, load_encoder, solo_groups
+from nvlm.vision.pooling import pooled
 from tests.published import scatter, write_shards
 
 SIDE, LAYERS = 31, 2  # px: 7 patches of 4 px, and 3 px that are in none; of 3 published layers
@@ -92,6 +94,25 @@ def test_features_are_those_of_transformers(tmp_path, family, layout):
     torch.testing.assert_close(frozen, expected.flatten(0, 1), atol=1e-4, rtol=0)
     padded = known.frozen(load_encoder(config, place), config.vision, 16)(normal)
     torch.testing.assert_close(padded, expected, atol=1e-4, rtol=0)
+
+
+def test_tiles_of_which_fewer_tokens_are_expected_are_pooled(tmp_path):
+    """As frames of videos before the projector; forward and backward, calls and runs of tiles in any order."""
+    write(tmp_path, "siglip", "alone")
+    config = config_of("siglip", tmp_path, "vision.tiles_per_call=2", "vision.tiles_per_backward=2")
+    path = VisionPath(load_encoder(config, torch.device("cpu")), config.vision, learns=True, frames="bilinear")
+    tiles, tokens_T = pixels(5), torch.tensor([49, 16, 49, 16, 16])
+    mean, std = description_of(config.vision).mean, description_of(config.vision).std
+    whole = path.encoder(normalize(tiles, mean, std))
+    expected = torch.cat([whole[0], pooled(whole[1:2], 2, "bilinear")[0], whole[2], *pooled(whole[3:], 2, "bilinear")])
+    torch.testing.assert_close(path.features(tiles, tokens_T), expected.detach())
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    right = torch.autograd.grad(expected, list(path.encoder.parameters()), gradient)
+    path.backward(tiles, gradient, tokens_T)
+    for parameter, one in zip(path.encoder.parameters(), right, strict=True):
+        torch.testing.assert_close(parameter.grad, one, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="features of a tile: got 49 tokens, expected 17"):
+        path.features(tiles[:1], torch.tensor([17]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from nvlm.tiling.grid import POOLS, pooled_side
-from nvlm.vision.pooling import pixel_shuffle, pooled
+from nvlm.vision.pooling import pixel_shuffle, pooled, pooled_to
 
 FOUR = torch.arange(16.0).view(1, 16, 1)  # a map of 4 x 4 whose values are the patches' numbers
 THREE = torch.arange(9.0).view(1, 9, 1)
@@ -89,6 +89,16 @@ def test_average_is_that_of_transformers():
 def test_gradients_are_those_of_the_arithmetic(pool):
     x = torch.randn(2, 9, 2, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
     assert torch.autograd.gradcheck(lambda x: pooled(x, 2, pool, pads=pool == "concat"), (x,))
+
+
+def test_blocks_are_the_smallest_with_so_many_tokens():
+    x = torch.randn(2, 27 * 27, 3, generator=torch.Generator().manual_seed(0))
+    assert pooled_to(x, 729, "none") is x
+    assert torch.equal(pooled_to(x, 196, "bilinear"), pooled(x, 2, "bilinear"))
+    assert torch.equal(pooled_to(x, 36, "average"), pooled(x, 4, "average"))
+    for tokens, pool in ((196, "average"), (169, "bilinear"), (196, "none"), (730, "max")):
+        with pytest.raises(ValueError, match=f"features of a tile: got 729 tokens, expected {tokens}"):
+            pooled_to(x, tokens, pool)
 
 
 def test_what_is_no_grid_is_refused():
