@@ -234,9 +234,9 @@ def count_tiles(trainer: Trainer) -> list[int]:
     calls: list[int] = []
     features = trainer.vision.path.features
 
-    def counted(pixels):
+    def counted(pixels, *tokens):
         calls.append(len(pixels))
-        return features(pixels)
+        return features(pixels, *tokens)
 
     trainer.vision.path.features = counted
     return calls

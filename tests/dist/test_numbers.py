@@ -21,9 +21,9 @@ def one_step(overrides):
     """The step's result, this replica's own work, and the tiles that this rank encoded."""
     config, encoded, features = compose_config(*DATA, *overrides), [], VisionPath.features
 
-    def counted(path, pixels):
+    def counted(path, pixels, *tokens):
         encoded.append(len(pixels))
-        return features(path, pixels)
+        return features(path, pixels, *tokens)
 
     with joined(config) as device:
         VisionPath.features = counted
