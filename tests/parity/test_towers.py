@@ -169,6 +169,20 @@ def test_what_a_file_leaves_out_means_transformers_default(tmp_path, family, des
     description_of(vision).check_config({}, vision, "init.vision")
 
 
+@pytest.mark.parametrize("preset", ["siglip-tiny", "clip-tiny"])
+def test_tiny_encoders_ship_with_weights(configured, preset):
+    """Which tell one picture from another, and serve every architecture as vision=tiny does."""
+    config = configured(f"vision={preset}", "precision=fp32")
+    check_weights(config)
+    side = config.vision.tile_size
+    tiles = torch.full((2, 3, side, side), 255, dtype=torch.uint8)
+    tiles[1, :, 30:60, 40:44] = 0  # a stroke
+    blank, stroke = build_vision(config, torch.device("cpu")).features(tiles).unflatten(0, (2, -1))
+    assert blank.shape == (16, config.vision.feature_width)
+    change = (stroke - blank).norm(dim=-1) / blank.norm(dim=-1)
+    assert change[5] > 0.3 and change[15] < change[5]  # of the cell with the stroke, and far from it
+
+
 @pytest.mark.parametrize(
     ("preset", "count", "tokens"),
     [

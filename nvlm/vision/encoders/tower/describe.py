@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from nvlm.config.modules import EncoderModules, Linear, Norm, Parameter
 from nvlm.config.values import Config, VisionConfig, problem
@@ -18,6 +19,7 @@ from nvlm.weights.defaults import completed
 from nvlm.weights.parts import Part
 from nvlm.weights.published import check_fixed, check_values
 
+_FILES = Path(__file__).parents[2]
 _KINDS = ("weight", "bias")
 _UNUSED = ("post_layernorm.", "head.", "embeddings.position_ids")  # of every family; not learned, or after the features
 
@@ -150,7 +152,7 @@ def describe(tower: Tower) -> EncoderDescription:
         unseen=("heads", "layers", "tile_size", "patch", "norm_eps"),
         fixed=dict(norm="layer", qkv_bias=True, qk_norm=False),
         crops=True,
-        shipped={},
+        shipped={"tiny": _FILES / f"tiny_{tower.name}.safetensors"},  # launch/pretrain_tiny_encoder.py wrote it
         unneeded=unneeded,
         modules=lambda vision: modules(tower, vision),
         parts=lambda vision, stored: parts(tower, vision),
