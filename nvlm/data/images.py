@@ -40,33 +40,36 @@ _KINDS = {
 }
 
 
-def image_path(root: Path | Remote, path: Any) -> Path | Remote:
-    """The file that a record's `path` refers to, inside the data folder `root` (resolved). Raises BadRecord."""
+def image_path(root: Path | Remote, path: Any, kind: str = "image") -> Path | Remote:
+    """The file that a record's `path` refers to, inside the data folder `root` (resolved). Raises BadRecord.
+
+    `kind` of file, for messages.
+    """
     if not isinstance(path, str):
-        raise BadRecord(f"image path is {type(path).__name__}, expected text")
+        raise BadRecord(f"{kind} path is {type(path).__name__}, expected text")
     if "\0" in path:
-        raise BadRecord(f"image path {path!r} contains a NUL character")
+        raise BadRecord(f"{kind} path {path!r} contains a NUL character")
     if isinstance(root, Remote):
-        return _remote_path(root, path)
+        return _remote_path(root, path, kind)
     try:
         full = Path(os.path.realpath(root / path))
     except UnicodeEncodeError:
-        raise BadRecord(f"image path {path!r} contains half of a surrogate pair") from None
+        raise BadRecord(f"{kind} path {path!r} contains half of a surrogate pair") from None
     if full.is_relative_to(root):
         return full
     link = _link_that_leaves(root, path)
     if link is None:
-        raise BadRecord(f"image path leaves the data folder: {path}")
+        raise BadRecord(f"{kind} path leaves the data folder: {path}")
     raise BadRecord(
-        f"image path leaves the data folder: {path} ({link} is a link to {os.path.realpath(root / link)}; links out of "
-        f"{root} are not followed: set data.root to the folder of the images)"
+        f"{kind} path leaves the data folder: {path} ({link} is a link to {os.path.realpath(root / link)}; links out "
+        f"of {root} are not followed: set data.root to the folder of the {kind}s)"
     )
 
 
-def _remote_path(root: Remote, path: str) -> Remote:
+def _remote_path(root: Remote, path: str, kind: str) -> Remote:
     plain = posixpath.normpath(path)
     if "://" in path or plain.startswith(("/", "..")):
-        raise BadRecord(f"image path leaves the data folder: {path}")
+        raise BadRecord(f"{kind} path leaves the data folder: {path}")
     return root / plain
 
 

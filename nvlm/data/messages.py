@@ -27,7 +27,8 @@ _MARK = re.compile(rf"(?<!\\)(\\*+){IMAGE_MARK}")  # with all backslashes before
 # Keys of a record that mean something to other trainers, and what to write instead. All other keys are ignored.
 _ELSEWHERE = {
     **dict.fromkeys(("image_path", "image_url"), "put the paths of images into `images`"),
-    **dict.fromkeys(("video", "videos", "audio", "audios"), "only images are supported"),
+    **dict.fromkeys(("video", "videos"), "only conversations (`messages`) may have videos"),
+    **dict.fromkeys(("audio", "audios"), "sound is not supported"),
     "conversation": "put the dialogue into `messages`",
     "system": "put it into `messages`, as the first turn",
     **dict.fromkeys(("tools", "functions"), "tools are not supported"),

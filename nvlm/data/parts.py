@@ -43,10 +43,11 @@ def image_of(part: Mapping[str, Any]) -> str | bytes | None:
     return image_value(given[0], "the image of a part") if given else None
 
 
-def image_value(value: Any, what: str) -> str | bytes:
+def image_value(value: Any, what: str, kind: str = "image") -> str | bytes:
     """A path, or the bytes of a value such as {"bytes": ..., "path": ...} or "data:image/png;base64,...".
 
-    `what` it is, for messages. JSON has no bytes, so text under `bytes` is base64. Raises BadRecord.
+    `what` it is, and the `kind` of its file, for messages. JSON has no bytes, so text under `bytes` is base64. Raises
+    BadRecord.
     """
     if isinstance(value, Mapping):
         refuse_others(value, ("url", "path", "bytes", "detail"), "struct of an image")
@@ -60,7 +61,7 @@ def image_value(value: Any, what: str) -> str | bytes:
     if value.startswith("data:"):
         return _decoded(value)
     if "://" in value:
-        raise BadRecord(f"image {value} is a URL, expected a path: download it first")
+        raise BadRecord(f"{kind} {value} is a URL, expected a path: download it first")
     return value
 
 

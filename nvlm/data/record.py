@@ -31,7 +31,7 @@ class DataChanged(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One conversation as read: messages of {role, content}, and its images, not yet decoded.
+    """One conversation as read: messages of {role, content}, and its images and videos in order, not yet decoded.
 
     For evaluation alone: `answers`, all that are accepted for its question, if there are several; `options`, in order,
     of a multiple-choice question.

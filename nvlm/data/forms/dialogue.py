@@ -1,4 +1,5 @@
-"""A conversation: {"messages" or "conversations": [turn, ...], "images" or "image": ...}. Imports no torch.
+"""A conversation: a row with a list of turns, `messages` or `conversations`, with `images` or `image`, and with
+`videos` or `video`. Imports no torch.
 
 A turn is {"role", "content"} or LLaVA's {"from", "value"}, in either list. LLaVA's turns are as in
 https://github.com/haotian-liu/LLaVA (docs/Finetune_Custom_Data.md), but `<image>` stays where it is in a turn: LLaVA's
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nvlm.data.forms.clips import VIDEO_KEYS, row_videos, with_videos
 from nvlm.data.forms.pictures import IMAGE_KEYS, found, row_images
 from nvlm.data.messages import check_keys
 from nvlm.data.parts import says, shown
@@ -23,9 +25,10 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 
 def read(row: Any, name: str, root: Path) -> Record:
     """The record of `row`; `name` is its id unless it has one. Raises BadRecord."""
-    check_keys(row, (*TURNS, *IMAGE_KEYS))
+    check_keys(row, (*TURNS, *IMAGE_KEYS, *VIDEO_KEYS))
     messages = [_message(turn) for turn in _turns(row)]
-    return Record(identity_of(row, name), messages, found(row_images(row, messages), root))
+    images, videos = found(row_images(row, messages), root), row_videos(row, messages, root)
+    return Record(identity_of(row, name), *with_videos(messages, images, videos))
 
 
 def _turns(row: Mapping[str, Any]) -> list:

@@ -1,6 +1,6 @@
 """Rows of plain columns as questions and answers: the tasks of NVLM's training data (appendix E). Imports no torch.
 
-Columns hold plain text: `<image>` in them is no mark, and the images go before the question. The wordings are in
+Columns hold plain text: `<image>` in them is no mark, and images and videos go before the question. The wordings are in
 wording.yaml. What is drawn, a wording or the region that is asked for, depends only on the seed and the row's name.
 """
 
@@ -17,17 +17,19 @@ from typing import Any
 
 from nvlm.data.draw import drawn
 from nvlm.data.forms.boxes import box_text
+from nvlm.data.forms.clips import VIDEO_KEYS, row_videos
 from nvlm.data.forms.pictures import IMAGE_KEYS, found, row_images
 from nvlm.data.images import image_size
 from nvlm.data.messages import check_keys, literal
 from nvlm.data.parts import kind_of, shown
 from nvlm.data.record import BadRecord, Record, identity_of
 from nvlm.data.sources.rows import Form
+from nvlm.data.video.clip import Video
 
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """A row of plain columns, its images, and what is drawn for it: `draw(what, n)` is a number below n."""
+    """A row of plain columns, its images and videos, and what is drawn for it: `draw(what, n)` is a number below n."""
 
     row: Mapping[str, Any]
     images: list
@@ -53,10 +55,10 @@ def task_form(task: str, seed: int) -> Form:
     ask, wordings = _ASK[task], _wordings()[task]
 
     def read(row: Any, name: str, root: Path) -> Record:
-        check_keys(row, IMAGE_KEYS)
-        images = found(row_images(row), root)
+        check_keys(row, (*IMAGE_KEYS, *VIDEO_KEYS))
+        images = [*found(row_images(row), root), *row_videos(row, (), root)]
         if not images and task != "math":
-            raise BadRecord(f"no image, which the task {task} needs")
+            raise BadRecord(f"no image or video, which the task {task} needs")
         plain = Plain(row, images, lambda what, count: drawn(seed, name, what, count))
         asked = ask(plain)
         question = wordings[plain.draw("wording", len(wordings))].format(**asked.said)
@@ -127,6 +129,8 @@ def _right(answer: Any, options: list[str]) -> int:
 
 def _regions(plain: Plain) -> list[tuple[str, str]]:
     """The text and the box, as text, of each region: `text` and `boxes`, two lists, or one text and one box."""
+    if any(isinstance(one, Video) for one in plain.images):
+        raise BadRecord("a video, expected an image: boxes belong to one image")
     if len(plain.images) != 1:
         raise BadRecord(f"{len(plain.images)} images, expected 1: boxes belong to one image")
     texts, boxes = plain.row.get("text"), plain.row.get("boxes")

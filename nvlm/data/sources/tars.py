@@ -24,12 +24,14 @@ from nvlm.data.sources.json_file import parsed
 from nvlm.data.sources.recent import Recent
 from nvlm.data.sources.rows import Form, Joined, Row, RowRecords, first_records, leading
 from nvlm.data.sources.tar_index import index_path, members, offsets_of, opened_tar, split_name
+from nvlm.data.video.clip import Video
 
 SUFFIXES = (".tar",)
 _LARGEST = 256 << 20  # bytes of a sample
 _OPEN = 64  # files
 IMAGES = frozenset("jpg jpeg png webp gif bmp tif tiff ppm pgm".split())
-_OTHERS = frozenset("mp4 avi mov mkv webm mpeg mp3 wav flac ogg m4a".split())  # what a record may not lose silently
+VIDEOS = frozenset("mp4 avi mov mkv webm mpeg".split())
+_OTHERS = frozenset("mp3 wav flac ogg m4a".split())  # what a record may not lose silently
 
 
 class TarFile:
@@ -88,29 +90,35 @@ def parts_of(data: bytes) -> tuple[str, dict[str, bytes]]:
 
 
 def row_of(key: str, parts: Mapping[str, bytes]) -> dict[str, Any]:
-    """A sample as a row: the keys of its `json`, its `txt` as `caption` and `text`, its images. Raises BadRecord."""
+    """A sample as a row: the keys of its `json`, its `txt` as `caption` and `text`, its images and videos.
+
+    Raises BadRecord.
+    """
     if other := [name for name in parts if _suffix(name) in _OTHERS]:
-        raise BadRecord(f"member {other[0]!r} of {key!r}: only images are supported")
+        raise BadRecord(f"member {other[0]!r} of {key!r}: sound is not supported")
     row = parsed(parts["json"]) if "json" in parts else {}
     if not isinstance(row, dict):
         raise BadRecord(f"the json of {key!r} is no object")
     text = {} if "txt" not in parts else dict.fromkeys(("caption", "text"), _decoded(key, parts["txt"]))
-    images = {name: parts[name] for name in sorted(parts, key=_order) if _suffix(name) in IMAGES}
-    return {"id": key, **text, **row, **(_placed(row, key, images) if images else {})}
+    found = {"id": key, **text, **row}
+    for kind, suffixes in (("image", IMAGES), ("video", VIDEOS)):
+        files = {name: parts[name] for name in sorted(parts, key=_order) if _suffix(name) in suffixes}
+        found |= _placed(row, key, kind, files) if files else {}
+    return found
 
 
-def _placed(row: Mapping[str, Any], key: str, images: Mapping[str, bytes]) -> dict[str, Any]:
-    """The images in the order of their names, or where the json names them, in its order."""
-    named = {place: row[place] for place in ("images", "image") if row.get(place)}
+def _placed(row: Mapping[str, Any], key: str, kind: str, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The files of a `kind` in the order of their names, or where the json names them, in its order."""
+    named = {place: row[place] for place in (f"{kind}s", kind) if row.get(place)}
     if not named:
-        return {"images": list(images.values())}
+        return {f"{kind}s": list(files.values())}
     given = list(chain.from_iterable([one] if isinstance(one, str) else one for one in named.values()))
     base = key.rpartition("/")[2].lower()
-    known = {f"{base}.{name}": image for name, image in images.items()} | images
+    known = {f"{base}.{name}": data for name, data in files.items()} | files
     found = [known.get(str(one).rpartition("/")[2].lower()) for one in given]
     if None in found:
-        raise BadRecord(f"image {given[found.index(None)]!r} is not in the sample, which has {', '.join(images)}")
-    return {"images": found, "image": None}
+        raise BadRecord(f"{kind} {given[found.index(None)]!r} is not in the sample, which has {', '.join(files)}")
+    return {f"{kind}s": found, kind: None}
 
 
 def _order(name: str) -> list[tuple[int, str]]:
@@ -154,15 +162,16 @@ def rows_of(path: str, key: str) -> Joined:
 
 
 def _form(source: Webdataset, form: Form) -> Form:
-    """`form`, with all images from the tar unless a folder of images is named."""
+    """`form`, with all images and videos from the tar unless a folder of them is named."""
 
     def read(row: Any, name: str, root: Path | Remote) -> Record:
         if "caption" in row and not source.task and not any(row.get(key) for key in TURNS):
             raise BadRecord("a txt without messages in a json: data.task=caption makes a conversation of it")
         record = form(row, name, root)
-        outside = [image for image in record.images if isinstance(image, Path | Remote)]
+        files = [one.source if isinstance(one, Video) else one for one in record.images]
+        outside = [file for file in files if isinstance(file, Path | Remote)]
         if outside and not source.root:
-            raise BadRecord(f"image {outside[0].name} is not in the sample: data.root=DIR names a folder of images")
+            raise BadRecord(f"{outside[0].name} is not in the sample: data.root=DIR names the folder of such files")
         return record
 
     return read

@@ -93,9 +93,9 @@ def test_a_root_that_is_no_folder_is_called_by_its_key(look, tmp_path):
 
 
 def test_training_records_none_of_which_can_be_used_are_refused_at_once(look):
-    video = {"video": "a.mp4", "conversations": [{"from": "human", "value": "?"}]}
-    with pytest.raises(ConfigError, match="its first 20 records are all unusable .r.jsonl:1: key `video`"):
-        look((video,) * 30)
+    sound = {"audio": "a.mp3", "conversations": [{"from": "human", "value": "?"}]}
+    with pytest.raises(ConfigError, match="its first 20 records are all unusable .r.jsonl:1: key `audio`"):
+        look((sound,) * 30)
     with pytest.raises(ConfigError, match="the text takes .* tokens, data.seq_length is"):
         look(({"messages": [{"role": "user", "content": "word " * 9000}, GOOD["messages"][1]]},))
 

@@ -53,7 +53,6 @@ def line(**keys):
     ("keys", "reason"),
     [
         ({"image_path": "a.png"}, "key `image_path` is not read: put the paths of images into `images`"),
-        ({"video": "a.mp4"}, "key `video` is not read"),
         ({"audios": ["a.wav"]}, "key `audios` is not read"),
         ({"system": "Be kind."}, "key `system` is not read: put it into `messages`"),
         ({"tools": [{}]}, "key `tools` is not read"),

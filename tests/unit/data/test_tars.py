@@ -239,7 +239,7 @@ FAULTS = {
     ),
     "device": ([member("1.json", b"{}"), member("1.png", type=tarfile.CHRTYPE)], "is a link, a device"),
     "twice": ([member("1.json", b"{}"), member("1.png", b"a"), member("1.PNG", b"b")], "two members 'png' of '1'"),
-    "film": ([member("1.json", b"{}"), member("1.mp4", b"a")], "member 'mp4' of '1': only images are supported"),
+    "sound": ([member("1.json", b"{}"), member("1.mp3", b"a")], "member 'mp3' of '1': sound is not supported"),
     "no json": ([member("1.json", b"{")], "not JSON"),
     "a list": ([member("1.json", b"[1]")], "the json of '1' is no object"),
     "bad text": ([member("1.txt", b"\xff")], "the txt of '1' is not UTF-8 at byte 0"),
