@@ -11,6 +11,7 @@ from nvlm.config.learning_rules import LEARNING
 from nvlm.config.mapping import kinds_of
 from nvlm.config.tiles import grid_of
 from nvlm.config.values import Config, VisionConfig, problem
+from nvlm.config.video_rules import check_video
 
 _BUFFERED = ("bf16", "fp8_current", "fp8_delayed")  # precisions whose operands fit Transformer Engine's userbuffers
 
@@ -267,6 +268,7 @@ def validate(config: Config) -> Config:
         _data,
         _shapes,
         _tiling,
+        check_video,
         _layout,
         _userbuffers,
         _init,

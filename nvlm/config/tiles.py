@@ -1,9 +1,11 @@
-"""The rule by which a run's images become tiles. Imports no torch."""
+"""The rules by which a run's images and videos become tiles. Imports no torch."""
 
 from __future__ import annotations
 
 from nvlm.config.values import TilingConfig, VisionConfig
+from nvlm.config.video import VideoConfig
 from nvlm.tiling.anyres import Joined, MapTiling
+from nvlm.tiling.frames import FrameTiling
 from nvlm.tiling.grid import DynamicTiling
 
 Tiling = DynamicTiling | MapTiling
@@ -18,6 +20,18 @@ def tiling_of(tiling: TilingConfig, vision: VisionConfig) -> Tiling:
         grids=None if tiling.kind == "crops" else tuple(grid_of(one) for one in tiling.pinpoints),
         joined=Joined(newline=tiling.newline, cap=tiling.cap, unpad=tiling.unpad),
         square=tiling.fill if tiling.base == "pad" else None,
+    )
+
+
+def frames_of(video: VideoConfig, tiling: TilingConfig, vision: VisionConfig) -> FrameTiling:
+    """The rule by which a run's videos become tiles."""
+    return FrameTiling(
+        tile_size=vision.tile_size,
+        fit=video.fit,
+        fill=tiling.fill,
+        pool=video.pool,
+        separator=video.separator,
+        slow_every=video.slow_every,
     )
 
 

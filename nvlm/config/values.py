@@ -14,6 +14,7 @@ from nvlm.config.data import DataConfig
 from nvlm.config.fields import Choice, Count, FileName, Grid, Location, Natural, NotNegative, Positive, Range, Text
 from nvlm.config.hardware import GPUS
 from nvlm.config.learning import OptimConfig, PeftConfig, StageConfig
+from nvlm.config.video import VideoConfig
 from nvlm.tiling.grid import POOLS, tokens_per_tile
 from nvlm.tiling.tags import TAG_STYLES
 
@@ -247,6 +248,7 @@ class Config:
     vision: VisionConfig
     projector: ProjectorConfig
     tiling: TilingConfig
+    video: VideoConfig = VideoConfig()
     data: DataConfig
     stage: StageConfig
     peft: PeftConfig
@@ -264,8 +266,8 @@ class Config:
 
     @property
     def row_ends(self) -> bool:
-        """Whether a learned vector ends the rows of feature maps."""
-        return self.tiling.newline
+        """Whether a learned vector ends the rows of feature maps, or separates the frames of videos."""
+        return self.tiling.newline or self.video.separator != "none"
 
     @property
     def gradients_in_bf16(self) -> bool:

@@ -20,7 +20,7 @@ class VideoConfig:
     video is refused.
     """
 
-    frames: Annotated[int, Range(1, 4096)] = 32
+    frames: Annotated[int, Range(1, 4096)] = 8
     rate: Positive | None = None
     fit: Annotated[str, Choice("stretch", "pad", "crop")] = "stretch"
     pool: Annotated[str, Choice("none", "average", "max", "bilinear")] = "none"

@@ -22,9 +22,10 @@ from nvlm.data.blend import build_order
 from nvlm.data.index.opened import PREPARE, Index, open_records
 from nvlm.data.measure import lengths
 from nvlm.data.order import Order
-from nvlm.data.outline import Pictures, Processor, build_processor, outline, unreadable
+from nvlm.data.outline import Processor, build_processor, outline, unreadable
 from nvlm.data.pack import collate, deal, hand_out, pack
 from nvlm.data.parcel import Parcel, close
+from nvlm.data.plans import Pictures
 from nvlm.data.record import BadRecord, DataChanged, ImageChanged, one_record
 from nvlm.data.samples import Share, blank, fill
 from nvlm.data.share import decoding_seats

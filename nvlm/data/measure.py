@@ -10,17 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nvlm.data.messages import DOCUMENT, check_learns
-from nvlm.data.outline import (
-    Pictures,
-    Processor,
-    Sizes,
-    beginning,
-    image_lengths,
-    plan_pictures,
-    text_and_sizes,
-    text_tokens,
-    turns_of,
-)
+from nvlm.data.outline import Processor, beginning, text_and_sizes, text_tokens, turns_of
+from nvlm.data.plans import Pictures, Sizes, image_lengths, plan_pictures
 from nvlm.data.record import Record
 from nvlm.data.text.assemble import Run
 

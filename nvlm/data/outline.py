@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-from nvlm.config.tiles import Tiling, tiling_of
+from nvlm.config.tiles import Tiling, frames_of, tiling_of
 from nvlm.config.values import Config
+from nvlm.config.video import VideoConfig
 from nvlm.data.cut import cut
 from nvlm.data.draw import happens
 from nvlm.data.front import images_in_front
-from nvlm.data.images import image_size
 from nvlm.data.messages import DOCUMENT, Turn, check_learns, place_images, read_turns
+from nvlm.data.plans import Pictures, Sizes, image_lengths, least_plans, place, plan_pictures, sizes_of
 from nvlm.data.record import ImageChanged, Record, TooLong
 from nvlm.data.text import chat
 from nvlm.data.text.assemble import Run
 from nvlm.data.text.tokenizer import ChatTokenizer, load_tokenizer
-from nvlm.tiling.grid import TilePlan, fit_max_tiles
+from nvlm.tiling.frames import FrameTiling
+from nvlm.tiling.grid import TilePlan
 from nvlm.tiling.placement import Placement, PlacementRule
 from nvlm.tiling.tags import tile_tags
 
@@ -29,7 +30,9 @@ class Processor:
     """Everything that turns a record into a sample. A plain value, copied to loader workers."""
 
     placement: PlacementRule
-    tiling: Tiling
+    tiling: Tiling  # of images
+    frames: FrameTiling  # of videos
+    video: VideoConfig
     tokenizer_path: str
     tile_size: int  # px
     tile_tokens: int  # per tile
@@ -70,21 +73,13 @@ class Processor:
         return tile_tags(plan, self.tag, self.max_tiles, self.thumbnail_tag)
 
 
-@lru_cache(maxsize=4096)
-def place(processor: Processor, plan: TilePlan, first_tag: bool = True) -> Placement:
-    """The architecture's placement of one image, with tags tokenised separately from other text.
-
-    With `first_tag` false, the first tag is left out: it is part of the text before the image.
-    """
-    tags = [processor.tokenizer.encode(name) for name in processor.tags(plan)]
-    return processor.placement(plan, tags if first_tag else [(), *tags[1:]], [processor.tile_tokens] * plan.num_tiles)
-
-
 def build_processor(config: Config, placement: PlacementRule, resize: str | None = None) -> Processor:
     """The processor for `config`. `resize`, if given, overrides the configured method."""
     return Processor(
         placement=placement,
         tiling=tiling_of(config.tiling, config.vision),
+        frames=frames_of(config.video, config.tiling, config.vision),
+        video=config.video,
         tokenizer_path=config.llm.tokenizer or "",
         tile_size=config.vision.tile_size,
         tile_tokens=config.vision.tile_tokens,
@@ -105,22 +100,6 @@ def build_processor(config: Config, placement: PlacementRule, resize: str | None
         seed=config.seed,
         sees=config.arch.sees,
     )
-
-
-Sizes = tuple[tuple[int, int], ...]
-"""Width and height of each image of a record, px, from its header."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pictures:
-    """How a record's images are cut into tiles. Planned once, from the image headers; later steps follow the plan.
-
-    `fewer_tiles`: some image has fewer tiles than `max_tiles` would give it, because they did not fit.
-    """
-
-    sizes: Sizes
-    plans: tuple[TilePlan, ...]
-    fewer_tiles: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +150,7 @@ def text_and_sizes(
 ) -> tuple[list[Run], Sizes]:
     """The runs of a record's text, as they are before images are planned, and the sizes of its images. Raises
     BadRecord."""
-    sizes = tuple(image_size(image, processor.max_pixels) for image in record.images)
+    sizes = sizes_of(record.images, processor)
     return _runs(turns, processor, generate, [""] * len(sizes)), sizes
 
 
@@ -180,26 +159,10 @@ def text_tokens(runs: Sequence[Run]) -> int:
     return sum(len(run.ids) for run in runs)
 
 
-def plan_pictures(sizes: Sizes, words: int, processor: Processor) -> Pictures:
-    """The tiles of images of these `sizes`, beside `words` tokens of text.
-
-    Raises BadRecord if they do not fit with one tile each.
-    """
-    wanted = wanted_plans(sizes, processor)
-    plans = _plan(sizes, processor.seq_length - words, wanted, processor)
-    return Pictures(sizes, plans, plans != wanted)
-
-
-def wanted_plans(sizes: Sizes, processor: Processor) -> tuple[TilePlan, ...]:
-    """The plans of images of these `sizes`, if there is room for them."""
-    most = processor.most_tiles(len(sizes))
-    return tuple(_tiles(processor.tiling, *size, most) for size in sizes)
-
-
 def _document(turns: Sequence[Turn], images: Sequence[Any], processor: Processor, pictures: Pictures | None) -> Outline:
     text = _runs(turns, processor, False, [""] * len(images))
     if pictures is None:
-        return beginning(text, tuple(image_size(image, processor.max_pixels) for image in images), processor)
+        return beginning(text, sizes_of(images, processor), processor)
     if len(pictures.plans) > len(images):
         raise ImageChanged(f"{len(images)} images, {len(pictures.plans)} when they were planned")
     return _cut_document(text, pictures, processor)
@@ -221,7 +184,7 @@ def _cut_document(text: Sequence[Run], pictures: Pictures, processor: Processor)
 
 def _pictures_of_beginning(text: Sequence[Run], sizes: Sizes, processor: Processor) -> Pictures:
     """The images of a document that fit: all, with as many tiles as fit, or with one tile each the first of them."""
-    least = [_tiles(processor.tiling, *size, 1) for size in sizes]
+    least = least_plans(sizes, processor)
     lengths = [image_lengths(processor, plan) for plan in least]
     seen = sum(total <= processor.cross_length for total in accumulate(cross for _, cross in lengths))
     stream = [stream for stream, _ in lengths[:seen]]
@@ -264,38 +227,3 @@ def _outline(
 
 def _runs(turns: Sequence[Turn], processor: Processor, generate: bool, first_tags: Sequence[str]) -> list[Run]:
     return chat.runs(turns, processor.tokenizer, processor.system, processor.tokenize, first_tags, generate)
-
-
-def _plan(sizes: Sizes, room: int, wanted: tuple[TilePlan, ...], processor: Processor) -> tuple[TilePlan, ...]:
-    """Tile plans that fit the text stream and the cross-attention budget; `wanted`: those for processor.max_tiles."""
-    if room < 0:
-        raise TooLong(
-            f"the text takes {processor.seq_length - room} tokens, {processor.limit} is {processor.seq_length}"
-        )
-    max_tiles, plans = processor.most_tiles(len(sizes)), wanted
-    budgets = (("text stream", room), ("cross-attention", processor.cross_length))
-    for which, (name, tokens) in enumerate(budgets if sizes else ()):
-
-        def tokens_of(plan: TilePlan, which: int = which) -> int:
-            return image_lengths(processor, plan)[which]
-
-        if sum(map(tokens_of, plans)) <= tokens:  # as almost always
-            continue
-        try:
-            plans = fit_max_tiles(sizes, tokens, tokens_of, max_tiles, processor.tiling)
-        except ValueError as error:
-            raise TooLong(f"images do not fit the {name}: {error}") from None
-        max_tiles = max(1, *(plan.num_regular for plan in plans))
-    return plans
-
-
-@lru_cache(maxsize=1 << 14)
-def _tiles(tiling: Tiling, width: int, height: int, most: int) -> TilePlan:
-    return tiling(width, height, most)
-
-
-@lru_cache(maxsize=4096)
-def image_lengths(processor: Processor, plan: TilePlan) -> tuple[int, int]:
-    """Number of tokens of an image in the text stream and among the keys, without a first tag that is joined with the
-    text."""
-    return place(processor, plan, first_tag=not processor.joined).lengths

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -15,8 +16,12 @@ from nvlm.data.batch import ALL_TILES, EVERYWHERE, IGNORE, IMAGE, OF_LATEST, PAD
 from nvlm.data.images import decode_draft, decode_image
 from nvlm.data.mapped import Rows
 from nvlm.data.outline import Outline, Processor, outline
+from nvlm.data.plans import Size
 from nvlm.data.record import Record
-from nvlm.tiling.pixels import decode_jpeg, draft_size, tile_image
+from nvlm.data.video.clip import Video
+from nvlm.data.video.decode import decode
+from nvlm.tiling.grid import TilePlan
+from nvlm.tiling.pixels import decode_jpeg, draft_size, tile_frames, tile_image
 from nvlm.tiling.placement import Piece, Words
 
 
@@ -56,18 +61,25 @@ def whole(sketch: Outline) -> Share:
 
 
 def _tiles(record: Record, sketch: Outline, processor: Processor, share: Share) -> torch.Tensor:
-    """uint8 [t, 3, px, px] for the images of `share`, tiled as planned from their headers."""
+    """uint8 [t, 3, px, px] for the images and videos of `share`, tiled as planned from their headers."""
     parts, pictures = [_no_pixels(processor)], sketch.pictures
     images = record.images[: len(pictures.plans)]  # those behind a document's cut are left out
     for source, size, plan, seat in zip(images, pictures.sizes, pictures.plans, share.seats, strict=True):
-        if seat not in share.here:
-            continue
-        if processor.resize == "draft":
-            image = decode_draft(source, processor.max_pixels, draft_size(plan), decode_jpeg, size)
-        else:
-            image = decode_image(source, processor.max_pixels, size)
-        parts.append(tile_image(image, plan, processor.resize))
+        if seat in share.here:
+            parts.append(_tiles_of(source, size, plan, processor))
     return torch.cat(parts)
+
+
+def _tiles_of(source: Any, size: Size, plan: TilePlan, processor: Processor) -> torch.Tensor:
+    """uint8 [t, 3, px, px] of an image or a video."""
+    if isinstance(source, Video):
+        frames = decode(source, processor.max_pixels, processor.video, plan.num_tiles)
+        return tile_frames(frames, plan, processor.resize)
+    if processor.resize == "draft":
+        image = decode_draft(source, processor.max_pixels, draft_size(plan), decode_jpeg, size)
+    else:
+        image = decode_image(source, processor.max_pixels, size)
+    return tile_image(image, plan, processor.resize)
 
 
 def _no_pixels(processor: Processor, tiles: int = 0) -> torch.Tensor:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from math import prod
 
-from nvlm.data.outline import Pictures
+from nvlm.data.plans import Pictures
 
 
 def decoding_seats(records: Sequence[Pictures], seats: int) -> list[tuple[int, ...]]:
     """The seat that decodes each image, for each record. All ranks know the plans, so they find the same seats.
 
     The largest images are dealt first, each to the seat with the least work. An image's work is the pixels that are
-    read and written: its own and those of its tiles.
+    read and written: its own, of all used frames of a video, and those of its tiles.
     """
     work = [
-        (-(width * height + plan.num_tiles * plan.tile_size**2), record, image)
+        (-(prod(size) + plan.num_tiles * plan.tile_size**2), record, image)
         for record, pictures in enumerate(records)
-        for image, ((width, height), plan) in enumerate(zip(pictures.sizes, pictures.plans))
+        for image, (size, plan) in enumerate(zip(pictures.sizes, pictures.plans))
     ]
     dealt = [[0] * len(pictures.plans) for pictures in records]
     load = [(0, seat) for seat in range(seats)]

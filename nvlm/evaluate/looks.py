@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nvlm.config.values import Config
-from nvlm.data.images import decode_image
 from nvlm.data.pack import collate
+from nvlm.data.stills import has_videos, still
 from nvlm.evaluate.asking import Asked, asked, longest, processor_of
 from nvlm.evaluate.score import Row
 from nvlm.evaluate.tasks import Task
@@ -58,14 +58,14 @@ def explain_some(model: Generator, task: Task, rows: Mapping[int, Row], run_dir:
 
 
 def _picture(image: Any, config: Config) -> str:
-    return data_url(to_rgb(decode_image(image, config.data.max_pixels)), *_PICTURE)
+    return data_url(to_rgb(still(image, config.data.max_pixels, config.video)), *_PICTURE)
 
 
 def _with_keys(model: Generator, task: Task, numbers: Sequence[int]) -> Iterator[tuple[int, Asked]]:
     processor = processor_of(task, model.config)
     for number in numbers:
         one = asked(task, number, processor)
-        if isinstance(one, Asked) and one.sketch.lengths[1]:
+        if isinstance(one, Asked) and one.sketch.lengths[1] and not has_videos(one.question.record):
             yield number, one
 
 

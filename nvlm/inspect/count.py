@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain, islice
 
-from nvlm.data.images import decode_image
-from nvlm.data.outline import Outline, Processor, outline, wanted_plans
+from nvlm.data.outline import Outline, Processor, outline
+from nvlm.data.plans import wanted_plans
 from nvlm.data.record import BadRecord, Record, TooLong, one_record
+from nvlm.data.stills import check_pixels
 
 SPREADS = ("length", "text", "keys", "tiles", "width", "height")  # what is counted by value
 FAULTS = 20  # named per source
@@ -92,8 +93,8 @@ def measure(name: str, read: Callable[[], Record], processor: Processor, pixels:
         with one_record():
             record = read()
             sketch = outline(record, processor)
-            for image, size in zip(record.images, sketch.pictures.sizes) if pixels else ():
-                decode_image(image, processor.max_pixels, size)
+            for picture, size in zip(record.images, sketch.pictures.sizes) if pixels else ():
+                check_pixels(picture, size, processor.max_pixels, processor.video)
         return of_outline(sketch, processor)
     except BadRecord as reason:
         return Tally(
@@ -127,8 +128,8 @@ def of_outline(sketch: Outline, processor: Processor) -> Tally:
         by_text=Counter([length - stream]),
         by_keys=Counter([keys]),
         by_tiles=Counter([tiles]),
-        by_width=Counter(width for width, _ in pictures.sizes),
-        by_height=Counter(height for _, height in pictures.sizes),
+        by_width=Counter(size[0] for size in pictures.sizes),
+        by_height=Counter(size[1] for size in pictures.sizes),
         by_grid=Counter((plan.cols, plan.rows) for plan in pictures.plans),
     )
 

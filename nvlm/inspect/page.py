@@ -154,9 +154,10 @@ def fitted(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
 
 
 def tile_name(one: Shown, image: int, tile: int) -> str:
-    """A tile of one of the record's images in words."""
+    """A tile of one of the record's images, or a frame of a video, in words."""
     regular = one.tiles[image] - 1
     name = f"tile {tile + 1}" if tile < regular else ("thumbnail" if regular else "whole picture")
+    name = f"frame {tile + 1}" if one.videos[image] else name
     return f"{name} of picture {image + 1}" if len(one.tiles) > 1 else name
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from nvlm.data.images import decode_image
 from nvlm.data.outline import Processor
 from nvlm.data.record import Record
+from nvlm.data.stills import still
 from nvlm.inspect.document import data_url
+from nvlm.tiling.frames import FramePlan
 from nvlm.tiling.grid import TilePlan
 from nvlm.tiling.pixels import to_rgb
 
@@ -21,7 +22,8 @@ MOST_IMAGES, MOST_TILES = 4, 13  # shown of a record and of an image
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A tile as the encoder sees it. `number`: of the image's tiles, from 1; None: the thumbnail."""
+    """A tile as the encoder sees it. `number`: of the image's tiles or the video's frames, from 1; None: the
+    thumbnail."""
 
     url: str
     tag: str
@@ -30,7 +32,8 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An image and its tiles, of which at most MOST_TILES are shown. `size`: px; `columns`, `rows`: of the grid."""
+    """An image, or the first frame of a video, and its tiles, of which at most MOST_TILES are shown. `size`: px;
+    `columns`, `rows`: of the grid."""
 
     url: str
     size: tuple[int, int]
@@ -48,15 +51,15 @@ def pictures(record: Record, plans: Sequence[TilePlan], pixels: Tensor, processo
 
 
 def _picture(source, plan: TilePlan, pixels: Tensor, processor: Processor) -> Picture:
-    image = to_rgb(decode_image(source, processor.max_pixels))
+    image = to_rgb(still(source, processor.max_pixels, processor.video))
     tags, last = processor.tags(plan), plan.num_tiles - 1
-    # The thumbnail is always among the tiles that are shown.
-    shown = [*range(min(plan.num_regular, MOST_TILES - 1)), last]
+    # The thumbnail, or a video's last frame, is always among the tiles that are shown.
+    shown = [*range(min(last, MOST_TILES - 1)), last]
     tiles = tuple(
         Tile(
             data_url(Image.fromarray(pixels[number].permute(1, 2, 0).numpy()), *_TILE),
             tags[number],
-            None if number == last else number + 1,
+            None if number == last and not isinstance(plan, FramePlan) else number + 1,
         )
         for number in shown
     )

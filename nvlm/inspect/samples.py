@@ -18,6 +18,7 @@ from nvlm.data.sources.registry import Records
 from nvlm.inspect.pictures import Picture, pictures
 from nvlm.inspect.sight import Sight, sight
 from nvlm.inspect.stream import Box, boxes, key_boxes
+from nvlm.tiling.frames import FramePlan
 
 _TRIED = 20  # for each that is shown, so that different shapes are among them
 
@@ -33,7 +34,8 @@ class Shown:
     labels: int
     boxes: tuple[Box, ...]  # of the text stream
     keys: tuple[Box, ...]
-    tiles: tuple[int, ...]  # of each image
+    tiles: tuple[int, ...]  # of each image, or frames of each video
+    videos: tuple[bool, ...]  # whether each of them is a video
     pictures: tuple[Picture, ...]
     hidden: int
     fewer_tiles: bool
@@ -87,6 +89,7 @@ def _shown(record: Record, name: str, processor: Processor) -> Shown:
         boxes=tuple(boxes(sketch, all_turns(record, processor), processor.tokenizer)),
         keys=tuple(key_boxes(sketch, processor.tokenizer)),
         tiles=tuple(plan.num_tiles for plan in sketch.pictures.plans),
+        videos=tuple(isinstance(plan, FramePlan) for plan in sketch.pictures.plans),
         pictures=tuple(found),
         hidden=len(sketch.placements) - len(found),
         fewer_tiles=sketch.pictures.fewer_tiles,

@@ -15,7 +15,7 @@ from nvlm.data.outline import Outline
 from nvlm.data.text.assemble import Run
 from nvlm.data.text.tokenizer import ChatTokenizer
 from nvlm.generate.text import TextStream
-from nvlm.tiling.placement import Piece
+from nvlm.tiling.placement import Piece, RowEnd
 
 FORMAT, TAG, TILE, LEARNED = "format", "tag", "tile", "learned"
 KINDS = ("system", "user", "assistant", "document", FORMAT, TAG, TILE, LEARNED)
@@ -75,6 +75,8 @@ def _of_image(pieces: Sequence[Piece], image: int, tokenizer: ChatTokenizer, pos
     for piece in pieces:
         if piece.tiles:
             found.append(Box("", TILE, position, (), piece.length, image, piece.tile))
+        elif isinstance(piece.content, RowEnd):
+            found.append(Box("separator", TAG, position, (), 1, image, piece.tile))
         else:
             parts = _texts(piece.content.ids, tokenizer)
             places = position

@@ -10,9 +10,10 @@ import numpy as np
 
 from nvlm.config.tiles import tiling_of
 from nvlm.config.values import ConfigError
-from nvlm.data.images import decode_image
 from nvlm.data.record import BadRecord
 from nvlm.data.sources.registry import Records, build_records
+from nvlm.data.stills import still
+from nvlm.data.video.clip import Video
 from nvlm.inspect.document import data_url
 from nvlm.report.answers import Answer
 from nvlm.report.cells import Grid
@@ -139,7 +140,7 @@ def _pictures(records: Records | None, place: int | None, run: Run) -> tuple[Pic
 
 def _picture(source: object, run: Run) -> Picture:
     tiling, vision = run.config.tiling, run.config.vision
-    image = decode_image(source, run.config.data.max_pixels).convert("RGB")
-    plan = tiling_of(tiling, vision)(*image.size, tiling.max_tiles)
+    image = still(source, run.config.data.max_pixels, run.config.video).convert("RGB")
+    plan = tiling_of(tiling, vision)(*image.size, 1 if isinstance(source, Video) else tiling.max_tiles)
     tags = tile_tags(plan, tiling.tag, tiling.max_tiles, run.config.llm.thumbnail_tag)
     return Picture(data_url(image, _SIDE, _BYTES), image.size, plan.cols, plan.rows, tags[: plan.num_regular])

@@ -54,6 +54,11 @@ class TilePlan:
         """RGB with which the whole picture is padded to a square before it becomes one tile; None: it is stretched."""
         return None
 
+    @property
+    def tagged(self) -> bool:
+        """Whether tiles may have tags."""
+        return True
+
     def boxes(self) -> tuple[tuple[int, int, int, int], ...]:
         """Crop boxes (left, top, right, bottom) of the regular tiles in px of the resized image, row-major."""
         size = self.tile_size
@@ -128,11 +133,11 @@ class DynamicTiling:
 
 
 def fit_max_tiles(
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sequence[tuple[int, ...]],
     room: int,
     tokens_of: Callable[[TilePlan], int],
     max_tiles: int = 6,
-    plan: PlanRule = plan_tiles,
+    plan: Callable[..., TilePlan] = plan_tiles,
 ) -> tuple[TilePlan, ...]:
     """Plans for the images of one sample, with at most `room` tokens in total.
 
@@ -143,7 +148,7 @@ def fit_max_tiles(
     _require_positive(max_tiles=max_tiles)
     needed = 0
     for limit in (max_tiles, *(step for step in _LADDER if step < max_tiles)):
-        plans = tuple(plan(width, height, limit) for width, height in sizes)
+        plans = tuple(plan(*size, limit) for size in sizes)
         needed = sum(tokens_of(plan) for plan in plans)
         if needed <= room:
             return plans

@@ -7,7 +7,7 @@ Shape legend: T tiles, thumbnail last; 3 channels RGB; tile_size px per side.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import PIL
@@ -18,6 +18,7 @@ from torchvision.io import decode_jpeg as decode_file
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+from nvlm.tiling.frames import FramePlan
 from nvlm.tiling.grid import TilePlan
 
 _DRAFT = 4 / 3  # least size of a reduced source, relative to the grid
@@ -64,6 +65,31 @@ def tile_image(image: Image.Image | torch.Tensor, plan: TilePlan, resize: str = 
         cells = _centred(grid[0], plan).unflatten(1, (plan.rows, tile_size)).unflatten(3, (plan.cols, tile_size))
         pixels[:-1].unflatten(0, (plan.rows, plan.cols)).copy_(cells.permute(1, 3, 0, 2, 4))
     return pixels
+
+
+def tile_frames(frames: Iterable[np.ndarray], plan: FramePlan, resize: str = "exact") -> torch.Tensor:
+    """The tiles of a video: uint8 [T, 3, tile_size, tile_size], one for each of `frames`, uint8 [h, w, 3].
+
+    A frame is stretched to a square, padded to one first, or resized by its shorter side and cut in its centre, as
+    CLIP's processor does. `resize`: as for `tile_image`; "draft" is "fast".
+    """
+    resizer, rule = _RESIZERS[resize], plan.rule
+    pixels = torch.empty((plan.num_tiles, 3, plan.tile_size, plan.tile_size), dtype=torch.uint8)
+    for tile, frame in zip(pixels, frames, strict=True):
+        source = Image.fromarray(frame) if resize == "exact" else torch.from_numpy(frame).permute(2, 0, 1)
+        if rule.fit == "pad":
+            source = _squared(source, rule.fill)
+        height, width = frame.shape[:2]
+        (made,) = resizer(source, [_covering(width, height, plan.tile_size) if rule.fit == "crop" else tile.shape[1:]])
+        top, left = ((side - plan.tile_size) // 2 for side in made.shape[1:])
+        tile.copy_(made[:, top : top + plan.tile_size, left : left + plan.tile_size])
+    return pixels
+
+
+def _covering(width: int, height: int, side: int) -> tuple[int, int]:
+    """(width, height) of a picture whose shorter side becomes `side` px."""
+    shorter = min(width, height)
+    return int(side * width / shorter), int(side * height / shorter)
 
 
 def _centred(picture: torch.Tensor, plan: TilePlan) -> torch.Tensor:
@@ -169,7 +195,7 @@ def _resize_exact(rgb: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[to
     return [_to_tensor(rgb.resize(size, Image.Resampling.BICUBIC)) for size in sizes]
 
 
-def _resize_fast(rgb: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+def _resize_fast(rgb: Image.Image | torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
     """Each (width, height) px as uint8 [3, height, width], by torch."""
     source = _to_tensor(rgb)
     return [_bicubic(_order_passes(source, *size), *size) for size in sizes]
@@ -177,7 +203,7 @@ def _resize_fast(rgb: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[tor
 
 def _resize_draft(rgb: Image.Image | torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
     """Each (width, height) px as uint8 [3, height, width], by torch, from the one before if that was made smaller."""
-    source = _to_tensor(rgb) if isinstance(rgb, Image.Image) else rgb
+    source = _to_tensor(rgb)
     resized: list[torch.Tensor] = []
     for width, height in sizes:
         resized.append(_bicubic(_order_passes(source, width, height), width, height))
@@ -201,9 +227,9 @@ def _bicubic(source: torch.Tensor, width: int, height: int) -> torch.Tensor:
     return transforms.resize(source, [height, width], InterpolationMode.BICUBIC, antialias=True)
 
 
-def _to_tensor(rgb: Image.Image) -> torch.Tensor:
+def _to_tensor(rgb: Image.Image | torch.Tensor) -> torch.Tensor:
     """uint8 [3, h, w] as a view of Pillow's interleaved memory, for which torch's resize is vectorised."""
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+    return rgb if isinstance(rgb, torch.Tensor) else torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 _RESIZERS = {"exact": _resize_exact, "fast": _resize_fast, "draft": _resize_draft}

@@ -18,7 +18,7 @@ def tile_tags(
 ) -> tuple[str, ...]:
     """One tag per tile of plan, thumbnail last; a 1x1 plan has only the thumbnail's tag.
 
-    none: empty strings.
+    none: empty strings; so for the frames of videos in any style.
     1d: <tile_1>, <tile_2>, ... zero-padded to the digits of max_tiles, so that with common tokenizers all tags of a
         run have the same length.
     2d_grid: <tile_x0_y0>, ... where x is the column and y the row.
@@ -33,7 +33,7 @@ def tile_tags(
         raise ValueError(
             f"tile tag style, got {style!r}, expected one of {', '.join(TAG_STYLES)}, fix: use one of them"
         )
-    if style == "none":
+    if style == "none" or not plan.tagged:
         return ("",) * plan.num_tiles
     if style == "1d":
         return (*_numbered(plan, max_tiles), thumbnail)

@@ -14,9 +14,9 @@ def placement(plan: TilePlan, tags: Sequence[tuple[int, ...]], tokens: Sequence[
 
     An image of one tile has no regular tiles: the tile is the thumbnail, and adds no keys.
     """
-    parts = plan.shown(tags, tokens, apart=True)  # each key is of one tile
     return Placement(
         tuple(tokens),
-        stream=with_tags(part for part in parts if part.overview),
-        cross=with_tags(part for part in parts if not part.overview),
+        stream=with_tags(part for part in plan.shown(tags, tokens) if part.overview),
+        # Each key is of one tile.
+        cross=with_tags(part for part in plan.shown(tags, tokens, apart=True) if not part.overview),
     )

@@ -2,11 +2,12 @@
 
     meta.bin      what was indexed, as JSON: settings, files, and numbers of records, images and bad records
     records.bin   for each record, its text tokens, and how many images there are before it; one more row at the end
-    pictures.bin  width and height of each image, px, and the text tokens before it if it is in a document
+    pictures.bin  width and height of each picture, px, the used frames if it is a video, else 0, and the text tokens
+                  before it if it is in a document
     places.bin    where each row of the JSON files is
     bad.bin       for each bad record, its number and where its reason ends in reasons.bin, bytes
 
-Numbers are little-endian, reasons UTF-8. A record takes 12 bytes, an image 12, and a row of JSON 16.
+Numbers are little-endian, reasons UTF-8. A record takes 12 bytes, a picture 16, and a row of JSON 16.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from nvlm.data.sources.json_places import PLACE, Places
 from nvlm.data.table import Table
 from nvlm.runs.files import write_whole
 
-VERSION = 1  # raise it when the files, or what a record's text and images are, change
+VERSION = 2  # raise it when the files, or what a record's text and images are, change
 RECORD = np.dtype([("text", "<u4"), ("pictures", "<u8")])
-PICTURE = np.dtype([("width", "<u4"), ("height", "<u4"), ("before", "<u4")])
+PICTURE = np.dtype([("width", "<u4"), ("height", "<u4"), ("frames", "<u4"), ("before", "<u4")])
 BAD = np.dtype([("record", "<u8"), ("end", "<u8")])
 IS_BAD = 2**32 - 1  # in place of text tokens
 IS_DOCUMENT = 2**31  # added to text tokens
@@ -97,8 +98,9 @@ class SourceIndex:
         if text == IS_BAD:
             raise BadRecord(self.reason(index))
         pictures = self.pictures.rows(first, end - first).tolist() if end > first else ()
-        before = tuple(picture[2] for picture in pictures) if text & IS_DOCUMENT else None
-        return Measure(text & ~IS_DOCUMENT, tuple(picture[:2] for picture in pictures), before)
+        before = tuple(picture[3] for picture in pictures) if text & IS_DOCUMENT else None
+        sizes = tuple(picture[:3] if picture[2] else picture[:2] for picture in pictures)
+        return Measure(text & ~IS_DOCUMENT, sizes, before)
 
     def reason(self, index: int) -> str:
         """Why the record `index` is bad."""

@@ -19,10 +19,11 @@ from nvlm.data.sources.registry import prefix_of
 from nvlm.data.text.tokenizer import tokenizer_file
 
 # Fields of a processor that do not change the text tokens of a record or the sizes of its images. Every other field is
-# part of an index's settings. `tokenizer_path` stands for a file, which is compared by its content.
+# part of an index's settings. `tokenizer_path` stands for a file, which is compared by its content, and
+# `video` for what chooses its frames.
 _UNUSED = (
-    "placement", "tiling", "several", "tokenizer_path", "tile_size", "tile_tokens", "max_tiles", "tag", "thumbnail_tag",
-    "resize", "seq_length", "cross_length", "limit", "seed", "sees",
+    "placement", "tiling", "frames", "video", "several", "tokenizer_path", "tile_size", "tile_tokens", "max_tiles",
+    "tag", "thumbnail_tag", "resize", "seq_length", "cross_length", "limit", "seed", "sees",
 )  # fmt: skip
 _KEYS = {"bos": "llm.bos", "chat": "llm.chat"}  # those that are not data.NAME
 _ELSEWHERE = ("path", "heldout_path", "heldout_records", "take")  # of a source: files are compared by content
@@ -33,6 +34,7 @@ def settings_of(source: Source, name: str, seed: int, processor: Processor) -> d
     names = [field.name for field in fields(processor) if field.name not in _UNUSED]
     found = {_KEYS.get(name, f"data.{name}"): getattr(processor, name) for name in names}
     found["llm.tokenizer"] = _tokenizer(processor)
+    found |= {f"video.{key}": getattr(processor.video, key) for key in ("frames", "rate", "max_seconds")}
     own = {f"{prefix_of(name)}{key}": value for key, value in to_mapping(source).items() if key not in _ELSEWHERE}
     drawn = isinstance(source, Generated) or draws(source) or processor.images_first
     return json.loads(json.dumps(found | own | ({"seed": seed} if drawn else {})))  # as they are read back

@@ -106,7 +106,7 @@ def measured(records: Records, processor: Processor, numbers: Sequence[int]) -> 
         text.append(found.words if found.before is None else found.words | IS_DOCUMENT)
         counts.append(len(found.sizes))
         before = found.before or (0,) * len(found.sizes)
-        pictures += [(*size, tokens) for size, tokens in zip(found.sizes, before, strict=True)]
+        pictures += [(*size, *((0,) if len(size) == 2 else ()), tokens) for size, tokens in zip(found.sizes, before)]
     return {
         "text": np.array(text, dtype=np.uint32),
         "counts": np.array(counts, dtype=np.uint32),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nvlm.config.video import VideoConfig
 from nvlm.data.record import BadRecord, ImageChanged
 from nvlm.data.video.choose import frame_numbers, nearest
 from nvlm.data.video.clip import Header, Video, opened
@@ -35,21 +36,27 @@ class Times:
     numbered: bool = False
 
 
-def decode(
-    video: Video, max_pixels: int, max_seconds: float, most: int, rate: float | None, planned: int
-) -> list[np.ndarray]:
+def decode(video: Video, max_pixels: int, settings: VideoConfig, planned: int) -> list[np.ndarray]:
     """The frames that `frame_numbers` chooses, in order, upright: uint8 [h, w, 3] each.
 
     Raises BadRecord if they cannot be decoded, and ImageChanged if they are not as many as were `planned`.
     """
-    with opened(video, max_pixels, max_seconds) as (container, stream, header):
-        numbers = frame_numbers(header.frames, header.rate, most, rate)
+    with opened(video, max_pixels, settings.max_seconds) as (container, stream, header):
+        numbers = frame_numbers(header.frames, header.rate, settings.frames, settings.rate)
         if len(numbers) != planned:
             raise ImageChanged(f"a video of {planned} frames when it was planned, {len(numbers)} now")
         times = _times(container, stream, header)
         wanted = nearest(numbers, header.frames, times.frames)
         found = dict(_at(container, stream, times, sorted(set(wanted))))
         return [found[time] for time in wanted]
+
+
+def first_frame(video: Video, max_pixels: int, max_seconds: float) -> np.ndarray:
+    """The first frame, upright: uint8 [h, w, 3]. Raises BadRecord."""
+    with opened(video, max_pixels, max_seconds) as (container, stream, _):
+        for frame in container.decode(stream):
+            return _upright(frame)
+        raise BadRecord("no frame can be decoded")
 
 
 def _times(container: InputContainer, stream: VideoStream, header: Header) -> Times:
@@ -127,4 +134,4 @@ def _key_before(times: Times, time: int) -> int:
 def _upright(frame: VideoFrame) -> np.ndarray:
     """uint8 [h, w, 3], turned as the container asks."""
     pixels = frame.to_ndarray(format="rgb24")
-    return np.rot90(pixels, round(frame.rotation / 90)) if frame.rotation else pixels
+    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90))) if frame.rotation else pixels

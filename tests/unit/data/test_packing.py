@@ -23,8 +23,9 @@ from nvlm.data.batch import IGNORE, IMAGE, check_placeholders
 from nvlm.data.images import image_size
 from nvlm.data.loader import Steps, load_steps, plan_window
 from nvlm.data.order import Drawn, Order
-from nvlm.data.outline import Pictures, build_processor, outline
+from nvlm.data.outline import build_processor, outline
 from nvlm.data.pack import deal, pack
+from nvlm.data.plans import Pictures
 from nvlm.data.record import BadRecord, Record
 from nvlm.data.samples import encode
 from nvlm.data.share import decoding_seats
@@ -469,7 +470,7 @@ def test_a_record_that_changed_since_it_was_measured_stops_the_run(images, says)
 def test_headers_are_read_and_tiles_planned_once_a_record(tmp_path, monkeypatch):
     picture(600, 100).save(tmp_path / "a.png")
     read = []
-    monkeypatch.setattr("nvlm.data.outline.image_size", lambda *args: read.append(args) or image_size(*args))
+    monkeypatch.setattr("nvlm.data.plans.image_size", lambda *args: read.append(args) or image_size(*args))
     records = Given(tuple(Record(str(n), talk("What?"), [tmp_path / "a.png"]) for n in range(4)))
     steps = steps_of(records, steps=2, global_batch=2, window=2)
     assert sum(len(batch.pixels) for step in range(2) for batch in steps[step].micro_batches) == 4 * 7

@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 
+from nvlm.config.video import VideoConfig
 from nvlm.data.record import BadRecord, ImageChanged
 from nvlm.data.video.choose import frame_numbers, nearest
 from nvlm.data.video.clip import Video, read_header
@@ -19,7 +20,7 @@ from tests.clips import clip, number_of, sound, without_key_frames
 def decoded(data: bytes, most: int, rate: float | None = None, planned: int | None = None) -> list[np.ndarray]:
     header = read_header(Video(data), 10**6, 60)
     planned = planned or len(frame_numbers(header.frames, header.rate, most, rate))
-    return decode(Video(data), 10**6, 60, most, rate, planned)
+    return decode(Video(data), 10**6, VideoConfig(frames=most, rate=rate, max_seconds=60), planned)
 
 
 def numbers(data: bytes, most: int, rate: float | None = None) -> list[int]:
