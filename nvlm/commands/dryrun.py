@@ -8,7 +8,7 @@ from rich.table import Table
 from nvlm.config.data import Blend
 from nvlm.config.hardware import GPUS
 from nvlm.config.rules import without_path
-from nvlm.config.tiles import tiling_of
+from nvlm.config.tiles import frames_of, tiling_of
 from nvlm.config.values import Config, cross_layers
 from nvlm.estimate.lengths import image_tokens
 from nvlm.estimate.memory import gib, memory
@@ -95,6 +95,9 @@ def _tokens(config: Config) -> Table:
         stream, cross = image_tokens(config, plan)
         name = f"{plan.num_regular} + {whole}" if plan.num_regular else "1"
         table.add_row(name, f"{stream:,}", f"{cross:,}", f"{plan.num_tiles} x {patches}")
+    film = frames_of(config.video, config.tiling, config.vision).of(config.video.frames)
+    stream, cross = image_tokens(config, film)
+    table.add_row(f"video, {film.frames} frames", f"{stream:,}", f"{cross:,}", f"{film.num_tiles} x {patches}")
     if tag_style != "none" and config.llm.tokenizer is None:
         table.caption = f"each tag counted as {config.llm.tag_tokens} tokens; llm.tokenizer=DIR counts exactly"
     return table

@@ -37,12 +37,15 @@ def work(request: Request) -> int:
     launch.begin_process(request.config.parallel)
     from nvlm.data.record import BadRecord
     from nvlm.generate.generator import Conversation, check, opened
+    from nvlm.tiling.frames import FramePlan
 
     config = request.config
     try:
         if request.prompt:  # checked before the weights are read
             asked = Conversation([user_turn(request.prompt, request.images)], request.images)
             sketch = check(config, asked, request.sampling)
+            if request.explain and any(isinstance(plan, FramePlan) for plan in sketch.pictures.plans):
+                raise BadRecord("explain= shows where a model looked in images, not in videos")
             if request.explain and not sketch.lengths[1]:
                 raise BadRecord("nothing to explain: a picture of one tile is not cross-attended in this model")
         with opened(config) as generator:

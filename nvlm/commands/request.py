@@ -24,7 +24,8 @@ from nvlm.generate.sampling import Sampling
 HELP = """python launch/generate.py checkpoint=DIR [image=PATH] prompt="..." [key=value ...]
 
 checkpoint=DIR      a run folder (its newest checkpoint), or one of its checkpoints/step_N
-image=PATH          an image, or several: image=[a.png,b.png]; placed at <image> marks in the prompt, else before it
+image=PATH          an image, or a video (.mp4, ...), or several: image=[a.png,b.mp4]; placed at <image> marks in the
+                    prompt, else before it
 prompt=TEXT         the user's first message; system=TEXT replaces the run's system message, system= removes it
 max_new_tokens=256  temperature=0  top_p=1  seed=0      temperature 0 takes the likeliest token
 chat=true           reads further turns from standard input, one per line; /image PATH adds an image to the next turn

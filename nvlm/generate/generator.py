@@ -21,6 +21,7 @@ from nvlm.data.outline import Outline, Processor, build_processor, outline
 from nvlm.data.pack import collate
 from nvlm.data.record import BadRecord, Record, one_record
 from nvlm.data.samples import fill
+from nvlm.data.video.clip import image_or_video
 from nvlm.estimate.lengths import check_vocabulary
 from nvlm.generate.config import read_config
 from nvlm.generate.decode import continue_rows
@@ -34,7 +35,8 @@ from nvlm.vision.prepass import BalancedVision, build_team
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages of {role, content} up to a user's turn, and its images: paths, encoded bytes or Pillow images.
+    """Messages of {role, content} up to a user's turn, and its images: paths, encoded bytes or Pillow images; videos
+    are paths with a video's suffix, or `nvlm.data.video.clip.Video`.
 
     `<image>` in the messages marks the images' places; without marks they go before the first user message's text. A
     backslash before it makes it a text.
@@ -137,7 +139,8 @@ def prompt_of(number: int, conversation: Conversation, processor: Processor) -> 
 
 
 def _record(number: int, conversation: Conversation) -> Record:
-    images = [Path(image) if isinstance(image, str) else image for image in conversation.images]
+    files = (Path(image) if isinstance(image, str) else image for image in conversation.images)
+    images = [image_or_video(image) if isinstance(image, Path) else image for image in files]
     return Record(f"conversation {number}", list(conversation.messages), images)
 
 

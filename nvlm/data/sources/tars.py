@@ -24,13 +24,13 @@ from nvlm.data.sources.json_file import parsed
 from nvlm.data.sources.recent import Recent
 from nvlm.data.sources.rows import Form, Joined, Row, RowRecords, first_records, leading
 from nvlm.data.sources.tar_index import index_path, members, offsets_of, opened_tar, split_name
+from nvlm.data.video.clip import SUFFIXES as VIDEOS
 from nvlm.data.video.clip import Video
 
 SUFFIXES = (".tar",)
 _LARGEST = 256 << 20  # bytes of a sample
 _OPEN = 64  # files
 IMAGES = frozenset("jpg jpeg png webp gif bmp tif tiff ppm pgm".split())
-VIDEOS = frozenset("mp4 avi mov mkv webm mpeg".split())
 _OTHERS = frozenset("mp3 wav flac ogg m4a".split())  # what a record may not lose silently
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
+SUFFIXES = frozenset("mp4 m4v mov mkv webm avi mpeg mpg".split())  # of videos' files
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif"
 _BUFFER = 1 << 18  # bytes read at once
 
@@ -36,6 +37,11 @@ class Video:
     def name(self) -> str:
         """Its name in messages."""
         return "embedded video" if isinstance(self.source, bytes) else self.source.name
+
+
+def image_or_video(path: Path) -> Path | Video:
+    """A file that a user names, as a record holds it: by its suffix, an image or a video."""
+    return Video(path) if path.suffix.lower().lstrip(".") in SUFFIXES else path
 
 
 @dataclass(frozen=True, slots=True)
