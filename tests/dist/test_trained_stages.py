@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,7 @@ def _without_dummies(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 def stages(root: Path) -> dict[str, object]:
     """Trained, resumed, frozen, resumed, and trained again."""
+    os.environ.pop("MASTER_PORT", None)  # of process groups that another test had when this process was forked
     found: dict[str, object] = {}
     learns = "stage.train_vision=true"
     found["first"] = trained(root / "first", learns)
