@@ -105,7 +105,7 @@ class Kind:
 @functools.cache
 def _defaults(cls: type) -> dict[str, object]:
     """The fields of a dataclass that may be left out, with their values."""
-    return {one.name: one.default for one in dataclasses.fields(cls) if one.default is not dataclasses.MISSING}
+    return {one.name: _plain(one.default) for one in dataclasses.fields(cls) if one.default is not dataclasses.MISSING}
 
 
 @functools.cache

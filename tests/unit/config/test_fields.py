@@ -44,10 +44,14 @@ def test_a_number_just_outside_its_range_is_refused_and_one_at_its_end_is_not(co
     if key.startswith("data.") and key not in flat(values):
         names = ("source", "form", "about", "records", "heldout_records", "questions")
         pages = {name: values["data"].pop(name) for name in names}
-        own = {"source": "obelics", "most_images": 6} if key.endswith(".most_images") else pages
+        colours = dict(source="colours", records=1, heldout_records=1, pictures=6, colours=2, shots=4)
+        others = {"most_images": {"source": "obelics", "most_images": 6}}
+        others |= dict.fromkeys(("pictures", "colours", "shots"), colours)
+        own = others.get(key.rpartition(".")[2], pages)
         sources = {"*": own | {"weight": 1.0, "epochs": 1.0}}
         blend = {"source": "blend", "sources": sources, "text_share": 0.5, "mixing": "records"}
-        values["data"] |= own if key == "data.most_images" else blend
+        name = key.rpartition(".")[2]
+        values["data"] |= own if "*" not in key and name in others else blend
     for value in outside:
         message = refused(values, key, value)
         assert message.startswith(f"{key}") and "\n" not in message, message

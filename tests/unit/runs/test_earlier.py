@@ -58,6 +58,23 @@ def without_a_precision_of_gradients(values: dict) -> None:
     del values["parallel"]["gradients"]
 
 
+def without_what_other_systems_have(values: dict) -> None:
+    for group in ("video", "projector"):
+        del values[group]
+    later = {
+        "tiling": ("kind", "pinpoints", "newline", "cap", "base", "fill", "several", "unpad"),
+        "arch": ("sees",),
+        "llm": ("qk_norm", "rope_interpolation"),
+        "vision": ("pads", "pool"),
+        "stage": ("train_vision", "recipe", "parent"),
+        "optim": ("lr_of",),
+        "data": ("image_marks",),
+    }
+    for group, keys in later.items():
+        for key in keys:
+            del values[group][key]
+
+
 EARLIER = (
     without_logging,
     without_an_image_folder,
@@ -69,6 +86,7 @@ EARLIER = (
     without_what_pages_are_about,
     without_userbuffers,
     without_a_precision_of_gradients,
+    without_what_other_systems_have,
 )
 
 
