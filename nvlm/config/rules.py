@@ -103,7 +103,7 @@ def _shapes(config: Config) -> None:
         raise problem("llm.head_dim", llm.head_dim, "an even number: rotary angles turn pairs", fix)
     if vision.hidden % vision.heads:
         raise problem("vision.hidden", vision.hidden, f"a multiple of vision.heads={vision.heads}", "change one")
-    _pooling(vision)
+    _pooling(vision, config.tiling.kind != "dhr")
     split = {"llm.heads": llm.heads, "llm.kv_heads": llm.kv_heads, "llm.ffn": llm.ffn}
     largest = math.gcd(*split.values())
     for what, size in split.items():
@@ -143,7 +143,9 @@ def _tiling(config: Config) -> None:
             raise problem("tiling.pinpoints", pinpoint, expected, f"tiling.max_tiles={cols * rows}, or leave it out")
 
 
-def _pooling(vision: VisionConfig) -> None:
+def _pooling(vision: VisionConfig, maps: bool) -> None:
+    if vision.order == "columns" and maps:
+        raise problem("vision.order", "columns", "rows with tilings that join tiles to one map", "vision.order=rows")
     side, factor = vision.tile_size // vision.patch, vision.downsample
     if factor > side:
         got = f"{factor} for tiles of {side} x {side} patches"

@@ -104,6 +104,7 @@ class VisionConfig:
     downsample: Count
     pool: Annotated[str, Choice(*POOLS)]
     pads: bool
+    order: Annotated[str, Choice("rows", "columns")] = "rows"  # of a tile's tokens; columns: VILA-1.5's mlp_downsample
     norm: Annotated[str, Choice("rms", "layer")]
     norm_eps: Positive
     qkv_bias: bool

@@ -19,11 +19,11 @@ def exported_encoder(config: Config, source: Source) -> ExportedEncoder:
     if encoder.export is None:
         known = ", ".join(name for name, other in ENCODERS.items() if other.export is not None)
         expected = f"an encoder that modeling_nvlm.py has ({known})"
-        fix = "answer with launch/generate.py, which needs no export"
+        fix = "layout=llava-hf" if encoder.hub else "answer with launch/generate.py, which needs no export"
         raise problem(f"vision.encoder={encoder.name}", "no class in an export", expected, fix)
     vision = config.vision
-    if vision.pool != "concat" or vision.pads:
-        got = f"vision.pool={vision.pool} vision.pads={str(vision.pads).lower()}"
+    if vision.pool != "concat" or vision.pads or vision.order != "rows":
+        got = f"vision.pool={vision.pool} vision.pads={str(vision.pads).lower()} vision.order={vision.order}"
         fix = "answer with launch/generate.py, which needs no export"
         raise problem("pooling", got, "pixel shuffle, which is all that modeling_nvlm.py has", fix)
     return encoder.export(config.vision, source.parts["vision"])

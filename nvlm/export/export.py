@@ -33,7 +33,7 @@ from nvlm.inputs.identity import check_model
 from nvlm.inputs.sources import whole_groups
 from nvlm.runs.digests import checkpoint_faults, frozen_digest, own_faults
 from nvlm.runs.folder import FROZEN, find_checkpoint, read_run_config
-from nvlm.vision.source import vision_source
+from nvlm.vision.source import began_as, vision_source
 from nvlm.vision.trained import published_again
 from nvlm.weights.layouts import NVLM, Layout, opened
 from nvlm.weights.parts import Part
@@ -88,11 +88,12 @@ def _prepared(options: ExportOptions, held: contextlib.ExitStack) -> _Job:
     check_model(config, step, "vision")
     at_hand = held.enter_context(published_again(config, Path(options.out).parent))
     weights, vision = TrainedWeights(folders, config.peft.scale), vision_source(at_hand, "vision")
-    encoder, rows = form.encoder(config, vision), form.rows(config, text)
+    encoder = form.encoder(config, vision, began_as(config.vision, step) or vision)
+    rows = form.rows(config, text)
     trained = [part for parts in whole_groups(config, (), layout).values() for part in parts]
     _check(weights, trained, step)
     like = _like(options, layout, trained)
-    plan = of_encoder(encoder, vision, layout, like) + of_trained(config, weights, layout, rows, like)
+    plan = of_encoder(encoder, layout, like) + of_trained(config, weights, layout, rows, like)
     written = Written(
         config=replace(config, llm=replace(config.llm, vocab=rows)),
         text=text,

@@ -17,7 +17,7 @@ from nvlm.export.trained import TrainedWeights
 from nvlm.inputs.sources import whole_groups
 from nvlm.weights.layouts import Layout
 from nvlm.weights.parts import Part
-from nvlm.weights.published import Source, Stored
+from nvlm.weights.published import Stored
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -31,16 +31,16 @@ class Entry:
     read: Callable[[], Tensor]
 
 
-def of_encoder(parts: Sequence[EncoderPart], source: Source, layout: Layout, like: Mapping[str, Stored]) -> list[Entry]:
-    """The frozen encoder's tensors, in their original precision unless `like` has another."""
+def of_encoder(parts: Sequence[EncoderPart], layout: Layout, like: Mapping[str, Stored]) -> list[Entry]:
+    """The encoder's tensors, in the precision of their files unless `like` has another."""
     by_name: dict[str, list[EncoderPart]] = {}
     for one in parts:
         by_name.setdefault(layout.vision[0] + one.written.name, []).append(one)
     return [
         Entry(
             layout.folders.get("vision", ""),
-            _planned(name, source.stored[some[0].read.name].dtype, some[0].written.shape, like),
-            functools.partial(_original, some, source),
+            _planned(name, _stored(some[0]).dtype, some[0].written.shape, like),
+            functools.partial(_original, some),
         )
         for name, some in by_name.items()
     ]
@@ -66,18 +66,25 @@ def _planned(name: str, dtype: str, shape: tuple[int, ...], like: Mapping[str, S
 
 
 def _trained(part: Part, weights: TrainedWeights, rows: int) -> Tensor:
-    tensor = part.target(weights.read(part.ours)).reshape(part.shape)
+    return grown(part.target(weights.read(part.ours)).reshape(part.shape), rows)
+
+
+def grown(tensor: Tensor, rows: int) -> Tensor:
+    """`tensor` with more rows, which are the mean of all, so that no untrained word is ever the likeliest."""
     if rows == len(tensor):
         return tensor
-    # New words get the mean of all, so that no untrained one is ever the likeliest.
     mean = tensor.float().mean(0).to(tensor.dtype)
-    return torch.cat((tensor, mean.expand(rows - len(tensor), -1)))
+    return torch.cat((tensor, mean.expand(rows - len(tensor), *mean.shape)))
 
 
-def _original(parts: Sequence[EncoderPart], source: Source) -> Tensor:
-    """A tensor of the encoder from its original file, with zeros where dummy heads are added."""
+def _stored(part: EncoderPart) -> Stored:
+    return part.source.stored[part.read.name]
+
+
+def _original(parts: Sequence[EncoderPart]) -> Tensor:
+    """A tensor of the encoder from its file, with zeros where dummy heads are added."""
     first = parts[0]
-    with safe_open(source.stored[first.read.name].file, framework="pt") as opened:
+    with safe_open(_stored(first).file, framework="pt") as opened:
         whole = opened.get_tensor(first.read.name)
     if first.written.shape == first.read.shape:
         return whole

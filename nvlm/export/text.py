@@ -12,6 +12,7 @@ from nvlm.config.values import Config, problem
 from nvlm.data.text.ends import read_json, token_texts
 from nvlm.data.text.formats import FORMATS
 from nvlm.data.text.tokenizer import ChatTokenizer, tokenizer_file, tokenizer_of
+from nvlm.vision.encoders.registry import description_of
 
 # Formats that modeling_nvlm.py writes: their own text and messages may be tokenised apart, with the same tokens.
 EXPORTED = ("chatml", "llama3")
@@ -92,7 +93,9 @@ def places_images(config: Config) -> bool:
 
 def training_note(config: Config) -> str | None:
     """One line if the run cannot be exported, or if an NVLM-D run's tokenizer lacks the placeholder that other
-    libraries need; else None."""
+    libraries need; else None. Other layouts than NVLM-D-72B's have no such limits."""
+    if description_of(config.vision).export is None:
+        return None
     if config.llm.chat not in EXPORTED:
         return f"llm.chat={config.llm.chat}: this model cannot be exported, which needs {' or '.join(EXPORTED)}"
     tokenizer = tokenizer_of(config.llm)

@@ -43,7 +43,7 @@ def check_weights(config: Config, run_dir: Path | None = None) -> None:
 _OF_A_MODEL = (
     "llm.layers llm.hidden llm.heads llm.kv_heads llm.head_dim llm.ffn llm.vocab llm.rope_theta llm.rope_scaling "
     "llm.norm_eps llm.qkv_bias llm.qk_norm llm.tied vision.name vision.encoder vision.downsample "
-    "vision.pool vision.pads"
+    "vision.pool vision.pads vision.order"
 ).split()
 
 

@@ -50,16 +50,24 @@ def projector_type(config: Config) -> str | None:
         return None
     if not projector.norm:
         return {"affine": "linear", "mlp": "mlp2x_gelu"}.get(kind)
-    return {"mlp": "mlp_downsample_2x2_fix", "deep": "mlp_downsample_3x3_fix"}.get(kind)
+    joined = "mlp_downsample" if config.vision.order == "columns" else "mlp_downsample_2x2_fix"
+    return {"mlp": joined, "deep": "mlp_downsample_3x3_fix"}.get(kind)
+
+
+_TYPED = {  # what to type for VILA's projectors
+    "mlp_downsample": "projector=mlp_downsample pooling=concat_2x2_columns",
+    "mlp_downsample_2x2_fix": "projector=mlp_downsample pooling=concat_2x2",
+    "mlp_downsample_3x3_fix": "projector=mlp_downsample_3x3 pooling=concat_3x3",
+}
 
 
 def _check_projector(values: Mapping, config: Config, key: str) -> None:
     """Compare `mm_projector_type`."""
     kind = values.get("mm_projector_type")
     if kind is not None and kind != (ours := projector_type(config)):
-        known = {"mlp_downsample_2x2_fix": "mlp_downsample", "mlp_downsample_3x3_fix": "mlp_downsample_3x3"}
         expected = f"{ours or config.projector.name}, as in this run"
-        raise problem(f"{key}: config.json: mm_projector_type", kind, expected, f"projector={known.get(kind, kind)}")
+        fix = _TYPED.get(kind, f"projector={kind}")
+        raise problem(f"{key}: config.json: mm_projector_type", kind, expected, fix)
 
 
 def _check_llava(values: Mapping, folder: str, config: Config, key: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nvlm.tiling.grid import TilePlan
-from nvlm.tiling.placement import Shown, TileMap, TileTokens
+from nvlm.tiling.placement import RowEnd, Shown, TileMap, TileTokens
 from nvlm.tiling.resample import LENIENT, capped
 
 Grid = tuple[int, int]
@@ -61,8 +61,8 @@ class MapPlan(TilePlan):
         """The whole picture, then the map of all tiles; with tags, or `apart`, each tile's part of the map alone."""
         last = self.num_regular
         whole = Shown(last, tags[last], TileTokens(tokens[last]), overview=True)
-        if not last:
-            return (whole,)
+        if not last:  # a picture of one tile counts as one row (LLaVA's prepare_inputs_labels_for_multimodal)
+            return (whole, Shown(0, (), RowEnd())) if self.joined.newline and not apart else (whole,)
         side = math.isqrt(tokens[0])
         window = unpadded(self.size, self.rows * side, self.cols * side, self.joined.unpad)
         if not _area(window):  # a picture that is thinner than half a token

@@ -21,7 +21,7 @@ from nvlm.data.batch import Batch
 from nvlm.processes import device
 from nvlm.tiling import normalize
 from nvlm.vision.encoders.registry import description_of
-from nvlm.vision.pooling import pooled, pooled_to
+from nvlm.vision.pooling import by_columns, pooled, pooled_to
 from nvlm.vision.quantize import FP8Linear, quantize
 from nvlm.vision.source import published_encoder, trained_before, vision_source
 from nvlm.vision.trained import trained_tensors
@@ -88,7 +88,8 @@ class VisionPath:
         tiles_TKC = pooled(features_TPD, vision.downsample, vision.pool, vision.pads)
         runs = [(count, len(list(run))) for count, run in groupby(tokens_T.tolist())]
         for tiles, (count, _) in zip(tiles_TKC.split([length for _, length in runs]), runs, strict=True):
-            yield pooled_to(tiles, count, self.frames).flatten(0, 1)
+            found_TKC = pooled_to(tiles, count, self.frames)
+            yield (by_columns(found_TKC) if vision.order == "columns" else found_TKC).flatten(0, 1)
 
     def _call(self, pixels_T3: Tensor) -> Tensor:
         return (self.full if len(pixels_T3) == self.vision.tiles_per_call else self.encoder)(pixels_T3)

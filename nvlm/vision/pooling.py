@@ -49,6 +49,12 @@ def pooled_to(features_TPD: Tensor, tokens: int, pool: str) -> Tensor:
     return pooled(features_TPD, fitting[0], pool)
 
 
+def by_columns(tokens_TKC: Tensor) -> Tensor:
+    """The tokens of square grids, which stand row by row, column by column: VILA's `DownSampleBlock` leaves them so."""
+    side = _side(tokens_TKC)
+    return tokens_TKC.unflatten(1, (side, side)).transpose(1, 2).flatten(1, 2)
+
+
 def pixel_shuffle(features_TPD: Tensor, factor: int = 2) -> Tensor:
     """[T, P, D] to [T, P / factor^2, D * factor^2]: each factor x factor block of patches becomes one token.
 

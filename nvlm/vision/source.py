@@ -62,17 +62,29 @@ def encoder_of_run(step: Path, key: str = "init.vision") -> str:
     """
     if trained := trained_encoder(step):
         return str(trained)
-    run_dir, before = step.parent.parent, read_run_config(step)
-    named = before.init.vision or before.init.release
-    if (shipped := description_of(before.vision).shipped.get(named or "")) is not None:
-        return str(shipped)  # the package may have moved since then
-    recorded = read(run_dir).get("encoder")
-    places = [place for place in (recorded and recorded.path, named) if place]
+    run_dir, places = step.parent.parent, _places(step)
     for place in places:
         if Path(place).exists():
             return place
     got = f"nothing at {places[0]}" if places else "no record of it"
     raise problem(f"encoder of {run_dir}", got, "the encoder that it was trained with", f"{key}=DIR, where it is now")
+
+
+def began_as(vision: VisionConfig, step: Path) -> Source | None:
+    """The published folder with which the encoder of the model in `step` began, if it learned and the folder is still
+    there. Raises ConfigError if another one is."""
+    places = [place for place in _places(step) if Path(place).exists()]
+    return published_encoder(vision, places[0], "vision") if places and trained_encoder(step) else None
+
+
+def _places(step: Path) -> list[str]:
+    """Where the published encoder of the run of `step` was: as it ships with the package, as recorded, as named."""
+    run_dir, before = step.parent.parent, read_run_config(step)
+    named = before.init.vision or before.init.release
+    if (shipped := description_of(before.vision).shipped.get(named or "")) is not None:
+        return [str(shipped)]  # the package may have moved since then
+    recorded = read(run_dir).get("encoder")
+    return [place for place in (recorded and recorded.path, named) if place]
 
 
 def published_encoder(vision: VisionConfig, folder: str, key: str) -> Source:

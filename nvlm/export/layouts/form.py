@@ -18,10 +18,11 @@ Files = Mapping[str, str | Path]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderPart:
-    """A part of the encoder's tensors, as it is written and as it is read. `written` has no prefix."""
+    """A part of the encoder's tensors, as it is written (without a prefix) and as it is read from `source`."""
 
     written: Part
     read: Part
+    source: Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,8 @@ class Form:
 
     layout: Layout
     check: Callable[[Config], None]  # raises ConfigError if no folder in this layout can hold the run's model
-    encoder: Callable[[Config, Source], Sequence[EncoderPart]]
+    # From the encoder, and the folder with those of its class's tensors that no feature comes from:
+    encoder: Callable[[Config, Source, Source], Sequence[EncoderPart]]
     text: Callable[[Config], Text | None]  # raises ConfigError without a tokenizer that the layout needs
     rows: Callable[[Config, Text | None], int]  # of embedding and output layer
     files: Callable[[Written], Files]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nvlm.arch.registry import description
 from nvlm.config.values import Config, problem
+from nvlm.inputs.whole import projector_type
 
 GENERATE = "answer with launch/generate.py, which needs no export"
 
@@ -14,5 +15,8 @@ def check_decoder(config: Config) -> None:
     if kind.keys:
         expected = "arch=decoder: no class of LLaVA or VILA has cross-attention"
         raise problem("arch", kind.title, expected, "layout=nvlm")
+    if config.vision.order != "rows" and projector_type(config) != "mlp_downsample":
+        expected = "rows: by columns stand only the tokens of VILA's mlp_downsample"
+        raise problem("vision.order", config.vision.order, expected, GENERATE)
     if config.tiling.tag != "none":
         raise problem("tiling.tag", config.tiling.tag, "none: no processor of LLaVA or VILA writes tags", GENERATE)

@@ -45,8 +45,8 @@ def check(config: Config) -> None:
     if (found := projector_type(config)) != "mlp2x_gelu":
         raise problem("projector", found or config.projector.name, "mlp2x_gelu: transformers has no other", GENERATE)
     if config.vision.downsample != 1:
-        got = f"vision.downsample={config.vision.downsample}"
-        raise problem("vision.downsample", got, "1: transformers pools no pictures", GENERATE)
+        expected = "1: transformers pools no pictures"
+        raise problem("vision.downsample", config.vision.downsample, expected, GENERATE)
     if kind == "LlavaOnevision" and cap != int(cap):
         raise problem("tiling.cap", cap, "a whole number, which is all that transformers reads", GENERATE)
 

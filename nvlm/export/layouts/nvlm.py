@@ -16,9 +16,10 @@ from nvlm.weights.published import Source
 CODE = Path(__file__).parents[1] / "modeling_nvlm.py"
 
 
-def _encoder(config: Config, source: Source) -> Sequence[EncoderPart]:
+def _encoder(config: Config, source: Source, spare: Source) -> Sequence[EncoderPart]:
     written = exported_encoder(config, source).parts
-    return [EncoderPart(written=one, read=own) for one, own in zip(written, source.parts["vision"], strict=True)]
+    pairs = zip(written, source.parts["vision"], strict=True)
+    return [EncoderPart(written=one, read=own, source=source) for one, own in pairs]
 
 
 def _files(written: Written) -> Files:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from nvlm.config.values import Config, problem
 from nvlm.export.layouts.form import EncoderPart
+from nvlm.export.shards import DTYPES
 from nvlm.vision.encoders.interface import HubEncoder
 from nvlm.vision.encoders.registry import ENCODERS, description_of
 from nvlm.weights.parts import Part
@@ -24,29 +25,34 @@ def hub_encoder(config: Config) -> HubEncoder:
     return encoder.hub
 
 
-def llava_encoder(config: Config, source: Source) -> Sequence[EncoderPart]:
+def llava_encoder(config: Config, source: Source, spare: Source) -> Sequence[EncoderPart]:
     """The encoder with its final norm, and with later layers if the model's class has them (CLIP's last)."""
     later = not hub_encoder(config).ends_early
-    return _with(source, lambda name: name.startswith("post_layernorm.") or (later and name.startswith(_LAYER)))
+
+    def kept(name: str) -> bool:
+        return name.startswith("post_layernorm.") or (later and name.startswith(_LAYER))
+
+    return _with(source, spare, kept)
 
 
-def whole_encoder(config: Config, source: Source) -> Sequence[EncoderPart]:
+def whole_encoder(config: Config, source: Source, spare: Source) -> Sequence[EncoderPart]:
     """The encoder with all that its published folder has, a pooling head for example."""
     hub_encoder(config)
-    return _with(source, lambda name: True)
+    return _with(source, spare, lambda name: True)
 
 
-def _with(source: Source, kept: Callable[[str], bool]) -> list[EncoderPart]:
-    """The tensors that are read, and those of the others that are `kept`, under names without the folder's prefix."""
-    read = list(source.parts["vision"])
-    used = {part.name for part in read}
-    others = [name for name in source.stored if name.startswith(source.vision) and name not in used]
-    read += [
-        Part(name=name, shape=source.stored[name].shape, ours="")
-        for name in others
-        if kept(name.removeprefix(source.vision))
+def _with(source: Source, spare: Source, kept: Callable[[str], bool]) -> list[EncoderPart]:
+    """The tensors that are read, and those of `spare` that are `kept`, under names without their folder's prefix."""
+    found = [(part, source) for part in source.parts["vision"]]
+    used = {part.name.removeprefix(source.vision) for part, _ in found}
+    for name, one in spare.stored.items():
+        own = name.removeprefix(spare.vision)
+        if own not in used and kept(own) and one.dtype in DTYPES:
+            found.append((Part(name=name, shape=one.shape, ours=""), spare))
+    return [
+        EncoderPart(written=replace(part, name=part.name.removeprefix(place.vision)), read=part, source=place)
+        for part, place in found
     ]
-    return [EncoderPart(written=replace(one, name=one.name.removeprefix(source.vision)), read=one) for one in read]
 
 
 def layers_in(parts: Sequence[EncoderPart]) -> int:

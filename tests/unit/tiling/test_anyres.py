@@ -17,7 +17,7 @@ from nvlm.data.batch import ROW_END
 from nvlm.data.mapped import Rows
 from nvlm.tiling.anyres import Joined, MapTiling, best_grid, unpadded
 from nvlm.tiling.pixels import tile_image
-from nvlm.tiling.placement import TileMap, TileTokens
+from nvlm.tiling.placement import RowEnd, TileMap, TileTokens
 from nvlm.tiling.resample import Resampling, halved, taps
 from nvlm.tiling.tags import tile_tags
 
@@ -206,10 +206,11 @@ def test_each_architecture_places_the_map(arch):
         assert not any(one.row_ends for one in tiles)
 
 
-def test_one_tile_is_the_whole_picture_alone():
+def test_one_tile_is_the_whole_picture_and_an_end_of_rows():
+    """As in LLaVA's code: with mm_patch_merge_type=spatial_unpad, pictures of one tile have an image_newline too."""
     for tiling in (NEXT, ONE_VISION, CROPS, replace(NEXT, grids=())):
         plan = tiling(900, 500, 1)
-        assert plan.num_tiles == 1 and [part.content for part in shown(plan, 24)] == [TileTokens(576)]
+        assert plan.num_tiles == 1 and [part.content for part in shown(plan, 24)] == [TileTokens(576), RowEnd()]
 
 
 def test_a_padded_picture_has_its_filling():

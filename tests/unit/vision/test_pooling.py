@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from nvlm.tiling.grid import POOLS, pooled_side
-from nvlm.vision.pooling import pixel_shuffle, pooled, pooled_to
+from nvlm.vision.pooling import by_columns, pixel_shuffle, pooled, pooled_to
 
 FOUR = torch.arange(16.0).view(1, 16, 1)  # a map of 4 x 4 whose values are the patches' numbers
 THREE = torch.arange(9.0).view(1, 9, 1)
@@ -108,3 +108,8 @@ def test_what_is_no_grid_is_refused():
         pixel_shuffle(THREE, 2)
     with pytest.raises(ValueError, match="got 3 patches per side, expected a multiple of 2, fix: pad with zeros"):
         pooled(THREE, 2)
+
+
+def test_tokens_stand_by_columns_as_in_vila():
+    tokens = pooled(FOUR, 2, "concat")
+    assert by_columns(tokens)[0].tolist() == [[0, 1, 4, 5], [8, 9, 12, 13], [2, 3, 6, 7], [10, 11, 14, 15]]

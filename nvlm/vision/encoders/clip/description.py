@@ -22,5 +22,8 @@ CLIP = describe(
         class_token=True,
         patch_bias=False,
         embedding_norm=True,
+        classes="CLIP",
+        ends_early=False,
+        published={"clip-l-336": "openai/clip-vit-large-patch14-336"},
     )
 )

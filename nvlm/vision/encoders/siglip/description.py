@@ -23,5 +23,8 @@ SIGLIP = describe(
         class_token=False,
         patch_bias=True,
         embedding_norm=False,
+        classes="Siglip",
+        ends_early=True,
+        published={"siglip-so400m": "google/siglip-so400m-patch14-384"},
     )
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 from nvlm.config.modules import EncoderModules, Linear, Norm, Parameter
 from nvlm.config.values import Config, VisionConfig, problem
 from nvlm.vision.encoders.described import layer_modules
-from nvlm.vision.encoders.interface import EncoderDescription
+from nvlm.vision.encoders.interface import EncoderDescription, HubEncoder
 from nvlm.weights.defaults import completed
 from nvlm.weights.parts import Part
 from nvlm.weights.published import check_fixed, check_values
@@ -36,6 +36,9 @@ class Tower:
     class_token: bool  # before the patches, which sees and is seen by them; not a feature
     patch_bias: bool
     embedding_norm: bool  # of all tokens, before the first layer
+    classes: str  # names of transformers' classes begin with it
+    ends_early: bool  # LLaVA leaves out the layers after the one that is read
+    published: Mapping[str, str]  # names of published models by those of VisionConfig
 
 
 def parts(tower: Tower, vision: VisionConfig) -> list[Part]:
@@ -128,6 +131,34 @@ def modules(tower: Tower, vision: VisionConfig) -> EncoderModules:
     )
 
 
+def hub(tower: Tower) -> HubEncoder:
+    """The family in LLaVA's and VILA's models."""
+    return HubEncoder(
+        architecture=f"{tower.classes}VisionModel",
+        image_processor=f"{tower.classes}ImageProcessor",
+        config=lambda vision, layers: _hub_config(tower, vision, layers),
+        strategy="default" if tower.class_token else "full",
+        ends_early=tower.ends_early,
+        published=tower.published,
+    )
+
+
+def _hub_config(tower: Tower, vision: VisionConfig, layers: int) -> dict[str, object]:
+    return {
+        "model_type": tower.model_type,
+        "hidden_size": vision.hidden,
+        "intermediate_size": vision.ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": vision.heads,
+        "num_channels": 3,
+        "image_size": vision.tile_size,
+        "patch_size": vision.patch,
+        "hidden_act": tower.defaults["hidden_act"],
+        "layer_norm_eps": vision.norm_eps,
+        **({} if tower.class_token else {"vision_use_head": False}),
+    }
+
+
 def describe(tower: Tower) -> EncoderDescription:
     """The description of the family `tower`."""
     activation = tower.defaults["hidden_act"]
@@ -160,4 +191,5 @@ def describe(tower: Tower) -> EncoderDescription:
         build=build,
         frozen=frozen,
         export=None,
+        hub=hub(tower),
     )
