@@ -30,6 +30,7 @@ def frames_of(video: VideoConfig, tiling: TilingConfig, vision: VisionConfig) ->
         fit=video.fit,
         fill=tiling.fill,
         pool=video.pool,
+        before=video.before_projector,
         separator=video.separator,
         slow_every=video.slow_every,
     )

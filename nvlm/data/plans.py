@@ -57,7 +57,7 @@ def place(processor: Processor, plan: TilePlan, first_tag: bool = True) -> Place
     With `first_tag` false, the first tag is left out: it is part of the text before the image.
     """
     tags = [processor.tokenizer.encode(name) for name in processor.tags(plan)]
-    return processor.placement(plan, tags if first_tag else [(), *tags[1:]], [processor.tile_tokens] * plan.num_tiles)
+    return processor.placement(plan, tags if first_tag else [(), *tags[1:]], plan.tokens(processor.tile_tokens))
 
 
 def plan_pictures(sizes: Sizes, words: int, processor: Processor) -> Pictures:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from nvlm.tiling.grid import TilePlan
+from nvlm.tiling.grid import TilePlan, pooled_side
 from nvlm.tiling.placement import RowEnd, Shown, TileMap, TileTokens
 from nvlm.tiling.resample import Resampling, halved
 
@@ -20,6 +20,7 @@ class FrameTiling:
     fit: str = "stretch"
     fill: tuple[int, int, int] = (0, 0, 0)
     pool: str = "none"
+    before: bool = False
     separator: str = "none"
     slow_every: int = 0
 
@@ -29,11 +30,18 @@ class FrameTiling:
 
     def pooled(self, frame: int, side: int) -> Resampling | None:
         """What the `side` x `side` tokens of a frame become; None: they stay as they are."""
-        if self.pool == "none":
+        if self.pool == "none" or self.before:
             return None
         if self.slow_every and frame % self.slow_every:
             return Resampling((math.ceil(side / 4), math.ceil(side / 4)), self.pool)
         return halved(side, side, self.pool)
+
+    def tokens(self, frame: int, each: int) -> int:
+        """The tokens of a frame's tile, where a tile of the encoder has `each`."""
+        if self.pool == "none" or not self.before:
+            return each
+        factor = 4 if self.slow_every and frame % self.slow_every else 2
+        return pooled_side(math.isqrt(each), factor, self.pool) ** 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,10 @@ class FramePlan(TilePlan):
     def tagged(self) -> bool:
         """Frames have no tags."""
         return False
+
+    def tokens(self, each: int) -> list[int]:
+        """The tokens of each frame's tile, where a tile of the encoder has `each`."""
+        return [self.rule.tokens(frame, each) for frame in range(self.frames)]
 
     def shown(self, tags: Sequence[tuple[int, ...]], tokens: Sequence[int], apart: bool = False) -> tuple[Shown, ...]:
         """Frame after frame, as whole pictures without tags, and, unless they stand `apart`, the learned vectors that

@@ -65,6 +65,10 @@ class TilePlan:
         corners = (((k % self.cols) * size, (k // self.cols) * size) for k in range(self.num_regular))
         return tuple((x, y, x + size, y + size) for x, y in corners)
 
+    def tokens(self, each: int) -> list[int]:
+        """The tokens of each tile, where a tile of the encoder has `each`."""
+        return [each] * self.num_tiles
+
     def shown(self, tags: Sequence[tuple[int, ...]], tokens: Sequence[int], apart: bool = False) -> tuple[Shown, ...]:
         """What an image shows, in order: each tile after its tag. `tags`, `tokens`: of each tile, thumbnail last;
         `apart`: no part shows several tiles, and none ends rows."""

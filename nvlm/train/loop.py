@@ -214,7 +214,7 @@ def build_trainer(config: Config, device, begins: bool = True, encoder: Path | N
     if config.stage.train_vision:
         own = groups_of_encoder()
         learning = wrap_encoder(load_encoder(config, device) if begins else new_encoder(config, device), config, own)
-        path = VisionPath(learning.module.vision, config.vision, learns=True)
+        path = VisionPath(learning.module.vision, config.vision, learns=True, frames=config.video.pool)
     else:
         path = build_vision(config, device, encoder)
     optimizer, schedule = build_optimizer(chunks, config, learning, own)

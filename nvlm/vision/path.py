@@ -130,6 +130,6 @@ def frozen(encoder: nn.Module, config: Config) -> VisionPath:
     vision, precision = config.vision, config.precision
     encoder = description_of(vision).frozen(encoder, vision, precision.multiple if precision.encoder else 1)
     if precision.encoder:
-        path = VisionPath(encoder, replace(vision, graph=False))
+        path = VisionPath(encoder, replace(vision, graph=False), frames=config.video.pool)
         quantize(path, lambda linear: FP8Linear(linear, precision), vision.tile_size)
-    return VisionPath(encoder, vision)
+    return VisionPath(encoder, vision, frames=config.video.pool)
