@@ -26,7 +26,7 @@ PINPOINTS = [[rows * SIDE, columns * SIDE] for columns, rows in GRIDS]
 SETTINGS = f"""arch=decoder precision=fp32 projector=mlp2x_gelu llm.layers=4 llm.hidden=24 llm.heads=4 llm.kv_heads=2
 llm.head_dim=6 llm.ffn=40 llm.vocab={ROWS} llm.vocab_multiple=1 llm.rope_theta=5000 llm.norm_eps=1e-5
 llm.max_positions=512 vision.hidden=24 vision.layers=2 vision.heads=3 vision.ffn=36 vision.patch={PATCH}
-vision.tile_size={SIDE} init.vision=null tiling.unpad=digits""".split()
+vision.tile_size={SIDE} init.vision=null tiling.unpad=digits data.image_marks=false""".split()
 OWN = {
     "next": ("vision=clip-l-336", "tiling=anyres", "llm.qkv_bias=false"),
     "onevision": (
@@ -122,7 +122,7 @@ def write_llava(folder: Path, kind: str) -> dict[str, torch.Tensor]:
 
 
 def write_vila(folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    """VILA's three folders, with one more layer of the encoder than is read; returns their tensors by path."""
+    """VILA's three folders; returns their tensors by path."""
     write(folder / "whole", kind)
     values = json.loads((folder / "whole" / "config.json").read_text())
     tensors = renamed(load_file(folder / "whole" / "model.safetensors"), VILA_NAMES)
@@ -137,5 +137,7 @@ def write_vila(folder: Path, kind: str) -> dict[str, torch.Tensor]:
         own = {path.partition("/")[2]: t for path, t in tensors.items() if path.startswith(f"{name}/")}
         save_file(own, folder / name / "model.safetensors", {"format": "pt"})
         (folder / name / "config.json").write_text(json.dumps(config))
-    (folder / "config.json").write_text(json.dumps({"architectures": ["LlavaLlamaModel"], "model_type": "llava_llama"}))
+    own = {"mm_vision_select_layer": values["vision_feature_layer"]}
+    own["mm_vision_select_feature"] = "patch" if kind == "next" else "cls_patch"
+    (folder / "config.json").write_text(json.dumps({"architectures": ["LlavaLlamaModel"], **own}))
     return tensors

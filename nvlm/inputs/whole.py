@@ -99,21 +99,29 @@ def _check_features(whole: Mapping, vision: Mapping, config: Config, key: str) -
     """Which layer of the encoder is read, and whether its first token is dropped."""
     encoder, layers = description_of(config.vision), vision.get("num_hidden_layers")
     encoder.check_config(vision, config.vision, key)
-    layer = whole["vision_feature_layer"]
-    if isinstance(layers, int) and isinstance(layer, int):
-        read = layers + 1 + layer if layer < 0 else layer
-        check_values({"vision_feature_layer": read}, {"vision_feature_layer": ("vision.layers", config.vision.layers)},
-                     key, {"vision_feature_layer": f"{layer} of {layers} layers"})  # fmt: skip
+    _check_layer("vision_feature_layer", whole["vision_feature_layer"], layers, config, key)
     if encoder.hub is not None:
         check_fixed(whole, {"vision_feature_select_strategy": encoder.hub.strategy}, key)
 
 
+def _check_layer(name: str, layer: object, layers: object, config: Config, key: str) -> None:
+    """`layer`: the entry `name` for which of the encoder's `layers` is read; negative ones count from the end."""
+    if isinstance(layers, int) and isinstance(layer, int):
+        read, given = layers + 1 + layer if layer < 0 else layer, f"{layer} of {layers} layers"
+        check_values({name: read}, {name: ("vision.layers", config.vision.layers)}, key, {name: given})
+
+
 def _check_vila(values: Mapping, folder: str, config: Config, key: str) -> None:
     check_fixed(values, defaults.FIXED_VILA, key)
-    language = read_config(str(Path(folder) / VILA.folders["llm"]), key)
-    if language:
-        check_language(language, config.llm, key)
-    _check_projector(read_config(str(Path(folder) / VILA.folders["projector"]), key) or {}, config, key)
+    parts = {name: read_config(str(Path(folder) / place), key) or {} for name, place in VILA.folders.items()}
+    if parts["llm"]:
+        check_language(parts["llm"], config.llm, key)
+    _check_projector(parts["projector"], config, key)
+    layers = parts["vision"].get("num_hidden_layers")
+    _check_layer("mm_vision_select_layer", values.get("mm_vision_select_layer", -2), layers, config, key)
+    if hub := description_of(config.vision).hub:
+        kept = {"default": "patch", "full": "cls_patch"}[hub.strategy]
+        check_fixed(values, {"mm_vision_select_feature": kept}, key)
 
 
 _CHECKS: Mapping[str, Callable[[Mapping, str, Config, str], None]] = {

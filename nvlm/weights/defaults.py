@@ -66,7 +66,7 @@ FIXED_LLAVA = dict(
     mm_vision_select_layer=-2, mm_vision_select_feature="patch", mm_use_im_start_end=False, mm_resampler_type=None,
 )  # fmt: skip
 FIXED_LLAVA_HF = dict(projector_hidden_act="gelu", multimodal_projector_bias=True, quantization_config=None)
-FIXED_VILA = dict(mm_vision_select_layer=-2, s2=False, dynamic_s2=False, quantization_config=None)
+FIXED_VILA = dict(s2=False, dynamic_s2=False, quantization_config=None)
 FIXED_WHOLE = dict(ps_version="v2", select_layer=-1, quantization_config=None, use_backbone_lora=0, use_llm_lora=0)
 
 

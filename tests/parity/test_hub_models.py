@@ -24,8 +24,15 @@ def picture(size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(noise.numpy())
 
 
-@pytest.mark.parametrize("spelling", ["of 2024", "of transformers 5"])
-@pytest.mark.parametrize("kind", hub.OWN)
+@pytest.mark.parametrize(
+    ("kind", "spelling"),
+    [
+        ("next", "of 2024"),
+        ("onevision", "of transformers 5"),
+        pytest.param("next", "of transformers 5", marks=pytest.mark.slow),
+        pytest.param("onevision", "of 2024", marks=pytest.mark.slow),
+    ],
+)
 def test_logits_are_those_of_transformers(tmp_path, kind, spelling):
     model = hub.write(tmp_path, kind, hub=spelling == "of 2024")
     config = compose_config(*hub.OWN[kind], *hub.SETTINGS, f"init.release={tmp_path}")

@@ -7,7 +7,7 @@ from nvlm.config.values import Config, problem
 from nvlm.export.describe import dump
 from nvlm.export.layouts import chat
 from nvlm.export.layouts.form import Files, Form, Written
-from nvlm.export.layouts.limits import GENERATE, check_decoder
+from nvlm.export.layouts.limits import GENERATE, check_decoder, one_tile
 from nvlm.export.layouts.llava_hf import text_config
 from nvlm.export.layouts.tower import hub_encoder, llava_encoder
 from nvlm.inputs.whole import projector_type
@@ -27,7 +27,7 @@ def check(config: Config) -> None:
         raise problem("vision", vision.name, f"{', '.join(hub.published)}: LLaVA names its encoder", "layout=llava-hf")
     if vision.downsample != 1:
         raise problem("vision.downsample", vision.downsample, "1: LLaVA pools no pictures", GENERATE)
-    if tiling.kind == "crops" or (tiling.kind == "dhr" and tiling.max_tiles > 1):
+    if not one_tile(config) and tiling.kind != "anyres":
         raise problem("tiling.kind", tiling.kind, "anyres, or one tile, which are all that LLaVA has", GENERATE)
 
 
@@ -59,7 +59,7 @@ def describe(written: Written) -> dict:
 
 def _aspect(config: Config) -> str:
     tiling = config.tiling
-    if tiling.kind == "anyres":
+    if tiling.pinpoints:
         return "anyres" if tiling.cap is None else f"anyres_max_{tiling.cap:g}"
     return "pad" if tiling.base == "pad" else "square"
 

@@ -9,7 +9,7 @@ from nvlm.config.values import Config, problem
 from nvlm.export.describe import dump, language
 from nvlm.export.layouts import chat
 from nvlm.export.layouts.form import Files, Form, Written
-from nvlm.export.layouts.limits import GENERATE, check_decoder
+from nvlm.export.layouts.limits import GENERATE, check_decoder, one_tile
 from nvlm.export.layouts.tower import hub_encoder, llava_encoder
 from nvlm.export.text import Text
 from nvlm.inputs.whole import projector_type
@@ -31,7 +31,7 @@ def family(config: Config) -> str:
     tiling = config.tiling
     if tiling.kind == "anyres" and tiling.newline:
         return "LlavaNext" if tiling.cap is None else "LlavaOnevision"
-    if tiling.kind == "dhr" and tiling.max_tiles == 1:
+    if one_tile(config):
         return "Llava"
     got = f"tiling.kind={tiling.kind} tiling.max_tiles={tiling.max_tiles}"
     raise problem("tiling", got, "anyres with newline, or one tile, which are all that transformers has", GENERATE)

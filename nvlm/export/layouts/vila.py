@@ -6,7 +6,7 @@ from nvlm.config.values import Config, problem
 from nvlm.export.describe import dump
 from nvlm.export.layouts import chat
 from nvlm.export.layouts.form import Files, Form, Written
-from nvlm.export.layouts.limits import GENERATE, check_decoder
+from nvlm.export.layouts.limits import GENERATE, check_decoder, one_tile
 from nvlm.export.layouts.llava_hf import text_config
 from nvlm.export.layouts.tower import hub_encoder, whole_encoder
 from nvlm.inputs.whole import projector_type
@@ -27,7 +27,7 @@ def check(config: Config) -> None:
         got = f"vision.downsample={vision.downsample} vision.pool={vision.pool} vision.pads={str(vision.pads).lower()}"
         joined = f"{_JOINED[kind]} x {_JOINED[kind]} patches side by side, with padding, as in VILA's {kind}"
         raise problem("pooling", got, joined, GENERATE)
-    if config.tiling.kind != "dhr" or config.tiling.max_tiles > 1:
+    if not one_tile(config):
         raise problem("tiling", config.tiling.kind, "one tile per image (VILA-1.5)", GENERATE)
 
 

@@ -13,6 +13,7 @@ from nvlm.config.values import ConfigError
 from nvlm.data.messages import Turn
 from nvlm.data.text.formats import FORMATS
 from nvlm.export.layouts import chat, llava, llava_hf, vila
+from nvlm.export.layouts.form import Written
 from nvlm.export.layouts.registry import FORMS
 from nvlm.export.plan import grown
 from nvlm.weights.layouts import LAYOUTS
@@ -61,6 +62,7 @@ def test_a_template_has_pictures_and_the_default_system_message():
         (llava_hf.check, ("vision=tiny",), "vision.encoder=internvit"),
         (llava_hf.check, ("projector=linear",), "projector: got linear, expected mlp2x_gelu"),
         (llava_hf.check, ("tiling=anyres", "tiling.tag=1d"), "tiling.tag: got 1d, expected none"),
+        (llava_hf.check, ("data.image_marks=true",), "data.image_marks: got True, expected false"),
         (llava_hf.check, ("tiling=crops",), "tiling: got tiling.kind=crops"),
         (llava_hf.check, ("pooling=average",), "vision.downsample: got 2, expected 1"),
         (llava_hf.check, ("tiling.cap=2.5",), "tiling.cap: got 2.5, expected a whole number"),
@@ -78,6 +80,20 @@ def test_what_a_layout_cannot_hold_is_refused(check, words, reason):
         kept = [word for word in kept if not word.startswith("vision.")]
     with pytest.raises(ConfigError, match=reason):
         check(compose_config(*own, *kept, *words))
+
+
+@pytest.mark.parametrize(("tiling", "aspect"), [("padded", "pad"), ("single", "square"), ("anyres", "anyres")])
+def test_the_class_follows_from_the_tiling(tiling, aspect):
+    words = [word for word in hub.OWN["next"] if not word.startswith("tiling")]
+    kept = [word for word in hub.SETTINGS if not word.startswith("tiling")]
+    config = compose_config(*words, *kept, f"tiling={tiling}")
+    llava_hf.check(config)
+    assert llava_hf.family(config) == ("LlavaNext" if tiling == "anyres" else "Llava")
+    written = Written(config=config, text=None, encoder=None, layers=3, code={})
+    assert llava.describe(written)["image_aspect_ratio"] == aspect
+    if tiling != "anyres":
+        vila.check(config)
+        assert llava_hf.pictures(config, "Llava")["do_pad"] == (tiling == "padded")
 
 
 def test_the_vocabulary_has_the_tokens_of_pictures(onevision):
