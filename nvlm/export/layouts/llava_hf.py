@@ -23,6 +23,7 @@ _MODEL_TYPES = {
     "LlavaNextVideo": "llava_next_video",
     "LlavaOnevision": "llava_onevision",
 }
+_POOLS = ("average", "max")  # of LLaVA-NeXT-Video, before the projector
 _VIDEOS = ("LlavaNextVideo", "LlavaOnevision")
 
 
@@ -30,7 +31,9 @@ def family(config: Config) -> str:
     """The class for the run's tiling, without its ending ForConditionalGeneration. Raises ConfigError if none fits."""
     tiling = config.tiling
     if tiling.kind == "anyres" and tiling.newline:
-        return "LlavaNext" if tiling.cap is None else "LlavaOnevision"
+        if tiling.cap is not None:
+            return "LlavaOnevision"
+        return "LlavaNextVideo" if config.video.before_projector and config.video.pool in _POOLS else "LlavaNext"
     if one_tile(config):
         return "Llava"
     got = f"tiling.kind={tiling.kind} tiling.max_tiles={tiling.max_tiles}"
@@ -75,6 +78,7 @@ def describe(written: Written) -> dict:
         **({"video_token_index": tokens[chat.VIDEO]} if videos else {}),
         **({"image_grid_pinpoints": pinpoints(config)} if kind != "Llava" else {}),
         **({"vision_aspect_ratio": _aspect(config)} if kind == "LlavaOnevision" else {}),
+        **({"spatial_pool_mode": config.video.pool, "spatial_pool_stride": 2} if kind == "LlavaNextVideo" else {}),
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": config.vision.layers - written.layers - 1,
@@ -181,9 +185,17 @@ def _readme(config: Config, kind: str) -> str:
     ))  # fmt: skip
 
 
+def _same_videos(config: Config, kind: str) -> bool:
+    video = config.video
+    if kind == "LlavaOnevision":
+        return (video.pool, video.before_projector, video.separator) == ("bilinear", False, "once")
+    return kind == "LlavaNextVideo" and video.separator == "none"
+
+
 def note(written: Written) -> str | None:
     """Where transformers' processor prepares pictures in another way than the run did."""
-    tiling, kind = written.config.tiling, family(written.config)
+    config, kind = written.config, family(written.config)
+    tiling = config.tiling
     if kind == "Llava":
         return None
     differ = []
@@ -194,6 +206,8 @@ def note(written: Written) -> str | None:
         differ.append(f"several images of a record are treated as with tiling.several={several}")
     if tiling.unpad == "down":
         differ.append("a few image sizes (such as 820 x 1107) get other numbers of tokens, as with tiling.unpad=digits")
+    if config.video.pool != "none" and not _same_videos(config, kind):
+        differ.append("videos are pooled or separated in another way")
     return f"transformers' processor differs from this run: {'; '.join(differ)}" if differ else None
 
 

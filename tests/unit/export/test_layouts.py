@@ -96,6 +96,23 @@ def test_the_class_follows_from_the_tiling(tiling, aspect):
         assert llava_hf.pictures(config, "Llava")["do_pad"] == (tiling == "padded")
 
 
+@pytest.mark.parametrize(
+    ("words", "kind", "told"),
+    [
+        (("video.pool=average", "video.before_projector=true"), "LlavaNextVideo", None),
+        (("video.pool=average",), "LlavaNext", "videos are pooled or separated in another way"),
+        ((), "LlavaNext", None),
+    ],
+)
+def test_the_class_for_videos(words, kind, told):
+    config = compose_config(*hub.OWN["next"], *hub.SETTINGS, *words)
+    written = Written(config=config, text=None, encoder=None, layers=3, code={})
+    described, note = llava_hf.describe(written), llava_hf.note(written)
+    assert described["architectures"] == [f"{kind}ForConditionalGeneration"]
+    assert described.get("spatial_pool_mode") == ("average" if kind == "LlavaNextVideo" else None)
+    assert note is None if told is None else told in note
+
+
 def test_the_vocabulary_has_the_tokens_of_pictures(onevision):
     assert chat.picture_tokens(onevision) == {"<image>": hub.IMAGE_ID, "<video>": hub.VIDEO_ID}
     assert llava_hf.rows(onevision, None) == 576
