@@ -167,7 +167,7 @@ def _readme(config: Config, kind: str) -> str:
         f"# {config.name}",
         "",
         f"{config.llm.name}, {config.vision.name}, in the layout of llava-hf: transformers loads it as",
-        f"{kind}ForConditionalGeneration, and vLLM serves it (`vllm serve .`).",
+        f"{kind}ForConditionalGeneration. vLLM has the same class (`vllm serve .`), which no test here runs.",
         "",
         "```python",
         "from transformers import AutoModelForImageTextToText, AutoProcessor",
