@@ -24,7 +24,7 @@ def test_a_group_by_the_name(name, group):
 
 @pytest.mark.parametrize(
     "name",
-    ["vision.class_embedding", "resampler.weight", "decoder.layers.3.memory.weight", "decoder.layers"],
+    ["encoder.class_embedding", "resampler.weight", "decoder.layers.3.memory.weight", "decoder.layers"],
 )
 def test_a_parameter_that_no_group_has_is_an_error_with_its_name(name):
     with pytest.raises(ValueError, match=f"^parameter {name}: got no module group"):

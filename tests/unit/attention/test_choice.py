@@ -106,7 +106,7 @@ def test_samples_that_are_not_worth_a_call_share_a_mask(worth, monkeypatch):
 
 def test_what_kernels_keep_is_the_choice_s():
     engine, torch_s = (
-        Kernels(joint=False, rotary=False, fused_norm=True),
+        Kernels(joint=False, rotary=False, copied=True, fused_norm=True),
         Kernels(joint=True, rotary=True, fused_norm=False),
     )
     for options in (D, X, H):

@@ -53,7 +53,7 @@ def test_an_entry_is_the_record_with_the_same_messages(tmp_path):
     [
         (entry(image="../a.png"), "leaves the data folder"),
         (entry(image=7), "`image` is a number, expected a path"),
-        (entry(video="a.mp4"), "key `video` is not read"),
+        (entry(video="a.mp4"), "1 <image> and 0 <video> marks, but 1 images and 1 videos"),
         (entry(conversations=None), "no list of messages or conversations"),
         (entry(conversations=[{"from": "robot", "value": "hi"}]), "a turn from 'robot', expected one of human"),
         (entry(conversations=[{"from": ["human"], "value": "hi"}]), r"a turn from \['human'\]"),

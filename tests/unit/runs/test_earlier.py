@@ -65,7 +65,7 @@ def without_what_other_systems_have(values: dict) -> None:
         "tiling": ("kind", "pinpoints", "newline", "cap", "base", "fill", "several", "unpad"),
         "arch": ("sees",),
         "llm": ("qk_norm", "rope_interpolation"),
-        "vision": ("pads", "pool"),
+        "vision": ("pads", "pool", "order"),
         "stage": ("train_vision", "recipe", "parent"),
         "optim": ("lr_of",),
         "data": ("image_marks",),
