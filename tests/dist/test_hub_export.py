@@ -59,7 +59,8 @@ def compared(run: Path, out: Path) -> Parity:
 
 
 @pytest.mark.parametrize(
-    ("kind", "trained"), [("next", True), pytest.param("onevision", False, marks=pytest.mark.slow)]
+    ("kind", "trained"),
+    [pytest.param(kind, trained, marks=pytest.mark.slow) for kind, trained in (("next", True), ("onevision", False))],
 )
 def test_llava_hf_comes_back_and_transformers_loads_it(tmp_path, kind, trained):
     release, run = tmp_path / "release", tmp_path / "run"
