@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nvlm.data.batch import ROW_END, Batch
+from nvlm.data.batch import PAD, ROW_END, Batch
 from nvlm.processes.device import to_device
 
 
@@ -24,29 +24,27 @@ def picture_tokens(
     at the end of each row of a map. None if there are no such rows.
     """
     tokens = int(batch.tile_tokens.sum())
-    mixed_n, ends_n = rows_n >= tokens, rows_n == ROW_END
-    if row_end_H is None and not mixed_n.any():
+    mixed_m = rows_n[rows_n >= tokens]
+    if row_end_H is None and not len(mixed_m):
         return project(batch.features_of(rows_n))
     sources_k = batch.sources_of(rows_n)
     known = [project(batch.features_of(sources_k))]
-    # Where each of `rows_n` is in `known`, one after the other.
-    place_N = torch.full((tokens,), -1, device="cpu")
-    place_N[sources_k] = torch.arange(len(sources_k), device="cpu")
-    places_n = torch.where(mixed_n | ends_n, 0, place_N[rows_n.clamp(0, max(tokens - 1, 0))]) if tokens else rows_n * 0
-    if mixed_n.any():
-        numbers = rows_n[mixed_n] - tokens
-        places_n[mixed_n] = len(sources_k) + torch.arange(len(numbers), device="cpu")
-        known.append(_mixed(known[0], place_N, batch, numbers))
+    # The place in `known` of each row; ROW_END is counted from the end.
+    places = torch.full((tokens + len(batch.mixed_rows) - ROW_END,), PAD, device="cpu")
+    places[sources_k] = torch.arange(len(sources_k), device="cpu")
+    if len(mixed_m):
+        known.append(_mixed(known[0], places, batch, mixed_m - tokens))
+        places[mixed_m] = len(sources_k) + torch.arange(len(mixed_m), device="cpu")
     if row_end_H is not None:
-        places_n[ends_n] = sum(map(len, known))
+        places[ROW_END] = len(sources_k) + len(mixed_m)
         known.append(row_end_H.to(known[0].dtype)[None])
-    return torch.cat(known).index_select(0, to_device(places_n, known[0].device))
+    return torch.cat(known).index_select(0, to_device(places[rows_n], known[0].device))
 
 
-def _mixed(tokens_kH: Tensor, place_N: Tensor, batch: Batch, numbers_m: Tensor) -> Tensor:
-    """The mixed tokens `numbers_m`, [m, H], from projected tile tokens, which are at `place_N`."""
+def _mixed(tokens_kH: Tensor, places: Tensor, batch: Batch, numbers_m: Tensor) -> Tensor:
+    """The mixed tokens `numbers_m`, [m, H], from projected tile tokens, whose rows are at `places`."""
     device = tokens_kH.device
-    places_m4 = to_device(place_N[batch.mixed_rows[numbers_m]], device)
+    places_m4 = to_device(places[batch.mixed_rows[numbers_m]], device)
     weights_m4 = to_device(batch.mixed_weights[numbers_m], device).to(tokens_kH.dtype)
     largest_m = batch.mixed_largest[numbers_m]
     parts_m4H = tokens_kH.index_select(0, places_m4.flatten()).unflatten(0, (-1, 4))

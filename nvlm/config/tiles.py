@@ -19,7 +19,7 @@ def tiling_of(tiling: TilingConfig, vision: VisionConfig) -> Tiling:
         tile_size=vision.tile_size,
         grids=None if tiling.kind == "crops" else tuple(grid_of(one) for one in tiling.pinpoints),
         joined=Joined(newline=tiling.newline, cap=tiling.cap, unpad=tiling.unpad),
-        square=tiling.fill if tiling.base == "pad" else None,
+        fill=tiling.fill if tiling.base == "pad" else None,
     )
 
 

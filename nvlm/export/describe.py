@@ -24,8 +24,8 @@ def exported_encoder(config: Config, source: Source) -> ExportedEncoder:
     vision = config.vision
     if vision.pool != "concat" or vision.pads or vision.order != "rows":
         got = f"vision.pool={vision.pool} vision.pads={str(vision.pads).lower()} vision.order={vision.order}"
-        fix = "answer with launch/generate.py, which needs no export"
-        raise problem("pooling", got, "pixel shuffle, which is all that modeling_nvlm.py has", fix)
+        expected = "pixel shuffle, which is all that modeling_nvlm.py has"
+        raise problem("pooling", got, expected, "answer with launch/generate.py, which needs no export")
     return encoder.export(config.vision, source.parts["vision"])
 
 

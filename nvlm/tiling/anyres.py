@@ -31,26 +31,16 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class MapPlan(TilePlan):
-    """The grid of an image of `size` (width, height) px, which covers `content` (width, height) px in its centre.
+    """The grid of an image of `size` (width, height) px, which covers `picture` (width, height) px in its centre.
 
     `regular`: whether tiles are cut from the image at all; without, it is shown by one tile alone.
     """
 
     size: tuple[int, int] = (0, 0)
-    content: tuple[int, int] = (0, 0)
+    picture: tuple[int, int] = (0, 0)
     regular: bool = True
     joined: Joined = Joined(newline=True, cap=None)
-    square: tuple[int, int, int] | None = None
-
-    @property
-    def picture(self) -> tuple[int, int]:
-        """Size (width, height) in px of the resized image, in the centre of the grid."""
-        return self.content
-
-    @property
-    def fill(self) -> tuple[int, int, int] | None:
-        """RGB with which the whole picture is padded to a square before it becomes one tile; None: it is stretched."""
-        return self.square
+    fill: tuple[int, int, int] | None = None
 
     @property
     def num_regular(self) -> int:
@@ -149,7 +139,7 @@ class MapTiling:
     tile_size: int
     grids: tuple[Grid, ...] | None
     joined: Joined
-    square: tuple[int, int, int] | None
+    fill: tuple[int, int, int] | None
 
     def __call__(self, width: int, height: int, most: int) -> MapPlan:
         """The plan of a `width` x `height` px image with at most `most` tiles; with 1, it is shown by one tile alone.
@@ -161,28 +151,28 @@ class MapTiling:
                 f"image of {width} x {height} px in {most} tiles: expected positive numbers, fix: the file"
             )
         size, box = (width, height), self.tile_size
-        common = dict(size=size, joined=self.joined, square=self.square)
+        common = dict(size=size, joined=self.joined, fill=self.fill)
         grids = None if self.grids is None else [grid for grid in self.grids if grid[0] * grid[1] <= most]
         if most == 1 or grids == []:
-            return MapPlan(1, 1, box, content=(box, box), regular=False, **common)
+            return MapPlan(1, 1, box, picture=(box, box), regular=False, **common)
         if grids is not None:
             cols, rows = best_grid(width, height, grids, box)
-            return MapPlan(cols, rows, box, content=fitted(width, height, (cols * box, rows * box)), **common)
+            return MapPlan(cols, rows, box, picture=fitted(width, height, (cols * box, rows * box)), **common)
         cols, rows = math.ceil(width / box), math.ceil(height / box)
-        content = size
+        picture = size
         if cols * rows > most:
-            cols, rows, content = _reduced(width, height, most, box)
-        return MapPlan(cols, rows, box, content=content, **common)
+            cols, rows, picture = _reduced(width, height, most, box)
+        return MapPlan(cols, rows, box, picture=picture, **common)
 
     def full(self, most: int) -> tuple[MapPlan, ...]:
         """Plans for each grid of at most `most` tiles, among them those with most tokens: an image that fills it, and
         the largest ones whose map is not reduced yet."""
-        common = dict(joined=self.joined, square=self.square)
+        common = dict(joined=self.joined, fill=self.fill)
         found = [self(1, 1, 1)]
         for cols, rows in self._grids(most):
             whole = (cols * self.tile_size, rows * self.tile_size)
             for size in (whole, *self._below_cap(*whole)):
-                found.append(MapPlan(cols, rows, self.tile_size, size=size, content=size, **common))
+                found.append(MapPlan(cols, rows, self.tile_size, size=size, picture=size, **common))
         return tuple(found)
 
     def counts(self, most: int) -> tuple[int, ...]:
@@ -196,8 +186,8 @@ class MapTiling:
         grids = [grid for grid in self._grids(tiles) if grid[0] * grid[1] == tiles] or [(tiles, 1)]
         cols, rows = min(grids, key=lambda grid: (abs(grid[0] - grid[1]), grid))
         size = (cols * self.tile_size, rows * self.tile_size)
-        common = dict(joined=self.joined, square=self.square)
-        return MapPlan(cols, rows, self.tile_size, size=size, content=size, **common)
+        common = dict(joined=self.joined, fill=self.fill)
+        return MapPlan(cols, rows, self.tile_size, size=size, picture=size, **common)
 
     def _grids(self, most: int) -> list[Grid]:
         every = [(cols, rows) for cols in range(1, most + 1) for rows in range(1, most // cols + 1)]

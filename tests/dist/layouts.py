@@ -7,7 +7,7 @@ written by the layout, so each comparison also tests that checkpoints are split 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from nvlm.train.optim import prepare as prepare_gradients
 from nvlm.train.step import Trainer, forward_backward
 from nvlm.vision.encoders.internvit import description as internvit
 from nvlm.weights.parts import published
-from tests.dist.run import joined, save_without_a_server
+from tests.dist.run import joined, run_distributed, save_without_a_server
 from tests.models import TILE, Story, Twins, below, build_twins, reference_sample, sample_of, to_reference
 from tests.stories import ONE, ONE_TILE, SIDE_BY_SIDE, SIX, TEXT, TWO
 
@@ -268,3 +268,21 @@ def encoder_gradients_of(twins: Twins, out: Path) -> dict[str, Tensor]:
 def run_cases(cases: Sequence[tuple[Case, Path]]) -> list[Outcome]:
     """All `cases`, one after another, in this process."""
     return [step_in_layout(case, out) for case, out in cases]
+
+
+def outcomes_of[Key](cases_of: Callable[[int], Mapping[Key, Case]], root: pytest.TempPathFactory) -> Callable:
+    """A function from (world, key) to each rank's outcome of a case and the place of its gradients.
+
+    The first call for a number of processes runs all of its cases.
+    """
+    done: dict[int, dict] = {}
+
+    def of(world: int, key: Key) -> tuple[list[Outcome], Path]:
+        if world not in done:
+            cases, place = cases_of(world), root.mktemp(f"world{world}")
+            outs = [place / str(number) for number in range(len(cases))]
+            by_rank = run_distributed(run_cases, world, list(zip(cases.values(), outs)), timeout=900)
+            done[world] = dict(zip(cases, zip(zip(*by_rank), outs)))
+        return done[world][key]
+
+    return of

@@ -33,7 +33,16 @@ from nvlm.train.checkpoint import restore
 from nvlm.train.checkpoint.save import FROZEN, latest
 from nvlm.weights.merge import is_adapter
 from tests.dist.checkpoints import FP32, assert_same, begin, built, pass_on, saved, tensors_in
-from tests.dist.layouts import MICRO_BATCHES, Case, metadata, prepare, reference_gradients, run_cases, step_in_layout
+from tests.dist.layouts import (
+    MICRO_BATCHES,
+    Case,
+    metadata,
+    outcomes_of,
+    prepare,
+    reference_gradients,
+    run_cases,
+    step_in_layout,
+)
 from tests.dist.run import joined, run_distributed
 from tests.models import Twins, adapter_gradients, small_config
 from tests.near import assert_gradients_near
@@ -85,19 +94,12 @@ def expected(tmp_path_factory) -> Iterator[Expected]:
 
 @pytest.fixture(scope="module")
 def outcomes(expected, tmp_path_factory):
-    """A function from (world, layout) to each rank's outcome and the place of the gradients; starts each world once."""
-    done: dict[int, dict] = {}
+    """What layouts.outcomes_of returns, by layout."""
 
-    def of(world: int, layout: str):
-        if world not in done:
-            root = tmp_path_factory.mktemp(f"world{world}")
-            outs = [root / str(number) for number in range(len(LAYOUTS[world]))]
-            cases = [expected.case.laid_out(**sizes) for sizes in LAYOUTS[world].values()]
-            by_rank = run_distributed(run_cases, world, list(zip(cases, outs)))
-            done[world] = dict(zip(LAYOUTS[world], zip(zip(*by_rank), outs)))
-        return done[world][layout]
+    def cases(world: int) -> dict[str, Case]:
+        return {layout: expected.case.laid_out(**sizes) for layout, sizes in LAYOUTS[world].items()}
 
-    return of
+    return outcomes_of(cases, tmp_path_factory)
 
 
 @pytest.mark.parametrize(("world", "layout"), ALL)

@@ -21,12 +21,11 @@ from tests.dist.layouts import (
     LAYOUTS,
     MICRO_BATCHES,
     Case,
-    Outcome,
     gradients_of,
+    outcomes_of,
     own_batches,
     prepare,
     reference_gradients,
-    run_cases,
     shapes_told,
 )
 from tests.dist.run import joined, run_distributed
@@ -70,27 +69,22 @@ def expected(tmp_path_factory) -> Iterator[Expected]:
 
 @pytest.fixture(scope="module")
 def outcomes(expected, tmp_path_factory):
-    """A function from (world, layout, model) to each rank's outcome and the place of the gradients; starts each world
-    once."""
-    done: dict[int, dict] = {}
+    """What layouts.outcomes_of returns, by layout and model."""
 
-    def of(world: int, layout: str, model: str) -> tuple[list[Outcome], Path]:
-        if world not in done:
-            root = tmp_path_factory.mktemp(f"world{world}")
-            keys = [(layout, model) for layout in LAYOUTS[world] for model in MODELS]
-            outs = [root / str(number) for number in range(len(keys))]
-            cases = [expected.cases[model].laid_out(**LAYOUTS[world][layout]) for layout, model in keys]
-            by_rank = run_distributed(run_cases, world, list(zip(cases, outs)), timeout=900)
-            done[world] = dict(zip(keys, zip(zip(*by_rank), outs)))
-        return done[world][layout, model]
+    def cases(world: int) -> dict[tuple[str, str], Case]:
+        return {
+            (layout, model): expected.cases[model].laid_out(**sizes)
+            for layout, sizes in LAYOUTS[world].items()
+            for model in MODELS
+        }
 
-    return of
+    return outcomes_of(cases, tmp_path_factory)
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("world", "layout"), ALL)
 def test_loss_and_gradients_equal_the_reference(world, layout, model, expected, outcomes):
-    ranks, out = outcomes(world, layout, model)
+    ranks, out = outcomes(world, (layout, model))
     for rank in ranks:
         assert rank.loss == pytest.approx(expected.loss[model], rel=1e-5)
         assert rank.grad_norm == pytest.approx(norm_of(expected.gradients[model]), rel=1e-5)
@@ -155,7 +149,7 @@ def test_the_gradient_of_keys_is_summed_once_for_all_layers(expected):
 def test_tiles_are_spread_evenly(world, layout, model, expected, outcomes):
     """Ranks of a replica (with global balance all ranks) differ by at most one encoded tile."""
     sizes = LAYOUTS[world][layout]
-    encoded = [rank.encoded for rank in outcomes(world, layout, model)[0]]
+    encoded = [rank.encoded for rank in outcomes(world, (layout, model))[0]]
     assert sum(encoded) == TILES
     replicas = world // expected.cases[model].laid_out(**sizes).config.parallel.replica
     if replicas == 1 or sizes.get("balance") == "global":

@@ -24,8 +24,7 @@ from nvlm.vision.encoders.registry import description_of
 from nvlm.weights.layouts import LLAVA_HF
 from nvlm.weights.parts import below as prefixed
 from nvlm.weights.parts import published
-from tests.dist.layouts import ALL, LAYOUTS, MICRO_BATCHES, Case, metadata, run_cases
-from tests.dist.run import run_distributed
+from tests.dist.layouts import ALL, LAYOUTS, MICRO_BATCHES, Case, metadata, outcomes_of
 from tests.models import TILE, Story, below, record_of, sample_of, small_config
 from tests.near import assert_gradients_near
 
@@ -126,18 +125,12 @@ def expected(tmp_path_factory) -> Expected:
 
 @pytest.fixture(scope="module")
 def outcomes(expected, tmp_path_factory):
-    done: dict[int, dict] = {}
+    """What layouts.outcomes_of returns, by layout."""
 
-    def of(world: int, layout: str):
-        if world not in done:
-            root = tmp_path_factory.mktemp(f"world{world}")
-            outs = {layout: root / str(number) for number, layout in enumerate(LAYOUTS[world])}
-            cases = [(expected.case.laid_out(**LAYOUTS[world][layout]), out) for layout, out in outs.items()]
-            by_rank = run_distributed(run_cases, world, cases, timeout=900)
-            done[world] = dict(zip(outs, zip(zip(*by_rank), outs.values())))
-        return done[world][layout]
+    def cases(world: int) -> dict[str, Case]:
+        return {layout: expected.case.laid_out(**sizes) for layout, sizes in LAYOUTS[world].items()}
 
-    return of
+    return outcomes_of(cases, tmp_path_factory)
 
 
 def gradients_in(out: Path, config: Config, named: set[str]) -> dict[str, Tensor]:

@@ -5,15 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nvlm.config.values import Config
+from nvlm.arch.registry import description
+from nvlm.config.values import Config, problem
 from nvlm.export import readme
 from nvlm.export.describe import describe, dump, exported_encoder, preprocessor
 from nvlm.export.layouts.form import EncoderPart, Files, Form, Written
+from nvlm.export.layouts.limits import GENERATE
 from nvlm.export.text import exported_text
 from nvlm.weights.layouts import NVLM
 from nvlm.weights.published import Source
 
 CODE = Path(__file__).parents[1] / "modeling_nvlm.py"
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError if modeling_nvlm.py does not compute what the run's model does."""
+    projector, tiling, kind = config.projector, config.tiling, description(config.arch.name)
+    fix = GENERATE if kind.keys else f"layout=llava-hf, or {GENERATE}"
+    built = (kind.projector_kind(projector), projector.norm, projector.bias, projector.inner)
+    if built != (kind.projector, True, False, "ffn"):
+        raise problem("projector", projector.name, "nvlm, which is all that modeling_nvlm.py has", fix)
+    if tiling.kind != "dhr":
+        raise problem("tiling.kind", tiling.kind, "dhr, which is all that modeling_nvlm.py has", fix)
+    if not config.data.image_marks:
+        raise problem("data.image_marks", False, "true: modeling_nvlm.py writes <Image> and </Image>", fix)
 
 
 def _encoder(config: Config, source: Source, spare: Source) -> Sequence[EncoderPart]:
@@ -37,7 +52,7 @@ def _files(written: Written) -> Files:
 
 FORM = Form(
     layout=NVLM,
-    check=lambda config: None,
+    check=check,
     encoder=_encoder,
     text=lambda config: exported_text(config),
     rows=lambda config, text: config.llm.vocab,

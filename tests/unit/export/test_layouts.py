@@ -12,7 +12,7 @@ from nvlm.commands.compose import compose_config
 from nvlm.config.values import ConfigError
 from nvlm.data.messages import Turn
 from nvlm.data.text.formats import FORMATS
-from nvlm.export.layouts import chat, llava, llava_hf, vila
+from nvlm.export.layouts import chat, llava, llava_hf, nvlm, vila
 from nvlm.export.layouts.form import Written
 from nvlm.export.layouts.registry import FORMS
 from nvlm.export.plan import grown
@@ -124,3 +124,26 @@ def test_new_words_are_the_mean_of_all():
     table = torch.tensor([[1.0, 2.0], [3.0, 6.0]], dtype=torch.bfloat16)
     assert grown(table, 4).tolist() == [[1, 2], [3, 6], [2, 4], [2, 4]]
     assert grown(table, 2) is table
+
+
+@pytest.mark.parametrize("arch", ["decoder", "hybrid"])
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("tiling=anyres",), "tiling.kind: got anyres, expected dhr"),
+        (("tiling=crops", "tiling.newline=false"), "tiling.kind: got crops, expected dhr"),  # no tensor would show it
+        (("tiling=padded",), "tiling.kind: got anyres, expected dhr"),
+        (("projector=mlp2x_gelu",), "projector: got mlp2x_gelu, expected nvlm"),
+        (("projector.inner=hidden",), "projector: got nvlm, expected nvlm"),
+        (("data.image_marks=false",), "data.image_marks: got False, expected true"),
+    ],
+)
+def test_what_nvlms_layout_cannot_hold_is_refused_before_anything_is_written(arch, words, reason):
+    with pytest.raises(ConfigError, match=reason) as refused:
+        nvlm.check(compose_config(f"arch={arch}", "data.seq_length=4096", "data.cross_length=4096", *words))
+    assert ("layout=llava-hf" in str(refused.value)) == (arch == "decoder")  # the others have no such layout
+
+
+def test_a_run_as_in_nvlm_has_its_layout():
+    for arch in ("decoder", "xattn", "hybrid"):
+        nvlm.check(compose_config(f"arch={arch}"))

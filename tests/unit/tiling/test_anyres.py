@@ -22,10 +22,10 @@ from nvlm.tiling.resample import Resampling, halved, taps
 from nvlm.tiling.tags import tile_tags
 
 NEXT = MapTiling(
-    tile_size=336, grids=((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), joined=Joined(newline=True, cap=None), square=None
+    tile_size=336, grids=((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), joined=Joined(newline=True, cap=None), fill=None
 )
 ALL = tuple((cols, rows) for cols in range(1, 7) for rows in range(1, 7))
-ONE_VISION = MapTiling(tile_size=384, grids=ALL, joined=Joined(newline=True, cap=9), square=None)
+ONE_VISION = MapTiling(tile_size=384, grids=ALL, joined=Joined(newline=True, cap=9), fill=None)
 CROPS = replace(NEXT, grids=None, joined=Joined(newline=True, cap=4))
 
 
@@ -214,7 +214,7 @@ def test_one_tile_is_the_whole_picture_and_an_end_of_rows():
 
 
 def test_a_padded_picture_has_its_filling():
-    plan = replace(NEXT, grids=(), square=(10, 20, 30))(200, 100, 1)
+    plan = replace(NEXT, grids=(), fill=(10, 20, 30))(200, 100, 1)
     red = Image.new("RGB", (200, 100), (255, 0, 0))
     for resize in ("exact", "fast", "draft"):
         (tile,) = tile_image(red, plan, resize)
