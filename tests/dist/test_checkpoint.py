@@ -44,6 +44,7 @@ def compare(runs: list[Path]) -> None:
 TRAINED = (*FP32, "stage.train_vision=true", "train.micro_batch=1")
 
 
+@pytest.mark.slow
 def test_another_layout_goes_on_with_a_trained_encoder(tmp_path):
     [expected] = run_distributed(begin, 1, TRAINED, tmp_path / "0")
     layout = ("parallel.pipeline=2", "parallel.distributed_optimizer=true")

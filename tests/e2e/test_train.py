@@ -134,6 +134,7 @@ def test_two_processes_resume_exactly(two, layout):
     assert losses(run) == whole
 
 
+@pytest.mark.slow  # torch is imported four times
 def test_torchrun_s_workers_are_used(unbroken, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(

@@ -24,7 +24,8 @@ def check(config: Config) -> None:
     fix = GENERATE if kind.keys else f"layout=llava-hf, or {GENERATE}"
     built = (kind.projector_kind(projector), projector.norm, projector.bias, projector.inner)
     if built != (kind.projector, True, False, "ffn"):
-        raise problem("projector", projector.name, "nvlm, which is all that modeling_nvlm.py has", fix)
+        got = f"kind={built[0]} norm={projector.norm} bias={projector.bias} inner={projector.inner}"
+        raise problem("projector", got, "projector=nvlm, which is all that modeling_nvlm.py has", fix)
     if tiling.kind != "dhr":
         raise problem("tiling.kind", tiling.kind, "dhr, which is all that modeling_nvlm.py has", fix)
     if not config.data.image_marks:

@@ -133,8 +133,14 @@ def test_new_words_are_the_mean_of_all():
         (("tiling=anyres",), "tiling.kind: got anyres, expected dhr"),
         (("tiling=crops", "tiling.newline=false"), "tiling.kind: got crops, expected dhr"),  # no tensor would show it
         (("tiling=padded",), "tiling.kind: got anyres, expected dhr"),
-        (("projector=mlp2x_gelu",), "projector: got mlp2x_gelu, expected nvlm"),
-        (("projector.inner=hidden",), "projector: got nvlm, expected nvlm"),
+        (
+            ("projector=mlp2x_gelu",),
+            "projector: got kind=mlp norm=False bias=True inner=hidden, expected projector=nvlm",
+        ),
+        (
+            ("projector.inner=hidden",),
+            "projector: got kind=mlp norm=True bias=False inner=hidden, expected projector=nvlm",
+        ),
         (("data.image_marks=false",), "data.image_marks: got False, expected true"),
     ],
 )
