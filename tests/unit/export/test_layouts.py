@@ -135,11 +135,11 @@ def test_new_words_are_the_mean_of_all():
         (("tiling=padded",), "tiling.kind: got anyres, expected dhr"),
         (
             ("projector=mlp2x_gelu",),
-            "projector: got kind=mlp norm=False bias=True inner=hidden, expected projector=nvlm",
+            "projector: got kind=mlp norm=False bias=True inner=hidden",
         ),
         (
             ("projector.inner=hidden",),
-            "projector: got kind=mlp norm=True bias=False inner=hidden, expected projector=nvlm",
+            "projector: got kind=mlp norm=True bias=False inner=hidden",
         ),
         (("data.image_marks=false",), "data.image_marks: got False, expected true"),
     ],
