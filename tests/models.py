@@ -27,12 +27,14 @@ from nvlm.data.pack import collate
 from nvlm.data.record import Record
 from nvlm.data.samples import encode
 from nvlm.data.text.tokenizer import load_tokenizer
+from nvlm.data.video.clip import Video
 from nvlm.vision.encoders.inference import FrozenEncoder
 from nvlm.vision.encoders.internvit import description as internvit
 from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
 from nvlm.weights import llm
 from nvlm.weights.parts import joined, published
+from tests.clips import clip
 from tests.parity.reference import NO_LOSS, RefDims, ReferenceNVLM, RefSample, Segment
 
 TILE = 8  # px
@@ -203,13 +205,14 @@ def loss_and_gradients(twins: Twins, batch: Batch) -> tuple[Tensor, dict[str, Te
 
 @dataclass(frozen=True)
 class Story:
-    """A conversation of (role, text) with `<image>` for each image of (columns, rows) tiles. `form`: how the record
-    marks images; "parts" as content parts, "unmarked" without marks."""
+    """A conversation of (role, text) with `<image>` for each image of (columns, rows) tiles, and after them for each
+    video of so many frames. `form`: how the record marks them; "parts" as content parts, "unmarked" without marks."""
 
     name: str
     turns: tuple[tuple[str, str], ...]
     grids: tuple[tuple[int, int], ...] = ()
     form: str = "marks"
+    videos: tuple[int, ...] = ()
 
     @property
     def pictures(self) -> list[np.ndarray]:
@@ -227,7 +230,8 @@ def record_of(story: Story) -> Record:
             pieces = [[{"type": "text", "text": text}] for text in words.split("<image>")]
             content = list(itertools.chain(pieces[0], *([{"type": "image"}, *piece] for piece in pieces[1:])))
         messages.append({"role": role, "content": content})
-    return Record(story.name, messages, [Image.fromarray(pixels) for pixels in story.pictures])
+    videos = [Video(clip(frames)) for frames in story.videos]
+    return Record(story.name, messages, [*map(Image.fromarray, story.pictures), *videos])
 
 
 def sample_of(story: Story, config: Config) -> Sample:

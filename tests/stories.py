@@ -30,6 +30,13 @@ SIDE_BY_SIDE = Story(
     ((1, 1), (2, 1), (1, 1)),
 )
 SIX = Story("six", (("user", "all of <image>"), ("assistant", "three by two")), ((3, 2),))
+VIDEO = Story("video", (("user", "<image> moves?"), ("assistant", "it does")), videos=(9,))
+BESIDE_A_VIDEO = Story(
+    "beside-a-video",
+    (("user", "<image> or <image>"), ("assistant", "the second"), ("user", "why?"), ("assistant", "it moves")),
+    ((2, 1),),
+    videos=(20,),
+)
 TEXT = Story("text", (("user", "2 + 2?"), ("assistant", "4, of course"), ("user", "5?"), ("assistant", "no")))
 
 INPUTS = {

@@ -22,11 +22,13 @@ gpus=N          GPUs of the whole run
 gpu=NAME        one of {", ".join(GPUS)}; default: this machine's kind
 top=8           layouts to show
 tiles=N text=N  every sample has an image of N regular tiles and N tokens of text with labels
+frames=N        every sample has a video of N frames instead of an image
 json=PATH       writes all layouts that fit, with every part of their estimates
 arch=hybrid llm=qwen2-72b precision=fp8_current +experiment=nvlm_h_72b_sft ...   as for launch/train.py;
                 keys such as parallel.tensor=8 or train.recompute=full restrict the layouts"""
 
-OPTIONS = ("gpus", "top", "tiles", "text", "json")
+LEAST = {"gpus": 1, "top": 1, "tiles": 0, "text": 1, "frames": 1}  # of numbers
+OPTIONS = (*LEAST, "json")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
 def _answer(arguments: Sequence[str]) -> int:
     own = {key: value for key, _, value in (word.partition("=") for word in arguments) if key in OPTIONS}
     others = [word for word in arguments if word.partition("=")[0] not in OPTIONS]
-    numbers = {key: _number(own, key, least) for key, least in (("gpus", 1), ("top", 1), ("tiles", 0), ("text", 1))}
+    numbers = {key: _number(own, key, least) for key, least in LEAST.items()}
     if numbers["gpus"] is None:
         raise problem("gpus", "nothing", "the number of GPUs of the whole run", "gpus=64")
     if "json" in own and not Path(own["json"]).parent.is_dir():
@@ -49,12 +51,18 @@ def _answer(arguments: Sequence[str]) -> int:
     gpu = GPUS[config.gpu] if config.gpu else _here()
     if gpu.peak(config.precision.name) is None:
         raise problem(f"precision={config.precision.name}", f"gpu={config.gpu}", "a GPU with FP8", "precision=bf16")
-    tiles = numbers["tiles"]
+    tiles, frames = numbers["tiles"], numbers["frames"]
+    if tiles is not None and frames is not None:
+        raise problem("frames", frames, "nothing beside tiles: a sample has an image or a video", "one of them alone")
+    if frames is not None and frames > config.video.frames:
+        fix = f"frames={config.video.frames}, or video.frames={frames}"
+        raise problem("frames", frames, f"at most video.frames={config.video.frames}", fix)
     if tiles is not None and tiles > config.tiling.max_tiles:
         fix = f"tiles={config.tiling.max_tiles}, or tiling.max_tiles={tiles}"
         raise problem("tiles", tiles, f"at most tiling.max_tiles={config.tiling.max_tiles}", fix)
     fixed = [word.partition("=")[0].lstrip("+") for word in others]
-    found = plan(config, numbers["gpus"], gpu, [key for key in fixed if "." in key], tiles, numbers["text"])
+    fixed = [key for key in fixed if "." in key]
+    found = plan(config, numbers["gpus"], gpu, fixed, tiles, numbers["text"], frames or 0)
     print_plan(found, config, numbers["top"] or 8)
     if "json" in own:
         write_whole(Path(own["json"]), json.dumps(as_json(found), indent=1) + "\n")

@@ -68,11 +68,17 @@ class Plan:
 
 
 def plan(
-    config: Config, gpus: int, gpu: GPU, fixed: Sequence[str] = (), tiles: int | None = None, text: int | None = None
+    config: Config,
+    gpus: int,
+    gpu: GPU,
+    fixed: Sequence[str] = (),
+    tiles: int | None = None,
+    text: int | None = None,
+    frames: int = 0,
 ) -> Plan:
     """Try all layouts. `fixed`: keys (parallel.tensor, train.recompute, ...) that keep their values in `config`.
 
-    `tiles`, `text`: as in `step_load`.
+    `tiles`, `text`, `frames`: as in `step_load`.
     """
     fitting, large, refused = [], [], {}
     for candidate in candidates(config, gpus, fixed):
@@ -83,7 +89,7 @@ def plan(
             # Reasons that differ only in numbers are merged.
             refused.setdefault(re.sub(r"\d+", "", reason), (reason, []))[1].append(name(candidate))
             continue
-        load = step_load(candidate, replicas, tiles, text)
+        load = step_load(candidate, replicas, tiles, text, frames)
         needed = memory(candidate, replicas, load)
         fits = needed.total <= gpu.memory
         found = Option(

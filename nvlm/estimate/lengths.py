@@ -1,12 +1,12 @@
-"""The number of tokens per image: exact with a tokenizer, else from the preset's tag length.
+"""The number of tokens per image or video: exact with a tokenizer, else from the preset's tag length.
 
-Also the work in a sample with one image, for estimates.
+Also the work in a sample with one image or video, for estimates.
 """
 
 from __future__ import annotations
 
 from nvlm.arch.registry import placement_rule
-from nvlm.config.tiles import tiling_of
+from nvlm.config.tiles import frames_of, tiling_of
 from nvlm.config.values import Config, problem
 from nvlm.data.amounts import Work
 from nvlm.data.text.tokenizer import tokenizer_of
@@ -32,19 +32,21 @@ def image_tokens(config: Config, plan: TilePlan) -> tuple[int, int]:
 
 
 def place(config: Config, plan: TilePlan) -> Placement:
-    """The placement of an image with the tile plan `plan`."""
-    tokens = [config.vision.tile_tokens] * plan.num_tiles
-    return placement_rule(config.arch.name)(plan, tag_ids(config, plan), tokens)
+    """The placement of an image or a video with the tile plan `plan`."""
+    return placement_rule(config.arch.name)(plan, tag_ids(config, plan), plan.tokens(config.vision.tile_tokens))
 
 
-def sample_work(config: Config, text: int, regular: int) -> Work:
-    """The work in a sample of one image with `regular` tiles (plus thumbnail and tags), then `text` tokens with labels.
+def plan_of(config: Config, tiles: int, frames: int = 0) -> TilePlan | None:
+    """The plan of a video of `frames` frames, or else of an image with `tiles` regular tiles; None if both are 0."""
+    if frames:
+        return frames_of(config.video, config.tiling, config.vision).of(frames)
+    return tiling_of(config.tiling, config.vision).of(tiles) if tiles else None
 
-    `regular` = 0: no image.
-    """
-    if not regular:
+
+def sample_work(config: Config, text: int, plan: TilePlan | None) -> Work:
+    """The work in a sample of one image or video, if there is a `plan`, then `text` tokens with labels."""
+    if plan is None:
         return Work(tokens=text, pairs=text * (text + 1) // 2, outputs=text)
-    plan = tiling_of(config.tiling, config.vision).of(regular)
     placement = place(config, plan)
     stream, keys = placement.lengths
     of_tile = [sum(p.length for p in placement.cross if p.tile == tile) for tile in range(plan.num_tiles)]

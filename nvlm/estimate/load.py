@@ -1,8 +1,8 @@
 """The work of a replica's step, with one sample representing all.
 
-The sample is one image with `tiles` regular tiles, thumbnail and tags, and text, all of it with labels. By default it
-has the maximum number of tiles, and its text is as long as data.seq_length allows. Rows take as many such samples as
-fit. Lengths are as computed, including padding.
+The sample is one image with `tiles` regular tiles, thumbnail and tags, or one video of `frames` frames, and text, all
+of it with labels. By default it is an image with the maximum number of tiles, and its text is as long as
+data.seq_length allows. Rows take as many such samples as fit. Lengths are as computed, including padding.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nvlm.config.tiles import tiling_of
 from nvlm.config.values import Config
 from nvlm.data.amounts import Work
-from nvlm.estimate.lengths import place, sample_work
+from nvlm.estimate.lengths import place, plan_of, sample_work
 
 if TYPE_CHECKING:
     from nvlm.data.batch import Batch
@@ -46,15 +45,20 @@ class Load:
         return self.work.tiles * self.micro_batches
 
 
-def step_load(config: Config, replicas: int, tiles: int | None = None, text: int | None = None) -> Load:
-    """The load of each of `replicas`. `tiles`, `text`: regular tiles and text tokens per sample; None: the most."""
+def step_load(
+    config: Config, replicas: int, tiles: int | None = None, text: int | None = None, frames: int = 0
+) -> Load:
+    """The load of each of `replicas`.
+
+    `tiles`, `text`: regular tiles and text tokens per sample; None: the most. `frames`: a video instead of an image.
+    """
     data, p = config.data, config.parallel
-    tiles = config.tiling.max_tiles if tiles is None else tiles
+    plan = plan_of(config, config.tiling.max_tiles if tiles is None else tiles, frames)
     if text is None:
-        image = sample_work(config, 0, tiles).tokens
+        image = sample_work(config, 0, plan).tokens
         longest = min(data.seq_length, data.row_length)  # rows may be shorter than the longest sample
         text = max((longest if longest > image else data.seq_length) - image, 1)
-    sample = sample_work(config, text, tiles)
+    sample = sample_work(config, text, plan)
     a_row = max(1, data.row_length // sample.tokens)
     if sample.keys:
         a_row = max(1, min(a_row, data.cross_length // sample.keys))
@@ -65,7 +69,7 @@ def step_load(config: Config, replicas: int, tiles: int | None = None, text: int
     if p.virtual > 1:  # interleaved schedules need a multiple
         micro_batches = math.ceil(micro_batches / p.pipeline) * p.pipeline
     each = rows * min(a_row, samples)
-    stream, keys = _from_tiles(config, tiles)
+    stream, keys = place(config, plan).from_tiles if plan else (0, 0)
     return Load(
         work=Work(**{f.name: each * getattr(sample, f.name) for f in dataclasses.fields(Work)}),
         rows=rows,
@@ -93,13 +97,6 @@ def batch_load(batch: Batch, work: Work) -> Load:
         each=sum(map(len, batch.ids)),
         samples=sum(map(len, batch.ids)),
     )
-
-
-def _from_tiles(config: Config, tiles: int) -> tuple[int, int]:
-    """Number of the sample's tile tokens in the text stream and among the keys."""
-    if not tiles:
-        return 0, 0
-    return place(config, tiling_of(config.tiling, config.vision).of(tiles)).from_tiles
 
 
 def _up(count: int, multiple: int) -> int:

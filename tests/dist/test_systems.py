@@ -1,4 +1,4 @@
-"""LLaVA-OneVision in every layout: a SigLIP that learns, AnyRes with its cap, row ends, two linears and Qwen2.
+"""LLaVA-OneVision in every layout: a SigLIP that learns, AnyRes with its cap, videos, row ends, two linears and Qwen2.
 
 The reference is transformers' class in fp64. Each layout reads its folder, so reading is tested as well; what each
 picture's tokens are, how many and in which order, comes from transformers' own code.
@@ -27,16 +27,19 @@ from nvlm.weights.parts import published
 from tests.dist.layouts import ALL, LAYOUTS, MICRO_BATCHES, Case, metadata, outcomes_of
 from tests.models import TILE, Story, below, record_of, sample_of, small_config
 from tests.near import assert_gradients_near
+from tests.stories import BESIDE_A_VIDEO, TEXT, VIDEO
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
-PLACEHOLDER = 343  # an id that no text uses
+PLACEHOLDER = 343  # an id that no text uses; the one before it stands for videos
+STEPS = (*MICRO_BATCHES[:2], (*MICRO_BATCHES[2], (BESIDE_A_VIDEO, TEXT), (VIDEO,)), *MICRO_BATCHES[3:])
 GRIDS = ("1x1", "1x2", "2x1", "2x2", "1x3", "3x1", "3x2")
 SETTINGS = (
     "arch=decoder", "vision.encoder=siglip", "vision.norm=layer", "vision.qkv_bias=true", "vision.qk_norm=false",
     "vision.downsample=1", "vision.norm_eps=1e-6", "projector=mlp2x_gelu", "tiling=anyres_max_9", "tiling.cap=2",
     f"tiling.pinpoints=[{','.join(GRIDS)}]", "tiling.max_tiles=6", "tiling.unpad=digits", "tiling.several=same",
     "data.image_marks=false", "stage.train_vision=true", "stage.new=[]", "llm.layers=4",
+    "video.pool=bilinear", "video.separator=once", "video.frames=3",
 )  # fmt: skip
 
 
@@ -79,16 +82,18 @@ def losses_of(model, story: Story, config: Config) -> Tensor:
     """The loss at each trained token of a story."""
     sample, known = sample_of(story, config), description_of(config.vision)
     pixels = normalize(sample.pixels, known.mean, known.std, torch.float64)
-    record, images, sizes, first = record_of(story), [], [], 0
-    for image, plan in zip(record.images, _plans(story, config)):
-        tiles = pixels[first : first + plan.num_tiles]
-        images.append(torch.cat((tiles[-1:], tiles[:-1])))  # theirs has the whole picture first
-        sizes.append(image.size[::-1])
-        first += plan.num_tiles
-    most = max(map(len, images), default=0)
-    padded = [torch.cat((image, image.new_zeros(most - len(image), *image.shape[1:]))) for image in images]
-    shown = dict(pixel_values=torch.stack(padded), image_sizes=torch.tensor(sizes)) if images else {}
-    ids = torch.where(sample.tokens == IMAGE, PLACEHOLDER, sample.tokens)
+    tiles = pixels.split([plan.num_tiles for plan in _plans(story, config)])
+    images = [torch.cat((each[-1:], each[:-1])) for each in tiles[: len(story.grids)]]  # theirs: whole picture first
+    shown = {}
+    if images:
+        most = max(map(len, images))
+        padded = [torch.cat((image, image.new_zeros(most - len(image), *image.shape[1:]))) for image in images]
+        sizes = [image.size[::-1] for image in record_of(story).images[: len(images)]]
+        shown |= dict(pixel_values=torch.stack(padded), image_sizes=torch.tensor(sizes))
+    if story.videos:
+        shown |= dict(pixel_values_videos=torch.stack(tiles[len(images) :]))
+    kinds = torch.where(sample.image < len(images), PLACEHOLDER, PLACEHOLDER - 1)
+    ids = torch.where(sample.tokens == IMAGE, kinds, sample.tokens)
     assert not (sample.tokens >= PLACEHOLDER - 1).any()
     logits = model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], **shown).logits[0]
     labels = sample.labels
@@ -116,11 +121,11 @@ def expected(tmp_path_factory) -> Expected:
     folder = tmp_path_factory.mktemp("release")
     config = small_config(*SETTINGS, f"init.release={folder}", "init.vision=null", "dry_run=true")
     model = released(config, folder)
-    stories = [story for rows in MICRO_BATCHES for row in rows for story in row]
+    stories = [story for rows in STEPS for row in rows for story in row]
     losses = torch.cat([losses_of(model, story, config) for story in stories])
     losses.mean().backward()
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
-    return Expected(Case(config, folder, MICRO_BATCHES), float(losses.mean()), gradients)
+    return Expected(Case(config, folder, STEPS), float(losses.mean()), gradients)
 
 
 @pytest.fixture(scope="module")

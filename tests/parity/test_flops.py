@@ -22,13 +22,13 @@ from nvlm.data.batch import PAD, Batch
 from nvlm.data.pack import collate
 from nvlm.data.work import count_work
 from nvlm.estimate.flops import backward, forward, hardware_flops, model_flops
-from nvlm.estimate.lengths import sample_work
+from nvlm.estimate.lengths import plan_of, sample_work
 from nvlm.train.optim import freeze
 from nvlm.vision.back import with_leaf
 from nvlm.vision.encoders.internvit.model import InternViT
 from nvlm.vision.path import VisionPath, solo_groups
 from tests.models import Story, sample_of, small_config
-from tests.stories import GRIDS, INPUTS, ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO
+from tests.stories import GRIDS, INPUTS, ONE, ONE_TILE, SIDE_BY_SIDE, TEXT, TWO, VIDEO
 
 ARCHITECTURES = ("decoder", "xattn", "hybrid")
 STAGES = {
@@ -172,8 +172,8 @@ def test_a_sample_of_one_image_is_foretold(arch, tiles):
     config = small_config(f"arch={arch}")
     story = Story("told", (("user", "<image>"), ("assistant", "seven of them")), (GRIDS[tiles],))
     got = count_work(batch_for(config, [[story]]))
-    text = got.tokens - sample_work(config, 0, tiles).tokens
-    told = sample_work(config, text, tiles)
+    text = got.tokens - sample_work(config, 0, plan_of(config, tiles)).tokens
+    told = sample_work(config, text, plan_of(config, tiles))
     in_front = int((batch_for(config, [[story]]).image == PAD).sum()) - int(
         (batch_for(config, [[story]]).sample == PAD).sum()
     )
@@ -181,10 +181,21 @@ def test_a_sample_of_one_image_is_foretold(arch, tiles):
     assert got == dataclasses.replace(told, cross_pairs=told.cross_pairs - in_front * told.keys, outputs=got.outputs)
 
 
+@pytest.mark.parametrize("pooled", ["after", "before"])
+def test_a_sample_of_one_video_is_foretold(pooled):
+    shown = ("video.frames=5", "video.pool=average", f"video.before_projector={str(pooled == 'before').lower()}")
+    config = small_config("arch=decoder", *shown)
+    got = count_work(batch_for(config, [[VIDEO]]))
+    plan = plan_of(config, 0, frames=5)
+    told = sample_work(config, got.tokens - sample_work(config, 0, plan).tokens, plan)
+    assert got.tiles == 5
+    assert got == dataclasses.replace(told, outputs=got.outputs)
+
+
 def test_text_alone_is_foretold():
     config = small_config("arch=hybrid")
     got = count_work(batch_for(config, [[TEXT]]))
-    assert got == dataclasses.replace(sample_work(config, got.tokens, 0), outputs=got.outputs)
+    assert got == dataclasses.replace(sample_work(config, got.tokens, None), outputs=got.outputs)
 
 
 def test_work_adds_up_over_rows():
@@ -210,9 +221,9 @@ def test_the_paper_s_samples_cost_what_is_estimated_of_them(configured, letter, 
     """Yi-34B, SFT, 1024 tokens of text and 6 + 1 tiles without tags (NVLM Table 3). The estimates assume ungrouped keys
     and values in cross-attention, where ours are grouped: 10 TF of X, 8 TF of H."""
     config = configured(f"+experiment=nvlm_{letter}_34b_sft", "dry_run=true", "tiling.tag=none")
-    grouped = model_flops(config, sample_work(config, text=1024, regular=6))
+    grouped = model_flops(config, sample_work(config, 1024, plan_of(config, 6)))
     llm = dataclasses.replace(config.llm, kv_heads=config.llm.heads)
-    ungrouped = model_flops(dataclasses.replace(config, llm=llm), sample_work(config, text=1024, regular=6))
+    ungrouped = model_flops(dataclasses.replace(config, llm=llm), sample_work(config, 1024, plan_of(config, 6)))
     total = grouped.total + ungrouped.cross_linears - grouped.cross_linears
     assert total / 1e15 == pytest.approx(petaflops, abs=0.006)
     assert grouped.vision / 1e15 == pytest.approx(0.084, abs=0.0005)

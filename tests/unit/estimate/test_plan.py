@@ -46,6 +46,15 @@ def test_samples_fill_rows_and_rows_a_replica_s_step(configured):
     assert load.work.outputs == 4 * (1280 - 256 - 5)  # no label on an image's tokens
 
 
+def test_a_video_is_a_tile_per_frame_and_costs_the_encoder_most(configured):
+    config = configured("+experiment=llava_next_video_7b", "dry_run=true")
+    image, video = step_load(config, 8), step_load(config, 8, frames=32)
+    assert (video.each, video.work.tiles) == (1, 32)
+    assert video.work.tokens - video.work.outputs == 32 * 144  # 12 x 12 a frame, pooled after the projector
+    assert video.stream_from_tiles == video.work.projected == 32 * 576
+    assert memory(config, 8, video).total > memory(config, 8, image).total
+
+
 @pytest.mark.parametrize("arch", "dxh")
 @pytest.mark.parametrize("size", ["34b", "72b"])
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
@@ -214,6 +223,8 @@ def test_where_nothing_fits_the_nearest_is_told(configured, capsys):
         (["gpus=8"], "gpu: got nothing, on a machine without a GPU"),
         (["gpus=8", "gpu=a100-80gb", "llm=qwen2-7b", "precision=fp8_current"], "expected a GPU with FP8"),
         (["gpus=8", "gpu=h100", "tiles=7"], "tiles: got 7, expected at most tiling.max_tiles=6"),
+        (["gpus=8", "gpu=h100", "frames=9"], "frames: got 9, expected at most video.frames=8. Fix: frames=8, or video"),
+        (["gpus=8", "gpu=h100", "frames=8", "tiles=6"], "frames: got 8, expected nothing beside tiles"),
         (["gpus=8", "gpu=h100", "arch=decoder,xattn"], "2 configurations"),
         (["gpus=8", "gpu=h100", "gpsu=8"], "gpsu: got a key that does not exist, expected one of gpu, gpus"),
         (["gpus=8", "gpu=h100", "parallel.tensor=3"], "parallel.tensor: got 3"),
