@@ -39,10 +39,10 @@ OWN = {
 }
 
 
-def model_of(kind: str, seed: int = 6) -> transformers.PreTrainedModel:
-    """transformers' class for `kind`, next or onevision."""
+def model_of(kind: str, seed: int = 6, tied: bool = False) -> transformers.PreTrainedModel:
+    """transformers' class for `kind`, next or onevision. `tied`: the output layer is the word embedding."""
     common = dict(
-        image_token_id=IMAGE_ID, video_token_id=VIDEO_ID, image_grid_pinpoints=PINPOINTS, tie_word_embeddings=False
+        image_token_id=IMAGE_ID, video_token_id=VIDEO_ID, image_grid_pinpoints=PINPOINTS, tie_word_embeddings=tied
     )
     if kind == "next":
         tower = transformers.CLIPVisionConfig(**TOWER, num_hidden_layers=3)
@@ -52,7 +52,7 @@ def model_of(kind: str, seed: int = 6) -> transformers.PreTrainedModel:
         model = transformers.LlavaNextForConditionalGeneration(config)
     else:
         tower = transformers.SiglipVisionConfig(**TOWER, num_hidden_layers=2, vision_use_head=False)
-        words = transformers.Qwen2Config(**WORDS)
+        words = transformers.Qwen2Config(**WORDS, tie_word_embeddings=tied)
         config = transformers.LlavaOnevisionConfig(
             vision_config=tower, text_config=words, vision_aspect_ratio="anyres_max_2", **common
         )
@@ -60,9 +60,9 @@ def model_of(kind: str, seed: int = 6) -> transformers.PreTrainedModel:
     return scatter(model, seed)
 
 
-def write(folder: Path, kind: str, hub: bool = False) -> transformers.PreTrainedModel:
+def write(folder: Path, kind: str, hub: bool = False, tied: bool = False) -> transformers.PreTrainedModel:
     """A folder as transformers writes it or, with `hub`, with the names that its tensors had in 2024."""
-    model = model_of(kind)
+    model = model_of(kind, tied=tied)
     model.save_pretrained(folder)
     if hub:
         file = folder / "model.safetensors"

@@ -58,20 +58,27 @@ def compared(run: Path, out: Path) -> Parity:
     return parity(str(run), out)
 
 
-@pytest.mark.parametrize(
-    ("kind", "trained"),
-    [pytest.param(kind, trained, marks=pytest.mark.slow) for kind, trained in (("next", True), ("onevision", False))],
-)
-def test_llava_hf_comes_back_and_transformers_loads_it(tmp_path, kind, trained):
+HUB = {
+    "next, encoder learns": ("next", ("stage.train_vision=true",), "LlavaNext"),
+    "next for videos": ("next", ("video.pool=average", "video.before_projector=true"), "LlavaNextVideo"),
+    "onevision": ("onevision", (), "LlavaOnevision"),
+    "onevision, tied": ("onevision", ("llm.tied=true",), "LlavaOnevision"),  # as the published 0.5B
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", HUB)
+def test_llava_hf_comes_back_and_transformers_loads_it(tmp_path, case):
+    kind, words, name = HUB[case]
     release, run = tmp_path / "release", tmp_path / "run"
-    hub.write(release, kind, hub=True)
-    learns = ("stage.train_vision=true",) if trained else ()
-    out = there_and_back(run, release, "llava-hf", *hub.OWN[kind], *learns)
+    hub.write(release, kind, hub=True, tied="llm.tied=true" in words)
+    out = there_and_back(run, release, "llava-hf", *hub.OWN[kind], *words)
     assert_same(tensors_in(out), load_file(release / "model.safetensors"))
     theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (release, out))
-    written = {"architectures", "model_type", "image_grid_pinpoints", "image_token_index", "vision_feature_layer"}
-    for name in (written | {"vision_feature_select_strategy", "vision_aspect_ratio"}) & theirs.keys():
-        assert ours[name] == theirs[name], name
+    assert ours["architectures"] == [f"{name}ForConditionalGeneration"]
+    same = {"image_grid_pinpoints", "image_token_index", "vision_feature_layer", "tie_word_embeddings"}
+    for key in (same | {"vision_feature_select_strategy", "vision_aspect_ratio"}) & theirs.keys():
+        assert ours[key] == theirs[key], key
     [found] = run_distributed(compared, 1, run, out)
     assert found.same_ids and found.largest < 1e-4 and found.tokens > 60
 
