@@ -86,7 +86,7 @@ OTHERS = {  # as above; then parameters of encoder, projector and language model
     "llava_next_sft_7b": ((1e-5, 2e-6, 128, 5938, 4096, 4), ALL, (CLIP, mlp(1024, 4096) + 4096, LLAMA)),
     "llava_next_video_7b": ((1e-5, 2e-6, 128, 6720, 8192, 4), ALL, (CLIP, mlp(1024, 4096) + 4096, LLAMA)),
     "llava_next_interleave_7b": (
-        (1e-5, 2e-6, 128, 9200, 32768, 4), ALL, (SIGLIP, mlp(1152, 4096) + 4096, qwen2(32, 4096, 4096, 11008, 151936)),
+        (1e-5, 2e-6, 256, 4600, 32768, 4), ALL, (SIGLIP, mlp(1152, 4096) + 4096, qwen2(32, 4096, 4096, 11008, 151936)),
     ),
 }  # fmt: skip
 
