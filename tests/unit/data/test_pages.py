@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -72,6 +73,21 @@ def test_questions_about_positions_share_no_sign_of_position_with_any_tag():
     ]
     letters = {found for question in questions for found in named.findall(question)}
     assert letters == set("ABCDEF") and not letters & set(named.findall(tags))
+
+
+def test_who_does_not_see_the_page_answers_one_question_in_ten():
+    """The likeliest answer to each question and kind of page, found on one half of the pages, asked on the other."""
+    asked = {"train": Counter(), "heldout": Counter()}
+    for split, found in asked.items():
+        for index in range(1500):
+            lines, answers = turns(make_page(split, 5, index, 4, "text", "positions"))
+            shape = tuple(map(len, lines))  # all that is known of a page: even its grid
+            found.update((shape, question, answer) for question, answer in answers.items())
+    best: dict[tuple, tuple[int, str]] = {}
+    for (shape, question, answer), count in asked["train"].items():
+        best[shape, question] = max(best.get((shape, question), (0, "")), (count, answer))
+    right = sum(asked["heldout"][shape, question, answer] for (shape, question), (_, answer) in best.items())
+    assert 0.03 < right / asked["heldout"].total() < 0.1
 
 
 def test_a_page_about_positions_is_the_same_task_on_other_pages():
