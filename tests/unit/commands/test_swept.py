@@ -49,6 +49,17 @@ def test_the_command_line_replaces_a_list(written):
     assert {one[3] for one in found} == {"resume=never"}
 
 
+SWEPT = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if "\nsweep:" in path.read_text())
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_every_sweep_of_the_project_composes(name):
+    found = combinations("-m", f"+experiment={name}")
+    for words in (found[0], found[-1]):  # they differ in the value of every list
+        assert compose_config(*words, "dry_run=true")
+    assert len(set(found)) == len(found) > 1
+
+
 def test_the_paper_s_comparison_has_five_tilings_and_three_architectures_with_three_seeds():
     found = combinations("-m", TAGS)
     values = {
