@@ -39,20 +39,18 @@ from nvlm.runs.ownership import ROOT, check_folder, outlook, owned
 from nvlm.runs.sinks import steady_streams
 
 
-def start(config: Config, run_dir: Path, started: float) -> None:
-    """Train: in this process under torchrun or srun, else in our own workers."""
+def start(config: Config, run_dir: Path, started: float) -> bool:
+    """Train: in this process under torchrun or srun, else in our own workers. Returns whether a signal ended it."""
     steady_streams()
     check_weights(config, run_dir)
     task = launched()
     if task is None:
         with owned(run_dir) as lock:
             _look(config, run_dir)
-            if _has_work(config, run_dir):
-                _in_workers(config, run_dir, started, lock)
-        return
+            return _has_work(config, run_dir) and _in_workers(config, run_dir, started, lock)
     with contextlib.ExitStack() as held:
         refusal = _claim(config, run_dir, held) if task.rank == 0 else None
-        work(config, run_dir, started, refusal)
+        return work(config, run_dir, started, refusal)
 
 
 def _look(config: Config, run_dir: Path) -> None:
@@ -78,16 +76,20 @@ def _claim(config: Config, run_dir: Path, held: contextlib.ExitStack) -> str | N
     return None
 
 
-def _in_workers(config: Config, run_dir: Path, started: float, lock: int) -> None:
-    """Train in workers. They get the configuration in memory: a file in the folder could be from another start."""
+def _in_workers(config: Config, run_dir: Path, started: float, lock: int) -> bool:
+    """Train in workers; returns whether a signal ended them.
+
+    They get the configuration in memory: a file in the folder could be from another start.
+    """
     with open(os.memfd_create("config"), "w", encoding="utf-8") as file:
         file.write(OmegaConf.to_yaml(OmegaConf.create(to_mapping(config))))
         file.flush()
         arguments = ["-m", "nvlm.commands.launch", str(file.fileno()), str(run_dir), repr(started)]
         processes = config.parallel.replica * config.parallel.data
         status, stopped = spawn(arguments, processes, config.train.stop_seconds, (file.fileno(), lock))
-    if status or stopped:  # a signal also ends a sweep
+    if status:
         sys.exit(status)
+    return stopped
 
 
 def spawn(
@@ -102,15 +104,16 @@ def spawn(
     return run_workers([sys.executable, *arguments], processes, environment, stop_seconds, inherit)
 
 
-def work(config: Config, run_dir: Path, started: float, refusal: str | None = None) -> None:
-    """Train in this process. `refusal`: the first rank's reason not to start, which it passes to the others."""
+def work(config: Config, run_dir: Path, started: float, refusal: str | None = None) -> bool:
+    """Train in this process; returns whether a signal ended it. `refusal`: the first rank's reason not to start, which
+    it passes to the others."""
     begin_process(config.parallel)
     steady_streams()
     take_forks_along()
     from nvlm.evaluate.during import evaluation_of
     from nvlm.train.loop import run
 
-    run(config, run_dir, refusal, evaluation_of(config, run_dir, started))
+    return run(config, run_dir, refusal, evaluation_of(config, run_dir, started))
 
 
 def begin_process(parallel: ParallelConfig) -> None:

@@ -207,12 +207,14 @@ def _folder(arguments: Sequence[str]) -> Path:
 def _through_hydra(started: float) -> None:
     """Start each run through Hydra, in the folder that Hydra names. Also handles --help and similar flags."""
     begins = iter([started])  # only the first run of a sweep starts with the command
+    stopped: list[Path] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its own traceback and exits
 
     @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
     def job(composed: DictConfig) -> None:
         run_dir = Path(HydraConfig.get().runtime.output_dir)
-        if status := answered(lambda: _start(composed, run_dir, next(begins, time.time()))):
+        status = answered(lambda: _start(composed, run_dir, next(begins, time.time()), stopped))
+        if status or stopped:  # a signal also ends a sweep, and a sequence of stages
             sys.exit(status)
 
     try:
@@ -221,12 +223,14 @@ def _through_hydra(started: float) -> None:
         raise explain(error) from None
 
 
-def _start(composed: DictConfig, run_dir: Path, started: float) -> int:
+def _start(composed: DictConfig, run_dir: Path, started: float, stopped: list[Path]) -> int:
+    """Run a configuration. If a signal ends it, its folder is added to `stopped`."""
     from nvlm.commands import launch
 
     config = to_config(composed)
     if in_job():
         launch.check_machine(config)
     with requeued(lambda: steps_done(run_dir) < config.train.steps):
-        launch.start(config, run_dir, started)
+        if launch.start(config, run_dir, started):
+            stopped.append(run_dir)
     return 0

@@ -49,8 +49,8 @@ from nvlm.vision.path import VisionPath, build_vision, load_encoder, new_encoder
 from nvlm.vision.prepass import BalancedVision, build_team
 
 
-def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: Evaluation | None = None) -> None:
-    """Train and evaluate, unless a signal ends the run.
+def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: Evaluation | None = None) -> bool:
+    """Train and evaluate; returns whether a signal ended the run.
 
     `refusal`: the first rank's reason not to start, which all ranks raise as a ConfigError.
     """
@@ -86,7 +86,7 @@ def run(config: Config, run_dir: Path, refusal: str | None = None, evaluation: E
             print(describe(config))
             if line := training_note(config):
                 print(f"note: {line}")
-        train(trainer, config, steps, loaded, run_dir, watch.mark, tracker, evaluation)
+        return train(trainer, config, steps, loaded, run_dir, watch.mark, tracker, evaluation)
 
 
 def train(
@@ -98,8 +98,8 @@ def train(
     on_phase: Callable[[int, str], None],
     tracker: Tracker | Silent,
     evaluation: Evaluation | None,
-) -> None:
-    """The loop. SIGTERM and SIGINT end it, after saving a checkpoint.
+) -> bool:
+    """The loop. SIGTERM and SIGINT end it, after saving a checkpoint; returns whether one did.
 
     `on_phase`: called at the start of each phase of a step. Raises BrokenRun after too many bad steps in a row.
     """
@@ -118,7 +118,7 @@ def train(
         evaluate = Evaluations(evaluation, trainer, signals, metrics, checkpoints, on_phase)
         if not evaluate.before(first, settings.steps, guard):
             signals.obey()
-            return
+            return True
         mark(first + 1, "data")
         coming = load_steps(steps, first, config.data.workers, pinned=has_cuda())
         loader = impatient(coming, signals.came, settings.stop_seconds / 4)
@@ -161,6 +161,7 @@ def train(
             stop = not evaluate(settings.steps, guard)
         if stop:
             _stopped(checkpoints, signals, metrics)
+        return stop
 
 
 def _stopped(checkpoints: Checkpoints, signals: Signals, metrics: Metrics) -> None:

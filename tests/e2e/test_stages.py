@@ -52,3 +52,16 @@ def test_stages_follow_each_other_and_go_on_after_a_signal(tmp_path):
     first, last = losses(text), losses(sft)
     assert first[0]["text"] > first[4]["text"] == last[0]["text"] and last[4].keys() == {"pages", "text"}
     assert losses(pretrain)[30]["pages"] == last[0]["pages"]
+
+
+@pytest.mark.slow
+def test_a_signal_after_a_stage_s_last_step_ends_the_sequence(tmp_path):
+    """All steps of the first stage are done, but not its evaluation: the second one must not begin."""
+    words = ["evaluate.questions=60" if word == "evaluate.questions=0" else word for word in FEW]
+    process = start(tmp_path, *words, "evaluate.batch=2", "name=mine")
+    wait_for(lambda: (found := at(tmp_path, 0)) and found.phase == "evaluate" and found.step >= 4)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    output = (tmp_path / "output").read_text()
+    assert process.exitcode == 0 and "stopped by SIGTERM after step 4" in output, output
+    assert steps_done(tmp_path / "runs" / "mine" / "tiny_text") == 4 and "stage 2 of 3" not in output
