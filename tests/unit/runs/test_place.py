@@ -16,6 +16,11 @@ def test_a_plain_name_stays_as_it_is(plain):
     assert sweep_folder(plain) == plain
 
 
+def test_marks_in_front_of_keys_are_no_part_of_a_name():
+    assert sweep_folder("++data.sources.text.weight=1,+x=2,seed=3") == "data.sources.text.weight=1,x=2,seed=3"
+    assert sweep_folder("a=1,b=+2,c=++") == "a=1,b=+2,c=++"
+
+
 LONG = ",".join(f"llm.something_{i}=1" for i in range(30))
 ODD = ["data.path=/a/b/c.jsonl", 'name="é"', LONG, "é" * 150, "a\0b", "../x", "/", "", "..", "a\nb", ".hidden"]
 
