@@ -16,8 +16,8 @@ _LONGEST = 200  # bytes of a folder's name; file systems allow 255
 def sweep_folder(overrides: str) -> str:
     """A folder name for `overrides`, such as "arch=xattn,seed=2": the same text if that is a good name.
 
-    Otherwise slashes, quotes and spaces are replaced, a long name is cut, and a digest keeps names distinct. The marks +
-    and ++ in front of keys are left out.
+    Otherwise slashes, quotes and spaces are replaced, a long name is cut, and a digest keeps names distinct. The marks
+    + and ++ in front of keys are left out.
     """
     overrides = re.sub(r"(^|,)\+{1,2}(?=[^,=]+=)", r"\1", overrides)
     name = re.sub(r"[/\\\"'\s\0]+", "_", overrides).lstrip(".") or "default"
