@@ -110,8 +110,8 @@ def kill_once(where: Path, moment: str, victim: str, chance: random.Random) -> t
                     os.kill(pid, signal.SIGKILL)
         process.kill()
     inside = bool(list((where / "runs" / "run" / "checkpoints").glob(".*partial")))
-    process.join(20)
-    wait_for(lambda: not alive(where), 10)
+    process.join(60)
+    wait_for(lambda: not alive(where), 30)
     if victim == "rank":
         assert process.exitcode == 1
         assert f"rank {rank} of 2 was killed by SIGKILL" in (where / "output").read_text()
