@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import av
@@ -24,9 +24,10 @@ def clip(
     times: Sequence[int] | None = None,
     rotation: int = 0,
     header_first: bool = False,
+    draw: Callable[[int, tuple[int, int]], np.ndarray] | None = None,
 ) -> bytes:
     """A video's file. `times`: when each frame is shown, ms; by default `rate` per second. The left eighth is red.
-    `header_first`: an MP4 file's index is at its start, not at its end."""
+    `header_first`: an MP4 file's index is at its start, not at its end. `draw`: another `picture`."""
     file = io.BytesIO()
     with av.open(file, "w", format=kind) as container:
         stream = container.add_stream(codec, rate=rate)
@@ -38,7 +39,7 @@ def clip(
             stream.set_display_rotation(rotation)
         container.start_encoding()
         for number, time in zip(range(frames), times or range(frames)):
-            frame = av.VideoFrame.from_ndarray(picture(number, size), "rgb24")
+            frame = av.VideoFrame.from_ndarray((draw or picture)(number, size), "rgb24")
             frame.pts, frame.time_base = time, unit
             container.mux(stream.encode(frame))
         if frames:

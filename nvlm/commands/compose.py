@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.types import Override, Transformer
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,7 +24,7 @@ from nvlm.config.mapping import from_mapping
 from nvlm.config.rules import validate
 from nvlm.config.values import Config, ConfigError, problem
 from nvlm.estimate.lengths import check_lengths
-from nvlm.runs.ownership import ROOT, flat, typed
+from nvlm.runs.ownership import ROOT, flat
 from nvlm.runs.place import sweep_folder
 from nvlm.vision.encoders.registry import check_encoder
 
@@ -140,8 +140,7 @@ def _choices(override: Override) -> list[str]:
     """`override` once for each of its values. Raises ConfigError if there are none, as in range(1,1)."""
     if not override.is_sweep_override():
         return [override.input_line]
-    values = override.sweep_iterator(lambda one: typed(one) if isinstance(one, bool) else Transformer.str(one))
-    choices = [f"{override.get_key_element()}={value}" for value in values]
+    choices = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
     if not choices:
         key = override.key_or_group
         raise problem(key, f"no values in {override.input_line!r}", "at least one", f"{key}=A,B")

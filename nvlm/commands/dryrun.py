@@ -8,9 +8,9 @@ from rich.table import Table
 from nvlm.config.data import Blend
 from nvlm.config.hardware import GPUS
 from nvlm.config.rules import without_path
-from nvlm.config.tiles import frames_of, tiling_of
+from nvlm.config.tiles import tiling_of
 from nvlm.config.values import Config, cross_layers
-from nvlm.estimate.lengths import image_tokens
+from nvlm.estimate.lengths import image_tokens, plan_of
 from nvlm.estimate.memory import gib, memory
 from nvlm.estimate.parameters import parameters
 from nvlm.inputs.drawn import known_counts, told
@@ -95,7 +95,7 @@ def _tokens(config: Config) -> Table:
         stream, cross = image_tokens(config, plan)
         name = f"{plan.num_regular} + {whole}" if plan.num_regular else "1"
         table.add_row(name, f"{stream:,}", f"{cross:,}", f"{plan.num_tiles} x {patches}")
-    film = frames_of(config.video, config.tiling, config.vision).of(config.video.frames)
+    film = plan_of(config, 0, config.video.frames)
     stream, cross = image_tokens(config, film)
     table.add_row(f"video, {film.frames} frames", f"{stream:,}", f"{cross:,}", f"{film.num_tiles} x {patches}")
     if tag_style != "none" and config.llm.tokenizer is None:

@@ -39,6 +39,7 @@ CHAIN_HELP = """python launch/stages.py +pipeline=NAME [KEY=VALUE ...]: train th
 +pipeline=llava_ov_7b        a file of conf/pipeline; dry_run=true shows its stages, and what is done
 stages.STAGE.KEY=VALUE       a key of one stage; other keys are as for launch/train.py, and apply to all stages
 resume=auto (the default)    goes on where the command ended; resume=never wants new folders"""
+_STOPPED = -1  # in place of an exit status: a signal ended the run as it should
 _LATE = 30.0  # seconds until a shared file system shows on all machines what one of them wrote
 
 
@@ -207,15 +208,14 @@ def _folder(arguments: Sequence[str]) -> Path:
 def _through_hydra(started: float) -> None:
     """Start each run through Hydra, in the folder that Hydra names. Also handles --help and similar flags."""
     begins = iter([started])  # only the first run of a sweep starts with the command
-    stopped: list[Path] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its own traceback and exits
 
     @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
     def job(composed: DictConfig) -> None:
         run_dir = Path(HydraConfig.get().runtime.output_dir)
-        status = answered(lambda: _start(composed, run_dir, next(begins, time.time()), stopped))
-        if status or stopped:  # a signal also ends a sweep, and a sequence of stages
-            sys.exit(status)
+        status = answered(lambda: _start(composed, run_dir, next(begins, time.time())))
+        if status:  # a signal also ends a sweep, and a sequence of stages
+            sys.exit(0 if status == _STOPPED else status)
 
     try:
         job()
@@ -223,14 +223,12 @@ def _through_hydra(started: float) -> None:
         raise explain(error) from None
 
 
-def _start(composed: DictConfig, run_dir: Path, started: float, stopped: list[Path]) -> int:
-    """Run a configuration. If a signal ends it, its folder is added to `stopped`."""
+def _start(composed: DictConfig, run_dir: Path, started: float) -> int:
+    """Run a configuration and return 0, or _STOPPED if a signal ended it."""
     from nvlm.commands import launch
 
     config = to_config(composed)
     if in_job():
         launch.check_machine(config)
     with requeued(lambda: steps_done(run_dir) < config.train.steps):
-        if launch.start(config, run_dir, started):
-            stopped.append(run_dir)
-    return 0
+        return _STOPPED if launch.start(config, run_dir, started) else 0

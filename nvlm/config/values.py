@@ -38,7 +38,8 @@ class ArchConfig:
     name: str  # one that nvlm.arch.registry knows
     cross_every: Natural
     cross_std: NotNegative  # initial standard deviation of the new layers' weights
-    bind_tags: bool  # hybrid: add each tile's tag embedding to its keys and values
+    # hybrid: what of its tag's words is added to a tile's keys and values:
+    bind_tags: Annotated[str, Choice("none", "mean", "ordered")]
     sees: Annotated[str, Choice("before", "latest")]  # the images that text cross-attends: all before it, or the latest
 
 

@@ -599,10 +599,12 @@ class NVLM(nn.Module):
                 key_KH = self.cross_keys["tile_norm"](tiles_TKH[piece.tile])
                 keys.append(key_KH + tags[piece.tile] if piece.tile in tags else key_KH)
             elif piece.ids:
-                words_H = self.words(piece.ids)
-                keys.append(self.cross_keys["tag_norm"](words_H))
-                if self.config.nvlm.bind_tags:  # cross-attention is order-invariant: this binds a tile to its tag
-                    tags[piece.tile] = self.cross_keys["tag_norm"](words_H.mean(dim=0))
+                words_LH = self.words(piece.ids)
+                keys.append(self.cross_keys["tag_norm"](words_LH))
+                if self.config.nvlm.bind_tags != "none":  # cross-attention has no order: this binds a tile to its tag
+                    ordered = self.config.nvlm.bind_tags == "ordered"
+                    bound_LH = rotate(words_LH[:, None], 0, 10000.0, None)[:, 0] if ordered else words_LH
+                    tags[piece.tile] = self.cross_keys["tag_norm"](bound_LH.mean(dim=0))
         seen_SX = sight(inputs.stream, inputs.keys, self.tile_tokens, self.config.nvlm.sees).to(keys[0].device)
         return torch.cat(stream), torch.cat(keys), seen_SX
 

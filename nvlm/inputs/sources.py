@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from nvlm.arch.registry import description
 from nvlm.config.values import Config, LLMConfig, cross_layers, problem
 from nvlm.inputs.whole import check_described
+from nvlm.runs.earlier import value_now
 from nvlm.vision.source import encoder_parts
 from nvlm.weights import llm, projector
 from nvlm.weights.described import check_language
@@ -48,6 +49,7 @@ def _release(config: Config, folder: str) -> Source:
     values = check_described(layout, folder, config, "init.release")
     own, kind = values.get("nvlm") or {}, description(config.arch.name)
     if own.get("arch") == config.arch.name and kind.tags_in_keys:  # not visible in tensor names or shapes
+        own = own | {"bind_tags": value_now("arch", "bind_tags", own.get("bind_tags"))}
         check_values(own, {"bind_tags": ("arch.bind_tags", config.arch.bind_tags)}, "init.release", own)
     prefix = encoder_prefix(stored)
     encoder = encoder_parts(config.vision, stored, prefix)

@@ -12,6 +12,8 @@ _ADDED = {
     "parallel": {"userbuffers": False, "gradients": "fp32"},
     "optim": {"lr_of": {}},
 }
+# Values that are written otherwise now, by group and key.
+_WRITTEN = {("arch", "bind_tags"): {True: "mean", False: "none"}}
 # Keys that are no longer written. They were only tables of defaults; the chosen values are under data and train.
 _DROPPED = {"llm": ("seq_length", "cross_length", "steps")}
 # Keys of other data sources, which earlier versions wrote with every source.
@@ -29,4 +31,9 @@ def _converted(group: str, keys: object) -> object:
     source = keys.get("source") if group == "data" else None
     added = _ADDED.get(group, {})
     dropped = _OF_OTHERS.get(source, ()) if group == "data" else _DROPPED.get(group, ())
-    return added | {key: value for key, value in keys.items() if key not in dropped}
+    return added | {key: value_now(group, key, value) for key, value in keys.items() if key not in dropped}
+
+
+def value_now(group: str, key: str, value: object) -> object:
+    """The value of `group`.`key`, which any version wrote, in the form of this version."""
+    return next((new for old, new in _WRITTEN.get((group, key), {}).items() if value is old), value)

@@ -17,9 +17,11 @@ def sweep_folder(overrides: str) -> str:
     """A folder name for `overrides`, such as "arch=xattn,seed=2": the same text if that is a good name.
 
     Otherwise slashes, quotes and spaces are replaced, a long name is cut, and a digest keeps names distinct. The marks
-    + and ++ in front of keys are left out.
+    + and ++ in front of keys are left out, and True and False become true and false, so that a run has one name whether
+    Hydra or this package writes its overrides.
     """
     overrides = re.sub(r"(^|,)\+{1,2}(?=[^,=]+=)", r"\1", overrides)
+    overrides = re.sub(r"=(True|False)(?=,|$)", lambda match: match[0].lower(), overrides)
     name = re.sub(r"[/\\\"'\s\0]+", "_", overrides).lstrip(".") or "default"
     if name == overrides and len(os.fsencode(name)) <= _LONGEST:
         return name

@@ -59,7 +59,7 @@ def cases(tmp_path_factory) -> list[tuple[Case, Looks]]:
 
 
 def test_tensor_parallel_looks_are_those_of_one_process(cases):
-    laid_out = [case.laid_out(tensor=2, sequence=case.config.arch.bind_tags) for case, _ in cases]
+    laid_out = [case.laid_out(tensor=2, sequence=case.config.arch.name == "hybrid") for case, _ in cases]
     for rank in run_distributed(look_all, 2, laid_out, timeout=300):
         for (_, expected), looks in zip(cases, rank, strict=True):
             for name in ("gates", "attention", "tags", "strength", "effect"):

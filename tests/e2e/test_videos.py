@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 
+from tests.clips import clip
 from tests.e2e.preloaded import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -25,7 +24,7 @@ def where(tmp_path):
     rows = []
     for number in range(24):
         colour = ("red", "blue")[number % 2]
-        write_clip(tmp_path / f"{number}.mp4", colour == "red", shift=number)
+        (tmp_path / f"{number}.mp4").write_bytes(of_colour(colour == "red", shift=number))
         question, answer = {"role": "user", "content": "<video>\nColour?"}, {"role": "assistant", "content": colour}
         rows.append(json.dumps({"messages": [question, answer], "videos": [f"{number}.mp4"]}))
     (tmp_path / "train.jsonl").write_text("\n".join(rows[:16]))
@@ -33,18 +32,17 @@ def where(tmp_path):
     return tmp_path
 
 
-def write_clip(file: Path, red: bool, shift: int) -> None:
-    """25 frames of one colour, with a white bar that moves."""
-    with av.open(str(file), "w") as container:
-        stream = container.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
-        for number in range(25):
-            picture = np.zeros((96, 128, 3), np.uint8)
-            picture[..., 0 if red else 2] = 200
-            left = (4 * number + shift) % 108
-            picture[:, left : left + 20] = 255
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+def of_colour(red: bool, shift: int) -> bytes:
+    """A clip of one colour, with a white bar that moves."""
+
+    def draw(number: int, size: tuple[int, int]) -> np.ndarray:
+        pixels = np.zeros((size[1], size[0], 3), np.uint8)
+        pixels[..., 0 if red else 2] = 200
+        left = (4 * number + shift) % (size[0] - 20)
+        pixels[:, left : left + 20] = 255
+        return pixels
+
+    return clip(25, size=(128, 96), draw=draw)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class RefDims:
     qk_norm: bool = False
     interpolation: float = 1.0
     every: int = 0
-    bind_tags: bool = False
+    bind_tags: str = "none"
     latest: bool = False  # text and thumbnails see the keys of the latest image alone
 
     def __post_init__(self) -> None:
@@ -56,7 +56,9 @@ class RefDims:
             raise ValueError(f"arch is {self.arch!r}, expected decoder, xattn or hybrid")
         if self.arch != "decoder" and self.every < 1:
             raise ValueError(f"every is {self.every}, expected at least 1 for {self.arch}")
-        if self.bind_tags and self.arch != "hybrid":
+        if self.bind_tags not in ("none", "mean", "ordered"):
+            raise ValueError(f"bind_tags is {self.bind_tags!r}, expected none, mean or ordered")
+        if self.bind_tags != "none" and self.arch != "hybrid":
             raise ValueError(f"bind_tags is for hybrid, not for {self.arch}")
         if self.image % (2 * self.patch) or self.vit_hidden % self.vit_heads or self.heads % self.kv_heads:
             raise ValueError(f"sizes do not divide: {self}")
@@ -382,8 +384,8 @@ class ReferenceNVLM(nn.Module):
 
     def keys(self, segments: list[Segment], tiles: dict[tuple[int, int], Tensor]) -> Tensor:
         """[X, H]: tiles and tags after their norms; binding adds a tile's normed mean tag to its tokens."""
-        named = [s for s in segments if s.kind == "tag" and s.ids]
-        tags = {(s.image, s.tile): self.cross_keys["tag_norm"](self.words(s.ids).mean(dim=0)) for s in named}
+        named = [s for s in segments if s.kind == "tag" and s.ids and self.dims.bind_tags != "none"]
+        tags = {(s.image, s.tile): self.cross_keys["tag_norm"](self.bound(s.ids)) for s in named}
         parts = [self.words(())]
         for segment in segments:
             key = (segment.image, segment.tile)
@@ -391,8 +393,20 @@ class ReferenceNVLM(nn.Module):
                 parts.append(self.cross_keys["tag_norm"](self.words(segment.ids)))
                 continue
             part = self.cross_keys["tile_norm"](tiles[key])
-            parts.append(part + tags[key] if self.dims.bind_tags and key in tags else part)
+            parts.append(part + tags[key] if key in tags else part)
         return torch.cat(parts)
+
+    def bound(self, ids: tuple[int, ...]) -> Tensor:
+        """[H]: the mean of a tag's words; where order counts, word n is turned in the complex plane by n times a
+        channel's frequency, channels h and h + H/2 being real and imaginary part."""
+        words = self.words(ids)
+        if self.dims.bind_tags == "ordered":
+            half = words.shape[1] // 2
+            angles = [[n * 10000.0 ** (-h / half) for h in range(half)] for n in range(len(ids))]
+            turns = torch.polar(torch.ones(len(ids), half), torch.tensor(angles)).to(torch.complex(words, words).dtype)
+            turned = torch.complex(words[:, :half], words[:, half:]) * turns
+            words = torch.cat([turned.real, turned.imag], dim=1)
+        return words.mean(dim=0)
 
     def logits(self, sample: RefSample) -> Tensor:
         """[S, V]."""

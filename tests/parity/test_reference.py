@@ -437,16 +437,16 @@ def test_only_the_gate_learns_where_the_gate_is_zero():
 def test_bind_tags_needs_open_gates_and_a_tag():
     sample = hybrid_sample()
     for gates, same in [(0.0, True), (None, False)]:
-        bound = build(arch="hybrid", gates=gates, bind_tags=True).logits(sample)
+        bound = build(arch="hybrid", gates=gates, bind_tags="mean").logits(sample)
         assert torch.allclose(bound, build(arch="hybrid", gates=gates).logits(sample)) == same
     untagged = dataclasses.replace(sample, cross=[s for s in sample.cross if s.kind == "tile"])
-    bound = build(arch="hybrid", bind_tags=True).logits(untagged)
+    bound = build(arch="hybrid", bind_tags="ordered").logits(untagged)
     assert torch.equal(bound, build(arch="hybrid").logits(untagged))
 
 
 def test_stream_holds_words_and_bare_projected_tiles():
     """Computed by hand, also with bound tags: a tag in the stream adds nothing to the tile after it."""
-    model = build(arch="hybrid", bind_tags=True)
+    model = build(arch="hybrid", bind_tags="ordered")
     sample = sample_of([text(1), tag(0, 0, 6), tile(0, 0), text(2)])
     words = model.language_model.model.embed_tokens.weight
     tokens = model.mlp1(model.vision_features(sample.tiles)[0, 0])
@@ -457,8 +457,9 @@ def test_stream_holds_words_and_bare_projected_tiles():
     assert_near(model.logits(sample), expected)
 
 
-def test_bind_tags_adds_the_normed_mean_word_of_the_tag():
-    model = build(arch="hybrid", bind_tags=True)
+@pytest.mark.parametrize("how", ["mean", "ordered"])
+def test_bind_tags_adds_the_normed_mean_word_of_the_tag(how):
+    model = build(arch="hybrid", bind_tags=how)
     tiles = {key: torch.zeros(K, DIMS.hidden, dtype=torch.float64) for key in [(0, 0), (0, 1)]}
     parts = model.keys([tag(0, 0, 3, 4), tile(0, 0), tile(0, 1)], tiles)
     words, scale = model.language_model.model.embed_tokens.weight, model.cross_keys["tag_norm"].weight
@@ -467,7 +468,12 @@ def test_bind_tags_adds_the_normed_mean_word_of_the_tag():
         return x / (x.pow(2).mean(-1, keepdim=True) + DIMS.eps).sqrt() * scale
 
     assert_near(parts[:2], normed(words[[3, 4]]))
-    assert_near(parts[2 : 2 + K], normed((words[3] + words[4]) / 2).expand(K, -1))
+    second, half = words[4], DIMS.hidden // 2
+    if how == "ordered":
+        angles = torch.tensor([10000.0 ** (-2 * h / DIMS.hidden) for h in range(half)], dtype=torch.float64)
+        a, b = second[:half], second[half:]
+        second = torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()])
+    assert_near(parts[2 : 2 + K], normed((words[3] + second) / 2).expand(K, -1))
     assert parts[2 + K :].abs().max() == 0
 
 
@@ -516,7 +522,7 @@ def test_loss_is_cross_entropy_and_text_alone_trains(arch):
 
 @pytest.mark.parametrize("arch", ["xattn", "hybrid"])
 def test_gradients_are_finite_and_reach_every_trained_parameter(arch):
-    model = build(arch=arch, bind_tags=arch == "hybrid")
+    model = build(arch=arch, bind_tags="ordered" if arch == "hybrid" else "none")
     model(xattn_sample() if arch == "xattn" else hybrid_sample()).sum().backward()
     for name, parameter in model.named_parameters():
         if name.startswith("vision_model."):

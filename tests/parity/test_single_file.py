@@ -77,7 +77,7 @@ CASES = {
     "xattn-padded": ("arch=xattn", "llm.vocab_multiple=64", "llm.norm_eps=1e-4", "vision.norm_eps=1e-4"),
     "xattn-latest": ("arch=xattn", "arch.sees=latest"),
     "hybrid-latest": ("arch=hybrid", "arch.sees=latest"),
-    "hybrid-unbound": ("arch=hybrid", "arch.bind_tags=false", "tiling.max_tiles=12"),
+    "hybrid-unbound": ("arch=hybrid", "arch.bind_tags=none", "tiling.max_tiles=12"),
 }
 STORIES = (ONE, ONE_TILE, TWO, SIDE_BY_SIDE, TEXT, SAYING)
 

@@ -28,7 +28,7 @@ MODELS = {
     "decoder": ("arch=decoder",),
     "xattn": ("arch=xattn",),
     "hybrid": ("arch=hybrid",),
-    "hybrid-unbound": ("arch=hybrid", "arch.bind_tags=false"),
+    "hybrid-unbound": ("arch=hybrid", "arch.bind_tags=none"),
 }
 VARIANTS = {
     "decoder-llama": ("arch=decoder", "llm.qkv_bias=false"),
@@ -41,6 +41,7 @@ VARIANTS = {
     "xattn-every-layer": ("arch=xattn", "arch.cross_every=1"),
     "hybrid-last-layer": ("arch=hybrid", "arch.cross_every=5"),
     "decoder-one-group": ("arch=decoder", "llm.kv_heads=1"),
+    "hybrid-mean-tags": ("arch=hybrid", "arch.bind_tags=mean"),
     "xattn-latest": ("arch=xattn", "arch.sees=latest"),
     "hybrid-latest": ("arch=hybrid", "arch.sees=latest"),
     "xattn-ungrouped": ("arch=xattn", "llm.kv_heads=4"),

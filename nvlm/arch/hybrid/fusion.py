@@ -17,12 +17,16 @@ from nvlm.data.batch import PAD, Batch
 class TaggedTileKeys(TileKeys):
     """NVLM-H: keys are tags and tiles, each kind with its own norm.
 
-    `bind_tags`: the mean embedding of a tile's tag is added to each of the tile's tokens. Cross-attention is
-    order-invariant, so a tag next to a tile does not show which tile it names. The norms bring word embeddings and
-    projected tiles, which differ by orders of magnitude in a real model, to the same scale.
+    `bind_tags`: what is added to each of a tile's tokens, because cross-attention has no order, so that a tag next to a
+    tile does not show which tile it names. With "ordered" it is the mean of the embeddings of the tag's words, each
+    first rotated by its position in the tag (`rotated`); a plain sum would be the same vector for <tile_x0_y1> and
+    <tile_x1_y0>. "mean" is that plain mean, and "none" adds nothing.
+
+    The norms bring word embeddings and projected tiles to the same scale; in a real model they differ by orders of
+    magnitude.
     """
 
-    def __init__(self, config: TransformerConfig, bind_tags: bool) -> None:
+    def __init__(self, config: TransformerConfig, bind_tags: str) -> None:
         super().__init__(config)
         self.tag_norm = key_norm(config)
         self.bind_tags = bind_tags
@@ -31,11 +35,28 @@ class TaggedTileKeys(TileKeys):
         """Keys [X, B, H]."""
         words_BXH = self.tag_norm(embed(batch.cross_tokens))
         tiles_NH = self.tile_norm(picture_tokens(batch, batch.cross_rows, project))
-        if self.bind_tags and batch.cross_tags.numel():
+        if self.bind_tags != "none" and batch.cross_tags.numel():
             real_PL1 = (batch.cross_tags != PAD)[..., None]
-            mean_PH = (embed(batch.cross_tags) * real_PL1).sum(1) / real_PL1.sum(1).clamp(min=1)
+            tags_PLH = embed(batch.cross_tags)
+            if self.bind_tags == "ordered":
+                tags_PLH = rotated(tags_PLH)
+            mean_PH = (tags_PLH * real_PL1).sum(1) / real_PL1.sum(1).clamp(min=1)
             tiles_NH = tiles_NH + _repeated(self.tag_norm(mean_PH), batch.cross_lengths)
         return place(words_BXH, tiles_NH, batch)
+
+
+def rotated(x_PLH: Tensor) -> Tensor:
+    """The words of tags, each rotated by its position l = 0, 1, ...; lengths do not change.
+
+    Channel h is paired with channel h + H/2, and the pair is turned by l * 10000^(-2h/H) radians, as rotary embeddings
+    turn queries and keys (Su et al. 2021, in the order of channels that Llama uses).
+    """
+    _, length, width = x_PLH.shape
+    steps_F = torch.arange(0, width, 2, dtype=torch.float32, device=x_PLH.device) / width
+    angles_LF = torch.arange(length, device=x_PLH.device)[:, None] * 10000.0**-steps_F
+    cos_LF, sin_LF = angles_LF.cos().to(x_PLH.dtype), angles_LF.sin().to(x_PLH.dtype)
+    a_PLF, b_PLF = x_PLH.chunk(2, dim=-1)
+    return torch.cat([a_PLF * cos_LF - b_PLF * sin_LF, b_PLF * cos_LF + a_PLF * sin_LF], dim=-1)
 
 
 def _repeated(x_PH: Tensor, times_P: Tensor) -> Tensor:

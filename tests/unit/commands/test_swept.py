@@ -37,7 +37,7 @@ def combinations(*words):
 
 def test_an_experiment_sweeps_over_its_lists(written):
     mine = written("sweep: {seed: [1, 2], train.save_frozen: [true, false], optim.lr: [0.5]}")
-    expected = [(f"seed={s}", f"train.save_frozen={b}", "optim.lr=0.5") for s in (1, 2) for b in ("true", "false")]
+    expected = [(f"seed={s}", f"train.save_frozen={b}", "optim.lr=0.5") for s in (1, 2) for b in (True, False)]
     assert [one[:3] for one in combinations("-m", mine)] == expected
     assert all(one[3:] == (mine, "resume=auto") for one in combinations("-m", mine))
 

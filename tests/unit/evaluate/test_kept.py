@@ -76,7 +76,7 @@ def test_answers_of_something_else_are_refused_and_stay(stopped, changed, said):
 TASK = Task(read_task("heldout"), questions=(), count=0)
 
 
-@pytest.mark.parametrize("word", ["arch.bind_tags=false", "llm.rope_theta=5e5", "tiling.tag=none", "precision=fp32"])
+@pytest.mark.parametrize("word", ["arch.bind_tags=none", "llm.rope_theta=5e5", "tiling.tag=none", "precision=fp32"])
 def test_another_model_around_the_same_weights_gives_other_answers(configured, word):
     assert definition(configured("arch=hybrid", word), TASK) != definition(configured("arch=hybrid"), TASK)
 

@@ -57,7 +57,7 @@ def test_what_follows_from_the_architecture_is_no_axis(configured):
 @pytest.mark.parametrize(
     ("words", "rows", "columns"),
     [
-        (["arch.bind_tags=true", "arch.bind_tags=false"], ("arch.bind_tags=false", "arch.bind_tags=true"), ("",)),
+        (["arch.bind_tags=ordered", "arch.bind_tags=none"], ("arch.bind_tags=none", "arch.bind_tags=ordered"), ("",)),
         (
             ["optim.lr=0.01", "optim.lr=0.001", "optim.lr=0.002"],
             tuple(f"optim.lr={x}" for x in (0.001, 0.002, 0.01)),

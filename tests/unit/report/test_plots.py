@@ -12,7 +12,7 @@ from nvlm.report.plots import Line, Panel, draw
 WIDTH = 331  # units of a panel
 
 
-@pytest.mark.parametrize("label", ["1d", "optim.lr=0.001", "data.sources.text.weight=0.0001, arch.bind_tags=false"])
+@pytest.mark.parametrize("label", ["1d", "optim.lr=0.001", "data.sources.text.weight=0.0001, arch.bind_tags=none"])
 def test_a_label_stands_beside_its_line_and_within_the_panel(label):
     curve = np.array([0.0, 10.0]), np.array([0.0, 1.0])
     svg = draw(Panel("loss", (Line(label, 0, (curve,), curve),), "steps", (0.0, 1.0)), 0)

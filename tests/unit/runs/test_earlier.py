@@ -75,6 +75,10 @@ def without_what_other_systems_have(values: dict) -> None:
             del values[group][key]
 
 
+def with_bound_tags_as_a_switch(values: dict) -> None:
+    values["arch"]["bind_tags"] = False
+
+
 EARLIER = (
     without_logging,
     without_an_image_folder,
@@ -87,6 +91,7 @@ EARLIER = (
     without_userbuffers,
     without_a_precision_of_gradients,
     without_what_other_systems_have,
+    with_bound_tags_as_a_switch,
 )
 
 
@@ -110,6 +115,13 @@ def test_what_an_earlier_version_wrote_is_read_and_resumed(tmp_path, configured,
     check_folder(config, tmp_path)
     with pytest.raises(ConfigError, match=r"data.seq_length\b.*: got 512\b.*, expected 700"):
         check_folder(configured("arch=decoder", "resume=auto", "train.steps=77", *source), tmp_path)
+
+
+def test_tags_that_an_earlier_version_bound_stay_bound_without_order(configured):
+    config = configured("arch=hybrid", "arch.bind_tags=mean")
+    values = to_mapping(config)
+    values["arch"]["bind_tags"] = True
+    assert as_written_now(values) == to_mapping(config)
 
 
 def test_what_this_version_writes_stays_as_it_is(configured):

@@ -21,6 +21,12 @@ def test_marks_in_front_of_keys_are_no_part_of_a_name():
     assert sweep_folder("a=1,b=+2,c=++") == "a=1,b=+2,c=++"
 
 
+def test_true_and_false_are_written_as_in_yaml():
+    """Hydra writes Python's words."""
+    assert sweep_folder("a=True,seed=1,b=False") == sweep_folder("a=true,seed=1,b=false") == "a=true,seed=1,b=false"
+    assert sweep_folder("name=Truest,b=xFalse") == "name=Truest,b=xFalse"
+
+
 LONG = ",".join(f"llm.something_{i}=1" for i in range(30))
 ODD = ["data.path=/a/b/c.jsonl", 'name="é"', LONG, "é" * 150, "a\0b", "../x", "/", "", "..", "a\nb", ".hidden"]
 
