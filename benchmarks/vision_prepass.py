@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-STEPS, MICRO_BATCHES = 7, 12
+MICRO_BATCHES = 12
 BASE = """precision=fp32 llm.layers=4 llm.hidden=256 llm.heads=8 llm.kv_heads=4 llm.head_dim=32 llm.ffn=704
 vision.hidden=128 vision.heads=4 vision.ffn=512 vision.tile_size=112 tiling.tag=1d train.threads=1
 data.seq_length=400 optim.warmup=0""".split()
@@ -47,16 +47,16 @@ def main(words: list[str]) -> None:
     sys.exit(max(worker.wait() for worker in workers))
 
 
-def worker(pipeline_alone: bool) -> None:
+def worker(pipeline_alone: bool, steps: int) -> None:
     """The comparisons, on one of the two ranks."""
     from nvlm.commands.launch import quiet
 
     quiet()
     depth = measured_depth(1.0, "arch=decoder", tiles=7, stages=2)
-    rows = [pipeline_row(depth), pipeline_row(depth, learns=True)]
+    rows = [pipeline_row(depth, steps), pipeline_row(depth, steps, learns=True)]
     for cost in () if pipeline_alone else (1.0, 2.0, 4.0):
         depth = measured_depth(cost, "arch=xattn", tiles=7, stages=1)
-        rows.append(balance_row(depth, cost))
+        rows.append(balance_row(depth, steps, cost))
     if os.environ["RANK"] == "0":
         for row in rows:
             print(json.dumps(row))
@@ -65,7 +65,7 @@ def worker(pipeline_alone: bool) -> None:
 # --- the two comparisons ---
 
 
-def pipeline_row(depth: int, learns: bool = False) -> dict:
+def pipeline_row(depth: int, steps: int, learns: bool = False) -> dict:
     """Pipeline 2: samples/s with the pre-pass and with the encoder in the first stage, and their ratio."""
     from nvlm.train.step import forward_backward
 
@@ -75,7 +75,7 @@ def pipeline_row(depth: int, learns: bool = False) -> dict:
         ours = lambda: forward_backward(trainer, batches)  # noqa: E731
         theirs = lambda: encoder_in_first_stage(trainer, batches)  # noqa: E731
         name = "pipeline 2, NVLM-D" + (", an encoder that learns" if learns else "")
-        row = compare(name, "encoder in stage 1", theirs, "pre-pass", ours, len(batches), depth)
+        row = compare(name, "encoder in stage 1", theirs, "pre-pass", ours, len(batches), depth, steps)
         return row | ({"gradients_differ_by": differ(trainer, theirs, ours)} if learns else {})
 
 
@@ -89,7 +89,7 @@ def differ(trainer, theirs: Callable, ours: Callable) -> float:
     return max(float((one - other).abs().max()) for one, other in zip(*found, strict=True)) / largest
 
 
-def balance_row(depth: int, cost: float) -> dict:
+def balance_row(depth: int, steps: int, cost: float) -> dict:
     """Data 2, seven tiles on one replica and one on the other: samples/s with and without global balancing."""
     from nvlm.train.step import forward_backward
 
@@ -105,6 +105,7 @@ def balance_row(depth: int, cost: float) -> dict:
             lambda: forward_backward(trainer, batches),
             2 * len(batches),
             depth,
+            steps,
         )
 
 
@@ -121,7 +122,7 @@ def encoder_in_first_stage(trainer, batches) -> None:
     def encoded(batch):
         if trainer.encoder is None:
             return path.encode(batch)
-        return batch.with_features(path._tokens(path.encoder(path._normalized(batch.pixels))))
+        return batch.with_features(path.differentiable(batch.pixels, batch.tile_tokens))
 
     def forward(iterator, model):
         batch = next(iterator)
@@ -143,14 +144,16 @@ def encoder_in_first_stage(trainer, batches) -> None:
         trainer.encoder.finish_grad_sync()
 
 
-def compare(name: str, peer: str, theirs: Callable, own: str, ours: Callable, samples: int, depth: int) -> dict:
+def compare(
+    name: str, peer: str, theirs: Callable, own: str, ours: Callable, samples: int, depth: int, steps: int
+) -> dict:
     """Medians of the two, measured alternately so that noise affects both alike."""
     import torch
     import torch.distributed as dist
 
     seconds: dict[str, list] = {peer: [], own: []}
     idle: dict[str, list] = {peer: [], own: []}
-    for step in range(STEPS + 1):
+    for step in range(steps + 1):
         for label, run in ((peer, theirs), (own, ours)):
             dist.barrier()
             start = time.perf_counter()
@@ -294,4 +297,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--pipeline", action="store_true", help="only the comparisons with pipeline stages")
-    worker(parser.parse_args().pipeline) if parser.parse_args().worker else main(sys.argv[1:])
+    parser.add_argument("--steps", type=int, default=7, help="timed steps of each comparison (default: 7)")
+    asked = parser.parse_args()
+    worker(asked.pipeline, asked.steps) if asked.worker else main(sys.argv[1:])

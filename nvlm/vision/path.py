@@ -70,9 +70,13 @@ class VisionPath:
         gradients = gradients_NC.split([int(some.sum()) for some in expected])
         self.encoder.train()  # Megatron recomputes only in this mode; there is no dropout
         for some, tokens, gradient in zip(pixels_T3.split(each), expected, gradients, strict=True):
-            features_NC = torch.cat(list(self._parts(self.encoder(self._normalized(some)), tokens)))
+            features_NC = self.differentiable(some, tokens)
             torch.autograd.backward(features_NC, gradient.to(features_NC.dtype))
         self.encoder.eval()
+
+    def differentiable(self, pixels_T3: Tensor, tokens_T: Tensor) -> Tensor:
+        """As `features`, of at least one tile and in one call, with the graph that leads to the encoder's weights."""
+        return torch.cat(list(self._parts(self.encoder(self._normalized(pixels_T3)), tokens_T)))
 
     def _expected(self, pixels_T3: Tensor, tokens_T: Tensor | None) -> Tensor:
         every = torch.full((len(pixels_T3),), self.vision.tile_tokens, device="cpu")

@@ -1,4 +1,4 @@
-"""Benchmarks that need a GPU run here at toy size, so that they work once a GPU is available."""
+"""Benchmarks at toy size: those that need a GPU, so that they work once one is available, and one of two processes."""
 
 from __future__ import annotations
 
@@ -315,3 +315,12 @@ def test_cells_and_smoke_as_commands(tmp_path):
     rows = json.loads((tmp_path / "out" / "smoke.json").read_text())
     assert [row["way"] for row in rows] == [*(way for way in ways[:-1] for _ in range(3)), *["cli"] * 4]
     assert all(row["right"] for row in rows) and (tmp_path / "out" / "smoke.log").stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_pre_pass_gives_the_gradients_of_an_encoder_in_the_first_stage():
+    run = command("benchmarks/vision_prepass.py", "--pipeline", "--steps", "1")
+    assert run.returncode == 0, run.stdout + run.stderr
+    frozen, learns = (json.loads(line) for line in run.stdout.splitlines() if line.startswith("{"))
+    assert frozen["ratio"] > 0 and learns["gradients_differ_by"] < 1e-4
