@@ -75,7 +75,7 @@ def test_the_paper_s_comparison_has_five_tilings_and_three_architectures_with_th
     [
         ("tags", "tiling=untagged", 3, 1),
         ("tags_quick", "tiling=1d", 2, 1),
-        ("bind", "tiling=1d", 1, 1),
+        ("bind", "tiling=1d", 3, 1),
         ("llm", "arch=hybrid", 1, 1),
         ("frozen", "arch=hybrid", 2, 1),
         ("text", "arch=hybrid", 1, 1),
