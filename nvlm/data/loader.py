@@ -174,15 +174,16 @@ class Steps(Dataset):
 
     def _decode(self, number: int, planned: Planned, share: Share, failed: list[Failed]) -> Sample:
         """The sample of a record. If it cannot be read or decoded, it is added to `failed`, and its tiles are blank."""
-        name, sketch = self.records.name(planned.index), None
+        sketch = None
         try:
             with one_record():
                 record = self.records[planned.index]
                 sketch = outline(record, self.processor, pictures=planned.pictures)
                 sample = fill(record, sketch, self.processor, share)
         except ImageChanged as error:
-            raise DataChanged(f"sample {name}: {error}. {self._fix}") from error
+            raise DataChanged(f"sample {self.records.name(planned.index)}: {error}. {self._fix}") from error
         except BadRecord as reason:
+            name = self.records.name(planned.index)
             failed.append(Failed(number, name, str(reason)))
             sketch = sketch or unreadable(planned.lengths, planned.pictures, self.processor)
             sample = blank(name, sketch, self.processor, share)
