@@ -45,6 +45,9 @@ def check_architecture(config: Config) -> Config:
     if config.arch.sees == "latest" and not kind.keys:
         expected = f"before for arch={name}, whose self-attention sees all images before a token"
         raise problem("arch.sees", "latest", expected, "arch.sees=before, or arch=xattn")
+    if config.arch.bind_tags != "none" and not kind.tags_in_keys:
+        expected = f"none for arch={name}, whose tags are no keys"
+        raise problem("arch.bind_tags", config.arch.bind_tags, expected, "arch.bind_tags=none, or arch=hybrid")
     return config
 
 

@@ -61,6 +61,7 @@ BUFFERED = ("parallel.userbuffers=true", "parallel.tensor=2", "parallel.sequence
             ["stage.train_projector=false", "stage.train_xattn=false", "stage.train_llm=false"],
             ("stage", "nothing"),
         ),
+        (["arch=xattn", "arch.bind_tags=mean"], ("arch.bind_tags", "none for arch=xattn", "arch=hybrid")),
         (["arch=decoder", "arch.sees=latest"], ("arch.sees", "before for arch=decoder", "arch=xattn")),
         (["arch.sees=last"], ("arch.sees", "'last'", "before, latest")),
         (["optim.warmup=100000"], ("optim.warmup", "100000")),
