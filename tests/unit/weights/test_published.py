@@ -424,6 +424,21 @@ def test_a_release_gives_what_it_holds(tmp_path):
     assert all(name.startswith("vision_model.") for name in vision_source(encoder_alone).stored)
 
 
+@pytest.mark.parametrize(("written", "binding"), [(True, "mean"), (False, "none"), ("ordered", "ordered")])
+def test_an_exported_nvlm_h_says_how_its_tags_are_bound(tmp_path, written, binding):
+    """Earlier versions wrote true or false."""
+    options = (*SMALL, "arch=hybrid", "llm.cross_every=2", "init.vision=null", f"init.release={tmp_path / 'h'}")
+    config = compose_config(*options, f"arch.bind_tags={binding}")
+    write_release(tmp_path / "h", config, dummy_heads=0, dtype=torch.float32)
+    values = describe(config, internvit.exported(config.vision, 0))
+    values["nvlm"]["bind_tags"] = written
+    (tmp_path / "h" / "config.json").write_text(json.dumps(values))
+    assert "xattn" in model_source(config).parts
+    other = compose_config(*options, "arch.bind_tags=" + ("none" if binding == "mean" else "mean"))
+    with pytest.raises(ConfigError, match=f"bind_tags: got .*Fix: arch.bind_tags={binding}$"):
+        model_source(other)
+
+
 def test_one_source_for_each_part(tmp_path, qwen):
     for options, reason in (
         ((f"init.llm={qwen}", "init.checkpoint=runs/a"), "init.llm and init.checkpoint"),
