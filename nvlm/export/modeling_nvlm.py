@@ -603,7 +603,7 @@ class NVLM(nn.Module):
                 keys.append(self.cross_keys["tag_norm"](words_LH))
                 if self.config.nvlm.bind_tags != "none":  # cross-attention has no order: this binds a tile to its tag
                     ordered = self.config.nvlm.bind_tags == "ordered"
-                    bound_LH = rotate(words_LH[:, None], 0, 10000.0, None)[:, 0] if ordered else words_LH
+                    bound_LH = rotate(words_LH[:, None], 0, 10.0, None)[:, 0] if ordered else words_LH
                     tags[piece.tile] = self.cross_keys["tag_norm"](bound_LH.mean(dim=0))
         seen_SX = sight(inputs.stream, inputs.keys, self.tile_tokens, self.config.nvlm.sees).to(keys[0].device)
         return torch.cat(stream), torch.cat(keys), seen_SX

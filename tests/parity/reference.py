@@ -402,7 +402,7 @@ class ReferenceNVLM(nn.Module):
         words = self.words(ids)
         if self.dims.bind_tags == "ordered":
             half = words.shape[1] // 2
-            angles = [[n * 10000.0 ** (-h / half) for h in range(half)] for n in range(len(ids))]
+            angles = [[n * 10.0 ** (-h / half) for h in range(half)] for n in range(len(ids))]
             turns = torch.polar(torch.ones(len(ids), half, dtype=words.dtype), torch.tensor(angles, dtype=words.dtype))
             turned = torch.complex(words[:, :half], words[:, half:]) * turns
             words = torch.cat([turned.real, turned.imag], dim=1)

@@ -470,7 +470,7 @@ def test_bind_tags_adds_the_normed_mean_word_of_the_tag(how):
     assert_near(parts[:2], normed(words[[3, 4]]))
     second, half = words[4], DIMS.hidden // 2
     if how == "ordered":
-        angles = torch.tensor([10000.0 ** (-2 * h / DIMS.hidden) for h in range(half)], dtype=torch.float64)
+        angles = torch.tensor([10.0 ** (-2 * h / DIMS.hidden) for h in range(half)], dtype=torch.float64)
         a, b = second[:half], second[half:]
         second = torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()])
     assert_near(parts[2 : 2 + K], normed((words[3] + second) / 2).expand(K, -1))

@@ -13,6 +13,8 @@ from nvlm.arch.pictures import picture_tokens
 from nvlm.arch.xattn.fusion import TileKeys, key_norm, place
 from nvlm.data.batch import PAD, Batch
 
+_BASE = 10.0  # of the rotation of a tag's words
+
 
 class TaggedTileKeys(TileKeys):
     """NVLM-H: keys are tags and tiles, each kind with its own norm.
@@ -48,12 +50,13 @@ class TaggedTileKeys(TileKeys):
 def rotated(x_PLH: Tensor) -> Tensor:
     """The words of tags, each rotated by its position l = 0, 1, ...; lengths do not change.
 
-    Channel h is paired with channel h + H/2, and the pair is turned by l * 10000^(-2h/H) radians, as rotary embeddings
-    turn queries and keys (Su et al. 2021, in the order of channels that Llama uses).
+    Channel h is paired with channel h + H/2, and the pair is turned by l * 10^(-2h/H) radians, as rotary embeddings
+    turn queries and keys (Su et al. 2021, in the order of channels that Llama uses). The base is 10 because tags have
+    3 to 25 words: a period of 6 to 63 words tells their positions apart, and a longer one hardly turns them.
     """
     _, length, width = x_PLH.shape
     steps_F = torch.arange(0, width, 2, dtype=torch.float32, device=x_PLH.device) / width
-    angles_LF = torch.arange(length, device=x_PLH.device)[:, None] * 10000.0**-steps_F
+    angles_LF = torch.arange(length, device=x_PLH.device)[:, None] * _BASE**-steps_F
     cos_LF, sin_LF = angles_LF.cos().to(x_PLH.dtype), angles_LF.sin().to(x_PLH.dtype)
     a_PLF, b_PLF = x_PLH.chunk(2, dim=-1)
     return torch.cat([a_PLF * cos_LF - b_PLF * sin_LF, b_PLF * cos_LF + a_PLF * sin_LF], dim=-1)
