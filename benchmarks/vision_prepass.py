@@ -6,8 +6,8 @@ Two processes with one thread each. In one run and on the same batches:
 
 - pipeline 2, NVLM-D: the pre-pass, compared with a first stage that encodes each micro-batch's tiles in its forward
   step, like Megatron-LM's LLaVA. The encoder's depth is chosen so that it costs as much as one stage of the language
-  model (forward and backward); by work alone (2 to 1.5), the pre-pass can gain 1.33x. Then the same with an encoder that
-  learns, and the largest difference between its gradients in the two.
+  model (forward and backward); by work alone (2 to 1.5), the pre-pass can gain 1.33x. Then the same with an encoder
+  that learns, and the largest difference between its gradients in the two.
 - data 2, NVLM-X, seven tiles per sample on one replica and one on the other: vision.balance=global compared with
   replica. The encoder's seven tiles cost 1, 2 and 4 times the language model's forward and backward.
 
